@@ -1,0 +1,42 @@
+"""safeproj: repair the safety of fine-tuned LoRA adapters after training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safeproj.errors import SafeprojError
+
+if TYPE_CHECKING:
+    from safeproj.api import Options, inspect, patch
+    from safeproj.projection import Approx, Exact
+    from safeproj.select import Selection
+
+__version__ = "0.1.0"
+__all__ = [
+    "Approx",
+    "Exact",
+    "Options",
+    "SafeprojError",
+    "Selection",
+    "__version__",
+    "inspect",
+    "patch",
+]
+
+_HOME = {
+    "Approx": "projection",
+    "Exact": "projection",
+    "Options": "api",
+    "Selection": "select",
+    "inspect": "api",
+    "patch": "api",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import the API on first use: `import safeproj` and `safeproj --help` must not load torch."""
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"safeproj.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'safeproj' has no attribute {name!r}")

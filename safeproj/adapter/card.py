@@ -1,0 +1,63 @@
+"""The model card's section about what was done to the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safeproj.report.markdown import describe, span
+from safeproj.report.record import Report
+
+BEGIN, END = b"<!-- safeproj:begin -->", b"<!-- safeproj:end -->"
+
+
+def section(report: Report) -> str:
+    """Return the Markdown that says what was done."""
+    base, aligned = (_published_name(report.inputs[role]) for role in ("base", "aligned"))
+    lines = [
+        "## Safety projection",
+        "",
+        f"safeproj {report.version} projected the updates of "
+        f"{report.projected} of {len(report.modules)} adapted modules onto the subspace spanned by "
+        f"the difference of `{aligned}` and `{base}` (Safe LoRA, arXiv 2405.16833).",
+        "",
+        f"- projector: {describe(report.projector)}",
+        f"- selection: {describe(report.selection)}",
+        f"- cosine of an update and its projection, before: {span(report.cosines)}",
+        f"- scale ‖CB‖/‖B‖: {span(report.scales)}",
+        "- every module, its score and the digests of the inputs: `safeproj.json`",
+        "",
+        "Projection is no proof of safety: evaluate the patched adapter before you publish it.",
+    ]
+    return "\n".join([*lines, *(f"\n> Warning: {warning}" for warning in report.warnings)])
+
+
+def with_section(card: bytes, text: str) -> bytes:
+    """Return the card with the section at its end, in place of one from an earlier run.
+
+    The rest of the card is kept byte for byte, whatever its encoding.
+    """
+    block = BEGIN + b"\n" + text.encode() + b"\n" + END
+    begin, end = card.find(BEGIN), card.find(END)
+    if 0 <= begin < end:
+        return card[:begin] + block + card[end + len(END) :]
+    gap = b"\n" if card.endswith(b"\n") else b"\n\n"
+    return card + gap + block + b"\n"
+
+
+def new(config: Mapping[str, Any]) -> bytes:
+    """Return the start of a card for an adapter that has none."""
+    lines = ["---", "library_name: peft"]
+    base_model = config.get("base_model_name_or_path")
+    if isinstance(base_model, str) and base_model and base_model.isprintable():
+        lines.append("base_model: '" + base_model.replace("'", "''") + "'")
+    return "\n".join([*lines, "---", ""]).encode()
+
+
+def _published_name(identity: Mapping[str, Any]) -> str:
+    """Return the source without the directories of the machine that it was patched on."""
+    source = str(identity["source"])
+    name = Path(source).name if Path(source).is_absolute() else source
+    revision = identity.get("revision")
+    return name if revision is None or "@" in name else f"{name}@{revision}"

@@ -1,0 +1,227 @@
+"""Writing a patched adapter directory: complete or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safeproj import tensorfile
+from safeproj.adapter import card
+from safeproj.adapter.peft import BIN, CONFIG, SAFETENSORS
+from safeproj.adapter.record import Adapter
+from safeproj.errors import SafeprojError
+from safeproj.source import LocalFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "safeproj.json"
+
+
+def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> None:
+    """Refuse an `--out` that cannot be written, before any weight is read.
+
+    Args:
+        out: the directory to create.
+        overwrite: whether an adapter that is already there may be replaced.
+        inputs: option name to the local directory that is read, None for the Hub.
+
+    Raises:
+        SafeprojError: it exists, its parent does not, or it would touch an input.
+    """
+    place = out.resolve()
+    for option, path in inputs.items():
+        if path is None:
+            continue
+        given = path.resolve()
+        # Inside the adapter it would be copied into itself.
+        inside = option == "--adapter" and given in place.parents
+        if inside or place == given or place in given.parents:
+            raise SafeprojError(
+                f"--out {out}: overlaps with {option} {path}; inputs are never changed, choose "
+                "another directory"
+            )
+    if os.path.lexists(out):
+        if not overwrite:
+            raise SafeprojError(f"--out {out}: exists; give --overwrite to replace it")
+        if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not _is_adapter(out)):
+            raise SafeprojError(
+                f"--out {out}: exists and is not an adapter directory (no {CONFIG}); only an "
+                "adapter is replaced, remove it yourself"
+            )
+    parent = place.parent
+    if not parent.is_dir():
+        raise SafeprojError(f"--out {out}: the directory {parent} does not exist; create it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise SafeprojError(f"--out {out}: the directory {parent} is not writable")
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def write_adapter(
+    adapter: Adapter,
+    replaced: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+    section: str,
+    out: Path,
+) -> None:
+    """Write the patched adapter to `out`, replacing a directory that is there.
+
+    Args:
+        adapter: the input.
+        replaced: the tensors that projection changed.
+        manifest: what goes to `safeproj.json`; digests of the written tensors are added.
+        section: Markdown for the model card.
+        out: the directory.
+
+    Raises:
+        SafeprojError: it cannot be written; nothing is left behind.
+    """
+    tensors = {name: replaced.get(name, tensor) for name, tensor in adapter.tensors.items()}
+    try:
+        with _appears_at(out) as directory:
+            for name in _copied_files(adapter):
+                target = directory / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(_safe_path(adapter, name), target)
+            digests = _write_tensors(directory / SAFETENSORS, adapter.metadata, tensors)
+            card_path = directory / "README.md"
+            old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter.config)
+            card_path.write_bytes(card.with_section(old_card, section))
+            output = {"projected": sorted(replaced), "tensors": digests}
+            text = json.dumps({**manifest, "output": output}, indent=2, ensure_ascii=False) + "\n"
+            (directory / MANIFEST).write_bytes(text.encode())
+    except OSError as error:
+        raise SafeprojError(
+            f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
+        ) from error
+
+
+def copied_adapters(adapter: Adapter) -> tuple[str, ...]:
+    """Return adapter weights in subdirectories, such as checkpoints: they are copied unpatched."""
+    return tuple(
+        name
+        for name in sorted(adapter.folder.files)
+        if "/" in name and name.rsplit("/", 1)[1] in (SAFETENSORS, BIN)
+    )
+
+
+def _copied_files(adapter: Adapter) -> list[str]:
+    """Return every file but the weights: a `.bin` beside them would still be the unpatched one."""
+    return sorted(adapter.folder.files - {SAFETENSORS, BIN, MANIFEST})
+
+
+def _safe_path(adapter: Adapter, name: str) -> Path:
+    """Return the path of a file to copy; a link must not bring in a file from elsewhere."""
+    path = adapter.path(name)
+    if isinstance(adapter.folder, LocalFolder):
+        root = adapter.folder.root.resolve()
+        # In the Hub's cache a snapshot's files are links to the blobs of the same repository.
+        home = root.parents[1] if root.parent.name == "snapshots" else root
+        if home not in path.resolve().parents:
+            raise SafeprojError(
+                f"{adapter.source}: {name} is a link to {path.resolve()}, outside the adapter; "
+                "replace it by the file it should be"
+            )
+    return path
+
+
+def _write_tensors(
+    path: Path, metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Write the tensors in the given order and return the SHA-256 of each."""
+    names = {torch_name: (code, size) for code, (torch_name, size) in tensorfile.DTYPES.items()}
+    layout, digests = {}, {}
+    for name, tensor in tensors.items():
+        code, size = names[str(tensor.dtype).removeprefix("torch.")]
+        layout[name] = (code, tuple(tensor.shape), tensor.numel() * size)
+
+    def data() -> Iterator[memoryview]:
+        for name, tensor in tensors.items():
+            view = _bytes_of(tensor)
+            digests[name] = hashlib.sha256(view).hexdigest()
+            yield view
+
+    tensorfile.write(path, {"format": "pt"} if metadata is None else metadata, layout, data())
+    tensorfile.read_header(path)
+    return digests
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+@contextmanager
+def _appears_at(out: Path) -> Iterator[Path]:
+    """Yield a hidden directory beside `out` that becomes `out` in one step at the end."""
+    place = out.parent.resolve() / out.name
+    directory = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
+    try:
+        directory.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        yield directory
+        for path in [*directory.rglob("*"), directory]:
+            _sync(path)
+        _move(directory, place)
+        _sync(place.parent)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or directory to the disk, where the system can."""
+    if path.is_dir() and sys.platform == "win32":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _move(directory: Path, place: Path) -> None:
+    """Give the finished directory its name; what had that name ends up at `directory`."""
+    if not os.path.lexists(place):
+        directory.rename(place)
+    elif not _exchange(directory, place):
+        # No atomic exchange here: for a moment the old directory has only its other name.
+        old = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".old", dir=place.parent))
+        place.rename(old / place.name)
+        try:
+            directory.rename(place)
+        except OSError:
+            (old / place.name).rename(place)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one atomic step, where the system offers it."""
+    calls = {"linux": ("renameat2", -100, 2), "darwin": ("renameatx_np", -2, 2)}
+    if sys.platform not in calls:
+        return False
+    name, here, swap = calls[sys.platform]  # AT_FDCWD; RENAME_EXCHANGE or RENAME_SWAP
+    with suppress(AttributeError, OSError):
+        call = getattr(ctypes.CDLL(None, use_errno=True), name)
+        paths = os.fsencode(first), os.fsencode(second)
+        return int(call(here, paths[0], here, paths[1], swap)) == 0
+    return False

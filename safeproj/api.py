@@ -1,0 +1,179 @@
+"""The Python API: the few lines that string the steps together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+from safeproj import engine
+from safeproj.adapter import Adapter, card, read_adapter
+from safeproj.adapter.write import check_out, write_adapter
+from safeproj.checkpoint import open_checkpoint
+from safeproj.decide import DTYPES, Decision, decide
+from safeproj.engine import Progress, Score, Task
+from safeproj.errors import SafeprojError
+from safeproj.manifest import manifest
+from safeproj.match import Plan, plan
+from safeproj.projection import Approx, Projector
+from safeproj.report.record import Report
+from safeproj.select import Selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run is done.
+
+    Attributes:
+        selection: which modules are projected.
+        projector: which `C`.
+        device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        workers: threads over modules on the CPU, None for one per core, at most 8. The result
+            does not depend on it.
+        dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        SafeprojError: a value is out of range, or the device is not there.
+    """
+
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    projector: Projector = dataclasses.field(default_factory=Approx)
+    device: str = "auto"
+    workers: int | None = None
+    dtype: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
+        if self.workers is not None and self.workers < 1:
+            raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
+        engine.resolve_device(self.device)
+
+
+class Observer(Protocol):
+    """Who wants to see a run go on."""
+
+    def start(self, modules: int, nbytes: int) -> None:
+        """The plan is complete: so many modules, so many bytes to read."""
+
+    def progress(self, event: Progress) -> None:
+        """Something was read or finished; called from the engine's threads."""
+
+
+def inspect(
+    base: str,
+    aligned: str,
+    adapter: str,
+    options: Options | None = None,
+    *,
+    observer: Observer | None = None,
+) -> Report:
+    """Score each adapted module by its similarity to its Safe LoRA projection.
+
+    Args:
+        base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
+        aligned: SRC of the aligned checkpoint.
+        adapter: SRC of the PEFT LoRA adapter.
+        options: projector, selection, device.
+        observer: told about the progress.
+
+    Raises:
+        SafeprojError: an input cannot be used.
+    """
+    return _run(base, aligned, adapter, options or Options(), observer, digests=False)[0].report
+
+
+def patch(
+    base: str,
+    aligned: str,
+    adapter: str,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    observer: Observer | None = None,
+) -> Report:
+    """Project the selected modules and write the patched adapter to the directory `out`.
+
+    Args:
+        base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
+        aligned: SRC of the aligned checkpoint.
+        adapter: SRC of the PEFT LoRA adapter.
+        out: the directory to create; it appears complete or not at all.
+        options: projector, selection, device, dtype.
+        overwrite: replace an adapter that is at `out`.
+        dry_run: do everything but the writing.
+        observer: told about the progress.
+
+    Raises:
+        SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
+    """
+    options, out = options or Options(), Path(out)
+    sources = {"--base": base, "--aligned": aligned, "--adapter": adapter}
+    check_out(out, overwrite, {option: _local_path(src) for option, src in sources.items()})
+    decision, loaded, planned, scores = _run(
+        base, aligned, adapter, options, observer, digests=not dry_run
+    )
+    if dry_run:
+        return decision.report
+    where = str(engine.resolve_device(options.device))
+    record = manifest(
+        loaded, planned, scores, decision.report, {"dtype": options.dtype, "device": where}
+    )
+    write_adapter(loaded, decision.replaced, record, card.section(decision.report), out)
+    return decision.report
+
+
+def _run(
+    base: str,
+    aligned: str,
+    adapter: str,
+    options: Options,
+    observer: Observer | None,
+    *,
+    digests: bool,
+) -> tuple[Decision, Adapter, Plan, dict[str, Score]]:
+    """Read, match, score and decide: all that `inspect` and `patch` share."""
+    loaded = read_adapter(adapter)
+    aligned_model, base_model = open_checkpoint(aligned), open_checkpoint(base)
+    planned = plan(loaded, aligned_model, base_model, options.selection)
+    tasks = [
+        Task(
+            item.module.name,
+            aligned_model.weight(item.aligned),
+            base_model.weight(item.base),
+            item.transposed,
+            A=loaded.tensors[item.module.a_key],
+            B=loaded.tensors[item.module.b_key],
+            bias=loaded.tensors[item.module.bias_key] if item.module.bias_key else None,
+        )
+        for item in planned.modules
+    ]
+    if observer is not None:
+        observer.start(len(tasks), sum(task.nbytes for task in tasks))
+    found = engine.run(
+        tasks,
+        options.projector,
+        device=options.device,
+        workers=options.workers,
+        digests=digests,
+        on_progress=observer.progress if observer is not None else None,
+    )
+    scores = {task.name: score for task, score in zip(tasks, found, strict=True)}
+    decision = decide(
+        loaded,
+        aligned_model,
+        base_model,
+        planned,
+        scores,
+        options.selection,
+        options.projector,
+        options.dtype,
+    )
+    return decision, loaded, planned, scores
+
+
+def _local_path(source: str) -> Path | None:
+    path = Path(source).expanduser()
+    return path if path.exists() else None

@@ -1,0 +1,205 @@
+"""From scores to decisions: which tensors are replaced, and what the report says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safeproj import __version__
+from safeproj.adapter import AdaptedModule, Adapter
+from safeproj.adapter.write import copied_adapters
+from safeproj.checkpoint import Checkpoint
+from safeproj.engine import Score
+from safeproj.errors import SafeprojError, shorten
+from safeproj.match import Plan
+from safeproj.projection import Projector, pdst
+from safeproj.report.record import ModuleReport, Report, place
+from safeproj.select import Selection, natural_order
+
+DTYPES = {
+    "keep": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""`--dtype`: what the projected tensors are written as; `keep` is the dtype they had."""
+
+LOST_IN_ROUNDING = 0.01
+"""Relative error of a written tensor from which on the user is warned: float16 has few bits left
+for the small numbers that projection makes."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done to an adapter.
+
+    Attributes:
+        replaced: the tensors to write in place of the adapter's, by key.
+        report: the record of the run.
+    """
+
+    replaced: dict[str, Tensor]
+    report: Report
+
+
+def decide(
+    adapter: Adapter,
+    aligned: Checkpoint,
+    base: Checkpoint,
+    plan: Plan,
+    scores: Mapping[str, Score],
+    selection: Selection,
+    projector: Projector,
+    dtype: str,
+) -> Decision:
+    """Choose the modules to project and describe the outcome.
+
+    Args:
+        adapter: the input.
+        aligned: the aligned checkpoint.
+        base: the base checkpoint.
+        plan: what was scored.
+        scores: module name to score.
+        selection: how modules are chosen.
+        projector: which `C` the scores are for.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        SafeprojError: `V = 0` for every module.
+    """
+    if all(score.alignment_norm == 0.0 for score in scores.values()):
+        raise SafeprojError(
+            f"{base.source} and {aligned.source} are the same model: all {len(scores)} weights "
+            f"that {adapter.source} adapts are equal; --base must be the model before alignment"
+        )
+    chosen = selection.choose({name: score.cosine for name, score in scores.items()})
+    replaced: dict[str, Tensor] = {}
+    distances, lossy = [], []
+    for planned in plan.modules:
+        module, score = planned.module, scores[planned.module.name]
+        if score.CB is None or score.cosine is None:
+            continue
+        if module.name in chosen:
+            replaced |= _replacements(adapter, module, score, DTYPES[dtype])
+        B_out = replaced.get(module.b_key, adapter.tensors[module.b_key])
+        distances.append(pdst(B_out, score.CB))
+        if module.name in chosen and _relative_error(B_out, score.CB) > LOST_IN_ROUNDING:
+            lossy.append(module.name)
+    report = Report(
+        version=__version__,
+        projector=_describe(projector),
+        selection=selection.to_dict(),
+        inputs={
+            "base": _identity(base.source, base.revision),
+            "aligned": _identity(aligned.source, aligned.revision),
+            "adapter": _identity(adapter.source, adapter.folder.revision),
+        },
+        modules=tuple(_module_reports(plan, scores, chosen)),
+        pdst=sum(distances) / len(distances) if distances else None,
+        unprojected=adapter.unprojected,
+        warnings=(
+            *adapter.warnings,
+            *_warnings(adapter, scores, selection, chosen, lossy),
+        ),
+    )
+    return Decision(replaced, report)
+
+
+def _replacements(
+    adapter: Adapter, module: AdaptedModule, score: Score, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Return the projected tensors of one module in the dtype in which they are written."""
+    projected = {module.b_key: score.CB, module.bias_key: score.Cb}
+    found = {}
+    for key, tensor in projected.items():
+        if key is None or tensor is None:
+            continue
+        written = tensor.to(dtype or adapter.tensors[key].dtype)
+        if not bool(written.isfinite().all()):
+            raise SafeprojError(
+                f"{key}: the projected tensor does not fit into {written.dtype}; use "
+                "--dtype float32"
+            )
+        found[key] = written
+    return found
+
+
+def _relative_error(B_out: Tensor, CB: Tensor) -> float:
+    size = float(CB.double().norm())
+    return float((B_out.double() - CB.double()).norm()) / size if size else 0.0
+
+
+def _describe(projector: Projector) -> dict[str, object]:
+    found: dict[str, object] = {"kind": projector.kind}
+    for name in ("rank", "energy"):
+        if getattr(projector, name, None) is not None:
+            found[name] = getattr(projector, name)
+    return found
+
+
+def _identity(source: str, revision: str | None) -> dict[str, object]:
+    return {"source": source} if revision is None else {"source": source, "revision": revision}
+
+
+def _module_reports(
+    plan: Plan, scores: Mapping[str, Score], chosen: frozenset[str]
+) -> list[ModuleReport]:
+    scored = [planned.module for planned in plan.modules]
+    modules = sorted([*scored, *plan.excluded], key=lambda module: natural_order(module.name))
+    return [_module_report(m, scores.get(m.name), m.name in chosen) for m in modules]
+
+
+def _module_report(module: AdaptedModule, score: Score | None, projected: bool) -> ModuleReport:
+    stack, layer, kind = place(module.name)
+    return ModuleReport(
+        name=module.name,
+        stack=stack,
+        layer=layer,
+        kind=kind,
+        shape=(module.out_features, module.in_features),
+        rank=module.rank,
+        cosine=score.cosine if score else None,
+        alignment_norm=score.alignment_norm if score else None,
+        scale=score.scale if score else None,
+        projected=projected,
+        note=_note(module, score),
+        projector_rank=score.rank if score else None,
+    )
+
+
+def _note(module: AdaptedModule, score: Score | None) -> str | None:
+    if score is None:
+        return "left out by --include/--exclude: kept, not scored"
+    if score.alignment_norm == 0.0:
+        return "V = 0: base and aligned are equal here, no alignment signal; kept"
+    if score.cosine is None:
+        return "empty update: A or B is zero; kept"
+    return "DoRA: the magnitude is kept" if module.dora else None
+
+
+def _warnings(
+    adapter: Adapter,
+    scores: Mapping[str, Score],
+    selection: Selection,
+    chosen: frozenset[str],
+    lossy: list[str],
+) -> Iterator[str]:
+    frozen = [name for name, score in scores.items() if score.alignment_norm == 0.0]
+    if frozen:
+        yield (
+            f"{len(frozen)} modules have no alignment signal (base and aligned are equal there) "
+            f"and are kept: {shorten(frozen)}"
+        )
+    if selection.layers is not None and len(chosen) < selection.layers:
+        yield f"--layers {selection.layers}: only {len(chosen)} modules have a cosine"
+    if lossy:
+        yield (
+            f"rounding to the written dtype loses over {LOST_IN_ROUNDING:.0%} of {len(lossy)} "
+            f"projected tensors ({shorten(lossy)}); use --dtype float32"
+        )
+    copied = copied_adapters(adapter)
+    if copied and chosen:
+        yield f"adapters in subdirectories are copied unpatched: {shorten(copied)}"

@@ -1,0 +1,290 @@
+"""Runs tasks on one machine: worker threads over modules on the CPU, one pipeline on a GPU.
+
+Each module is computed by one thread in a fixed order of fixed blocks, so that its result does not
+depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from safeproj.checkpoint import Reader, Weight
+from safeproj.engine.staging import CudaStaging, DirectStaging, Staging
+from safeproj.engine.task import Progress, Score, Task
+from safeproj.errors import SafeprojError
+from safeproj.projection import Projector, alignment, scale, similarity
+from safeproj.tensorfile import DTYPES
+
+CPU_BLOCK = 1 << 20
+"""Bytes of one weight per block on the CPU: two of them and their float32 difference stay in the
+cache, and larger and smaller ones are slower."""
+
+GPU_BLOCK = 32 << 20
+"""Bytes per block on a GPU: enough to hide the latency of a copy."""
+
+CPU_HOLD = 64 << 20
+"""Largest float32 `V`, in bytes, that a CPU worker keeps for its second pass. A larger one is read
+again, most likely from the page cache, so that memory does not grow with the size of a weight."""
+
+GPU_HOLD = 2 << 30
+"""The same on a GPU."""
+
+MAX_WORKERS = 8
+"""Default bound on worker threads: each holds up to `CPU_HOLD` bytes, and disks saturate early."""
+
+OnProgress = Callable[[Progress], None]
+
+
+class _StoppedError(Exception):
+    """Another worker failed, or the run was interrupted."""
+
+
+def run(
+    tasks: Sequence[Task],
+    projector: Projector,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    digests: bool = False,
+    on_progress: OnProgress | None = None,
+) -> list[Score]:
+    """Score all tasks and return the scores in the same order.
+
+    Args:
+        tasks: the modules.
+        projector: which `C`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        workers: threads over modules on the CPU; default the number of cores, at most 8.
+        digests: compute the SHA-256 of what is read.
+        on_progress: called from the workers' threads.
+
+    Raises:
+        SafeprojError: a weight cannot be read or has a value that is not finite, or the device
+            is not there.
+    """
+    where = resolve_device(device)
+    if where.type == "mps" and projector.kind == "exact":
+        where = torch.device("cpu")  # MPS has no float64
+    if where.type != "cpu":
+        workers = 1
+    elif workers is None:
+        workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    stop = threading.Event()
+    local = threading.local()
+    made: list[_Worker] = []
+
+    def work(task: Task) -> Score:
+        if not hasattr(local, "worker"):
+            torch.set_num_threads(1)  # applies to this thread
+            local.worker = _Worker(projector, where, digests, stop, on_progress)
+            made.append(local.worker)
+        score: Score = local.worker.score(task)
+        if on_progress is not None:
+            on_progress(Progress(task.name, finished=True))
+        return score
+
+    with _exact_arithmetic(), ThreadPoolExecutor(workers, "safeproj") as pool:
+        futures = [pool.submit(work, task) for task in tasks]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [f for f in futures if f.done() and f.exception() is not None]
+            if failed:
+                raise failed[0].exception() or AssertionError
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            for worker in made:
+                worker.close()
+    return [future.result() for future in futures]
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device for `--device`; `auto` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        SafeprojError: unknown, or not on this machine.
+    """
+    kind, _, index = device.partition(":")
+    available: dict[str, Callable[[], bool]] = {
+        "cpu": lambda: True,
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if kind == "auto" and not index:
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]()))
+    if kind not in available or (index and (kind != "cuda" or not index.isdecimal())):
+        raise SafeprojError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps")
+    if not available[kind]():
+        raise SafeprojError(f"--device {device}: this machine has none that torch can use")
+    if index and int(index) >= torch.cuda.device_count():
+        raise SafeprojError(f"--device {device}: there are {torch.cuda.device_count()} devices")
+    return torch.device(device)
+
+
+class _Worker:
+    """The buffers and files of one thread."""
+
+    def __init__(
+        self,
+        projector: Projector,
+        device: torch.device,
+        digests: bool,
+        stop: threading.Event,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.device = device
+        self.stop = stop
+        self.on_progress = on_progress
+        self.readers = (Reader(), Reader())
+        self._projector = projector
+        self._digests = digests
+        self._V = torch.empty(0, device=device)
+        self._staging: tuple[int, tuple[Staging, Staging]] | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def score(self, task: Task) -> Score:
+        B = task.B if task.bias is None else torch.cat([task.B, task.bias[:, None]], dim=1)
+        blocks = _AlignmentBlocks(task, self, self._digests)
+        try:
+            found = self._projector(
+                blocks, B.to(self.device, torch.float32, copy=True).contiguous()
+            )
+        except FloatingPointError as error:
+            raise SafeprojError(self._diagnose(task, error)) from error
+        rank = task.B.shape[1]
+        CB = None if found.CB is None else found.CB[:, :rank].cpu()
+        cosine = None if CB is None else similarity(task.A, task.B, CB)
+        return Score(
+            alignment_norm=found.alignment_norm,
+            CB=CB,
+            Cb=None if found.CB is None or task.bias is None else found.CB[:, rank].cpu(),
+            cosine=cosine,
+            scale=None if CB is None or cosine is None else scale(task.B, CB),
+            rank=found.rank,
+            sha256=blocks.sha256,
+        )
+
+    def staging(self, nbytes: int) -> tuple[Staging, Staging]:
+        """Return the staging of the aligned and the base weight for loads of up to `nbytes`."""
+        if self._staging is None or self._staging[0] < nbytes:
+            if self._stream is not None:
+                pair: tuple[Staging, Staging] = (
+                    CudaStaging(nbytes, self.device, self._stream),
+                    CudaStaging(nbytes, self.device, self._stream),
+                )
+            else:
+                pair = (DirectStaging(nbytes, self.device), DirectStaging(nbytes, self.device))
+            self._staging = (nbytes, pair)
+        return self._staging[1]
+
+    def buffer(self, rows: int, columns: int) -> Tensor:
+        """Return the reused float32 buffer of `V` as (rows, columns), on the device."""
+        if self._V.numel() < rows * columns:
+            self._V = torch.empty(rows * columns, device=self.device)
+        return self._V[: rows * columns].view(rows, columns)
+
+    def _diagnose(self, task: Task, error: FloatingPointError) -> str:
+        """Name the tensor that has NaN or Inf, by reading both again."""
+        for weight in (task.aligned, task.base):
+            rows = _rows_per_block(weight, weight, self.device)
+            staging = self.staging(rows * _row_bytes(weight))[0]
+            for start in range(0, weight.shape[0], rows):
+                stop = min(start + rows, weight.shape[0])
+                if not bool(staging.load(weight, self.readers[0], start, stop).isfinite().all()):
+                    return f"{weight.source}: {weight.name} has NaN or Inf; the file is damaged"
+        return f"{task.name}: {error}, though its weights are: they are too large for float32"
+
+    def close(self) -> None:
+        for reader in self.readers:
+            reader.close()
+
+
+class _AlignmentBlocks:
+    """`V` of one task as row blocks that can be iterated again.
+
+    The first pass reads both weights; it keeps `V` if that is small enough, otherwise a further
+    pass reads again. Weights that are stored transposed are always kept: their rows are columns of
+    the file.
+    """
+
+    def __init__(self, task: Task, worker: _Worker, digests: bool) -> None:
+        self.sha256: tuple[str, str] | None = None
+        self._task = task
+        self._worker = worker
+        self._digests = digests
+        self._rows = _rows_per_block(task.aligned, task.base, worker.device)
+        stored = math.prod(task.aligned.shape) * 4
+        limit = GPU_HOLD if worker.device.type == "cuda" else CPU_HOLD
+        self._keeps = task.transposed or stored <= limit
+        self._kept: Tensor | None = None
+        self._seen = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._kept is None and not self._task.transposed:
+            yield from self._stored_blocks()
+            return
+        if self._kept is None:
+            for _ in self._stored_blocks():
+                pass
+        assert self._kept is not None
+        yield from self._kept.split(self._rows)
+
+    def _stored_blocks(self) -> Iterator[Tensor]:
+        """Yield `V` in the orientation in which it is stored, by rows."""
+        task, worker = self._task, self._worker
+        rows, columns = task.aligned.shape
+        hashes = [hashlib.sha256() for _ in worker.readers if self._digests and not self._seen]
+        for reader, digest in zip(worker.readers, hashes or (None, None), strict=True):
+            reader.digest = digest
+        widest = max(_row_bytes(task.aligned), _row_bytes(task.base))
+        aligned, base = worker.staging(min(rows, self._rows) * widest)
+        out = worker.buffer(rows if self._keeps else min(rows, self._rows), columns)
+        for start in range(0, rows, self._rows):
+            if worker.stop.is_set():
+                raise _StoppedError
+            stop = min(start + self._rows, rows)
+            V = out[start:stop] if self._keeps else out[: stop - start]
+            yield alignment(
+                aligned.load(task.aligned, worker.readers[0], start, stop),
+                base.load(task.base, worker.readers[1], start, stop),
+                out=V,
+            )
+            if worker.on_progress is not None and not self._seen:
+                nbytes = _row_bytes(task.aligned) + _row_bytes(task.base)
+                worker.on_progress(Progress(task.name, (stop - start) * nbytes))
+        self._seen = True
+        if self._keeps:
+            self._kept = out.T if task.transposed else out
+        if hashes:
+            self.sha256 = (hashes[0].hexdigest(), hashes[1].hexdigest())
+
+
+def _row_bytes(weight: Weight) -> int:
+    return math.prod(weight.shape[1:]) * DTYPES[weight.dtype][1]
+
+
+def _rows_per_block(aligned: Weight, base: Weight, device: torch.device) -> int:
+    block = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
+    return max(1, block // max(_row_bytes(aligned), _row_bytes(base), 1))
+
+
+@contextmanager
+def _exact_arithmetic() -> Iterator[None]:
+    """Full float32 products (no TF32), and the caller's thread count put back afterwards."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)

@@ -1,0 +1,65 @@
+"""`safeproj.json`: the report, and what is needed to repeat the run."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safeproj.adapter import Adapter
+from safeproj.adapter.peft import CONFIG
+from safeproj.engine import Score
+from safeproj.match import Plan
+from safeproj.report.record import Report
+
+
+def manifest(
+    adapter: Adapter,
+    plan: Plan,
+    scores: Mapping[str, Score],
+    report: Report,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the content of `safeproj.json` without the digests of what was written.
+
+    It holds no time and no host name, so that the same run gives the same file. For the checkpoints
+    the digests are those of the tensors that were read (the bytes as stored), for the adapter those
+    of the files.
+    """
+    found = report.to_dict()
+    tensors: dict[str, dict[str, str]] = {"aligned": {}, "base": {}}
+    for planned in plan.modules:
+        sha256 = scores[planned.module.name].sha256
+        if sha256 is not None:
+            tensors["aligned"][planned.aligned], tensors["base"][planned.base] = sha256
+    for role, digests in tensors.items():
+        found["inputs"][role] = {**found["inputs"][role], "sha256": digests}
+    files = {name: _sha256(adapter.path(name)) for name in (CONFIG, adapter.weights_file)}
+    found["inputs"]["adapter"] = {**found["inputs"]["adapter"], "sha256": files}
+    return {**found, "options": dict(options), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the result depends on."""
+    import numpy
+    import safetensors
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,223 @@
+"""The Safe LoRA formulas on tensors, and nothing else.
+
+Safe LoRA (Hsu et al., NeurIPS 2024, arXiv 2405.16833) projects a LoRA update onto the directions in
+which alignment moved the model. The names are the paper's:
+
+=============  ======  ==================================================================
+`V`            (m, n)  alignment matrix, `W_aligned - W_base`
+`A`, `B`       (r, n), (m, r)  LoRA factors; the update is `ΔW = s · B A`
+`C`            (m, m)  projector onto the safety-aligned subspace
+=============  ======  ==================================================================
+
+Neither `C` nor `ΔW` is ever formed: everything follows from `T = Vᵀ B` (n, r), `P = C B` (m, r)
+and `G = A Aᵀ` (r, r). `V` arrives in blocks of rows, so that it need not fit in memory either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+Blocks = Iterable[Tensor]
+"""`V` (m, n) as consecutive float32 row blocks. It can be iterated twice with the same result; a
+block may be overwritten as soon as the next one is asked for."""
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What a projector makes of one module.
+
+    Attributes:
+        CB: `C B`, shape (m, r), float32; None where `V = 0`, which leaves `C` undefined.
+        alignment_norm: `‖V‖_F`.
+        rank: k of a truncated projector, None where the projector is not truncated.
+    """
+
+    CB: Tensor | None
+    alignment_norm: float
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Approx:
+    """The paper's fast projector, `C = V Vᵀ / ‖V‖_F` (Safe LoRA, section 3.2).
+
+    It is no projector in the algebraic sense: `‖C‖₂ = σ₁² / ‖V‖_F`, so for the small, spread-out
+    `V` of real checkpoint pairs `C B` is close to a strongly shrunk `B`.
+    """
+
+    kind: ClassVar[str] = "approx"
+
+    def __call__(self, blocks: Blocks, B: Tensor) -> Projected:
+        """Return `C B` for `B` (m, r), float32, in two passes over `blocks`.
+
+        Raises:
+            FloatingPointError: `V` or `C B` has a value that is not finite.
+        """
+        T = torch.zeros(B.shape[1], 0)  # Tᵀ = Bᵀ V (r, n): row-major, as the products want it
+        squares: list[Tensor] = []
+        for rows, V in _with_rows(blocks):
+            if not squares:
+                T = V.new_zeros(B.shape[1], V.shape[1])
+            T.addmm_(B[rows].T, V)
+            squares.append(torch.linalg.vector_norm(V).square())
+        norm = _root_of_sum(squares)
+        if norm == 0.0:
+            return Projected(None, norm)
+        CB = torch.empty_like(B)
+        for rows, V in _with_rows(blocks):
+            torch.mm(V, T.T, out=CB[rows])
+        return Projected(_finite(CB.div_(norm)), norm)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The orthogonal projector `C = U_k U_kᵀ`, `U_k` the top-k left singular vectors of `V`.
+
+    Safe LoRA names `C = V (VᵀV)⁻¹ Vᵀ`, which is the identity for a full-rank `V`; truncated to its
+    k largest singular values it means something. Exactly one of the two fields is given.
+
+    Attributes:
+        rank: k itself; at most the numerical rank of `V` is used.
+        energy: choose the smallest k with `σ₁² + … + σ_k² >= energy · ‖V‖_F²`, 0 < energy <= 1.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    kind: ClassVar[str] = "exact"
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.energy is None):
+            raise ValueError("the exact projector takes either a rank or an energy")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, found {self.rank}")
+        if self.energy is not None and not 0.0 < self.energy <= 1.0:
+            raise ValueError(f"energy must lie in (0, 1], found {self.energy}")
+
+    def __call__(self, blocks: Blocks, B: Tensor) -> Projected:
+        """Return `C B` for `B` (m, r), float32, from the eigenvectors of the smaller Gram matrix.
+
+        In float64: a Gram matrix squares the condition of `V`. Holds `V` (m, n) and a Gram matrix
+        of side min(m, n).
+
+        Raises:
+            FloatingPointError: `V` has a value that is not finite.
+        """
+        V = B.new_empty(B.shape[0], 0, dtype=torch.float64)  # (m, n)
+        for rows, block in _with_rows(blocks):
+            if V.shape[1] == 0:
+                V = V.new_empty(B.shape[0], block.shape[1])
+            V[rows] = block
+        norm = _root_of_sum([torch.linalg.vector_norm(V).square()])
+        if norm == 0.0:
+            return Projected(None, norm)
+        wide = V.shape[0] <= V.shape[1]
+        eigenvalues, vectors = torch.linalg.eigh(V @ V.T if wide else V.T @ V)
+        eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)  # σ², largest first
+        k = self._truncate(eigenvalues, max(V.shape))
+        basis = vectors[:, :k]
+        if not wide:  # right singular vectors: U_k = V W_k Σ_k⁻¹
+            basis = (V @ basis) / eigenvalues[:k].sqrt()
+        CB = basis @ (basis.T @ B.double())
+        return Projected(_finite(CB.float()), norm, k)
+
+    def _truncate(self, eigenvalues: Tensor, size: int) -> int:
+        """Return k for the eigenvalues `σ²` in descending order, within the numerical rank."""
+        noise = size * torch.finfo(torch.float64).eps * eigenvalues[0]
+        numerical_rank = int((eigenvalues > noise).sum())
+        if self.rank is not None:
+            return min(self.rank, numerical_rank)
+        share = eigenvalues.clamp(min=0).cumsum(0)
+        assert self.energy is not None
+        wanted = self.energy * share[-1]
+        return min(int((share < wanted).sum()) + 1, numerical_rank)
+
+
+Projector = Approx | Exact
+
+
+def alignment(W_aligned: Tensor, W_base: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return `V = W_aligned - W_base` in float32, whatever the stored dtypes.
+
+    Args:
+        W_aligned: (m, n), any floating-point dtype.
+        W_base: (m, n), any floating-point dtype, not necessarily that of `W_aligned`.
+        out: (m, n) float32 tensor to write to.
+
+    >>> alignment(torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3)).sum()
+    tensor(6.)
+    """
+    V = torch.empty(W_aligned.shape, device=W_aligned.device) if out is None else out
+    if torch.float64 in (W_aligned.dtype, W_base.dtype):
+        return V.copy_(W_aligned.double() - W_base.double())
+    return V.copy_(W_aligned).sub_(W_base)
+
+
+def similarity(A: Tensor, B: Tensor, CB: Tensor) -> float | None:
+    """Return `cos = ⟨ΔW, C ΔW⟩_F / (‖ΔW‖_F ‖C ΔW‖_F)`, which lies in [0, 1].
+
+    The scale of the update cancels. `⟨X A, Y A⟩ = Σ (Xᵀ Y) ∘ (A Aᵀ)`, summed in float64.
+
+    Args:
+        A: (r, n).
+        B: (m, r).
+        CB: (m, r).
+
+    Returns:
+        None where `ΔW = 0`. Where `C ΔW = 0` but `ΔW` is not, 0: all of the update lies outside
+        the safety-aligned subspace.
+
+    >>> A, B = torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    >>> similarity(A, B, torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+    0.6
+    """
+    A, B, CB = A.double(), B.double(), CB.double()
+    G = A @ A.T
+
+    def inner(X: Tensor, Y: Tensor) -> float:
+        return float(((X.T @ Y) * G).sum())
+
+    rounding = B.shape[1] * torch.finfo(torch.float64).eps * float(B.square().sum() * G.trace())
+    before, after = inner(B, B), inner(CB, CB)
+    if before <= rounding:
+        return None
+    if after <= 0.0:
+        return 0.0
+    return min(max(inner(CB, B) / math.sqrt(after * before), 0.0), 1.0)
+
+
+def scale(B: Tensor, CB: Tensor) -> float:
+    """Return `‖C B‖_F / ‖B‖_F`: how much of the factor the projection leaves."""
+    return float(CB.double().norm() / B.double().norm())
+
+
+def pdst(B_out: Tensor, CB: Tensor) -> float:
+    """Return `1 / (1 + ‖B_out - C B‖_F)` of one module; the reference code prints the mean."""
+    return 1.0 / (1.0 + float((B_out.double() - CB.double()).norm()))
+
+
+def _with_rows(blocks: Blocks) -> Iterable[tuple[slice, Tensor]]:
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[0]
+        yield slice(start, stop), block
+        start = stop
+
+
+def _root_of_sum(squares: list[Tensor]) -> float:
+    """Return `‖V‖_F` from the blocks' squared norms: one transfer from the device, float64 sum."""
+    norm = math.sqrt(math.fsum(torch.stack(squares).tolist()))
+    if not math.isfinite(norm):
+        raise FloatingPointError("the alignment matrix has a value that is not finite")
+    return norm
+
+
+def _finite(CB: Tensor) -> Tensor:
+    if not bool(torch.isfinite(CB).all()):
+        raise FloatingPointError("the projected factor has a value that is not finite")
+    return CB

@@ -1,0 +1,148 @@
+"""The record of one run: what every output format shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA = "safeproj.report/1"
+TAUS = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""The thresholds for which the table says how many modules they would project."""
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One adapted module.
+
+    Attributes:
+        name: path in the model.
+        stack: what comes before the layer number, `model.layers`.
+        layer: the layer number, None where the name has none.
+        kind: last part of the name, `q_proj`.
+        shape: (out_features, in_features).
+        rank: r of the adapter.
+        cosine: similarity of `ΔW` and `C ΔW`, None where it is undefined or was not computed.
+        alignment_norm: `‖V‖_F`.
+        scale: `‖C B‖_F / ‖B‖_F`.
+        projected: whether the module is (or would be) projected.
+        note: why there is no cosine, or what is special.
+        projector_rank: k of the exact projector.
+    """
+
+    name: str
+    stack: str
+    layer: int | None
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    cosine: float | None
+    alignment_norm: float | None
+    scale: float | None
+    projected: bool
+    note: str | None
+    projector_rank: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return one item of `modules` in the JSON report."""
+        found = {
+            "name": self.name,
+            "layer": self.layer,
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "rank": self.rank,
+            "cosine": self.cosine,
+            "alignment_norm": self.alignment_norm,
+            "scale": self.scale,
+            "projected": self.projected,
+            "note": self.note,
+        }
+        if self.projector_rank is not None:
+            found["projector_rank"] = self.projector_rank
+        return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run on one adapter.
+
+    Attributes:
+        version: of safeproj.
+        projector: the `projector` object of the JSON report.
+        selection: the `selection` object of the JSON report.
+        inputs: `base`, `aligned` and `adapter`: each with `source`, and `revision` from the Hub.
+        modules: in natural order.
+        pdst: mean of `1 / (1 + ‖B_out - C B‖_F)`, None where no module was scored.
+        unprojected: tensors of the adapter that change whole weights.
+        warnings: what the user should know.
+    """
+
+    version: str
+    projector: dict[str, Any]
+    selection: dict[str, Any]
+    inputs: dict[str, dict[str, Any]]
+    modules: tuple[ModuleReport, ...]
+    pdst: float | None
+    unprojected: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def cosines(self) -> list[float]:
+        """The cosines that are defined, in the order of the modules."""
+        return [module.cosine for module in self.modules if module.cosine is not None]
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales that are defined, in the order of the modules."""
+        return [module.scale for module in self.modules if module.scale is not None]
+
+    @property
+    def projected(self) -> int:
+        """The number of modules that are (or would be) projected."""
+        return sum(module.projected for module in self.modules)
+
+    def would_project(self) -> dict[float, int]:
+        """Return how many modules each of `TAUS` would project."""
+        return {tau: sum(cosine <= tau for cosine in self.cosines) for tau in TAUS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON report, schema `safeproj.report/1`."""
+        return {
+            "schema": SCHEMA,
+            "tool": {"name": "safeproj", "version": self.version},
+            "method": "safe-lora",
+            "projector": self.projector,
+            "selection": self.selection,
+            "inputs": self.inputs,
+            "summary": {
+                "modules": len(self.modules),
+                "projected": self.projected,
+                "cosine": spread(self.cosines),
+                "scale": spread(self.scales),
+                "pdst": self.pdst,
+            },
+            "modules": [module.to_dict() for module in self.modules],
+            "unprojected": list(self.unprojected),
+            "warnings": list(self.warnings),
+        }
+
+
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Return minimum, mean and maximum; None where there are no values."""
+    if not values:
+        return {"min": None, "mean": None, "max": None}
+    return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
+
+
+def place(name: str) -> tuple[str, int | None, str]:
+    """Split a module's name into stack, layer number and kind.
+
+    >>> place("model.layers.10.self_attn.q_proj")
+    ('model.layers', 10, 'q_proj')
+    >>> place("lm_head")
+    ('', None, 'lm_head')
+    """
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if number is None:
+        return ".".join(parts[:-1]), None, parts[-1]
+    return ".".join(parts[:number]), int(parts[number]), parts[-1]

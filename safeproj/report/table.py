@@ -1,0 +1,116 @@
+"""The report for a terminal: layers by kinds, a summary, and what each threshold would do."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from safeproj.errors import shorten
+from safeproj.report.markdown import describe
+from safeproj.report.record import ModuleReport, Report, spread
+
+CELL = 13
+"""Columns of one cell: cosine, scale, the mark, and a space."""
+
+
+def render(report: Report, *, width: int, color: bool) -> str:
+    """Return the tables as text."""
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
+    )
+    for stack, modules in _by_stack(report):
+        columns = _columns(modules)
+        kinds = list(dict.fromkeys(columns.values()))
+        for chunk in _chunks(kinds, max(1, (width - 8) // CELL)):
+            console.print(_grid(stack, modules, columns, chunk))
+    console.print(_legend())
+    console.print(_summary(report))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def _by_stack(report: Report) -> list[tuple[str, list[ModuleReport]]]:
+    ordered = sorted(report.modules, key=lambda module: (module.layer is None, module.stack))
+    groups = groupby(ordered, key=lambda module: (module.layer is None, module.stack))
+    return [(stack, list(modules)) for (_, stack), modules in groups]
+
+
+def _columns(modules: list[ModuleReport]) -> dict[str, str]:
+    """Return module name to column: its kind, or more of the name where that is ambiguous."""
+    same = Counter((module.layer, module.kind) for module in modules)
+    return {
+        module.name: module.kind
+        if same[module.layer, module.kind] == 1
+        else ".".join(module.name.split(".")[-2:])
+        for module in modules
+    }
+
+
+def _chunks(kinds: list[str], size: int) -> list[list[str]]:
+    return [kinds[i : i + size] for i in range(0, len(kinds), size)]
+
+
+def _grid(
+    stack: str, modules: list[ModuleReport], columns: dict[str, str], kinds: list[str]
+) -> Table:
+    table = Table(title=stack or None, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("layer", justify="right")
+    for kind in kinds:
+        table.add_column(kind, justify="right", no_wrap=True, overflow="ellipsis")
+    cells: dict[int | None, dict[str, Text]] = {}
+    for module in modules:
+        cells.setdefault(module.layer, {})[columns[module.name]] = _cell(module)
+    for layer, row in cells.items():
+        if any(kind in row for kind in kinds):
+            label = "-" if layer is None else str(layer)
+            table.add_row(label, *(row.get(kind, Text("")) for kind in kinds))
+    return table
+
+
+def _cell(module: ModuleReport) -> Text:
+    if module.cosine is None or module.scale is None:
+        return Text("n/a", style="dim")
+    style = "red" if module.cosine < 0.35 else "yellow" if module.cosine < 0.6 else "green"
+    mark = "*" if module.projected else " "
+    return Text.assemble(
+        (f"{module.cosine:.3f}", style), (f" {module.scale:.3f}", "dim"), (mark, "bold")
+    )
+
+
+def _legend() -> Text:
+    return Text(
+        "each cell: cosine of the update and its projection, then scale = ‖CB‖/‖B‖, the share of "
+        "the\nfactor that projection leaves (near 0: it all but removes the update); * = projected",
+        style="dim",
+    )
+
+
+def _summary(report: Report) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(style="bold")
+    table.add_column()
+    counts = f"{report.projected} of {len(report.modules)} modules"
+    table.add_row("projected", f"{counts} ({describe(report.selection)})")
+    table.add_row("projector", describe(report.projector))
+    for label, values in (("cosine", report.cosines), ("scale", report.scales)):
+        found = spread(values)
+        if found["mean"] is not None:
+            table.add_row(
+                label, f"min {found['min']:.3f}  mean {found['mean']:.3f}  max {found['max']:.3f}"
+            )
+    if report.pdst is not None:
+        table.add_row("pdst", f"{report.pdst:.4f}")
+    would = "  ".join(f"{tau:g}: {count}" for tau, count in report.would_project().items())
+    table.add_row("tau: projects", would)
+    notes: dict[str, list[str]] = {}
+    for module in report.modules:
+        if module.note is not None:
+            notes.setdefault(module.note, []).append(module.name)
+    for note, names in notes.items():
+        table.add_row("note", f"{shorten(names)}: {note}")
+    return table

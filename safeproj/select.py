@@ -1,0 +1,110 @@
+"""Which modules are projected: by threshold, by number, or all; and the order of module names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from safeproj.errors import SafeprojError
+
+DEFAULT_THRESHOLD = 0.35
+"""tau of the work that builds on Safe LoRA."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How modules are chosen for projection. At most one of the first three fields is given.
+
+    Attributes:
+        threshold: project the modules with `cos <= threshold`, in [0, 1]; 0.35 if nothing is given.
+        layers: project the N modules with the lowest cosine.
+        all: project every module.
+        include: consider only modules whose name matches one of these regular expressions.
+        exclude: leave out modules whose name matches one of these regular expressions.
+
+    Raises:
+        SafeprojError: two selections at once, a number out of range, or a bad expression.
+    """
+
+    threshold: float | None = None
+    layers: int | None = None
+    all: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [
+            option
+            for option, present in (
+                ("--threshold", self.threshold is not None),
+                ("--layers", self.layers is not None),
+                ("--all", self.all),
+            )
+            if present
+        ]
+        if len(given) > 1:
+            raise SafeprojError(f"{' and '.join(given)} exclude each other: give one of them")
+        if not given:
+            object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise SafeprojError(f"--threshold must lie in [0, 1], found {self.threshold}")
+        if self.layers is not None and self.layers < 0:
+            raise SafeprojError(f"--layers must be 0 or more, found {self.layers}")
+        for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise SafeprojError(
+                        f"{option} {pattern!r} is not a regular expression: {error}"
+                    ) from error
+
+    @property
+    def mode(self) -> str:
+        """`threshold`, `layers` or `all`."""
+        return "all" if self.all else "layers" if self.layers is not None else "threshold"
+
+    def considers(self, name: str) -> bool:
+        """Tell whether `--include` and `--exclude` let the module through."""
+        if self.include and not any(re.search(pattern, name) for pattern in self.include):
+            return False
+        return not any(re.search(pattern, name) for pattern in self.exclude)
+
+    def choose(self, cosines: Mapping[str, float | None]) -> frozenset[str]:
+        """Return the names of the modules to project; a module without a cosine is never one."""
+        scored = {name: cosine for name, cosine in cosines.items() if cosine is not None}
+        if self.all:
+            return frozenset(scored)
+        if self.layers is not None:
+            # Ties go to the earlier name, so that exactly N modules are chosen.
+            ranked = sorted(scored, key=lambda name: (scored[name], natural_order(name)))
+            return frozenset(ranked[: self.layers])
+        assert self.threshold is not None
+        return frozenset(name for name, cosine in scored.items() if cosine <= self.threshold)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the `selection` object of the JSON report."""
+        found: dict[str, object] = {"mode": self.mode}
+        if self.threshold is not None:
+            found["threshold"] = self.threshold
+        if self.layers is not None:
+            found["layers"] = self.layers
+        if self.include:
+            found["include"] = list(self.include)
+        if self.exclude:
+            found["exclude"] = list(self.exclude)
+        return found
+
+
+def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Return a sort key that puts layer 2 before layer 10.
+
+    >>> sorted(["layers.10.q", "layers.2.q"], key=natural_order)
+    ['layers.2.q', 'layers.10.q']
+    """
+    return tuple(
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", name)
+        if part
+    )

@@ -1,0 +1,46 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import moved, save_adapter, tiny_llama
+
+
+@dataclass(frozen=True)
+class Trio:
+    """A base and an aligned checkpoint, and an adapter, on disk; tests must not change them."""
+
+    base: Path
+    aligned: Path
+    adapter: Path
+    base_model: Any
+    aligned_model: Any
+
+    @property
+    def arguments(self) -> list[str]:
+        """The three options of the command."""
+        return [
+            "--base",
+            str(self.base),
+            "--aligned",
+            str(self.aligned),
+            "--adapter",
+            str(self.adapter),
+        ]
+
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    """A tiny float32 Llama pair, sharded differently, and a q+v adapter."""
+    root = tmp_path_factory.mktemp("trio")
+    base = tiny_llama()
+    aligned = moved(base)
+    base.save_pretrained(root / "base", max_shard_size="20KB")
+    aligned.save_pretrained(root / "aligned", max_shard_size="35KB")
+    save_adapter(aligned, root / "adapter")
+    return Trio(root / "base", root / "aligned", root / "adapter", base, aligned)

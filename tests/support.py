@@ -1,0 +1,133 @@
+"""What several tests need: the installed command, tiny models, adapters, and the oracle."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMMAND = str(Path(sys.executable).parent / "safeproj")
+"""The command as it is installed beside the interpreter that runs the tests."""
+
+
+def safeproj(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed command and return what it printed."""
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        timeout=300,
+        check=False,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Check the contract for unusable input: exit code 2, one line, no traceback, the facts."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("safeproj: error: ")
+    assert "unexpected" not in lines[0]
+    for word in words:
+        assert word in lines[0], f"{word!r} not in {lines[0]!r}"
+
+
+def tiny_llama(seed: int = 0, **settings: Any) -> Any:
+    """Return a Llama model with random weights, small enough for a test."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    defaults = {
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings}))
+
+
+def moved(model: Any, size: float = 0.02, seed: int = 1) -> Any:
+    """Return a copy of the model whose weights have all moved a little, as alignment does."""
+    import copy
+
+    torch.manual_seed(seed)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+    return model
+
+
+def save_adapter(model: Any, path: Path, seed: int = 2, **settings: Any) -> Path:
+    """Put a LoRA adapter with random factors on the model and save it, as training would."""
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "init_lora_weights": False,
+    }
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**{**defaults, **settings}))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name and name.endswith("bias"):
+                parameter.normal_()
+    adapted.save_pretrained(path)
+    return path
+
+
+def deltas(model: Any, adapter: Path) -> dict[str, Tensor]:
+    """Return `ΔW` of every adapted module, as PEFT computes it from the adapter's files."""
+    import copy
+
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), str(adapter))
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix): module.get_delta_weight("default").detach().double()
+        for name, module in loaded.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def oracle_C(W_aligned: Tensor, W_base: Tensor, rank: int | None = None) -> Tensor:
+    """Return the projector (m, m), formed in float64 as METHODS.md §1 writes it.
+
+    The fast form without a rank, `U_k U_kᵀ` from a singular value decomposition with one.
+    """
+    V = W_aligned.double() - W_base.double()
+    if rank is None:
+        return V @ V.T / V.norm()
+    U = torch.linalg.svd(V, full_matrices=False)[0][:, :rank]
+    return U @ U.T
+
+
+def oracle_cosine(delta: Tensor, C: Tensor) -> float:
+    """Return `⟨ΔW, C ΔW⟩_F / (‖ΔW‖_F ‖C ΔW‖_F)` from dense float64 matrices."""
+    projected = C @ delta.double()
+    return float((delta.double() * projected).sum() / (delta.double().norm() * projected.norm()))
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file."""
+    return json.loads(path.read_text("utf-8"))
