@@ -90,7 +90,7 @@ def save_adapter(model: Any, path: Path, seed: int = 2, **settings: Any) -> Path
         for name, parameter in adapted.named_parameters():
             if ".lora_B." in name and name.endswith("bias"):
                 parameter.normal_()
-    adapted.save_pretrained(path)
+    adapted.save_pretrained(str(path))
     return path
 
 
@@ -99,14 +99,14 @@ def deltas(model: Any, adapter: Path) -> dict[str, Tensor]:
     import copy
 
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import Linear
 
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), str(adapter))
     prefix = "base_model.model."
     return {
         name.removeprefix(prefix): module.get_delta_weight("default").detach().double()
         for name, module in loaded.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, Linear)
     }
 
 
@@ -115,11 +115,11 @@ def oracle_C(W_aligned: Tensor, W_base: Tensor, rank: int | None = None) -> Tens
 
     The fast form without a rank, `U_k U_kᵀ` from a singular value decomposition with one.
     """
-    V = W_aligned.double() - W_base.double()
+    V: Tensor = W_aligned.double() - W_base.double()
     if rank is None:
-        return V @ V.T / V.norm()
-    U = torch.linalg.svd(V, full_matrices=False)[0][:, :rank]
-    return U @ U.T
+        return (V @ V.T).div(V.norm())
+    U: Tensor = torch.linalg.svd(V, full_matrices=False)[0][:, :rank]
+    return torch.mm(U, U.T)
 
 
 def oracle_cosine(delta: Tensor, C: Tensor) -> float:

@@ -1,0 +1,309 @@
+"""`safeproj patch`, from real files through PEFT, against the float64 oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import Trio
+from tests.support import (
+    deltas,
+    moved,
+    oracle_C,
+    oracle_cosine,
+    read_json,
+    safeproj,
+    save_adapter,
+    tiny_llama,
+)
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def weight_of(model: Any, name: str) -> torch.Tensor:
+    """Return the weight of a module as (out, in), however it is stored."""
+    weight: torch.Tensor = model.get_submodule(name).weight.detach()
+    return weight if type(model.get_submodule(name)).__name__ != "Conv1D" else weight.T
+
+
+def check_patched(
+    base_model: Any, aligned_model: Any, adapter: Path, out: Path, *, rank: int | None = None
+) -> dict[str, Any]:
+    """Compare every module of a patched adapter with the oracle, through PEFT's own ΔW.
+
+    Returns:
+        The manifest.
+    """
+    manifest: dict[str, Any] = read_json(out / "safeproj.json")
+    before, after = deltas(aligned_model, adapter), deltas(aligned_model, out)
+    assert {module["name"] for module in manifest["modules"]} == set(before) == set(after)
+    for module in manifest["modules"]:
+        name, delta = module["name"], before[module["name"]]
+        transposed = type(aligned_model.get_submodule(name)).__name__ == "Conv1D"
+        if transposed:
+            delta = delta.T
+        C = oracle_C(
+            weight_of(aligned_model, name),
+            weight_of(base_model, name),
+            rank,
+        )
+        assert module["cosine"] == pytest.approx(oracle_cosine(delta, C), abs=2e-6), name
+        expected = C @ delta if module["projected"] else delta
+        found = after[name].T if transposed else after[name]
+        assert float((found - expected).norm() / expected.norm()) < 1e-5, name
+    return manifest
+
+
+@pytest.mark.parametrize(
+    "selection", [["--all"], ["--layers", "2"], ["--threshold", "0.75"], []], ids=" ".join
+)
+@pytest.mark.parametrize("projector", [[], ["--projector", "exact", "--rank", "3"]], ids=" ".join)
+def test_patched_deltas_are_what_the_formula_says(
+    trio: Trio, tmp_path: Path, selection: list[str], projector: list[str]
+) -> None:
+    result = safeproj("patch", *trio.arguments, "--out", tmp_path / "out", *selection, *projector)
+    assert result.returncode == 0, result.stderr
+
+    manifest = check_patched(
+        trio.base_model,
+        trio.aligned_model,
+        trio.adapter,
+        tmp_path / "out",
+        rank=3 if projector else None,
+    )
+    if selection == ["--layers", "2"]:
+        assert manifest["summary"]["projected"] == 2
+    if selection == ["--all"]:
+        assert manifest["summary"]["projected"] == len(manifest["modules"]) == 4
+
+
+def test_base_and_aligned_may_differ_in_dtype_and_sharding(tmp_path: Path) -> None:
+    base, aligned = tiny_llama(seed=3), moved(tiny_llama(seed=3))
+    base, aligned = base.to(torch.float16), aligned.to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    aligned.save_pretrained(tmp_path / "aligned", max_shard_size="20KB")
+    adapter = save_adapter(aligned.float(), tmp_path / "adapter", target_modules="all-linear")
+
+    result = safeproj(
+        "patch", "--base", tmp_path / "base", "--aligned", tmp_path / "aligned",
+        "--adapter", adapter, "--out", tmp_path / "out", "--all",
+    )  # fmt: skip
+
+    assert result.returncode == 0, result.stderr
+    manifest = check_patched(base.float(), aligned.float(), adapter, tmp_path / "out")
+    assert len(manifest["modules"]) == 14
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "all-linear": {"target_modules": "all-linear"},
+    "regex targets": {"target_modules": r".*\.mlp\.(up|down)_proj"},
+    "rank and alpha patterns": {
+        "target_modules": ["q_proj", "k_proj"],
+        "rank_pattern": {"k_proj": 2},
+        "alpha_pattern": {"k_proj": 16},
+    },
+    "rsLoRA": {"use_rslora": True},
+    "lora_bias": {"lora_bias": True},
+    "DoRA": {"use_dora": True},
+    "one layer": {"layers_to_transform": [1], "layers_pattern": "layers"},
+}
+
+
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_kinds_of_lora_adapters(trio: Trio, tmp_path: Path, settings: dict[str, Any]) -> None:
+    adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", **settings)
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--out", tmp_path / "out", "--all",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    check_patched(trio.base_model, trio.aligned_model, adapter, tmp_path / "out")
+
+
+def test_the_bias_of_lora_B_is_projected_with_it(trio: Trio, tmp_path: Path) -> None:
+    adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", lora_bias=True)
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--out", tmp_path / "out", "--all",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    biases = [key for key in before if key.endswith(".lora_B.bias")]
+    assert len(biases) == 4
+    for key in biases:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_B.bias")
+        C = oracle_C(
+            trio.aligned_model.get_submodule(name).weight.detach(),
+            trio.base_model.get_submodule(name).weight.detach(),
+        )
+        expected = C @ before[key].double()
+        assert float((after[key].double() - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_dora_magnitudes_are_kept_and_the_report_says_so(trio: Trio, tmp_path: Path) -> None:
+    adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", use_dora=True)
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--out", tmp_path / "out", "--all",
+    )  # fmt: skip
+    assert "DoRA" in result.stderr
+    before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    magnitudes = [key for key in before if "magnitude" in key]
+    assert len(magnitudes) == 4
+    assert all(torch.equal(before[key], after[key]) for key in magnitudes)
+
+
+def test_conv1d_weights_are_stored_transposed(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40))
+    aligned = moved(base)
+    base.save_pretrained(tmp_path / "base")
+    aligned.save_pretrained(tmp_path / "aligned", max_shard_size="30KB")
+    # attn.c_proj is square: only the architecture tells how it is stored.
+    adapter = save_adapter(
+        aligned, tmp_path / "adapter", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
+    )
+    result = safeproj(
+        "patch", "--base", tmp_path / "base", "--aligned", tmp_path / "aligned",
+        "--adapter", adapter, "--out", tmp_path / "out", "--all",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    manifest = check_patched(base, aligned, adapter, tmp_path / "out")
+    assert [32, 32] in [module["shape"] for module in manifest["modules"]]
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16", "float16"])
+def test_dtype_applies_to_the_projected_tensors_only(
+    trio: Trio, tmp_path: Path, dtype: str
+) -> None:
+    adapter = save_adapter(trio.aligned_model, tmp_path / "adapter")
+    stored = {key: t.bfloat16() for key, t in load_file(adapter / WEIGHTS).items()}
+    save_file(stored, adapter / WEIGHTS, metadata={"format": "pt"})
+
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--out", tmp_path / "out", "--layers", "2", "--dtype", dtype,
+    )  # fmt: skip
+
+    assert result.returncode == 0, result.stderr
+    manifest = read_json(tmp_path / "out" / "safeproj.json")
+    projected = set(manifest["output"]["projected"])
+    assert len(projected) == 2
+    wanted = {"keep": torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    for key, tensor in load_file(tmp_path / "out" / WEIGHTS).items():
+        if key in projected:
+            assert tensor.dtype == wanted
+        else:
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, stored[key])
+
+
+def test_a_bin_adapter_is_written_as_safetensors(trio: Trio, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    save_adapter(trio.aligned_model, adapter)
+    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+    (adapter / WEIGHTS).unlink()
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--out", tmp_path / "out", "--all",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "out" / "adapter_model.bin").exists()
+    check_patched(trio.base_model, trio.aligned_model, adapter, tmp_path / "out")
+
+
+def test_an_unpatched_bin_beside_the_safetensors_is_not_copied(trio: Trio, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    save_adapter(trio.aligned_model, adapter)
+    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--out", tmp_path / "out", "--all",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "out" / "adapter_model.bin").exists()
+
+
+@pytest.mark.parametrize("layout", ["one file", "file as SRC", "shards without an index"])
+def test_layouts_of_a_checkpoint(trio: Trio, tmp_path: Path, layout: str) -> None:
+    aligned = tmp_path / "aligned"
+    if layout == "shards without an index":
+        trio.aligned_model.save_pretrained(aligned, max_shard_size="35KB")
+        (aligned / "model.safetensors.index.json").unlink()
+        assert len(list(aligned.glob("*.safetensors"))) > 1
+    else:
+        trio.aligned_model.save_pretrained(aligned)
+    source = aligned / "model.safetensors" if layout == "file as SRC" else aligned
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", source, "--adapter", trio.adapter,
+        "--out", tmp_path / "out", "--all",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    check_patched(trio.base_model, trio.aligned_model, trio.adapter, tmp_path / "out")
+
+
+def test_everything_else_is_kept(trio: Trio, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    save_adapter(trio.aligned_model, adapter)
+    tensors = load_file(adapter / WEIGHTS)
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt", "z": "1", "a": "ü"})
+    (adapter / "notes").mkdir()
+    (adapter / "notes" / "run.bin").write_bytes(bytes(range(256)))
+
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--out", tmp_path / "out", "--layers", "1",
+    )  # fmt: skip
+
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "out"
+    assert (out / "adapter_config.json").read_bytes() == (
+        adapter / "adapter_config.json"
+    ).read_bytes()
+    assert (out / "notes" / "run.bin").read_bytes() == bytes(range(256))
+    assert (out / "README.md").read_bytes().startswith((adapter / "README.md").read_bytes())
+    assert "safeproj:begin" in (out / "README.md").read_text("utf-8")
+    with safe_open(out / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "z": "1", "a": "ü"}
+    changed = {
+        key
+        for key, tensor in load_file(out / WEIGHTS).items()
+        if not torch.equal(tensor, tensors[key])
+    }
+    assert changed == set(read_json(out / "safeproj.json")["output"]["projected"])
+    assert len(changed) == 1
+
+
+def test_patching_twice_keeps_one_section_in_the_card(trio: Trio, tmp_path: Path) -> None:
+    source = trio.adapter
+    for out in ("one", "two"):
+        result = safeproj(
+            "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", source,
+            "--out", tmp_path / out, "--layers", "1",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        source = tmp_path / out
+    assert (tmp_path / "two" / "README.md").read_text("utf-8").count("safeproj:begin") == 1
+
+
+@pytest.mark.parametrize("projector", [[], ["--projector", "exact", "--energy", "0.5"]], ids=str)
+def test_the_output_does_not_depend_on_workers_or_threads(
+    trio: Trio, tmp_path: Path, projector: list[str]
+) -> None:
+    written = set()
+    for workers, threads in ((1, 1), (2, 2), (5, 1), (3, 4)):
+        out = tmp_path / f"{workers}-{threads}"
+        result = safeproj(
+            "patch", *trio.arguments, "--out", out, "--all", "--workers", str(workers), *projector,
+            env={"OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        written.add((out / WEIGHTS).read_bytes())
+    assert len(written) == 1

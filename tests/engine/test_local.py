@@ -1,0 +1,173 @@
+"""The engine on real files: blocks, memory rules, digests, progress, failures, devices."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safeproj import engine
+from safeproj.checkpoint import open_checkpoint
+from safeproj.engine import Progress, Score, Task
+from safeproj.engine.local import CPU_BLOCK, CPU_HOLD
+from safeproj.errors import SafeprojError
+from safeproj.projection import Approx, Exact, Projector, alignment, similarity
+from tests.support import oracle_C, oracle_cosine
+
+
+def stored(path: Path, **tensors: Tensor) -> Path:
+    """Write tensors as a checkpoint of one file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def task_of(
+    tmp_path: Path, W_aligned: Tensor, W_base: Tensor, r: int = 4, *, transposed: bool = False
+) -> Task:
+    """Return the task for a pair of weights given as (m, n)."""
+    generator = torch.Generator().manual_seed(7)
+    m, n = W_aligned.shape
+    on_disk = (W_aligned.T, W_base.T) if transposed else (W_aligned, W_base)
+    aligned = open_checkpoint(str(stored(tmp_path / "aligned.safetensors", w=on_disk[0])))
+    base = open_checkpoint(str(stored(tmp_path / "base.safetensors", w=on_disk[1])))
+    return Task(
+        "w",
+        aligned.weight("w"),
+        base.weight("w"),
+        transposed,
+        A=torch.randn(r, n, generator=generator),
+        B=torch.randn(m, r, generator=generator),
+    )
+
+
+def pair(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(m * n)
+    W_base = torch.randn(m, n, generator=generator)
+    return (W_base + 0.1 * torch.randn(m, n, generator=generator)).to(dtype), W_base.to(dtype)
+
+
+def run_one(task: Task, projector: Projector | None = None, device: str = "cpu") -> Score:
+    return engine.run([task], projector or Approx(), device=device)[0]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(700, 1200), (1200, 700), (3, 60_000), (60_000, 3), (2000, 1)])
+def test_weights_of_many_blocks_agree_with_the_oracle(
+    tmp_path: Path, m: int, n: int, transposed: bool
+) -> None:
+    W_aligned, W_base = pair(m, n)
+    task = task_of(tmp_path, W_aligned, W_base, transposed=transposed)
+    score = run_one(task)
+
+    C = oracle_C(W_aligned, W_base)
+    expected = C @ task.B.double()
+    assert score.CB is not None
+    assert float((score.CB.double() - expected).norm() / expected.norm()) < 1e-5
+    assert score.cosine == pytest.approx(
+        oracle_cosine(task.B.double() @ task.A.double(), C), abs=2e-6
+    )
+
+
+def test_a_weight_too_large_to_keep_is_read_again(tmp_path: Path) -> None:
+    m = n = math.isqrt(CPU_HOLD // 4) + 50
+    W_aligned, W_base = pair(m, n)
+    task = task_of(tmp_path, W_aligned, W_base)
+    read: list[int] = []
+    score = engine.run([task], Approx(), device="cpu", on_progress=lambda e: read.append(e.nbytes))[
+        0
+    ]
+
+    V = alignment(W_aligned, W_base).double()
+    expected = V @ (V.T @ task.B.double()) / V.norm()
+    assert score.CB is not None
+    assert float((score.CB.double() - expected).norm() / expected.norm()) < 1e-5
+    assert score.cosine is not None
+    assert score.cosine == pytest.approx(similarity(task.A, task.B, expected), abs=2e-6)
+    assert len(read) > W_aligned.nbytes // CPU_BLOCK
+    assert sum(read) == 2 * W_aligned.nbytes  # the second reading is not progress
+
+
+def test_digests_are_those_of_the_stored_bytes(tmp_path: Path) -> None:
+    W_aligned, W_base = pair(600, 1100)
+    task = task_of(tmp_path, W_aligned, W_base)
+    for projector in (Approx(), Exact(rank=3)):
+        (score,) = engine.run([task], projector, device="cpu", digests=True)
+        assert score.sha256 == tuple(
+            hashlib.sha256(W.view(torch.uint8).numpy().data).hexdigest()
+            for W in (W_aligned, W_base)
+        )
+
+
+def test_progress_covers_all_bytes_and_all_modules(tmp_path: Path) -> None:
+    task = task_of(tmp_path, *pair(600, 1100))
+    events: list[Progress] = []
+    engine.run([task] * 3, Approx(), device="cpu", on_progress=events.append)
+    assert sum(event.nbytes for event in events) == 3 * task.nbytes
+    assert sum(event.finished for event in events) == 3
+
+
+@pytest.mark.parametrize("culprit", ["aligned", "base"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_tensor_with_a_bad_value_is_named(tmp_path: Path, culprit: str, value: float) -> None:
+    weights = dict(zip(("aligned", "base"), pair(600, 1100), strict=True))
+    weights[culprit][599, 1099] = value
+    task = task_of(tmp_path, weights["aligned"], weights["base"])
+    with pytest.raises(SafeprojError, match=f"{culprit}.safetensors: w has NaN or Inf"):
+        run_one(task)
+
+
+def test_finite_weights_that_overflow_are_not_called_damaged(tmp_path: Path) -> None:
+    huge = torch.full((4, 4), 3e38)
+    with pytest.raises(SafeprojError, match="too large for float32"):
+        run_one(task_of(tmp_path, huge, -huge))
+
+
+def test_a_file_that_shrinks_after_the_plan_is_an_error(tmp_path: Path) -> None:
+    task = task_of(tmp_path, *pair(600, 1100))
+    file = tmp_path / "base.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SafeprojError, match="truncated"):
+        run_one(task)
+
+
+def test_the_callers_thread_count_is_left_alone(tmp_path: Path) -> None:
+    task = task_of(tmp_path, *pair(60, 40))
+    before = torch.get_num_threads()
+    run_one(task)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", ""])
+def test_unknown_devices_are_refused(device: str) -> None:
+    with pytest.raises(SafeprojError, match="expected auto, cpu, cuda"):
+        engine.resolve_device(device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("projector", [Approx(), Exact(rank=4)], ids=repr)
+def test_cuda_agrees_with_the_cpu(tmp_path: Path, projector: Projector, transposed: bool) -> None:
+    task = task_of(tmp_path, *pair(1300, 900), transposed=transposed)
+    cpu, cuda = run_one(task, projector), run_one(task, projector, "cuda")
+    assert cpu.CB is not None
+    assert cuda.CB is not None
+    assert float((cuda.CB - cpu.CB).norm() / cpu.CB.norm()) < 1e-5
+    assert cuda.cosine == pytest.approx(cpu.cosine, abs=2e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none")
+def test_cuda_overlaps_blocks_without_mixing_them(tmp_path: Path) -> None:
+    W_aligned, W_base = pair(9000, 9000)  # several blocks in both staging buffers
+    task = task_of(tmp_path, W_aligned, W_base)
+    V = alignment(W_aligned, W_base)
+    expected = V @ (V.T @ task.B) / V.norm()
+    first, second = run_one(task, device="cuda").CB, run_one(task, device="cuda").CB
+    assert first is not None
+    assert second is not None
+    assert float((first - expected).norm() / expected.norm()) < 1e-5
+    assert torch.equal(first, second)

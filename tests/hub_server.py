@@ -1,0 +1,369 @@
+"""A Hugging Face Hub on the loopback interface: the endpoints that `huggingface_hub` reads from.
+
+It answers over HTTP as the public Hub does: model information per revision, `resolve` URLs with
+commit and entity tag, large files through a redirect to a storage host of another origin (which
+refuses a bearer token, as signed URLs do), byte ranges, and the error codes for what is missing,
+gated or private. It offers no Xet storage. It notes every request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote, unquote, urlsplit
+
+LARGE = (".safetensors", ".bin")
+"""Files that the storage host serves."""
+
+STALL_SECONDS = 30
+"""How long a request of a stalled Hub waits before its connection is closed without an answer."""
+
+HINT = "unauthenticated; You are sending unauthenticated requests to the Hub; set a token"
+"""What the public Hub sends along with answers to requests without a token."""
+
+_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?")
+_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(resolve|storage)/(?P<revision>[^/]+)/(?P<file>.+)")
+_RANGE = re.compile(r"bytes=(?P<first>\d+)-(?P<last>\d*)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request and its answer.
+
+    Attributes:
+        method: of HTTP.
+        path: as sent, without the query.
+        repo: the repository, None where the path names none.
+        revision: the revision in the path, None where it names none.
+        file: the file in the path, None where it names none.
+        range: the `Range` header.
+        token: the bearer token.
+        status: of the answer.
+        sent: bytes of the answer's body.
+    """
+
+    method: str
+    path: str
+    repo: str | None
+    revision: str | None
+    file: str | None
+    range: str | None
+    token: str | None
+    status: int
+    sent: int
+
+    @property
+    def downloads(self) -> bool:
+        """Whether it was answered with a file, all of it."""
+        return self.method == "GET" and self.file is not None and self.status == HTTPStatus.OK
+
+
+@dataclass
+class Repository:
+    """A model repository: `commits` maps a commit to its files, `refs` a name to a commit."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+    gated: bool = False
+
+    def commit(self, revision: str) -> str | None:
+        """Return the commit that a branch, tag or commit names, None if there is none."""
+        return revision if revision in self.commits else self.refs.get(revision)
+
+
+class Hub:
+    """The server: it listens from its creation until `close`.
+
+    Attributes:
+        requests: all requests so far, in the order in which they were answered.
+        hint: the `X-HF-Warning` header of answers to requests without a token.
+        trouble: `stall` to answer nothing at all, `unavailable` to answer 503 to everything.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.hint: str | None = None
+        self.trouble: Literal["stall", "unavailable"] | None = None
+        self.closing = threading.Event()
+        self._repositories: dict[str, Repository] = {}
+        self._tokens: dict[str, frozenset[str]] = {}
+        self._main, self._storage = _Listener(self), _Listener(self)
+
+    @property
+    def url(self) -> str:
+        """What belongs into `HF_ENDPOINT`."""
+        return self._main.url
+
+    @property
+    def storage_url(self) -> str:
+        """Where large files are; another origin than `url`."""
+        return self._storage.url
+
+    def close(self) -> None:
+        """Stop listening."""
+        self.closing.set()
+        self._main.stop()
+        self._storage.stop()
+
+    def publish(
+        self,
+        repo: str,
+        files: Path | Mapping[str, bytes],
+        revision: str = "main",
+        *,
+        private: bool = False,
+        gated: bool = False,
+    ) -> str:
+        """Commit a directory of files to a branch or tag and return the commit."""
+        if isinstance(files, Path):
+            files = {
+                path.relative_to(files).as_posix(): path.read_bytes()
+                for path in sorted(files.rglob("*"))
+                if path.is_file()
+            }
+        digest = hashlib.sha1(f"{repo}@{revision}".encode())
+        for name, content in files.items():
+            digest.update(f"{name} {_etag(content)}".encode())
+        repository = self._repositories.setdefault(repo, Repository())
+        repository.commits[digest.hexdigest()] = dict(files)
+        repository.refs[revision] = digest.hexdigest()
+        repository.private, repository.gated = private, gated
+        return digest.hexdigest()
+
+    def grant(self, token: str, *repos: str) -> None:
+        """Make a token valid; it opens these private or gated repositories."""
+        self._tokens[token] = frozenset(repos)
+
+    def downloads(self, repo: str) -> list[str]:
+        """Return the files of a repository that were sent whole, in that order."""
+        return [r.file for r in self.requests if r.repo == repo and r.downloads and r.file]
+
+    def touched(self, repo: str) -> set[str]:
+        """Return the files of a repository that any request was about."""
+        return {r.file for r in self.requests if r.repo == repo and r.file}
+
+    def _find(self, repo: str, revision: str | None, token: str | None) -> _Found | _Refusal:
+        """Look up a revision as the owner of the token sees it."""
+        if token is not None and token not in self._tokens:
+            return _Refusal(
+                HTTPStatus.UNAUTHORIZED, None, "Invalid credentials in Authorization header"
+            )
+        repository = self._repositories.get(repo)
+        granted = token is not None and repo in self._tokens[token]
+        if repository is None or (repository.private and not granted):
+            if token is None:
+                return _Refusal(
+                    HTTPStatus.UNAUTHORIZED, "RepoNotFound", "Invalid username or password."
+                )
+            return _Refusal(HTTPStatus.NOT_FOUND, "RepoNotFound", "Repository not found")
+        commit = repository.commit("main" if revision is None else revision)
+        if commit is None:
+            return _Refusal(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return _Found(repository, commit, locked=repository.gated and not granted)
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
+    """Run a Hub for the duration of a block."""
+    hub = Hub()
+    try:
+        yield hub
+    finally:
+        hub.close()
+
+
+@dataclass(frozen=True)
+class _Found:
+    repository: Repository
+    commit: str
+    locked: bool
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.repository.commits[self.commit]
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    status: HTTPStatus
+    code: str | None
+    message: str
+
+
+class _Listener(ThreadingHTTPServer):
+    """One origin, with a thread of its own."""
+
+    daemon_threads = True
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = hub
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def stop(self) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Listener
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Print nothing."""
+
+    def do_HEAD(self) -> None:
+        self._respond()
+
+    def do_GET(self) -> None:
+        self._respond()
+
+    def _respond(self) -> None:
+        hub, path = self.server.hub, urlsplit(self.path).path
+        api, file = _API.fullmatch(path), _FILE.fullmatch(path)
+        found = api or file
+        self._request = {
+            "repo": unquote(found["repo"]) if found else None,
+            "revision": unquote(found["revision"]) if found and found["revision"] else None,
+            "file": unquote(file["file"]) if file else None,
+        }
+        if hub.trouble == "stall":
+            hub.closing.wait(STALL_SECONDS)
+            self._note(0, 0)
+            self.close_connection = True
+        elif hub.trouble == "unavailable":
+            self._refuse(_Refusal(HTTPStatus.SERVICE_UNAVAILABLE, None, "Service unavailable"))
+        elif self.server.url == hub.storage_url and file:
+            self._serve_storage(*map(unquote, file.group("repo", "revision", "file")))
+        elif api:
+            self._serve_info(unquote(api["repo"]), api["revision"] and unquote(api["revision"]))
+        elif file:
+            self._serve_file(*map(unquote, file.group("repo", "revision", "file")))
+        else:
+            self._refuse(_Refusal(HTTPStatus.NOT_FOUND, None, "Not found"))
+
+    def _serve_info(self, repo: str, revision: str | None) -> None:
+        found = self.server.hub._find(repo, revision, self._token)
+        if isinstance(found, _Refusal):
+            self._refuse(found)
+            return
+        info = {
+            "id": repo,
+            "modelId": repo,
+            "sha": found.commit,
+            "private": found.repository.private,
+            "gated": "auto" if found.repository.gated else False,
+            "disabled": False,
+            "tags": [],
+            "siblings": [{"rfilename": name} for name in sorted(found.files)],
+        }
+        self._send(HTTPStatus.OK, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _serve_file(self, repo: str, revision: str, file: str) -> None:
+        found = self.server.hub._find(repo, revision, self._token)
+        if isinstance(found, _Refusal):
+            self._refuse(found)
+        elif found.locked:
+            known = self._token is not None
+            status = HTTPStatus.FORBIDDEN if known else HTTPStatus.UNAUTHORIZED
+            self._refuse(_Refusal(status, "GatedRepo", f"Access to model {repo} is restricted."))
+        elif file not in found.files:
+            self._refuse(
+                _Refusal(HTTPStatus.NOT_FOUND, "EntryNotFound", "Entry not found"),
+                {"X-Repo-Commit": found.commit},
+            )
+        else:
+            content = found.files[file]
+            headers = {"X-Repo-Commit": found.commit, "ETag": f'"{_etag(content)}"'}
+            if file.endswith(LARGE):
+                headers["X-Linked-Etag"] = headers.pop("ETag")
+                headers["X-Linked-Size"] = str(len(content))
+                headers["Location"] = (
+                    f"{self.server.hub.storage_url}/{repo}/storage/{found.commit}/"
+                    f"{quote(file)}?signature=0"
+                )
+                self._send(HTTPStatus.FOUND, b"", headers)
+            else:
+                self._send_content(content, headers)
+
+    def _serve_storage(self, repo: str, commit: str, file: str) -> None:
+        if "Authorization" in self.headers:
+            # A signed URL is all the authentication there is; the token must not leave the Hub.
+            self._refuse(_Refusal(HTTPStatus.BAD_REQUEST, None, "Only one auth mechanism allowed"))
+            return
+        content = self.server.hub._repositories[repo].commits[commit][file]
+        self._send_content(content, {"ETag": f'"{_etag(content)}"'})
+
+    def _send_content(self, content: bytes, headers: Mapping[str, str]) -> None:
+        headers = {**headers, "Accept-Ranges": "bytes"}
+        part = _RANGE.fullmatch(self.headers.get("Range", "").strip())
+        if part is None:
+            self._send(HTTPStatus.OK, content, headers)
+            return
+        first = int(part["first"])
+        last = min(int(part["last"] or len(content)), len(content) - 1)
+        if first > last:
+            headers["Content-Range"] = f"bytes */{len(content)}"
+            self._send(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, b"", headers)
+            return
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        self._send(HTTPStatus.PARTIAL_CONTENT, content[first : last + 1], headers)
+
+    def _refuse(self, refusal: _Refusal, headers: Mapping[str, str] | None = None) -> None:
+        headers = {**(headers or {}), "X-Error-Message": refusal.message}
+        if refusal.code is not None:
+            headers["X-Error-Code"] = refusal.code
+        headers["Content-Type"] = "application/json"
+        self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)
+
+    def _send(self, status: HTTPStatus, body: bytes, headers: Mapping[str, str]) -> None:
+        sent = 0 if self.command == "HEAD" else len(body)
+        self._note(status, sent)  # before the client can act on the answer
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if self.server.hub.hint is not None and self._token is None:
+            self.send_header("X-HF-Warning", self.server.hub.hint)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if sent:
+            self.wfile.write(body)
+
+    @property
+    def _token(self) -> str | None:
+        kind, _, token = self.headers.get("Authorization", "").partition(" ")
+        return token if kind == "Bearer" else None
+
+    def _note(self, status: int, sent: int) -> None:
+        self.server.hub.requests.append(
+            Request(
+                method=self.command,
+                path=urlsplit(self.path).path,
+                **self._request,
+                range=self.headers.get("Range"),
+                token=self._token,
+                status=status,
+                sent=sent,
+            )
+        )
+
+
+def _etag(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

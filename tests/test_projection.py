@@ -1,0 +1,232 @@
+"""The formulas against a float64 oracle written from METHODS.md §1 alone."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from safeproj import projection, select
+from safeproj.projection import Approx, Exact, Projector, alignment, pdst, scale, similarity
+from safeproj.report import record
+from tests.support import oracle_C, oracle_cosine
+
+COSINE = 2e-6
+"""Absolute; the bound that the project sets itself."""
+
+RELATIVE = 1e-5
+"""Of a projected factor in float32, in the Frobenius norm."""
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+relaxed = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def case(
+    m: int, n: int, r: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return W_aligned, W_base, A, B as a checkpoint and an adapter would store them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    W_base = normal(m, n)
+    # Real differences have a decaying spectrum; a flat one is the easy case.
+    decay = torch.logspace(0, -2, min(m, n), dtype=torch.float64)
+    V = normal(m, min(m, n)) * decay @ normal(min(m, n), n) / math.sqrt(n)
+    return (
+        (W_base + 0.1 * V).to(dtype),
+        W_base.to(dtype),
+        normal(r, n).to(dtype),
+        normal(m, r).to(dtype),
+    )
+
+
+def blocks_of(W_aligned: Tensor, W_base: Tensor, rows: int) -> list[Tensor]:
+    """Return `V` as the engine would hand it over."""
+    return list(alignment(W_aligned, W_base).split(rows))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+SHAPES = [(48, 80, 8), (80, 48, 8), (64, 64, 4), (8, 40, 8), (1, 7, 1), (7, 1, 1), (33, 129, 16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
+@pytest.mark.parametrize("projector", [Approx(), Exact(rank=1), Exact(rank=5)], ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_the_dense_oracle(
+    m: int, n: int, r: int, dtype: torch.dtype, projector: Projector, seed: int
+) -> None:
+    W_aligned, W_base, A, B = case(m, n, r, dtype, seed)
+
+    found = projector(blocks_of(W_aligned, W_base, rows=13), B.float())
+
+    rank = None if isinstance(projector, Approx) else min(projector.rank or 0, m, n)
+    C = oracle_C(W_aligned, W_base, rank)
+    assert found.CB is not None
+    assert relative_error(found.CB, C @ B.double()) < RELATIVE
+    cosine = similarity(A, B, found.CB)
+    assert cosine == pytest.approx(oracle_cosine(B.double() @ A.double(), C), abs=COSINE)
+    V = W_aligned.double() - W_base.double()
+    assert found.alignment_norm == pytest.approx(float(V.norm()), rel=1e-6)
+    assert scale(B, found.CB) == pytest.approx(
+        float((C @ B.double()).norm() / B.double().norm()), rel=RELATIVE
+    )
+
+
+@relaxed
+@given(
+    m=st.integers(1, 70),
+    n=st.integers(1, 70),
+    r=st.integers(1, 20),
+    rows=st.integers(1, 80),
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_agrees_with_the_oracle_on_any_shape(
+    m: int, n: int, r: int, rows: int, seed: int, dtype: torch.dtype
+) -> None:
+    W_aligned, W_base, A, B = case(m, n, r, dtype, seed)
+    found = Approx()(blocks_of(W_aligned, W_base, rows), B.float())
+    C = oracle_C(W_aligned, W_base)
+    if found.CB is None:  # a 1×1 weight whose change was rounded away
+        assert torch.equal(W_aligned, W_base)
+        return
+    assert relative_error(found.CB, C @ B.double()) < RELATIVE
+    cosine = similarity(A, B, found.CB)
+    assert cosine == pytest.approx(oracle_cosine(B.double() @ A.double(), C), abs=COSINE)
+
+
+@relaxed
+@given(seed=st.integers(0, 2**32 - 1), energy=st.floats(0.05, 0.999))
+def test_energy_chooses_the_smallest_rank_that_holds_it(seed: int, energy: float) -> None:
+    W_aligned, W_base, _, B = case(24, 37, 3, torch.float32, seed)
+    found = Exact(energy=energy)([alignment(W_aligned, W_base)], B.float())
+
+    shares = torch.linalg.svdvals(W_aligned.double() - W_base.double()).square().cumsum(0)
+    shares = shares / shares[-1]
+    assert found.rank is not None
+    assert shares[found.rank - 1] >= energy - 1e-6
+    assert found.rank == 1 or shares[found.rank - 2] < energy + 1e-6
+
+
+def test_all_of_the_energy_is_the_projector_onto_the_column_space() -> None:
+    W_aligned, W_base, _, B = case(12, 30, 3, torch.float32, seed=0)
+    found = Exact(energy=1.0)([alignment(W_aligned, W_base)], B.float())
+    assert found.rank == 12
+    assert found.CB is not None
+    assert relative_error(found.CB, B.double()) < RELATIVE
+
+
+def test_a_rank_above_the_numerical_rank_is_cut() -> None:
+    V = torch.outer(torch.arange(1.0, 7.0), torch.arange(1.0, 10.0))
+    B = torch.eye(6)[:, :2]
+    found = Exact(rank=5)([V], B)
+    u = torch.arange(1.0, 7.0, dtype=torch.float64)
+    assert found.rank == 1
+    assert found.CB is not None
+    assert relative_error(found.CB, torch.outer(u, u)[:, :2] / u.dot(u)) < RELATIVE
+
+
+def test_the_exact_projector_is_idempotent_and_the_fast_one_is_not() -> None:
+    W_aligned, W_base, _, B = case(30, 20, 4, torch.float32, seed=1)
+    V = [alignment(W_aligned, W_base)]
+    for projector, idempotent in ((Exact(rank=6), True), (Approx(), False)):
+        once = projector(V, B.float()).CB
+        assert once is not None
+        twice = projector(V, once).CB
+        assert twice is not None
+        assert (relative_error(twice, once.double()) < RELATIVE) is idempotent
+
+
+def test_the_result_does_not_depend_on_the_scale_of_the_update() -> None:
+    W_aligned, W_base, A, B = case(40, 30, 4, torch.float32, seed=2)
+    V = [alignment(W_aligned, W_base)]
+    found = []
+    for s in (1e-6, 1.0, 1e6):
+        CB = Approx()(V, s * B).CB
+        assert CB is not None
+        found.append(similarity(A, s * B, CB))
+    assert found == pytest.approx([found[1]] * 3, abs=COSINE)
+
+
+@pytest.mark.parametrize("projector", [Approx(), Exact(rank=2)], ids=repr)
+def test_no_alignment_leaves_C_undefined(projector: Projector) -> None:
+    found = projector([torch.zeros(4, 6), torch.zeros(3, 6)], torch.ones(7, 2))
+    assert found.CB is None
+    assert found.alignment_norm == 0.0
+
+
+@pytest.mark.parametrize("projector", [Approx(), Exact(rank=2)], ids=repr)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_noticed(projector: Projector, bad: float) -> None:
+    V = torch.ones(4, 6)
+    V[2, 3] = bad
+    with pytest.raises(FloatingPointError):
+        projector([V], torch.ones(4, 2))
+
+
+def test_an_empty_update_has_no_cosine() -> None:
+    A, B = torch.randn(2, 5), torch.randn(4, 2)
+    assert similarity(torch.zeros(2, 5), B, B) is None
+    assert similarity(A, torch.zeros(4, 2), torch.zeros(4, 2)) is None
+
+
+def test_factors_that_cancel_are_an_empty_update() -> None:
+    row, column = torch.randn(5), torch.randn(4)
+    A, B = torch.stack([row, row]), torch.stack([column, -column], dim=1)
+    assert similarity(A, B, 0.5 * B) is None
+
+
+def test_an_update_outside_the_subspace_has_cosine_zero() -> None:
+    V = torch.zeros(4, 6)
+    V[0] = 1.0  # the column space is the first axis
+    B = torch.zeros(4, 2)
+    B[2] = 1.0
+    A = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    for projector in (Approx(), Exact(rank=1)):
+        found = projector([V], B)
+        assert found.CB is not None
+        assert similarity(A, B, found.CB) == 0.0
+
+
+def test_differences_of_half_precision_weights_are_not_rounded_to_half_precision() -> None:
+    W_aligned = torch.tensor([[1.0 + 2**-7]], dtype=torch.bfloat16)
+    W_base = torch.tensor([[2**-10]], dtype=torch.float16)
+    assert float(alignment(W_aligned, W_base)) == 1.0 + 2**-7 - 2**-10
+
+
+def test_differences_of_double_precision_weights_are_taken_in_double_precision() -> None:
+    W_aligned = torch.tensor([[1.0 + 2**-40]], dtype=torch.float64)
+    assert float(alignment(W_aligned, torch.ones(1, 1))) == 2**-40
+
+
+def test_pdst_is_one_for_a_projected_module_and_falls_with_the_distance() -> None:
+    CB = torch.tensor([[3.0], [0.0]])
+    assert pdst(CB, CB) == 1.0
+    assert pdst(torch.zeros(2, 1), CB) == 0.25
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 1.5}])
+def test_the_exact_projector_needs_a_rank_or_an_energy_in_range(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"rank|energy"):
+        Exact(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("module", [projection, select, record], ids=lambda m: m.__name__)
+def test_the_examples_in_the_docstrings_hold(module: object) -> None:
+    found = doctest.testmod(module)  # type: ignore[arg-type]
+    assert found.attempted > 0
+    assert found.failed == 0
