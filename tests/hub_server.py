@@ -1,7 +1,7 @@
 """A Hugging Face Hub on the loopback interface: the endpoints that `huggingface_hub` reads from.
 
-It answers over HTTP as the public Hub does: model information per revision, `resolve` URLs with
-commit and entity tag, large files through a redirect to a storage host of another origin (which
+It answers over HTTP as the public Hub does: information and file lists per revision, `resolve` URLs
+with commit and entity tag, large files through a redirect to a storage host of another origin (which
 refuses a bearer token, as signed URLs do), byte ranges, and the error codes for what is missing,
 gated or private. It offers no Xet storage. It notes every request.
 """
@@ -24,13 +24,15 @@ from urllib.parse import quote, unquote, urlsplit
 LARGE = (".safetensors", ".bin")
 """Files that the storage host serves."""
 
-STALL_SECONDS = 30
+STALL_SECONDS = 15
 """How long a request of a stalled Hub waits before its connection is closed without an answer."""
 
 HINT = "unauthenticated; You are sending unauthenticated requests to the Hub; set a token"
 """What the public Hub sends along with answers to requests without a token."""
 
-_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?")
+_API = re.compile(
+    r"/api/models/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?"
+)
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(resolve|storage)/(?P<revision>[^/]+)/(?P<file>.+)")
 _RANGE = re.compile(r"bytes=(?P<first>\d+)-(?P<last>\d*)")
 
@@ -133,7 +135,7 @@ class Hub:
             }
         digest = hashlib.sha1(f"{repo}@{revision}".encode())
         for name, content in files.items():
-            digest.update(f"{name} {_etag(content)}".encode())
+            digest.update(f"{name} {_etag(name, content)}".encode())
         repository = self._repositories.setdefault(repo, Repository())
         repository.commits[digest.hexdigest()] = dict(files)
         repository.refs[revision] = digest.hexdigest()
@@ -191,6 +193,30 @@ class _Found:
     @property
     def files(self) -> dict[str, bytes]:
         return self.repository.commits[self.commit]
+
+    def info(self, repo: str) -> dict[str, object]:
+        """Return what the Hub says about the repository at this commit."""
+        return {
+            "id": repo,
+            "modelId": repo,
+            "sha": self.commit,
+            "private": self.repository.private,
+            "gated": "auto" if self.repository.gated else False,
+            "disabled": False,
+            "tags": [],
+            "siblings": [{"rfilename": name} for name in sorted(self.files)],
+        }
+
+    def tree(self) -> list[dict[str, object]]:
+        """Return the list of all files with sizes and object ids."""
+        found: list[dict[str, object]] = []
+        for name, content in sorted(self.files.items()):
+            size, etag = len(content), _etag(name, content)
+            entry = {"type": "file", "path": name, "size": size, "oid": etag}
+            if name.endswith(LARGE):
+                entry["lfs"] = {"oid": etag, "size": size, "pointerSize": 134}
+            found.append(entry)
+        return found
 
 
 @dataclass(frozen=True)
@@ -253,28 +279,20 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.server.url == hub.storage_url and file:
             self._serve_storage(*map(unquote, file.group("repo", "revision", "file")))
         elif api:
-            self._serve_info(unquote(api["repo"]), api["revision"] and unquote(api["revision"]))
+            self._serve_api(api["what"] == "tree")
         elif file:
             self._serve_file(*map(unquote, file.group("repo", "revision", "file")))
         else:
             self._refuse(_Refusal(HTTPStatus.NOT_FOUND, None, "Not found"))
 
-    def _serve_info(self, repo: str, revision: str | None) -> None:
+    def _serve_api(self, tree: bool) -> None:
+        repo, revision = str(self._request["repo"]), self._request["revision"]
         found = self.server.hub._find(repo, revision, self._token)
         if isinstance(found, _Refusal):
             self._refuse(found)
             return
-        info = {
-            "id": repo,
-            "modelId": repo,
-            "sha": found.commit,
-            "private": found.repository.private,
-            "gated": "auto" if found.repository.gated else False,
-            "disabled": False,
-            "tags": [],
-            "siblings": [{"rfilename": name} for name in sorted(found.files)],
-        }
-        self._send(HTTPStatus.OK, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        answer = found.tree() if tree else found.info(repo)
+        self._send(HTTPStatus.OK, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _serve_file(self, repo: str, revision: str, file: str) -> None:
         found = self.server.hub._find(repo, revision, self._token)
@@ -291,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         else:
             content = found.files[file]
-            headers = {"X-Repo-Commit": found.commit, "ETag": f'"{_etag(content)}"'}
+            headers = {"X-Repo-Commit": found.commit, "ETag": f'"{_etag(file, content)}"'}
             if file.endswith(LARGE):
                 headers["X-Linked-Etag"] = headers.pop("ETag")
                 headers["X-Linked-Size"] = str(len(content))
@@ -309,7 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(_Refusal(HTTPStatus.BAD_REQUEST, None, "Only one auth mechanism allowed"))
             return
         content = self.server.hub._repositories[repo].commits[commit][file]
-        self._send_content(content, {"ETag": f'"{_etag(content)}"'})
+        self._send_content(content, {"ETag": f'"{_etag(file, content)}"'})
 
     def _send_content(self, content: bytes, headers: Mapping[str, str]) -> None:
         headers = {**headers, "Accept-Ranges": "bytes"}
@@ -365,5 +383,8 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
 
-def _etag(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _etag(name: str, content: bytes) -> str:
+    """Return the object id: SHA-256 of a large file, git's SHA-1 of a small one."""
+    if name.endswith(LARGE):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -112,7 +112,7 @@ class Report:
             "method": "safe-lora",
             "projector": self.projector,
             "selection": self.selection,
-            "inputs": self.inputs,
+            "inputs": {role: dict(identity) for role, identity in self.inputs.items()},
             "summary": {
                 "modules": len(self.modules),
                 "projected": self.projected,
