@@ -1,0 +1,42 @@
+# The two commands of the README: `make demo` and `make test`. Each sets up what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format bench example clean
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py
+
+test: lint
+	$(BIN)/pytest -n $(JOBS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(READY)
+	$(BIN)/python scripts/bench.py
+
+# Trains examples/tiny-lm again; takes some minutes and is not part of the tests.
+example: $(READY)
+	$(BIN)/python scripts/tiny_lm.py
+
+# One virtual environment for everything, made again when what it needs changes.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .bench demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
