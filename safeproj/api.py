@@ -18,6 +18,7 @@ from safeproj.match import Plan, plan
 from safeproj.projection import Approx, Projector
 from safeproj.report.record import Report
 from safeproj.select import Selection
+from safeproj.source import LocalFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +116,19 @@ def patch(
     decision, loaded, planned, scores = _run(
         base, aligned, adapter, options, observer, digests=not dry_run
     )
+    report = decision.report
+    if isinstance(loaded.folder, LocalFolder) and loaded.folder.revision is not None:
+        note = (
+            f"{adapter} comes from the local Hub cache (HF_HUB_OFFLINE is set): files of the "
+            "adapter that are not in the cache are missing from the patched one too"
+        )
+        report = dataclasses.replace(report, warnings=(*report.warnings, note))
     if dry_run:
-        return decision.report
+        return report
     where = str(engine.resolve_device(options.device))
-    record = manifest(
-        loaded, planned, scores, decision.report, {"dtype": options.dtype, "device": where}
-    )
-    write_adapter(loaded, decision.replaced, record, card.section(decision.report), out)
-    return decision.report
+    record = manifest(loaded, planned, scores, report, {"dtype": options.dtype, "device": where})
+    write_adapter(loaded, decision.replaced, record, card.section(report), out)
+    return report
 
 
 def _run(

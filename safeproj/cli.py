@@ -356,9 +356,11 @@ def _fail(message: str, verbose: bool) -> NoReturn:
 @contextmanager
 def _observer(quiet: bool) -> Iterator[Observer | None]:
     """Show progress bars on stderr, if that is a terminal."""
-    if quiet or not sys.stderr.isatty():
-        from huggingface_hub.utils.tqdm import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    hub_logging.set_verbosity_error()  # its hints would come between our lines
+    if quiet or not sys.stderr.isatty():
         disable_progress_bars()
         yield None
         return

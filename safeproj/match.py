@@ -64,7 +64,7 @@ def plan(adapter: Adapter, aligned: Checkpoint, base: Checkpoint, selection: Sel
         )
     for checkpoint in (aligned, base):
         _require_weights(adapter, checkpoint, considered)
-    conv1d = _is_conv1d(adapter, aligned)
+    conv1d = _is_conv1d(adapter, aligned, base)
     return Plan(
         tuple(_planned(module, adapter, aligned, base, conv1d) for module in considered), excluded
     )
@@ -90,13 +90,14 @@ def _require_weights(
     )
 
 
-def _is_conv1d(adapter: Adapter, aligned: Checkpoint) -> bool | None:
+def _is_conv1d(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> bool | None:
     """Tell whether the model's layers store their weights transposed; None if that is unknown.
 
     `fan_in_fan_out` alone does not tell: PEFT rewrites it module by module while training.
     """
-    if aligned.model_type is not None:
-        return aligned.model_type in CONV1D_MODELS
+    for model_type in (aligned.model_type, base.model_type):
+        if model_type is not None:
+            return model_type in CONV1D_MODELS
     return True if adapter.config.get("fan_in_fan_out") else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +14,7 @@ from typing import Protocol
 from safeproj.errors import SafeprojError, first_line
 from safeproj.tensorfile import Header, TensorEntry, read_header
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
 _CACHED_PROBES = (
     "adapter_config.json",
     "config.json",
@@ -38,6 +38,10 @@ class Folder(Protocol):
     def files(self) -> frozenset[str]:
         """Names of all files below the folder, with `/` between their parts."""
 
+    @property
+    def advice(self) -> str:
+        """What to do about a file that is not there."""
+
     def path(self, name: str) -> Path:
         """Return the local path of a file, downloading it first if it is on the Hub."""
 
@@ -52,7 +56,7 @@ class LocalFolder:
     Attributes:
         root: the directory.
         source: the SRC as the user gave it.
-        only: the one file to see, where SRC names a file.
+        only: the one file to see, where SRC names a file; a `config.json` beside it is seen too.
         revision: the commit, where the directory is a snapshot in the Hub's cache.
     """
 
@@ -64,12 +68,19 @@ class LocalFolder:
     @cached_property
     def files(self) -> frozenset[str]:
         if self.only is not None:
-            return frozenset({self.only})
+            beside = {"config.json"} if (self.root / "config.json").is_file() else set()
+            return frozenset({self.only} | beside)
         found: set[Path] = set()
         for directory, subdirectories, names in os.walk(self.root):
             subdirectories[:] = [name for name in subdirectories if name not in (".git", ".cache")]
             found.update((Path(directory) / name).relative_to(self.root) for name in names)
         return frozenset(path.as_posix() for path in found)
+
+    @property
+    def advice(self) -> str:
+        if self.revision is not None:
+            return "it is not in the local Hub cache, unset HF_HUB_OFFLINE to download it"
+        return "fetch it again"
 
     def path(self, name: str) -> Path:
         return self.root / name
@@ -87,14 +98,26 @@ class HubFolder:
 
     repo: str
     revision: str
+    asked: str
     source: str
     files: frozenset[str] = field(repr=False)
+
+    @property
+    def advice(self) -> str:
+        return "the repository is incomplete"
 
     def path(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
+        # By the revision that was asked for, so that the cache can serve it offline later.
         with _hub_errors(self.source):
-            return Path(hf_hub_download(self.repo, name, revision=self.revision))
+            path = Path(hf_hub_download(self.repo, name, revision=self.asked))
+        if self.revision not in path.parts:
+            raise SafeprojError(
+                f"{self.source}: {self.asked} moved away from commit {self.revision} while it was "
+                "read; run again"
+            )
+        return path
 
     def header(self, name: str) -> Header:
         from huggingface_hub import HfApi, try_to_load_from_cache
@@ -109,6 +132,7 @@ class HubFolder:
         tensors = {}
         for tensor, info in remote.tensors.items():
             begin, end = info.data_offsets
+            # `start` counts from the tensors' data: the bytes are read from the downloaded file.
             tensors[tensor] = TensorEntry(info.dtype, tuple(info.shape), begin, end - begin)
         return Header(remote.metadata, tensors)
 
@@ -138,7 +162,8 @@ def _open_hub(repo: str, revision: str | None, source: str) -> Folder:
 
     if constants.HF_HUB_OFFLINE:
         for name in _CACHED_PROBES:
-            cached = try_to_load_from_cache(repo, name, revision=revision)
+            with _hub_errors(source):
+                cached = try_to_load_from_cache(repo, name, revision=revision)
             if isinstance(cached, str):
                 snapshot = Path(cached).parent
                 return LocalFolder(snapshot, source, revision=snapshot.name)
@@ -147,45 +172,43 @@ def _open_hub(repo: str, revision: str | None, source: str) -> Folder:
             "unset it to download the files"
         )
     with _hub_errors(source):
-        info = HfApi().model_info(repo, revision=revision)
+        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     if info.sha is None:
         raise SafeprojError(f"{source}: the Hub names no commit for this repository")
     return HubFolder(
-        repo, info.sha, source, frozenset(sibling.rfilename for sibling in info.siblings or ())
+        repo,
+        info.sha,
+        revision or constants.DEFAULT_REVISION,
+        source,
+        frozenset(sibling.rfilename for sibling in info.siblings or ()),
     )
 
 
 @contextmanager
 def _hub_errors(source: str) -> Iterator[None]:
     """Turn what the Hub client raises into one line that says what to do."""
-    from huggingface_hub import errors
-
-    advice: tuple[tuple[type[Exception], Callable[[], str]], ...] = (
-        (
-            errors.GatedRepoError,
-            lambda: "access is gated: accept its licence on the Hub and set HF_TOKEN",
-        ),
-        (
-            errors.RevisionNotFoundError,
-            lambda: "the repository has no such revision",
-        ),
-        (
-            errors.RepositoryNotFoundError,
-            lambda: (
-                "no such local path, and no such repository on the Hub (or it is private: "
-                "set HF_TOKEN)"
-            ),
-        ),
-    )
     try:
         yield
-    except (KeyboardInterrupt, SafeprojError):
+    except SafeprojError:
         raise
     except Exception as error:
-        for kind, text in advice:
-            if isinstance(error, kind):
-                raise SafeprojError(f"{source}: {text()}") from error
-        raise SafeprojError(
-            f"{source}: the Hub could not be read ({type(error).__name__}: {first_line(error)}); "
-            "try again, or set HF_HUB_OFFLINE=1 to use what is in the cache"
-        ) from error
+        raise SafeprojError(f"{source}: {_hub_advice(error)}") from error
+
+
+def _hub_advice(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "access is gated: accept its licence on the Hub and set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision; expected a branch, a tag or a commit"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such local path, and no such repository on the Hub (private ones need HF_TOKEN)"
+    if isinstance(error, errors.HFValidationError):
+        return "no such local path, and not a valid Hub id (expected org/name)"
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return "the Hub does not accept the token; check HF_TOKEN, or log in again"
+    return (
+        f"the Hub could not be read ({type(error).__name__}: {first_line(error)}); try again, or "
+        "set HF_HUB_OFFLINE=1 to use what is in the cache"
+    )

@@ -1,9 +1,9 @@
 """A Hugging Face Hub on the loopback interface: the endpoints that `huggingface_hub` reads from.
 
-It answers over HTTP as the public Hub does: information and file lists per revision, `resolve` URLs
-with commit and entity tag, large files through a redirect to a storage host of another origin (which
-refuses a bearer token, as signed URLs do), byte ranges, and the error codes for what is missing,
-gated or private. It offers no Xet storage. It notes every request.
+It answers over HTTP as the public Hub does: information and file lists per revision, `resolve`
+URLs with commit and entity tag, byte ranges, large files through a redirect to a storage host of
+another origin (which refuses a bearer token, as signed URLs do), and the error codes for what is
+missing, gated or private. It offers no Xet storage. It notes every request.
 """
 
 from __future__ import annotations

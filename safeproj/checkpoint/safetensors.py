@@ -77,6 +77,9 @@ class SafetensorsCheckpoint:
     @cached_property
     def model_type(self) -> str | None:
         if "config.json" not in self.folder.files:
+            if self.folder.revision is not None:
+                # Not to know the architecture may mean a wrong orientation of square weights.
+                raise SafeprojError(f"{self.source}: no config.json; {self.folder.advice}")
             return None
         try:
             config = json.loads(self.folder.path("config.json").read_text("utf-8"))
@@ -96,7 +99,7 @@ class SafetensorsCheckpoint:
             if file not in self.folder.files:
                 raise SafeprojError(
                     f"{self.source}: the index says that {file} holds {name}, but there is no such "
-                    "file in the folder; fetch the checkpoint again"
+                    f"file; {self.folder.advice}"
                 )
             self._headers[file] = self.folder.header(file)
         entry = self._entry(self._headers[file], name)
