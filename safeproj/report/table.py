@@ -105,7 +105,7 @@ def _summary(report: Report) -> Table:
             )
     if report.pdst is not None:
         table.add_row("pdst", f"{report.pdst:.4f}")
-    would = "  ".join(f"{tau:g}: {count}" for tau, count in report.would_project().items())
+    would = "  ".join(f"{tau:g}:{count}" for tau, count in report.would_project().items())
     table.add_row("tau: projects", would)
     notes: dict[str, list[str]] = {}
     for module in report.modules:

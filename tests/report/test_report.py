@@ -92,7 +92,7 @@ def test_the_table_shows_layers_by_kinds_with_cosine_scale_and_mark() -> None:
     assert re.search(r"^ +10 +n/a$", text, re.MULTILINE)
     assert re.search(r"^ +- +0\.500 0\.062$", text, re.MULTILINE)
     assert "1 of 4 modules (threshold 0.35)" in text
-    assert "0.1: 0  0.2: 1  0.3: 1  0.35: 1  0.4: 1  0.5: 2  0.6: 2  0.7: 2  0.8: 2  0.9: 3" in text
+    assert "0.1:0  0.2:1  0.3:1  0.35:1  0.4:1  0.5:2  0.6:2  0.7:2  0.8:2  0.9:3" in text
     assert "model.layers.10.self_attn.q_proj: V = 0" in text
 
 
