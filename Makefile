@@ -7,7 +7,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench example clean
+.PHONY: demo test lint format bench readme example clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -26,6 +26,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/bench.py
+
+# Puts the commands' real output into the README; a test compares the two.
+readme: $(READY)
+	$(BIN)/python scripts/readme.py
 
 # Trains examples/tiny-lm again; takes some minutes and is not part of the tests.
 example: $(READY)

@@ -179,7 +179,11 @@ def inspect_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Report how similar each adapted module is to its Safe LoRA projection. Writes no adapter."""
+    """Report how similar each update is to its projection.
+
+    Scores every adapted module by the cosine of its update and the Safe LoRA projection of it. Writes
+    no adapter; the selection only marks what patch would project.
+    """
     with _errors(verbose), _observer(quiet) as observer:
         _check_output(output)
         options = _options(
@@ -232,7 +236,11 @@ def patch_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Project the selected modules by Safe LoRA and write the patched adapter."""
+    """Project selected updates and write the adapter.
+
+    Scores every adapted module as inspect does, projects the selected ones by Safe LoRA, and writes a
+    PEFT adapter directory that loads as before. It appears complete or not at all.
+    """
     with _errors(verbose), _observer(quiet) as observer:
         _check_output(output)
         options = _options(

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import tiny_lm
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
+from tiny_language import Language, build_data_sets
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import tiny_lm  # noqa: E402
-from tiny_language import Language, build_data_sets  # noqa: E402
-
 EXAMPLE = ROOT / "examples" / "tiny-lm"
 DATA = EXAMPLE / "data"
 ALIGNED = EXAMPLE / "aligned"

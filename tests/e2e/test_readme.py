@@ -1,0 +1,92 @@
+"""The README's examples are what the commands print, and its Python runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import safeproj
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+
+NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
+
+TOLERANCE = 0.0021
+"""Numbers are printed with three or more decimals; another processor may round them otherwise."""
+
+
+def consoles() -> Iterator[tuple[str, str]]:
+    """Yield each command in a console block of the README with the output shown for it."""
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+        command, _, output = block.partition("\n")
+        yield command.removeprefix("$ safeproj "), output
+
+
+def assert_same_but_for_rounding(found: str, shown: str) -> None:
+    assert NUMBER.sub("#", found).split() == NUMBER.sub("#", shown).split()
+    pairs = zip(NUMBER.findall(found), NUMBER.findall(shown), strict=True)
+    assert all(abs(float(a) - float(b)) <= TOLERANCE for a, b in pairs)
+
+
+@pytest.mark.parametrize(("arguments", "shown"), consoles(), ids=[c[0][:40] for c in consoles()])
+def test_commands_print_what_the_readme_shows(arguments: str, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    result = safeproj(*shlex.split(arguments), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_but_for_rounding(result.stdout + result.stderr, shown)
+
+
+def test_the_demonstration_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"<!-- example: demo -->\n```text\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "demo.py", "--out", tmp_path / "out"],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+        check=True,
+    )
+    rows = re.compile(r"^(?:no adapter|(?:bad|skill|mixed).*|  control.*?) +\d.*%$", re.MULTILINE)
+    found, expected = rows.findall(done.stdout), rows.findall(shown)
+    assert len(found) == 13
+    for line, other in zip(found, expected, strict=True):
+        numbers = [list(map(int, re.findall(r"(\d+) %", text))) for text in (line, other)]
+        assert line.split("  ")[0] == other.split("  ")[0]
+        # A processor that rounds otherwise may change a few greedy answers of 150.
+        assert all(abs(a - b) <= 3 for a, b in zip(*numbers, strict=True)), (line, other)
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = [block for block in blocks if "import safeproj" in block]
+    done = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, encoding="utf-8", cwd=tmp_path,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("model.layers.")
+
+
+def test_every_option_of_the_contract_is_in_the_help() -> None:
+    for command in ("inspect", "patch"):
+        text = safeproj(command, "--help").stdout
+        for option in (
+            "--base", "--aligned", "--adapter", "--threshold", "--layers", "--all", "--include",
+            "--exclude", "--projector", "--rank", "--energy", "--device", "--format", "--output",
+            "--quiet", "--verbose", "--help",
+        ):  # fmt: skip
+            assert option in text, (command, option)
+    for option in ("--out", "--dtype", "--overwrite", "--dry-run"):
+        assert option in safeproj("patch", "--help").stdout
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)", README))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
