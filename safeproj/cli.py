@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safeproj import __version__
-from safeproj.errors import SafeprojError, first_line
+from safeproj import __version__, terminal
+from safeproj.errors import SafeprojError
 
 if TYPE_CHECKING:
-    from safeproj.api import Observer, Options
-    from safeproj.engine import Progress
-    from safeproj.report import Report
+    from safeproj.api import Options
+    from safeproj.select import Selection
 
 app = typer.Typer(
     name="safeproj",
@@ -181,27 +175,20 @@ def inspect_command(
 ) -> None:
     """Report how similar each update is to its projection.
 
-    Scores every adapted module by the cosine of its update and the Safe LoRA projection of it. Writes
-    no adapter; the selection only marks what patch would project.
+    Scores every adapted module by the cosine of its update and the Safe LoRA projection of it.
+    Writes no adapter; the selection only marks what patch would project.
     """
-    with _errors(verbose), _observer(quiet) as observer:
-        _check_output(output)
-        options = _options(
-            threshold,
-            layers,
-            all_modules,
-            include,
-            exclude,
-            projector,
-            rank,
-            energy,
-            device,
-            workers,
-        )
+    with terminal.command(verbose):
+        inputs = {"--base": base, "--aligned": aligned, "--adapter": adapter}
+        terminal.check_output(output, None, inputs)
+        selection = _selection(threshold, layers, all_modules, include, exclude)
+        options = _options(selection, projector, rank, energy, device, workers)
         from safeproj import api
 
-        report = api.inspect(base, aligned, adapter, options, observer=observer)
-        _finish(report, format_, output, quiet)
+        terminal.interruptible()
+        with terminal.observer(quiet) as observer:
+            report = api.inspect(base, aligned, adapter, options, observer=observer)
+        terminal.finish(report, format_.value, output, quiet, "")
 
 
 @app.command("patch")
@@ -238,48 +225,47 @@ def patch_command(
 ) -> None:
     """Project selected updates and write the adapter.
 
-    Scores every adapted module as inspect does, projects the selected ones by Safe LoRA, and writes a
-    PEFT adapter directory that loads as before. It appears complete or not at all.
+    Scores every adapted module as inspect does, projects the selected ones by Safe LoRA, and
+    writes a PEFT adapter directory that loads as before. It appears complete or not at all.
     """
-    with _errors(verbose), _observer(quiet) as observer:
-        _check_output(output)
-        options = _options(
-            threshold,
-            layers,
-            all_modules,
-            include,
-            exclude,
-            projector,
-            rank,
-            energy,
-            device,
-            workers,
-            dtype.value,
-        )
+    with terminal.command(verbose):
+        inputs = {"--base": base, "--aligned": aligned, "--adapter": adapter}
+        terminal.check_output(output, out, inputs)
+        selection = _selection(threshold, layers, all_modules, include, exclude)
+        options = _options(selection, projector, rank, energy, device, workers, dtype.value)
         from safeproj import api
 
-        report = api.patch(
-            base,
-            aligned,
-            adapter,
-            out,
-            options,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            observer=observer,
-        )
-        _finish(report, format_, output, quiet)
-        if not quiet:
-            done = "dry run: nothing written" if dry_run else f"wrote {out}"
-            typer.echo(f"{done} ({report.projected} modules projected)", err=True)
+        terminal.interruptible()
+        with terminal.observer(quiet) as observer:
+            report = api.patch(
+                base,
+                aligned,
+                adapter,
+                out,
+                options,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                observer=observer,
+            )
+        result = "dry run: nothing written" if dry_run else f"wrote {out}"
+        result += f" ({report.projected} modules projected)"
+        terminal.finish(report, format_.value, output, quiet, result)
 
 
-def _options(
+def _selection(
     threshold: float | None,
     layers: int | None,
     all_modules: bool,
     include: list[str] | None,
     exclude: list[str] | None,
+) -> Selection:
+    from safeproj.select import Selection
+
+    return Selection(threshold, layers, all_modules, tuple(include or ()), tuple(exclude or ()))
+
+
+def _options(
+    selection: Selection,
     projector: ProjectorKind,
     rank: int | None,
     energy: float | None,
@@ -287,12 +273,7 @@ def _options(
     workers: int | None,
     dtype: str = "keep",
 ) -> Options:
-    from safeproj.select import Selection
-
-    # Before torch is imported: a wrong option is reported at once.
-    selection = Selection(
-        threshold, layers, all_modules, tuple(include or ()), tuple(exclude or ())
-    )
+    # What can be refused is refused before torch is imported, which takes a second.
     if projector is ProjectorKind.approx and (rank is not None or energy is not None):
         raise SafeprojError("--rank and --energy need --projector exact")
     if projector is ProjectorKind.exact and (rank is None) == (energy is None):
@@ -306,102 +287,6 @@ def _options(
     except ValueError as error:
         raise SafeprojError(f"--{error}") from error
     return Options(selection, chosen, device, workers, dtype)
-
-
-def _check_output(output: Path | None) -> None:
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise SafeprojError(f"--output {output}: not a file in an existing directory")
-
-
-def _finish(report: Report, format_: ReportFormat, output: Path | None, quiet: bool) -> None:
-    """Send the report where it was asked for, and the warnings to stderr."""
-    import shutil
-
-    from safeproj.report import render
-
-    if output is not None:
-        try:
-            output.write_bytes(render(report, format_.value).encode())
-        except OSError as error:
-            raise SafeprojError(f"--output {output}: cannot be written ({error})") from error
-    else:
-        width = shutil.get_terminal_size((100, 24)).columns
-        sys.stdout.write(render(report, format_.value, width=width, color=sys.stdout.isatty()))
-        sys.stdout.flush()
-    if not quiet:
-        for warning in report.warnings:
-            typer.echo(f"safeproj: warning: {warning}", err=True)
-
-
-@contextmanager
-def _errors(verbose: bool) -> Iterator[None]:
-    """End in one line and the exit code of the contract, whatever happens."""
-    with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with suppress(AttributeError, ValueError):
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        yield
-    except SafeprojError as error:
-        _fail(str(error), verbose)
-    except KeyboardInterrupt:
-        typer.echo("safeproj: interrupted, nothing written", err=True)
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        where = "" if verbose else "; --verbose shows where, please report it"
-        _fail(f"unexpected {type(error).__name__}: {first_line(error)}{where}", verbose)
-
-
-def _fail(message: str, verbose: bool) -> NoReturn:
-    if verbose:
-        traceback.print_exc()
-    typer.echo(f"safeproj: error: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def _observer(quiet: bool) -> Iterator[Observer | None]:
-    """Show progress bars on stderr, if that is a terminal."""
-    from huggingface_hub.utils import logging as hub_logging
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    hub_logging.set_verbosity_error()  # its hints would come between our lines
-    if quiet or not sys.stderr.isatty():
-        disable_progress_bars()
-        yield None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    with progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bars:
-        yield _Bar(bars)
-
-
-class _Bar:
-    """One bar over the bytes to read."""
-
-    def __init__(self, bars: Any) -> None:
-        self._bars = bars
-        self._done = 0
-
-    def start(self, modules: int, nbytes: int) -> None:
-        self._modules = modules
-        self._task = self._bars.add_task(f"0/{modules} modules", total=nbytes)
-
-    def progress(self, event: Progress) -> None:
-        self._done += event.finished
-        text = f"{self._done}/{self._modules} modules"
-        self._bars.update(self._task, advance=event.nbytes, description=text)
 
 
 def main() -> None:

@@ -18,8 +18,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: str) -> str:
+    """Return the text with what could steer a terminal or break an encoding written as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def shorten(names: Iterable[str], limit: int = 3) -> str:
     """Return the first few names, and how many more there are."""
-    listed = list(names)
+    listed = [printable(name) for name in names]
     more = f", and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more

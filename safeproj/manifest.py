@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
+import safetensors
+import torch
+
 from safeproj.adapter import Adapter
 from safeproj.adapter.peft import CONFIG
 from safeproj.engine import Score
@@ -43,10 +47,6 @@ def manifest(
 
 def versions() -> dict[str, str]:
     """Return the versions that the result depends on."""
-    import numpy
-    import safetensors
-    import torch
-
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -9,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from safeproj.errors import SafeprojError, first_line
-from safeproj.tensorfile import Header, TensorEntry, read_header
+from safeproj.tensorfile import Header, TensorEntry, read_header, unique
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
 _CACHED_PROBES = (
@@ -72,8 +73,12 @@ class LocalFolder:
             return frozenset({self.only} | beside)
         found: set[Path] = set()
         for directory, subdirectories, names in os.walk(self.root):
-            subdirectories[:] = [name for name in subdirectories if name not in (".git", ".cache")]
-            found.update((Path(directory) / name).relative_to(self.root) for name in names)
+            # A link to a directory is not entered: it counts as a file that is none.
+            links = [name for name in subdirectories if (Path(directory) / name).is_symlink()]
+            skipped = {".git", ".cache", *links}
+            subdirectories[:] = [name for name in subdirectories if name not in skipped]
+            paths = (Path(directory) / name for name in (*names, *links))
+            found.update(path.relative_to(self.root) for path in paths)
         return frozenset(path.as_posix() for path in found)
 
     @property
@@ -135,6 +140,25 @@ class HubFolder:
             # `start` counts from the tensors' data: the bytes are read from the downloaded file.
             tensors[tensor] = TensorEntry(info.dtype, tuple(info.shape), begin, end - begin)
         return Header(remote.metadata, tensors)
+
+
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """Return the JSON object that a file of the folder holds.
+
+    Raises:
+        SafeprojError: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(folder.path(name).read_text("utf-8"), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SafeprojError(
+            f"{folder.source}: {name} is not JSON ({first_line(error)}); {folder.advice}"
+        ) from error
+    if not isinstance(found, dict):
+        raise SafeprojError(
+            f"{folder.source}: {name} holds a {type(found).__name__}, expected a JSON object"
+        )
+    return found
 
 
 def open_folder(source: str) -> Folder:

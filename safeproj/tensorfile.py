@@ -58,23 +58,40 @@ def read_header(path: Path) -> Header:
         # The library checks lengths, offsets, overlaps and that the file is covered to its end.
         with safe_open(path, framework="numpy"), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            header = json.loads(file.read(length), object_pairs_hook=unique)
     except FileNotFoundError as error:
         raise SafeprojError(f"{path}: no such file") from error
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
         raise SafeprojError(
             f"{path}: not a complete safetensors file ({first_line(error)}); fetch it again"
         ) from error
+    require_printable(str(path), header)
     metadata = header.pop("__metadata__", None)
     return Header(metadata, {name: _entry(8 + length, found) for name, found in header.items()})
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse duplicate keys, on which readers disagree about which one counts."""
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a JSON object with duplicate keys, on which readers disagree about which one counts.
+
+    For `json.loads(..., object_pairs_hook=unique)`.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("duplicate keys in the header")
+        raise ValueError("duplicate keys")
     return found
+
+
+def require_printable(source: str, names: Iterable[str]) -> None:
+    """Refuse tensor names that could steer a terminal or a report.
+
+    Raises:
+        SafeprojError: a name has a character that is not printable.
+    """
+    for name in names:
+        if not name.isprintable():
+            raise SafeprojError(
+                f"{source}: the tensor name {name!a} has characters that are not printable"
+            )
 
 
 def _entry(data_start: int, found: Mapping[str, Any]) -> TensorEntry:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter.record import AdaptedModule, Adapter
-from safeproj.errors import SafeprojError, first_line, shorten
+from safeproj.errors import SafeprojError, shorten
 from safeproj.select import natural_order
-from safeproj.source import Folder, LocalFolder, open_folder
-from safeproj.tensorfile import read_header
+from safeproj.source import Folder, LocalFolder, open_folder, read_json
+from safeproj.tensorfile import read_header, require_printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,13 +81,7 @@ def _read_config(folder: Folder) -> dict[str, Any]:
             f"{folder.source}: {CONFIG} not found; expected a PEFT adapter directory, as "
             "save_pretrained writes it"
         )
-    try:
-        config = json.loads(folder.path(CONFIG).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SafeprojError(f"{folder.source}: {CONFIG} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise SafeprojError(f"{folder.source}: {CONFIG} is not a JSON object")
-    return config
+    return read_json(folder, CONFIG)
 
 
 def _refuse_settings(source: str, config: dict[str, Any]) -> None:
@@ -104,26 +97,45 @@ def _refuse_settings(source: str, config: dict[str, Any]) -> None:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
-    import pickle
-
-    import torch
-
     if path.name == SAFETENSORS:
         from safetensors.torch import load_file
 
         header = read_header(path)
         loaded = load_file(path)
         return header.metadata, {name: loaded[name] for name in header.tensors}
+    return None, _unpickle(path)
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.bin` file, which can hold nothing else."""
+    import torch
+
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # damaged pickles raise errors of nearly every type
+        # Not the error's own text: it advises to switch weights_only off.
         raise SafeprojError(
-            f"{path}: cannot be loaded as plain tensors ({first_line(error)}); files that need "
-            "more than tensors to load are refused, save the adapter as safetensors"
+            f"{path}: cannot be loaded as plain tensors ({type(error).__name__}): damaged, or it "
+            "needs code to run, which is refused; save the adapter as safetensors"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()
+    ):
         raise SafeprojError(f"{path}: expected a mapping of names to tensors")
-    return None, {str(name): tensor.contiguous() for name, tensor in found.items()}
+    require_printable(str(path), found)
+    limit = path.stat().st_size  # a few bytes can describe a tensor that no memory holds
+    for name, tensor in found.items():
+        if (
+            tensor.layout is not torch.strided
+            or tensor.device.type != "cpu"
+            or tensor.numel() * tensor.element_size() > limit
+        ):
+            raise SafeprojError(
+                f"{path}: {name} is no ordinary tensor that the file holds (layout "
+                f"{tensor.layout}, device {tensor.device}, shape {list(tensor.shape)}); expected "
+                "dense tensors on the CPU"
+            )
+    return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
 def _classify(
@@ -196,11 +208,13 @@ def _check_rank(source: str, config: dict[str, Any], module: AdaptedModule) -> N
     rank that counts is that of the tensors.
     """
     patterns = config.get("rank_pattern") or {}
-    allowed = {config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())}
+    if not isinstance(patterns, dict) or not all(isinstance(r, int) for r in patterns.values()):
+        raise SafeprojError(f"{source}: {CONFIG}: rank_pattern does not map names to numbers")
+    allowed = [config.get("r"), *patterns.values()]
     if module.rank not in allowed:
         raise SafeprojError(
             f"{source}: {module.name} has rank {module.rank}, but {CONFIG} allows "
-            f"{', '.join(map(str, allowed))}; PEFT would not load it"
+            f"{shorten(map(str, allowed))}; PEFT would not load it"
         )
 
 
@@ -214,6 +228,7 @@ def _explain_full_weight(source: str, config: dict[str, Any], key: str) -> None:
             )
     path = key[len(PREFIX) :] if key.startswith(PREFIX) else ""
     saved = config.get("modules_to_save") or ()
+    saved = [saved] if isinstance(saved, str) else saved if isinstance(saved, list) else ()
     if path and (
         any(f".{module}." in f".{path}" for module in saved)
         or path.endswith(FULL_WEIGHT_SUFFIXES)

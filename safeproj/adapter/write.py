@@ -6,9 +6,11 @@ import ctypes
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import signal
 import sys
-import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from safeproj import tensorfile
 from safeproj.adapter import card
 from safeproj.adapter.peft import BIN, CONFIG, SAFETENSORS
 from safeproj.adapter.record import Adapter
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, printable
 from safeproj.source import LocalFolder
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
         if path is None:
             continue
         given = path.resolve()
+        if option == "--adapter" and given.is_file():
+            given = given.parent
         # Inside the adapter it would be copied into itself.
         inside = option == "--adapter" and given in place.parents
         if inside or place == given or place in given.parents:
@@ -51,22 +55,21 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
                 "another directory"
             )
     if os.path.lexists(out):
+        if out.is_symlink() or not out.is_dir():
+            kind = "a link" if out.is_symlink() else "a file"
+            raise SafeprojError(f"--out {out}: is {kind}; choose a directory that does not exist")
         if not overwrite:
-            raise SafeprojError(f"--out {out}: exists; give --overwrite to replace it")
-        if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not _is_adapter(out)):
+            raise SafeprojError(f"--out {out}: exists; give --overwrite to replace an adapter")
+        if any(out.iterdir()) and not (out / CONFIG).is_file():
             raise SafeprojError(
-                f"--out {out}: exists and is not an adapter directory (no {CONFIG}); only an "
-                "adapter is replaced, remove it yourself"
+                f"--out {out}: exists and is no adapter (it has no {CONFIG}); only an adapter is "
+                "replaced, choose another directory"
             )
     parent = place.parent
     if not parent.is_dir():
-        raise SafeprojError(f"--out {out}: the directory {parent} does not exist; create it")
+        raise SafeprojError(f"--out {out}: {parent} is not an existing directory; create it")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise SafeprojError(f"--out {out}: the directory {parent} is not writable")
-
-
-def _is_adapter(path: Path) -> bool:
-    return (path / CONFIG).is_file()
 
 
 def write_adapter(
@@ -131,8 +134,13 @@ def _safe_path(adapter: Adapter, name: str) -> Path:
         home = root.parents[1] if root.parent.name == "snapshots" else root
         if home not in path.resolve().parents:
             raise SafeprojError(
-                f"{adapter.source}: {name} is a link to {path.resolve()}, outside the adapter; "
-                "replace it by the file it should be"
+                f"{adapter.source}: {printable(name)} is a link to {path.resolve()}, outside the "
+                "adapter; replace it by the file it should be"
+            )
+        if not path.is_file():
+            raise SafeprojError(
+                f"{adapter.source}: {printable(name)} is no regular file, or a link that leads to "
+                "none; remove it"
             )
     return path
 
@@ -167,23 +175,40 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 @contextmanager
 def _appears_at(out: Path) -> Iterator[Path]:
     """Yield a hidden directory beside `out` that becomes `out` in one step at the end."""
-    place = out.parent.resolve() / out.name
-    directory = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
+    place = out.resolve()
+    directory = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:
-        directory.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        directory.mkdir()
         yield directory
         for path in [*directory.rglob("*"), directory]:
             _sync(path)
-        _move(directory, place)
-        _sync(place.parent)
+        with _uninterrupted():
+            _move(directory, place)
+            _sync(place.parent)
+            shutil.rmtree(directory, ignore_errors=True)
+    except BaseException:
+        with _uninterrupted():
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let no SIGINT or SIGTERM come between steps that belong together.
+
+    They last milliseconds. Their signals are dropped: when `_move` is done, so is the work.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only it handles signals
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        yield
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _sync(path: Path) -> None:
@@ -203,15 +228,14 @@ def _move(directory: Path, place: Path) -> None:
         directory.rename(place)
     elif not _exchange(directory, place):
         # No atomic exchange here: for a moment the old directory has only its other name.
-        old = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".old", dir=place.parent))
-        place.rename(old / place.name)
+        old = directory.with_suffix(".old")
+        place.rename(old)
         try:
             directory.rename(place)
         except OSError:
-            (old / place.name).rename(place)
+            old.rename(place)
             raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+        old.rename(directory)
 
 
 def _exchange(first: Path, second: Path) -> bool:

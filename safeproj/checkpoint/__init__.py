@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safeproj.checkpoint.interface import Checkpoint, Reader, Weight
 from safeproj.checkpoint.safetensors import INDEX, SINGLE, open_safetensors
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, shorten
 from safeproj.source import open_folder
 
 __all__ = ["Checkpoint", "Reader", "Weight", "open_checkpoint"]
@@ -30,8 +30,10 @@ def open_checkpoint(source: str) -> Checkpoint:
         checkpoint = encoding(folder, files)
         if checkpoint is not None:
             return checkpoint
-    seen = ", ".join(sorted(files)[:5]) or "no files"
+    if not files:
+        raise SafeprojError(f"{source}: an empty directory, where a checkpoint was expected")
     raise SafeprojError(
-        f"{source}: no safetensors checkpoint found (model.safetensors, an index with shards, or "
-        f"*.safetensors), only {seen}; convert it with save_pretrained(safe_serialization=True)"
+        f"{source}: no safetensors checkpoint (model.safetensors, an index with shards, or "
+        f"*.safetensors) among {shorten(sorted(files))}; convert it with "
+        "save_pretrained(safe_serialization=True)"
     )

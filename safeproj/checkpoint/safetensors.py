@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import KeysView
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from safeproj.checkpoint.interface import Reader
 from safeproj.errors import SafeprojError
-from safeproj.source import Folder
+from safeproj.source import Folder, read_json
 from safeproj.tensorfile import DTYPES, Header, TensorEntry, read_header
 
 if TYPE_CHECKING:
@@ -81,11 +80,7 @@ class SafetensorsCheckpoint:
                 # Not to know the architecture may mean a wrong orientation of square weights.
                 raise SafeprojError(f"{self.source}: no config.json; {self.folder.advice}")
             return None
-        try:
-            config = json.loads(self.folder.path("config.json").read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise SafeprojError(f"{self.source}: config.json is not JSON ({error})") from error
-        found = config.get("model_type") if isinstance(config, dict) else None
+        found = read_json(self.folder, "config.json").get("model_type")
         return found if isinstance(found, str) else None
 
     @property
@@ -98,8 +93,8 @@ class SafetensorsCheckpoint:
             # Only now, not for the whole index: a partly filled cache serves what it holds.
             if file not in self.folder.files:
                 raise SafeprojError(
-                    f"{self.source}: the index says that {file} holds {name}, but there is no such "
-                    f"file; {self.folder.advice}"
+                    f"{self.source}: the index says that {file} holds {name}, but the folder has "
+                    f"no such file; {self.folder.advice}"
                 )
             self._headers[file] = self.folder.header(file)
         entry = self._entry(self._headers[file], name)
@@ -148,13 +143,10 @@ def open_safetensors(folder: Folder, files: frozenset[str]) -> SafetensorsCheckp
 
 
 def _read_index(folder: Folder) -> dict[str, str]:
-    try:
-        location = json.loads(folder.path(INDEX).read_text("utf-8"))["weight_map"]
-        if not all(isinstance(item, str) for pair in location.items() for item in pair):
-            raise ValueError("weight_map does not map names to file names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    location = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(location, dict) or not all(isinstance(f, str) for f in location.values()):
         raise SafeprojError(
-            f"{folder.source}: {INDEX} cannot be used ({type(error).__name__}: {error}); expected "
-            'a JSON object with "weight_map": {tensor: file}'
-        ) from error
-    return dict(location)
+            f'{folder.source}: {INDEX} has no usable "weight_map"; expected an object that maps '
+            "tensor names to file names"
+        )
+    return location

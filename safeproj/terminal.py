@@ -1,0 +1,201 @@
+"""What the command says on the terminal and how it ends: progress, warnings, errors, signals."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from safeproj.errors import SafeprojError, first_line, printable
+
+if TYPE_CHECKING:
+    from safeproj.api import Observer
+    from safeproj.engine import Progress
+    from safeproj.report import Report
+
+INTERRUPTED = "safeproj: interrupted; there is no partial output"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def say(text: str) -> None:
+    """Write one line to stderr, if there is one."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(printable(text), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def command(verbose: bool) -> Iterator[None]:
+    """End in one line and with the exit code of the contract, whatever happens inside.
+
+    A signal ends the process at once until `interruptible` is called: extension modules that are
+    being imported can swallow the exception that a signal raises, or crash on it.
+    """
+    _handle(_end_at_once)
+    if sys.stdout is not None:
+        with suppress(AttributeError, ValueError):
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        say(INTERRUPTED)
+        raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
+    except (typer.Exit, SystemExit):
+        raise
+    except Exception as error:
+        message = str(error)
+        if not isinstance(error, SafeprojError):
+            where = "" if verbose else "; --verbose shows where, please report it"
+            message = f"unexpected {type(error).__name__}: {first_line(error)}{where}"
+        if verbose:
+            traceback.print_exc()
+    else:
+        return
+    say(f"safeproj: error: {' '.join(message.split())}")
+    raise typer.Exit(2)
+
+
+def interruptible() -> None:
+    """From now on a signal unwinds the work in progress; call it when all imports are done."""
+    _handle(_unwind)
+
+
+def done() -> None:
+    """From now on a signal ends the process without a word: the work is done."""
+    _handle(signal.SIG_DFL)
+
+
+def _handle(handler: Any) -> None:
+    with suppress(ValueError):  # not in the main thread, as when embedded
+        for number in _SIGNALS:
+            signal.signal(number, handler)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler
+    with suppress(OSError):
+        os.write(2, f"{INTERRUPTED}\n".encode())
+    os._exit(128 + number)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler
+    raise KeyboardInterrupt(number)
+
+
+def check_output(output: Path | None, out: Path | None, inputs: Mapping[str, str]) -> None:
+    """Refuse an `--output` that cannot be written or that would replace something else.
+
+    Args:
+        output: the file for the report.
+        out: the directory for the adapter, if one is written.
+        inputs: option name to SRC; the files of an input are never changed.
+
+    Raises:
+        SafeprojError: it is a directory, in no directory, `--out` itself, or a file of an input.
+    """
+    if output is None:
+        return
+    if output.is_dir() or not output.parent.is_dir():
+        raise SafeprojError(f"--output {output}: not a file in an existing directory")
+    place = output.resolve()
+    if out is not None and place == out.resolve():
+        raise SafeprojError(f"--output {output}: is --out; choose another name")
+    for option, source in inputs.items():
+        given = Path(source).expanduser().resolve()
+        if place == given or (place.exists() and given in place.parents):
+            raise SafeprojError(f"--output {output}: is a file of {option} {source}")
+
+
+def finish(report: Report, format_: str, output: Path | None, quiet: bool, result: str) -> None:
+    """Send the report where it was asked for, the warnings and the result to stderr.
+
+    Args:
+        report: the record of the run.
+        format_: one of `safeproj.report.FORMATS`.
+        output: the file for the report; stdout if None.
+        quiet: leave out warnings and result.
+        result: what was written, for the last line and for errors; empty if nothing was.
+
+    Raises:
+        SafeprojError: the report cannot be written.
+    """
+    done()
+    try:
+        _send(report, format_, output)
+    except BrokenPipeError:
+        # The reader has gone. Python would report that again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
+    except OSError as error:
+        where = "stdout" if output is None else f"--output {output}"
+        reason = error.strerror or str(error)
+        raise SafeprojError(
+            f"{where}: the report cannot be written ({reason})" + (f"; {result}" if result else "")
+        ) from error
+    if not quiet:
+        for warning in report.warnings:
+            say(f"safeproj: warning: {warning}")
+        if result:
+            say(result)
+
+
+def _send(report: Report, format_: str, output: Path | None) -> None:
+    from safeproj.report import render
+
+    if output is not None:
+        output.write_bytes(render(report, format_).encode())
+    elif sys.stdout is None:
+        raise OSError("it is closed")
+    else:
+        width = shutil.get_terminal_size((100, 24)).columns
+        sys.stdout.write(render(report, format_, width=width, color=sys.stdout.isatty()))
+        sys.stdout.flush()
+
+
+@contextmanager
+def observer(quiet: bool) -> Iterator[Observer | None]:
+    """Show a progress bar on stderr, if that is a terminal."""
+    # Settings of the Hub client, which is imported only if an input is on the Hub.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its hints would come between our lines
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    with progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bars:
+        yield _Bar(bars)
+
+
+class _Bar:
+    """One bar over the bytes to read."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+        self._finished = 0
+
+    def start(self, modules: int, nbytes: int) -> None:
+        self._modules = modules
+        self._task = self._bars.add_task(f"0/{modules} modules", total=nbytes)
+
+    def progress(self, event: Progress) -> None:
+        self._finished += event.finished
+        text = f"{self._finished}/{self._modules} modules"
+        self._bars.update(self._task, advance=event.nbytes, description=text)
