@@ -654,6 +654,7 @@ def table(results: Sequence[dict[str, Any]], help_s: float) -> str:
     row("plain read, s", lambda r: r["read_s"], ".3f")
     row("plain read, GB/s", lambda r: r["needed_bytes"] / 1e9 / r["read_s"], ".1f")
     row("threads of the fastest read", lambda r: r["read_threads"], "d")
+    row("plain read with one thread, s", lambda r: statistics.median(r["read_runs_s"]["1"]), ".3f")
     row("`import torch`, s", lambda r: r["import_torch_s"], ".2f")
     row("`import torch` peak, MB", lambda r: r["import_torch_peak_mb"], ".0f")
     for name in ("inspect", "patch"):
@@ -669,6 +670,13 @@ def table(results: Sequence[dict[str, Any]], help_s: float) -> str:
             ".1f",
             f"≤ {TARGET_READ_RATIO:g}",
             lambda value: value <= TARGET_READ_RATIO,
+        )
+        row(
+            f"`{name}` after import / read with one thread",
+            lambda r, name=name: (  # type: ignore[misc]
+                r[name]["after_import_s"] / statistics.median(r["read_runs_s"]["1"])
+            ),
+            ".1f",
         )
         row(
             f"`{name}` peak above import, MB",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +16,10 @@ from torch import Tensor
 
 COMMAND = str(Path(sys.executable).parent / "safeproj")
 """The command as it is installed beside the interpreter that runs the tests."""
+
+CONFIG = "adapter_config.json"
+FACTORS = "adapter_model.safetensors"
+MANIFEST = "safeproj.json"
 
 
 def safeproj(
@@ -131,3 +136,38 @@ def oracle_cosine(delta: Tensor, C: Tensor) -> float:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file."""
     return json.loads(path.read_text("utf-8"))
+
+
+def change_json(path: Path, **values: object) -> None:
+    """Set fields of a JSON object in a file."""
+    path.write_text(json.dumps({**read_json(path), **values}), "utf-8")
+
+
+def snapshot(root: Path) -> dict[str, bytes | str | None]:
+    """Return everything below a directory: the content of files, the targets of links."""
+    found: dict[str, bytes | str | None] = {}
+    for directory, subdirectories, files in os.walk(root):
+        for path in (Path(directory) / name for name in (*subdirectories, *files)):
+            found[path.relative_to(root).as_posix()] = (
+                str(path.readlink())
+                if path.is_symlink()
+                else path.read_bytes()
+                if path.is_file()
+                else None
+            )
+    return found
+
+
+def assert_complete(out: Path, adapter: Path) -> None:
+    """Check that `out` is all of the patched adapter, and no damaged part of it."""
+    from safetensors.torch import load_file
+
+    digests = {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for name, tensor in load_file(out / FACTORS).items()
+    }
+    assert digests == read_json(out / MANIFEST)["output"]["tensors"]
+    assert read_json(out / CONFIG) == read_json(adapter / CONFIG)
+    given, found = snapshot(adapter), snapshot(out)
+    assert set(found) == {*given, MANIFEST}
+    assert {n for n in given if found[n] != given[n]} == {FACTORS, "README.md"}

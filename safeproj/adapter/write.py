@@ -65,6 +65,11 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
                 f"--out {out}: exists and is no adapter (it has no {CONFIG}); only an adapter is "
                 "replaced, choose another directory"
             )
+        if (out / ".git").exists():
+            raise SafeprojError(
+                f"--out {out}: is a git repository, whose history --overwrite would delete; write "
+                "to another directory and copy the files"
+            )
     parent = place.parent
     if not parent.is_dir():
         raise SafeprojError(f"--out {out}: {parent} is not an existing directory; create it")

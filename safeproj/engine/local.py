@@ -96,9 +96,9 @@ def run(
         futures = [pool.submit(work, task) for task in tasks]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
-            failed = [f for f in futures if f.done() and f.exception() is not None]
-            if failed:
-                raise failed[0].exception() or AssertionError
+            for future in futures:
+                if future.done():
+                    future.result()  # raises what the worker raised
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

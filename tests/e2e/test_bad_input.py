@@ -19,11 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import Trio
-from tests.support import assert_refused, read_json, safeproj
+from tests.support import (
+    CONFIG,
+    FACTORS,
+    assert_refused,
+    change_json,
+    read_json,
+    safeproj,
+    snapshot,
+)
 
 INDEX = "model.safetensors.index.json"
-CONFIG = "adapter_config.json"
-FACTORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -67,26 +73,7 @@ def inputs(trio: Trio, tmp_path: Path) -> Inputs:
     )
 
 
-def snapshot(root: Path) -> dict[str, bytes | str | None]:
-    """Return everything below a directory: the content of files, the targets of links."""
-    found: dict[str, bytes | str | None] = {}
-    for directory, subdirectories, files in os.walk(root):
-        for path in (Path(directory) / name for name in (*subdirectories, *files)):
-            found[path.relative_to(root).as_posix()] = (
-                str(path.readlink())
-                if path.is_symlink()
-                else path.read_bytes()
-                if path.is_file()
-                else None
-            )
-    return found
-
-
 # --- ways to damage files
-
-
-def change_json(path: Path, **values: object) -> None:
-    path.write_text(json.dumps({**read_json(path), **values}), "utf-8")
 
 
 def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -679,6 +666,14 @@ def overwrite_a_directory_that_is_no_adapter(inputs: Inputs) -> tuple[str, ...]:
     (inputs.out / "thesis.txt").write_text("mine")
     inputs.options = ["--overwrite"]
     return f"--out {inputs.out}", "is no adapter", CONFIG
+
+
+@place
+def overwrite_a_git_repository(inputs: Inputs) -> tuple[str, ...]:
+    shutil.copytree(inputs.adapter, inputs.out)
+    (inputs.out / ".git").mkdir()
+    inputs.options = ["--overwrite"]
+    return f"--out {inputs.out}", "is a git repository"
 
 
 @place

@@ -14,9 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Trio
-from tests.e2e.test_bad_input import CONFIG, FACTORS, change_json, snapshot
-from tests.e2e.test_interrupt import assert_complete
-from tests.support import COMMAND, assert_refused
+from tests.support import (
+    COMMAND,
+    CONFIG,
+    FACTORS,
+    assert_complete,
+    assert_refused,
+    change_json,
+    snapshot,
+)
 
 FULL = Path("/dev/full")
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -13,15 +12,12 @@ from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM, Signals
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.conftest import Trio
-from tests.e2e.test_bad_input import CONFIG, FACTORS, snapshot
-from tests.support import COMMAND, read_json
+from tests.support import COMMAND, MANIFEST, assert_complete, snapshot
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 
-MANIFEST = "safeproj.json"
 SMALL_FILES = 400
 LARGE_FILE = 8 << 20
 
@@ -132,19 +128,6 @@ def interrupt(slow: Slow, out: Path, moment: Moment, signal: Signals, *options: 
     _, errors = process.communicate(timeout=60)
     code = process.returncode
     return End(128 - code if code < 0 else code, errors, written)
-
-
-def assert_complete(out: Path, adapter: Path) -> None:
-    """Check that `out` is all of the patched adapter, and no damaged part of it."""
-    digests = {
-        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        for name, tensor in load_file(out / FACTORS).items()
-    }
-    assert digests == read_json(out / MANIFEST)["output"]["tensors"]
-    assert read_json(out / CONFIG) == read_json(adapter / CONFIG)
-    given, found = snapshot(adapter), snapshot(out)
-    assert set(found) == {*given, MANIFEST}
-    assert {n for n in given if found[n] != given[n]} == {FACTORS, "README.md"}
 
 
 def assert_ended_by(signal: Signals, end: End) -> None:
