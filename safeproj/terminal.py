@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from safeproj.report import Report
 
 INTERRUPTED = "safeproj: interrupted; there is no partial output"
+WIDTH = 100
+"""Columns of the report where no terminal says otherwise, so that logs look alike everywhere."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -157,8 +160,9 @@ def _send(report: Report, format_: str, output: Path | None) -> None:
     elif sys.stdout is None:
         raise OSError("it is closed")
     else:
-        width = shutil.get_terminal_size((100, 24)).columns
-        sys.stdout.write(render(report, format_, width=width, color=sys.stdout.isatty()))
+        terminal = sys.stdout.isatty()
+        width = shutil.get_terminal_size().columns if terminal else WIDTH
+        sys.stdout.write(render(report, format_, width=width, color=terminal))
         sys.stdout.flush()
 
 

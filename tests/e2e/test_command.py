@@ -50,6 +50,11 @@ def test_inspect_prints_the_report_on_stdout_and_nothing_on_stderr(trio: Trio) -
     assert "tau: projects" in result.stdout
 
 
+def test_a_report_that_is_piped_looks_alike_everywhere(trio: Trio) -> None:
+    narrow, wide = (safeproj("inspect", *trio.arguments, env={"COLUMNS": n}) for n in ("40", "300"))
+    assert narrow.stdout == wide.stdout
+
+
 def test_json_goes_to_a_file_if_wanted(trio: Trio, tmp_path: Path) -> None:
     result = safeproj(
         "inspect", *trio.arguments, "--format", "json", "--output", tmp_path / "report.json",

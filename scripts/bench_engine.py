@@ -1,0 +1,124 @@
+"""Where the engine's time goes, and how its constants were chosen.
+
+    python scripts/bench.py --skip-dense      # makes the pair of checkpoints, once
+    python scripts/bench_engine.py
+
+Prints two Markdown tables for the all-linear adapter, files in the page cache: seconds per block
+size, with and without keeping `V`, and per number of workers; and the share of each step in one
+thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from safeproj.adapter import read_adapter
+from safeproj.checkpoint import Reader, open_checkpoint
+from safeproj.engine import Task, local, run
+from safeproj.match import plan
+from safeproj.projection import Approx
+from safeproj.select import Selection
+
+PAIR = Path(tempfile.gettempdir()) / "safeproj-bench" / "pair-1.1b"
+KIB = 1 << 10
+STEPS = ("reading", "conversion and subtraction", "norm", "T = Vᵀ B")
+
+
+def tasks_of(pair: Path) -> list[Task]:
+    """Return the engine's tasks for the all-linear adapter."""
+    adapter = read_adapter(str(pair / "adapter-all-linear"))
+    aligned, base = (open_checkpoint(str(pair / name)) for name in ("aligned", "base"))
+    return [
+        Task(
+            item.module.name,
+            aligned.weight(item.aligned),
+            base.weight(item.base),
+            item.transposed,
+            A=adapter.tensors[item.module.a_key],
+            B=adapter.tensors[item.module.b_key],
+        )
+        for item in plan(adapter, aligned, base, Selection(all=True)).modules
+    ]
+
+
+def seconds(tasks: list[Task], workers: int = 2) -> float:
+    """Return the best of three runs."""
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run(tasks, Approx(), device="cpu", workers=workers)
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def constants(tasks: list[Task]) -> None:
+    """Print seconds per block size, with `V` kept and read twice, and per number of workers."""
+    block, hold = local.CPU_BLOCK, local.CPU_HOLD
+    print("| block per weight | `V` kept up to 64 MiB | every `V` read twice |\n|---|---:|---:|")
+    for size in (256, 512, 1024, 2048):
+        local.CPU_BLOCK = size * KIB
+        cells = []
+        for local.CPU_HOLD in (hold, 0):
+            cells.append(f"{seconds(tasks):.2f}")
+        print(f"| {size} KiB | {' | '.join(cells)} |", flush=True)
+    local.CPU_BLOCK, local.CPU_HOLD = block, hold
+    print("\n| workers | seconds |\n|---|---:|")
+    for workers in (1, 2, 4):
+        print(f"| {workers} | {seconds(tasks, workers):.2f} |", flush=True)
+
+
+def shares(tasks: list[Task]) -> None:
+    """Print the share of each step in one thread."""
+    torch.set_num_threads(1)
+    readers = (Reader(), Reader())
+    buffers = [torch.empty(local.CPU_BLOCK, dtype=torch.uint8) for _ in readers]
+    kept = torch.empty(max(math.prod(task.aligned.shape) for task in tasks))
+    spent: Counter[str] = Counter()
+    clock = time.perf_counter_ns
+    for task in tasks:
+        m, n = task.aligned.shape
+        V, B, T = kept[: m * n].view(m, n), task.B.float(), torch.zeros(task.B.shape[1], n)
+        step = local.CPU_BLOCK // (2 * n)  # rows of a bfloat16 block
+        for start in range(0, m, step):
+            rows = slice(start, min(start + step, m))
+            times = [clock()]
+            aligned = task.aligned.read_rows(readers[0], rows.start, rows.stop, buffers[0])
+            base = task.base.read_rows(readers[1], rows.start, rows.stop, buffers[1])
+            times.append(clock())
+            V[rows].copy_(aligned).sub_(base)
+            times.append(clock())
+            V[rows].square().sum()
+            times.append(clock())
+            T.addmm_(B[rows].T, V[rows])
+            times.append(clock())
+            for name, begin, end in zip(STEPS, times[:-1], times[1:], strict=True):
+                spent[name] += end - begin
+        P = torch.empty(m, T.shape[0])
+        begin = clock()
+        for start in range(0, m, step):
+            torch.mm(V[start : start + step], T.T, out=P[start : start + step])
+        spent["P = V T"] += clock() - begin
+    print("\n| step | seconds | share |\n|---|---:|---:|")
+    for name, time_spent in spent.items():
+        share = time_spent / sum(spent.values())
+        print(f"| {name} | {time_spent / 1e9:.2f} | {share:.0%} |")
+
+
+def main() -> None:
+    """Run the measurements."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pair", type=Path, default=PAIR, help="made by bench.py")
+    tasks = tasks_of(parser.parse_args().pair)
+    constants(tasks)
+    shares(tasks)
+
+
+if __name__ == "__main__":
+    main()
