@@ -59,14 +59,14 @@ class Approx:
         Raises:
             FloatingPointError: `V` or `C B` has a value that is not finite.
         """
-        T = torch.zeros(B.shape[1], 0)  # Tᵀ = Bᵀ V (r, n): row-major, as the products want it
-        squares: list[Tensor] = []
+        T = B.new_zeros(B.shape[1], 0)  # Tᵀ = Bᵀ V (r, n): row-major, as the products want it
+        squares = _zero(B.device)
         for rows, V in _with_rows(blocks):
-            if not squares:
+            if T.shape[1] == 0:
                 T = V.new_zeros(B.shape[1], V.shape[1])
             T.addmm_(B[rows].T, V)
-            squares.append(V.square().sum())  # sums pairwise, unlike vector_norm
-        norm = _root_of_sum(squares)
+            squares += V.square().sum()  # sums pairwise, unlike vector_norm
+        norm = _norm(squares)
         if norm == 0.0:
             return Projected(None, norm)
         CB = torch.empty_like(B)
@@ -113,7 +113,7 @@ class Exact:
             if V.shape[1] == 0:
                 V = V.new_empty(B.shape[0], block.shape[1])
             V[rows] = block
-        norm = _root_of_sum([V.square().sum()])
+        norm = _norm(V.square().sum())
         if norm == 0.0:
             return Projected(None, norm)
         wide = V.shape[0] <= V.shape[1]
@@ -209,12 +209,18 @@ def _with_rows(blocks: Blocks) -> Iterable[tuple[slice, Tensor]]:
         start = stop
 
 
-def _root_of_sum(squares: list[Tensor]) -> float:
-    """Return `‖V‖_F` from the blocks' squared norms: one transfer from the device, float64 sum."""
-    norm = math.sqrt(math.fsum(torch.stack(squares).tolist()))
-    if not math.isfinite(norm):
+def _zero(device: torch.device) -> Tensor:
+    """Return the start of a sum that stays on the device: in float64, which MPS does not have."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros((), dtype=wide, device=device)
+
+
+def _norm(squares: Tensor) -> float:
+    """Return `‖V‖_F` from its square."""
+    value = float(squares)
+    if not math.isfinite(value):
         raise FloatingPointError("the alignment matrix has a value that is not finite")
-    return norm
+    return math.sqrt(value)
 
 
 def _finite(CB: Tensor) -> Tensor:
