@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from safeproj import engine
 from safeproj.adapter import Adapter, card, read_adapter
-from safeproj.adapter.write import check_out, write_adapter
-from safeproj.checkpoint import open_checkpoint
+from safeproj.adapter.write import MANIFEST, check_out, write_adapter
+from safeproj.checkpoint import Checkpoint, open_checkpoint
 from safeproj.decide import DTYPES, Decision, decide
 from safeproj.engine import Progress, Score, Task
 from safeproj.errors import SafeprojError
@@ -51,6 +52,18 @@ class Options:
         engine.resolve_device(self.device)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """All that `inspect` and `patch` share: what was read, scored and decided."""
+
+    adapter: Adapter
+    aligned: Checkpoint
+    base: Checkpoint
+    plan: Plan
+    scores: dict[str, Score]
+    decision: Decision
+
+
 class Observer(Protocol):
     """Who wants to see a run go on."""
 
@@ -81,7 +94,9 @@ def inspect(
     Raises:
         SafeprojError: an input cannot be used.
     """
-    return _run(base, aligned, adapter, options or Options(), observer, digests=False)[0].report
+    return _run(
+        base, aligned, adapter, options or Options(), observer, digests=False
+    ).decision.report
 
 
 def patch(
@@ -113,21 +128,24 @@ def patch(
     options, out = options or Options(), Path(out)
     sources = {"--base": base, "--aligned": aligned, "--adapter": adapter}
     check_out(out, overwrite, {option: _local_path(src) for option, src in sources.items()})
-    decision, loaded, planned, scores = _run(
-        base, aligned, adapter, options, observer, digests=not dry_run
+    run = _run(base, aligned, adapter, options, observer, digests=not dry_run)
+    notes = tuple(_notes(run.adapter))
+    report = dataclasses.replace(
+        run.decision.report, warnings=(*run.decision.report.warnings, *notes)
     )
-    report = decision.report
-    if isinstance(loaded.folder, LocalFolder) and loaded.folder.revision is not None:
-        note = (
-            f"{adapter} comes from the local Hub cache (HF_HUB_OFFLINE is set): files of the "
-            "adapter that are not in the cache are missing from the patched one too"
-        )
-        report = dataclasses.replace(report, warnings=(*report.warnings, note))
     if dry_run:
         return report
     where = str(engine.resolve_device(options.device))
-    record = manifest(loaded, planned, scores, report, {"dtype": options.dtype, "device": where})
-    write_adapter(loaded, decision.replaced, record, card.section(report), out)
+    record = manifest(
+        run.adapter,
+        run.aligned,
+        run.base,
+        run.plan,
+        run.scores,
+        report,
+        {"dtype": options.dtype, "device": where},
+    )
+    write_adapter(run.adapter, run.decision.replaced, record, card.section(report), out)
     return report
 
 
@@ -139,7 +157,7 @@ def _run(
     observer: Observer | None,
     *,
     digests: bool,
-) -> tuple[Decision, Adapter, Plan, dict[str, Score]]:
+) -> _Run:
     """Read, match, score and decide: all that `inspect` and `patch` share."""
     loaded = read_adapter(adapter)
     aligned_model, base_model = open_checkpoint(aligned), open_checkpoint(base)
@@ -177,7 +195,22 @@ def _run(
         options.projector,
         options.dtype,
     )
-    return decision, loaded, planned, scores
+    return _Run(loaded, aligned_model, base_model, planned, scores, decision)
+
+
+def _notes(adapter: Adapter) -> Iterator[str]:
+    """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
+    folder = adapter.folder
+    if MANIFEST in folder.files:
+        yield (
+            f"{adapter.source} was patched before: projecting again shrinks its updates further, "
+            "since C is applied twice"
+        )
+    if isinstance(folder, LocalFolder) and folder.revision is not None:
+        yield (
+            f"{adapter.source} comes from the local Hub cache (HF_HUB_OFFLINE is set): files of "
+            "the adapter that are not in the cache are missing from the patched one too"
+        )
 
 
 def _local_path(source: str) -> Path | None:

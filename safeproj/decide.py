@@ -88,6 +88,14 @@ def decide(
         distances.append(pdst(B_out, score.CB))
         if module.name in chosen and _relative_error(B_out, score.CB) > LOST_IN_ROUNDING:
             lossy.append(module.name)
+    # ΔW may be zero where the bias of lora_B is not: that change of the output stays.
+    biases = [
+        planned.module.bias_key
+        for planned in plan.modules
+        if planned.module.bias_key is not None
+        and scores[planned.module.name].cosine is None
+        and bool(adapter.tensors[planned.module.bias_key].any())
+    ]
     report = Report(
         version=__version__,
         projector=_describe(projector),
@@ -99,9 +107,10 @@ def decide(
         },
         modules=tuple(_module_reports(plan, scores, chosen)),
         pdst=sum(distances) / len(distances) if distances else None,
-        unprojected=adapter.unprojected,
+        unprojected=(*adapter.unprojected, *biases),
         warnings=(
             *adapter.warnings,
+            *_bias_warnings(biases),
             *_warnings(adapter, scores, selection, chosen, lossy),
         ),
     )
@@ -176,8 +185,16 @@ def _note(module: AdaptedModule, score: Score | None) -> str | None:
     if score.alignment_norm == 0.0:
         return "V = 0: base and aligned are equal here, no alignment signal; kept"
     if score.cosine is None:
-        return "empty update: A or B is zero; kept"
+        return "empty update: B A is zero; kept"
     return "DoRA: the magnitude is kept" if module.dora else None
+
+
+def _bias_warnings(biases: list[str]) -> Iterator[str]:
+    if biases:
+        yield (
+            f"{len(biases)} biases of lora_B belong to modules without a cosine and are kept: "
+            f"{shorten(biases)}"
+        )
 
 
 def _warnings(

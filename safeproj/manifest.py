@@ -14,13 +14,18 @@ import torch
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.peft import CONFIG
+from safeproj.adapter.write import MANIFEST
+from safeproj.checkpoint import Checkpoint
 from safeproj.engine import Score
 from safeproj.match import Plan
 from safeproj.report.record import Report
+from safeproj.source import read_json
 
 
 def manifest(
     adapter: Adapter,
+    aligned: Checkpoint,
+    base: Checkpoint,
     plan: Plan,
     scores: Mapping[str, Score],
     report: Report,
@@ -28,9 +33,8 @@ def manifest(
 ) -> dict[str, Any]:
     """Return the content of `safeproj.json` without the digests of what was written.
 
-    It holds no time and no host name, so that the same run gives the same file. For the checkpoints
-    the digests are those of the tensors that were read (the bytes as stored), for the adapter those
-    of the files.
+    It holds no time and no host name, so that the same run gives the same file. Digests are those
+    of the files that were read, and for the checkpoints of the tensors: their bytes as stored.
     """
     found = report.to_dict()
     tensors: dict[str, dict[str, str]] = {"aligned": {}, "base": {}}
@@ -38,10 +42,13 @@ def manifest(
         sha256 = scores[planned.module.name].sha256
         if sha256 is not None:
             tensors["aligned"][planned.aligned], tensors["base"][planned.base] = sha256
-    for role, digests in tensors.items():
-        found["inputs"][role] = {**found["inputs"][role], "sha256": digests}
+    for role, checkpoint in (("aligned", aligned), ("base", base)):
+        files = {path.name: _sha256(path) for path in checkpoint.documents}
+        found["inputs"][role] |= {"sha256": {"tensors": tensors[role], "files": files}}
     files = {name: _sha256(adapter.path(name)) for name in (CONFIG, adapter.weights_file)}
-    found["inputs"]["adapter"] = {**found["inputs"]["adapter"], "sha256": files}
+    found["inputs"]["adapter"] |= {"sha256": {"files": files}}
+    if MANIFEST in adapter.folder.files:
+        found["inputs"]["adapter"] |= {"previous": read_json(adapter.folder, MANIFEST)}
     return {**found, "options": dict(options), "versions": versions()}
 
 

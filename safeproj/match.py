@@ -64,7 +64,7 @@ def plan(adapter: Adapter, aligned: Checkpoint, base: Checkpoint, selection: Sel
         )
     for checkpoint in (aligned, base):
         _require_weights(adapter, checkpoint, considered)
-    conv1d = _is_conv1d(adapter, aligned, base)
+    conv1d = _is_conv1d(adapter, aligned, base, considered)
     return Plan(
         tuple(_planned(module, adapter, aligned, base, conv1d) for module in considered), excluded
     )
@@ -90,15 +90,42 @@ def _require_weights(
     )
 
 
-def _is_conv1d(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> bool | None:
-    """Tell whether the model's layers store their weights transposed; None if that is unknown.
+def _is_conv1d(
+    adapter: Adapter, aligned: Checkpoint, base: Checkpoint, modules: list[AdaptedModule]
+) -> bool | None:
+    """Tell whether the model's layers store their weights transposed; None if nothing tells.
 
-    `fan_in_fan_out` alone does not tell: PEFT rewrites it module by module while training.
+    The architecture tells, and without it the weights that are not square. `fan_in_fan_out` alone
+    does not: PEFT rewrites it module by module while training. Only square weights need to know.
+
+    Raises:
+        SafeprojError: there are square weights, and the signs contradict each other.
     """
+    flag = bool(adapter.config.get("fan_in_fan_out"))
+    square = [m.name for m in modules if m.in_features == m.out_features]
+    # Both are asked: a Hub repository's config.json is then in the cache for an offline run.
     for model_type in (aligned.model_type, base.model_type):
         if model_type is not None:
-            return model_type in CONV1D_MODELS
-    return True if adapter.config.get("fan_in_fan_out") else None
+            conv1d = model_type in CONV1D_MODELS
+            if square and flag and not conv1d:
+                raise SafeprojError(
+                    f"{square[0]}: is square, and {adapter.source} says fan_in_fan_out while the "
+                    f"model type {model_type!r} is not known to store weights as (in, out); "
+                    "leave it out with --exclude"
+                )
+            return conv1d
+    shapes = [
+        (aligned.describe(_weight_name(m))[1], (m.out_features, m.in_features))
+        for m in modules
+        if m.in_features != m.out_features
+    ]
+    turned = {stored == wanted[::-1] for stored, wanted in shapes}
+    if len(turned) == 2 and square:
+        raise SafeprojError(
+            f"{square[0]}: is square, and the other weights do not tell how it is stored; put the "
+            "model's config.json beside the checkpoint"
+        )
+    return turned.pop() if len(turned) == 1 else flag or None
 
 
 def _planned(

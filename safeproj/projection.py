@@ -182,7 +182,8 @@ def similarity(A: Tensor, B: Tensor, CB: Tensor) -> float | None:
     def inner(X: Tensor, Y: Tensor) -> float:
         return float(((X.T @ Y) * G).sum())
 
-    rounding = B.shape[1] * torch.finfo(torch.float64).eps * float(B.square().sum() * G.trace())
+    # What float64 can lose where the terms of ⟨B A, B A⟩ cancel.
+    rounding = B.shape[1] * torch.finfo(torch.float64).eps * float(((B.T @ B) * G).abs().sum())
     before, after = inner(B, B), inner(CB, CB)
     if before <= rounding:
         return None

@@ -116,7 +116,7 @@ def deltas(model: Any, adapter: Path) -> dict[str, Tensor]:
 
 
 def oracle_C(W_aligned: Tensor, W_base: Tensor, rank: int | None = None) -> Tensor:
-    """Return the projector (m, m), formed in float64 as METHODS.md §1 writes it.
+    """Return the projector (m, m), formed in float64 as the paper writes it.
 
     The fast form without a rank, `U_k U_kᵀ` from a singular value decomposition with one.
     """

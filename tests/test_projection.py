@@ -1,4 +1,4 @@
-"""The formulas against a float64 oracle written from METHODS.md §1 alone."""
+"""The formulas against a float64 oracle written from the paper's formulas alone."""
 
 from __future__ import annotations
 
@@ -188,6 +188,11 @@ def test_factors_that_cancel_are_an_empty_update() -> None:
     row, column = torch.randn(5), torch.randn(4)
     A, B = torch.stack([row, row]), torch.stack([column, -column], dim=1)
     assert similarity(A, B, 0.5 * B) is None
+
+
+def test_a_small_update_from_large_factors_is_not_empty() -> None:
+    A, B = torch.tensor([[1e9, 0.0], [0.0, 1e-3]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    assert similarity(A, B, 0.5 * B) == pytest.approx(1.0)
 
 
 def test_an_update_outside_the_subspace_has_cosine_zero() -> None:

@@ -157,6 +157,8 @@ def _classify(
         _check_rank(source, config, module)
     if not modules:
         raise SafeprojError(f"{source}: no lora_A/lora_B pair among {len(tensors)} tensors")
+    if config.get("use_dora") and not all(module.dora for module in modules):
+        raise SafeprojError(f"{source}: {CONFIG} sets use_dora, but modules have no magnitude")
     known = {key for module in modules for key in _keys(module.name)} | set(unprojected)
     for key in tensors:
         if key not in known:
@@ -189,6 +191,12 @@ def _module(source: str, tensors: dict[str, Tensor], name: str) -> AdaptedModule
         raise SafeprojError(
             f"{source}: {bias_key} has shape {list(bias.shape)}, expected [{B.shape[0]}]"
         )
+    magnitude = next((tensors[key] for key in magnitude_keys if key in tensors), None)
+    if magnitude is not None and magnitude.shape != B.shape[:1]:
+        raise SafeprojError(
+            f"{source}: the DoRA magnitude of {name} has shape {list(magnitude.shape)}, expected "
+            f"[{B.shape[0]}]"
+        )
     return AdaptedModule(
         name,
         a_key,
@@ -197,7 +205,7 @@ def _module(source: str, tensors: dict[str, Tensor], name: str) -> AdaptedModule
         in_features=A.shape[1],
         out_features=B.shape[0],
         bias_key=None if bias is None else bias_key,
-        dora=any(key in tensors for key in magnitude_keys),
+        dora=magnitude is not None,
     )
 
 
@@ -260,7 +268,8 @@ def _warnings(
 ) -> Iterable[str]:
     if unprojected:
         yield (
-            f"{len(unprojected)} tensors change whole weights, which no projection touches: "
+            f"{len(unprojected)} tensors change weights or biases directly, which no projection "
+            "touches: "
             f"{shorten(key.removeprefix(PREFIX) for key in unprojected)}"
         )
     dora = [module.name for module in modules if module.dora]

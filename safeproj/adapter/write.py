@@ -47,9 +47,7 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
         given = path.resolve()
         if option == "--adapter" and given.is_file():
             given = given.parent
-        # Inside the adapter it would be copied into itself.
-        inside = option == "--adapter" and given in place.parents
-        if inside or place == given or place in given.parents:
+        if place == given or place in given.parents or given in place.parents:
             raise SafeprojError(
                 f"--out {out}: overlaps with {option} {path}; inputs are never changed, choose "
                 "another directory"
@@ -132,6 +130,8 @@ def _copied_files(adapter: Adapter) -> list[str]:
 
 def _safe_path(adapter: Adapter, name: str) -> Path:
     """Return the path of a file to copy; a link must not bring in a file from elsewhere."""
+    if ".." in name.split("/") or name.startswith("/") or "\\" in name:
+        raise SafeprojError(f"{adapter.source}: the file name {name!a} leads out of the adapter")
     path = adapter.path(name)
     if isinstance(adapter.folder, LocalFolder):
         root = adapter.folder.root.resolve()

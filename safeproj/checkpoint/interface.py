@@ -109,6 +109,10 @@ class Checkpoint(Protocol):
     def names(self) -> Collection[str]:
         """Names of all tensors."""
 
+    @property
+    def documents(self) -> tuple[Path, ...]:
+        """Local paths of the small files that were read to understand the tensors."""
+
     def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Return dtype and shape of a tensor without reading it, and without downloading it."""
 

@@ -84,6 +84,12 @@ class SafetensorsCheckpoint:
         return found if isinstance(found, str) else None
 
     @property
+    def documents(self) -> tuple[Path, ...]:
+        index = (INDEX,) if SINGLE not in self.folder.files else ()
+        names = [name for name in ("config.json", *index) if name in self.folder.files]
+        return tuple(self.folder.path(name) for name in names)
+
+    @property
     def names(self) -> KeysView[str]:
         return self.location.keys()
 

@@ -14,7 +14,7 @@ class Staging(Protocol):
     """Brings rows of one checkpoint to the device, in their stored dtype."""
 
     def load(self, weight: Weight, reader: Reader, start: int, stop: int) -> Tensor:
-        """Return rows `[start, stop)` on the device, valid until the next call but one."""
+        """Return rows `[start, stop)` on the device, valid until the next call."""
 
 
 class DirectStaging:

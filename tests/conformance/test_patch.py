@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import Trio
 from tests.support import (
+    assert_refused,
     deltas,
     moved,
     oracle_C,
@@ -158,25 +161,79 @@ def test_dora_magnitudes_are_kept_and_the_report_says_so(trio: Trio, tmp_path: P
     assert all(torch.equal(before[key], after[key]) for key in magnitudes)
 
 
-def test_conv1d_weights_are_stored_transposed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A GPT-2 pair; its attn.c_proj is square, stored (in, out) like the others."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    root = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40))
     aligned = moved(base)
-    base.save_pretrained(tmp_path / "base")
-    aligned.save_pretrained(tmp_path / "aligned", max_shard_size="30KB")
-    # attn.c_proj is square: only the architecture tells how it is stored.
+    base.save_pretrained(root / "base")
+    aligned.save_pretrained(root / "aligned", max_shard_size="30KB")
+    return root, base, aligned
+
+
+def test_conv1d_weights_are_stored_transposed(gpt2: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    root, base, aligned = gpt2
     adapter = save_adapter(
         aligned, tmp_path / "adapter", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
     )
     result = safeproj(
-        "patch", "--base", tmp_path / "base", "--aligned", tmp_path / "aligned",
+        "patch", "--base", root / "base", "--aligned", root / "aligned",
         "--adapter", adapter, "--out", tmp_path / "out", "--all",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     manifest = check_patched(base, aligned, adapter, tmp_path / "out")
     assert [32, 32] in [module["shape"] for module in manifest["modules"]]
+
+
+def run_gpt2(root: Path, adapter: Path, out: Path, *, config: dict[str, str] | None) -> Any:
+    """Patch with another config.json beside the checkpoints, or none."""
+    for name in ("base", "aligned"):
+        shutil.copytree(root / name, out.parent / name)
+        (out.parent / name / "config.json").unlink()
+        if config is not None:
+            (out.parent / name / "config.json").write_text(json.dumps(config))
+    return safeproj(
+        "patch", "--base", out.parent / "base", "--aligned", out.parent / "aligned",
+        "--adapter", adapter, "--out", out, "--all",
+    )  # fmt: skip
+
+
+def test_without_a_config_the_other_weights_tell_how_square_ones_are_stored(
+    gpt2: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    root, base, aligned = gpt2
+    adapter = save_adapter(
+        aligned, tmp_path / "adapter", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
+    )
+    config = read_json(adapter / "adapter_config.json")
+    config["fan_in_fan_out"] = False  # as PEFT writes it for a mix of layers
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+    result = run_gpt2(root, adapter, tmp_path / "out", config=None)
+
+    assert result.returncode == 0, result.stderr
+    manifest = read_json(tmp_path / "out" / "safeproj.json")
+    square = [module for module in manifest["modules"] if module["shape"] == [32, 32]]
+    assert len(square) == 2
+    for module in square:
+        delta = deltas(aligned, adapter)[module["name"]].T
+        C = oracle_C(weight_of(aligned, module["name"]), weight_of(base, module["name"]))
+        assert module["cosine"] == pytest.approx(oracle_cosine(delta, C), abs=2e-6)
+
+
+def test_square_weights_of_an_unknown_architecture_are_refused(
+    gpt2: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    root, _, aligned = gpt2
+    adapter = save_adapter(
+        aligned, tmp_path / "adapter", target_modules=["attn.c_proj"], fan_in_fan_out=True
+    )
+    result = run_gpt2(root, adapter, tmp_path / "out", config={"model_type": "mine"})
+    assert_refused(result, "attn.c_proj", "fan_in_fan_out", "'mine'")
 
 
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16", "float16"])

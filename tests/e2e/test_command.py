@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -167,6 +168,45 @@ def test_an_untrained_module_is_an_empty_update(trio: Trio, tmp_path: Path) -> N
     modules = json.loads(result.stdout)["modules"]
     assert all("empty update" in module["note"] for module in modules)
     assert not any(module["projected"] for module in modules)
+
+
+def test_a_bias_that_stays_beside_an_empty_update_is_listed(trio: Trio, tmp_path: Path) -> None:
+    adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", lora_bias=True)
+    file = adapter / "adapter_model.safetensors"
+    tensors = {k: t * ("lora_B.weight" not in k) for k, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    result = safeproj(
+        "inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--format", "json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    biases = [key for key in tensors if key.endswith(".lora_B.bias")]
+    assert sorted(json.loads(result.stdout)["unprojected"]) == sorted(biases)
+    assert "4 biases of lora_B" in result.stderr
+
+
+def test_patching_a_patched_adapter_is_warned_about(trio: Trio, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert safeproj("patch", *trio.arguments, "--out", first, "--all").returncode == 0
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", first,
+        "--out", second, "--all",
+    )  # fmt: skip
+    assert "was patched before" in result.stderr
+    previous = read_json(second / "safeproj.json")["inputs"]["adapter"]["previous"]
+    assert previous == read_json(first / "safeproj.json")
+
+
+def test_the_manifest_has_the_digests_of_what_was_read(trio: Trio, tmp_path: Path) -> None:
+    assert safeproj("patch", *trio.arguments, "--out", tmp_path / "out").returncode == 0
+    inputs = read_json(tmp_path / "out" / "safeproj.json")["inputs"]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = trio.base_model.get_parameter(name).detach().numpy()
+    assert inputs["base"]["sha256"]["tensors"][name] == hashlib.sha256(weight.data).hexdigest()
+    for role, root in (("base", trio.base), ("aligned", trio.aligned), ("adapter", trio.adapter)):
+        assert inputs[role]["sha256"]["files"]
+        for file, digest in inputs[role]["sha256"]["files"].items():
+            assert digest == hashlib.sha256((root / file).read_bytes()).hexdigest()
 
 
 def test_full_weight_changes_are_listed(trio: Trio, tmp_path: Path) -> None:
