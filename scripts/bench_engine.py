@@ -3,9 +3,9 @@
     python scripts/bench.py --skip-dense      # makes the pair of checkpoints, once
     python scripts/bench_engine.py
 
-Prints two Markdown tables for the all-linear adapter, files in the page cache: seconds per block
-size, with and without keeping `V`, and per number of workers; and the share of each step in one
-thread.
+Prints Markdown tables for the all-linear adapter, files in the page cache: seconds per block size,
+with and without keeping `V`, and per number of workers; the share of each step in one thread; and
+what the exact projector takes per weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safeproj.adapter import read_adapter
 from safeproj.checkpoint import Reader, open_checkpoint
 from safeproj.engine import Task, local, run
 from safeproj.match import plan
-from safeproj.projection import Approx
+from safeproj.projection import Approx, Exact
 from safeproj.select import Selection
 
 PAIR = Path(tempfile.gettempdir()) / "safeproj-bench" / "pair-1.1b"
@@ -111,6 +111,17 @@ def shares(tasks: list[Task]) -> None:
         print(f"| {name} | {time_spent / 1e9:.2f} | {share:.0%} |")
 
 
+def exact() -> None:
+    """Print seconds of the exact projector for one weight in one thread."""
+    torch.set_num_threads(1)
+    print("\n| weight | exact projector, s |\n|---|---:|")
+    for m, n in ((2048, 2048), (2048, 5632), (5632, 2048)):
+        V, B = torch.randn(m, n), torch.randn(m, 16)
+        start = time.perf_counter()
+        Exact(rank=64)([V], B)
+        print(f"| {m} × {n} | {time.perf_counter() - start:.1f} |")
+
+
 def main() -> None:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -118,6 +129,7 @@ def main() -> None:
     tasks = tasks_of(parser.parse_args().pair)
     constants(tasks)
     shares(tasks)
+    exact()
 
 
 if __name__ == "__main__":
