@@ -106,12 +106,19 @@ class HubFolder:
     asked: str
     source: str
     files: frozenset[str] = field(repr=False)
+    _paths: dict[str, Path] = field(default_factory=dict, repr=False)
 
     @property
     def advice(self) -> str:
         return "the repository is incomplete"
 
     def path(self, name: str) -> Path:
+        # One file holds many weights, and the client asks the Hub again on each call.
+        if name not in self._paths:
+            self._paths[name] = self._download(name)
+        return self._paths[name]
+
+    def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
         # By the revision that was asked for, so that the cache can serve it offline later.

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,14 @@ def test_only_the_shards_with_needed_weights_are_downloaded(
         assert downloads[0] == INDEX
         assert sorted(f for f in downloads if f.endswith(".safetensors")) == sorted(needed)
         assert hub.touched(repo) - {"config.json"} == {INDEX, *needed}
+
+
+@pytest.mark.usefixtures("commits")
+def test_the_hub_is_asked_once_per_file_not_once_per_weight(user: User, hub: Hub) -> None:
+    report(user.inspect())
+    asked = Counter(r.path for r in hub.requests if r.method == "HEAD" and "/resolve/" in r.path)
+    assert asked
+    assert set(asked.values()) == {1}
 
 
 def test_shapes_that_do_not_fit_are_refused_after_a_look_at_headers_alone(
