@@ -110,8 +110,7 @@ def decide(
         unprojected=(*adapter.unprojected, *biases),
         warnings=(
             *adapter.warnings,
-            *_bias_warnings(biases),
-            *_warnings(adapter, scores, selection, chosen, lossy),
+            *_warnings(adapter, scores, selection, chosen, lossy, biases),
         ),
     )
     return Decision(replaced, report)
@@ -189,21 +188,19 @@ def _note(module: AdaptedModule, score: Score | None) -> str | None:
     return "DoRA: the magnitude is kept" if module.dora else None
 
 
-def _bias_warnings(biases: list[str]) -> Iterator[str]:
-    if biases:
-        yield (
-            f"{len(biases)} biases of lora_B belong to modules without a cosine and are kept: "
-            f"{shorten(biases)}"
-        )
-
-
 def _warnings(
     adapter: Adapter,
     scores: Mapping[str, Score],
     selection: Selection,
     chosen: frozenset[str],
     lossy: list[str],
+    biases: list[str],
 ) -> Iterator[str]:
+    if biases:
+        yield (
+            f"{len(biases)} biases of lora_B belong to modules without a cosine and are kept: "
+            f"{shorten(biases)}"
+        )
     frozen = [name for name, score in scores.items() if score.alignment_norm == 0.0]
     if frozen:
         yield (

@@ -153,10 +153,9 @@ def _classify(
                 _explain_full_weight(source, config, key)
                 unprojected.append(key)
     modules = tuple(_module(source, tensors, name) for name in sorted(names, key=natural_order))
-    for module in modules:
-        _check_rank(source, config, module)
     if not modules:
         raise SafeprojError(f"{source}: no lora_A/lora_B pair among {len(tensors)} tensors")
+    _check_ranks(source, config, modules)
     if config.get("use_dora") and not all(module.dora for module in modules):
         raise SafeprojError(f"{source}: {CONFIG} sets use_dora, but modules have no magnitude")
     known = {key for module in modules for key in _keys(module.name)} | set(unprojected)
@@ -209,8 +208,8 @@ def _module(source: str, tensors: dict[str, Tensor], name: str) -> AdaptedModule
     )
 
 
-def _check_rank(source: str, config: dict[str, Any], module: AdaptedModule) -> None:
-    """Compare the tensors' rank with the ranks that the config names.
+def _check_ranks(source: str, config: dict[str, Any], modules: Iterable[AdaptedModule]) -> None:
+    """Compare the tensors' ranks with those that the config names.
 
     The keys of `rank_pattern` are regular expressions from the file: they are not run, since the
     rank that counts is that of the tensors.
@@ -219,11 +218,12 @@ def _check_rank(source: str, config: dict[str, Any], module: AdaptedModule) -> N
     if not isinstance(patterns, dict) or not all(isinstance(r, int) for r in patterns.values()):
         raise SafeprojError(f"{source}: {CONFIG}: rank_pattern does not map names to numbers")
     allowed = [config.get("r"), *patterns.values()]
-    if module.rank not in allowed:
-        raise SafeprojError(
-            f"{source}: {module.name} has rank {module.rank}, but {CONFIG} allows "
-            f"{shorten(map(str, allowed))}; PEFT would not load it"
-        )
+    for module in modules:
+        if module.rank not in allowed:
+            raise SafeprojError(
+                f"{source}: {module.name} has rank {module.rank}, but {CONFIG} allows "
+                f"{shorten(map(str, allowed))}; PEFT would not load it"
+            )
 
 
 def _explain_full_weight(source: str, config: dict[str, Any], key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ def weight_of(model: Any, name: str) -> torch.Tensor:
     """Return the weight of a module as (out, in), however it is stored."""
     weight: torch.Tensor = model.get_submodule(name).weight.detach()
     return weight if type(model.get_submodule(name)).__name__ != "Conv1D" else weight.T
+
+
+def run_patch(
+    trio: Trio, adapter: Path, out: Path, *options: str
+) -> subprocess.CompletedProcess[str]:
+    """Patch another adapter of the trio's models, which must succeed."""
+    result = safeproj(
+        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--out", out, *options,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 def check_patched(
@@ -120,21 +133,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_kinds_of_lora_adapters(trio: Trio, tmp_path: Path, settings: dict[str, Any]) -> None:
     adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", **settings)
-    result = safeproj(
-        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
-        "--out", tmp_path / "out", "--all",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    run_patch(trio, adapter, tmp_path / "out", "--all")
     check_patched(trio.base_model, trio.aligned_model, adapter, tmp_path / "out")
 
 
 def test_the_bias_of_lora_B_is_projected_with_it(trio: Trio, tmp_path: Path) -> None:
     adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", lora_bias=True)
-    result = safeproj(
-        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
-        "--out", tmp_path / "out", "--all",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    run_patch(trio, adapter, tmp_path / "out", "--all")
     before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     biases = [key for key in before if key.endswith(".lora_B.bias")]
     assert len(biases) == 4
@@ -150,10 +155,7 @@ def test_the_bias_of_lora_B_is_projected_with_it(trio: Trio, tmp_path: Path) -> 
 
 def test_dora_magnitudes_are_kept_and_the_report_says_so(trio: Trio, tmp_path: Path) -> None:
     adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", use_dora=True)
-    result = safeproj(
-        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
-        "--out", tmp_path / "out", "--all",
-    )  # fmt: skip
+    result = run_patch(trio, adapter, tmp_path / "out", "--all")
     assert "DoRA" in result.stderr
     before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     magnitudes = [key for key in before if "magnitude" in key]
@@ -244,12 +246,7 @@ def test_dtype_applies_to_the_projected_tensors_only(
     stored = {key: t.bfloat16() for key, t in load_file(adapter / WEIGHTS).items()}
     save_file(stored, adapter / WEIGHTS, metadata={"format": "pt"})
 
-    result = safeproj(
-        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
-        "--out", tmp_path / "out", "--layers", "2", "--dtype", dtype,
-    )  # fmt: skip
-
-    assert result.returncode == 0, result.stderr
+    run_patch(trio, adapter, tmp_path / "out", "--layers", "2", "--dtype", dtype)
     manifest = read_json(tmp_path / "out" / "safeproj.json")
     projected = set(manifest["output"]["projected"])
     assert len(projected) == 2
@@ -267,11 +264,7 @@ def test_a_bin_adapter_is_written_as_safetensors(trio: Trio, tmp_path: Path) -> 
     save_adapter(trio.aligned_model, adapter)
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
     (adapter / WEIGHTS).unlink()
-    result = safeproj(
-        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
-        "--out", tmp_path / "out", "--all",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    run_patch(trio, adapter, tmp_path / "out", "--all")
     assert not (tmp_path / "out" / "adapter_model.bin").exists()
     check_patched(trio.base_model, trio.aligned_model, adapter, tmp_path / "out")
 
@@ -280,11 +273,7 @@ def test_an_unpatched_bin_beside_the_safetensors_is_not_copied(trio: Trio, tmp_p
     adapter = tmp_path / "adapter"
     save_adapter(trio.aligned_model, adapter)
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
-    result = safeproj(
-        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
-        "--out", tmp_path / "out", "--all",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    run_patch(trio, adapter, tmp_path / "out", "--all")
     assert not (tmp_path / "out" / "adapter_model.bin").exists()
 
 
@@ -314,12 +303,7 @@ def test_everything_else_is_kept(trio: Trio, tmp_path: Path) -> None:
     (adapter / "notes").mkdir()
     (adapter / "notes" / "run.bin").write_bytes(bytes(range(256)))
 
-    result = safeproj(
-        "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
-        "--out", tmp_path / "out", "--layers", "1",
-    )  # fmt: skip
-
-    assert result.returncode == 0, result.stderr
+    run_patch(trio, adapter, tmp_path / "out", "--layers", "1")
     out = tmp_path / "out"
     assert (out / "adapter_config.json").read_bytes() == (
         adapter / "adapter_config.json"

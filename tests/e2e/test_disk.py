@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -194,19 +195,24 @@ def test_a_report_that_finds_no_room_is_an_error(trio: Trio, tmp_path: Path) -> 
         assert str(out) in result.stderr  # where it is must be said
 
 
+def patch_to(trio: Trio, out: Path, stdout: int | IO[str]) -> subprocess.CompletedProcess[str]:
+    """Run `patch` with its report going to a stream of the test's."""
+    return subprocess.run(
+        [COMMAND, *patch_arguments(trio, trio.adapter), "--out", str(out)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
 def test_a_stdout_that_is_full_is_an_error(trio: Trio, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     with FULL.open("w") as full:
-        result = subprocess.run(
-            [COMMAND, *patch_arguments(trio, trio.adapter), "--out", str(out)],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        result = patch_to(trio, out, full)
 
     assert_refused(result, "No space left on device")
     if out.exists():
@@ -220,14 +226,7 @@ def test_a_reader_that_went_away_is_no_failed_gate(trio: Trio, tmp_path: Path) -
     read, write = os.pipe()
     os.close(read)
     try:
-        result = subprocess.run(
-            [COMMAND, *patch_arguments(trio, trio.adapter), "--out", str(out)],
-            stdout=write,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        result = patch_to(trio, out, write)
     finally:
         os.close(write)
 
