@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Protocol
 
 from safeproj import engine
-from safeproj.adapter import Adapter, card, read_adapter
+from safeproj.adapter import Adapter, FullChange, card, read_adapter
+from safeproj.adapter.record import Factor
 from safeproj.adapter.write import MANIFEST, check_out, write_adapter
 from safeproj.checkpoint import Checkpoint, open_checkpoint
+from safeproj.checkpoint.expression import Expression, matrix
 from safeproj.decide import DTYPES, Decision, decide
-from safeproj.engine import Progress, Score, Task
+from safeproj.engine import Comparison, Progress, Score, Task
 from safeproj.errors import SafeprojError
 from safeproj.manifest import manifest
 from safeproj.match import Plan, plan
@@ -33,6 +35,7 @@ class Options:
         workers: threads over modules on the CPU, None for one per core, at most 8. The result
             does not depend on it.
         dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
+        maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
 
     Raises:
         SafeprojError: a value is out of range, or the device is not there.
@@ -43,6 +46,7 @@ class Options:
     device: str = "auto"
     workers: int | None = None
     dtype: str = "keep"
+    maps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -161,19 +165,13 @@ def _run(
     """Read, match, score and decide: all that `inspect` and `patch` share."""
     loaded = read_adapter(adapter)
     aligned_model, base_model = open_checkpoint(aligned), open_checkpoint(base)
-    planned = plan(loaded, aligned_model, base_model, options.selection)
-    tasks = [
-        Task(
-            item.module.name,
-            aligned_model.weight(item.aligned),
-            base_model.weight(item.base),
-            item.transposed,
-            A=loaded.tensors[item.module.a_key],
-            B=loaded.tensors[item.module.b_key],
-            bias=loaded.tensors[item.module.bias_key] if item.module.bias_key else None,
-        )
-        for item in planned.modules
-    ]
+    planned = plan(loaded, aligned_model, base_model, options.selection, options.maps)
+    tasks = tasks_of(loaded, planned, aligned_model, base_model)
+    comparisons = {
+        item.change.key: _comparison(loaded, item.change, item.aligned, aligned_model)
+        for item in planned.changes
+        if item.aligned is not None
+    }
     if observer is not None:
         observer.start(len(tasks), sum(task.nbytes for task in tasks))
     found = engine.run(
@@ -185,17 +183,45 @@ def _run(
         on_progress=observer.progress if observer is not None else None,
     )
     scores = {task.name: score for task, score in zip(tasks, found, strict=True)}
+    sizes = engine.relative_changes(list(comparisons.values()))
     decision = decide(
         loaded,
         aligned_model,
         base_model,
         planned,
         scores,
+        dict(zip(comparisons, sizes, strict=True)),
         options.selection,
         options.projector,
         options.dtype,
     )
     return _Run(loaded, aligned_model, base_model, planned, scores, decision)
+
+
+def tasks_of(adapter: Adapter, plan: Plan, aligned: Checkpoint, base: Checkpoint) -> list[Task]:
+    """Return what the engine has to do, downloading the files that hold the weights."""
+    tasks = []
+    for item in plan.modules:
+        module, tensors = item.module, adapter.tensors
+        A = module.input.view(tensors)
+        tasks.append(
+            Task(
+                module.name,
+                matrix(item.aligned, aligned),
+                matrix(item.base, base),
+                A=A if module.gain is None else A * module.gain.view(tensors),
+                B=module.output.view(tensors),
+                bias=None if module.bias is None else module.bias.view(tensors),
+            )
+        )
+    return tasks
+
+
+def _comparison(
+    adapter: Adapter, change: FullChange, weight: Expression, aligned: Checkpoint
+) -> Comparison:
+    replacement = Factor(change.key).view(adapter.tensors)
+    return Comparison(change.parameter, matrix(weight, aligned), replacement, change.rows)
 
 
 def _notes(adapter: Adapter) -> Iterator[str]:

@@ -109,6 +109,15 @@ Energy = Annotated[
         help="Smallest rank that holds this share of |V|_F^2, 0 < E <= 1, for exact.",
     ),
 ]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="RUNTIME=CHECKPOINT",
+        help="Where the checkpoints keep a module or parameter that they call something else; "
+        "* stands for any text; repeatable.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(
@@ -163,6 +172,7 @@ def inspect_command(
     all_modules: All = False,
     include: Include = None,
     exclude: Exclude = None,
+    map_: Map = None,
     projector: Projector = ProjectorKind.approx,
     rank: Rank = None,
     energy: Energy = None,
@@ -182,7 +192,7 @@ def inspect_command(
         inputs = {"--base": base, "--aligned": aligned, "--adapter": adapter}
         terminal.check_output(output, None, inputs)
         selection = _selection(threshold, layers, all_modules, include, exclude)
-        options = _options(selection, projector, rank, energy, device, workers)
+        options = _options(selection, map_, projector, rank, energy, device, workers)
         from safeproj import api
 
         terminal.interruptible()
@@ -204,6 +214,7 @@ def patch_command(
     all_modules: All = False,
     include: Include = None,
     exclude: Exclude = None,
+    map_: Map = None,
     projector: Projector = ProjectorKind.approx,
     rank: Rank = None,
     energy: Energy = None,
@@ -232,7 +243,7 @@ def patch_command(
         inputs = {"--base": base, "--aligned": aligned, "--adapter": adapter}
         terminal.check_output(output, out, inputs)
         selection = _selection(threshold, layers, all_modules, include, exclude)
-        options = _options(selection, projector, rank, energy, device, workers, dtype.value)
+        options = _options(selection, map_, projector, rank, energy, device, workers, dtype.value)
         from safeproj import api
 
         terminal.interruptible()
@@ -266,6 +277,7 @@ def _selection(
 
 def _options(
     selection: Selection,
+    maps: list[str] | None,
     projector: ProjectorKind,
     rank: int | None,
     energy: float | None,
@@ -286,7 +298,7 @@ def _options(
         chosen = Approx() if projector is ProjectorKind.approx else Exact(rank, energy)
     except ValueError as error:
         raise SafeprojError(f"--{error}") from error
-    return Options(selection, chosen, device, workers, dtype)
+    return Options(selection, chosen, device, workers, dtype, tuple(maps or ()))
 
 
 def main() -> None:

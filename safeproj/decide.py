@@ -10,13 +10,14 @@ from torch import Tensor
 
 from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
+from safeproj.adapter.peft import PREFIX
 from safeproj.adapter.write import copied_adapters
 from safeproj.checkpoint import Checkpoint
 from safeproj.engine import Score
 from safeproj.errors import SafeprojError, shorten
 from safeproj.match import Plan
 from safeproj.projection import Projector, pdst
-from safeproj.report.record import ModuleReport, Report, place
+from safeproj.report.record import ModuleReport, Report, Unprojected, place
 from safeproj.select import Selection, natural_order
 
 DTYPES = {
@@ -51,6 +52,7 @@ def decide(
     base: Checkpoint,
     plan: Plan,
     scores: Mapping[str, Score],
+    changes: Mapping[str, float | None],
     selection: Selection,
     projector: Projector,
     dtype: str,
@@ -63,6 +65,7 @@ def decide(
         base: the base checkpoint.
         plan: what was scored.
         scores: module name to score.
+        changes: key of a tensor that replaces a weight to the size of the change, relative to it.
         selection: how modules are chosen.
         projector: which `C` the scores are for.
         dtype: one of `DTYPES`.
@@ -76,26 +79,18 @@ def decide(
             f"that {adapter.source} adapts are equal; --base must be the model before alignment"
         )
     chosen = selection.choose({name: score.cosine for name, score in scores.items()})
-    replaced: dict[str, Tensor] = {}
+    replaced = _replaced(adapter, plan, scores, chosen, DTYPES[dtype])
+    written = {**adapter.tensors, **replaced}
     distances, lossy = [], []
     for planned in plan.modules:
         module, score = planned.module, scores[planned.module.name]
         if score.CB is None or score.cosine is None:
             continue
-        if module.name in chosen:
-            replaced |= _replacements(adapter, module, score, DTYPES[dtype])
-        B_out = replaced.get(module.b_key, adapter.tensors[module.b_key])
+        B_out = module.output.view(written)
         distances.append(pdst(B_out, score.CB))
         if module.name in chosen and _relative_error(B_out, score.CB) > LOST_IN_ROUNDING:
             lossy.append(module.name)
-    # ΔW may be zero where the bias of lora_B is not: that change of the output stays.
-    biases = [
-        planned.module.bias_key
-        for planned in plan.modules
-        if planned.module.bias_key is not None
-        and scores[planned.module.name].cosine is None
-        and bool(adapter.tensors[planned.module.bias_key].any())
-    ]
+    unprojected = tuple(_unprojected(adapter, plan, scores, changes))
     report = Report(
         version=__version__,
         projector=_describe(projector),
@@ -107,32 +102,66 @@ def decide(
         },
         modules=tuple(_module_reports(plan, scores, chosen)),
         pdst=sum(distances) / len(distances) if distances else None,
-        unprojected=(*adapter.unprojected, *biases),
+        unprojected=unprojected,
         warnings=(
             *adapter.warnings,
-            *_warnings(adapter, scores, selection, chosen, lossy, biases),
+            *_warnings(adapter, scores, selection, chosen, lossy, unprojected),
         ),
     )
     return Decision(replaced, report)
 
 
-def _replacements(
-    adapter: Adapter, module: AdaptedModule, score: Score, dtype: torch.dtype | None
+def _replaced(
+    adapter: Adapter,
+    plan: Plan,
+    scores: Mapping[str, Score],
+    chosen: frozenset[str],
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """Return the projected tensors of one module in the dtype in which they are written."""
-    projected = {module.b_key: score.CB, module.bias_key: score.Cb}
-    found = {}
-    for key, tensor in projected.items():
-        if key is None or tensor is None:
+    """Return the tensors that change, whole: of a stack of experts some may stay as they are."""
+    others = [p.module for p in plan.modules if p.module.name not in chosen]
+    kept = {factor.key for module in (*others, *plan.excluded) for factor in module.written}
+    replaced: dict[str, Tensor] = {}
+    for planned in plan.modules:
+        score = scores[planned.module.name]
+        if planned.module.name not in chosen or score.CB is None:
             continue
-        written = tensor.to(dtype or adapter.tensors[key].dtype)
-        if not bool(written.isfinite().all()):
-            raise SafeprojError(
-                f"{key}: the projected tensor does not fit into {written.dtype}; use "
-                "--dtype float32"
-            )
-        found[key] = written
-    return found
+        for factor in planned.module.written:
+            value = score.Cb if factor == planned.module.bias else score.CB
+            assert value is not None
+            if factor.key not in replaced:
+                before = adapter.tensors[factor.key]
+                wanted = dtype or before.dtype
+                if factor.key in kept:  # what is kept in it must not be rounded
+                    wanted = torch.promote_types(wanted, before.dtype)
+                replaced[factor.key] = before.to(wanted, copy=True)
+            place = factor.view(replaced)
+            place.copy_(value)
+            if not bool(place.isfinite().all()):
+                raise SafeprojError(
+                    f"{factor.key}: the projected tensor does not fit into {place.dtype}; use "
+                    "--dtype float32"
+                )
+    return replaced
+
+
+def _unprojected(
+    adapter: Adapter,
+    plan: Plan,
+    scores: Mapping[str, Score],
+    changes: Mapping[str, float | None],
+) -> Iterator[Unprojected]:
+    """Yield what the adapter changes past every projection."""
+    for planned in plan.changes:
+        change = planned.change
+        yield Unprojected(change.key, change.parameter, change.kind, changes.get(change.key))
+    # ΔW may be zero where the bias of lora_B is not: that change of the output stays.
+    for module in (planned.module for planned in plan.modules):
+        bias = module.bias
+        if bias is None or scores[module.name].cosine is not None:
+            continue
+        if bool(adapter.tensors[bias.key].any()):
+            yield Unprojected(bias.key, module.name, "bias of lora_B without a cosine", None)
 
 
 def _relative_error(B_out: Tensor, CB: Tensor) -> float:
@@ -155,12 +184,17 @@ def _identity(source: str, revision: str | None) -> dict[str, object]:
 def _module_reports(
     plan: Plan, scores: Mapping[str, Score], chosen: frozenset[str]
 ) -> list[ModuleReport]:
-    scored = [planned.module for planned in plan.modules]
-    modules = sorted([*scored, *plan.excluded], key=lambda module: natural_order(module.name))
-    return [_module_report(m, scores.get(m.name), m.name in chosen) for m in modules]
+    found = [
+        _module_report(p.module, scores[p.module.name], p.module.name in chosen, p.note)
+        for p in plan.modules
+    ]
+    found += [_module_report(module, None, False, None) for module in plan.excluded]
+    return sorted(found, key=lambda module: natural_order(module.name))
 
 
-def _module_report(module: AdaptedModule, score: Score | None, projected: bool) -> ModuleReport:
+def _module_report(
+    module: AdaptedModule, score: Score | None, projected: bool, note: str | None
+) -> ModuleReport:
     stack, layer, kind = place(module.name)
     return ModuleReport(
         name=module.name,
@@ -173,7 +207,7 @@ def _module_report(module: AdaptedModule, score: Score | None, projected: bool) 
         alignment_norm=score.alignment_norm if score else None,
         scale=score.scale if score else None,
         projected=projected,
-        note=_note(module, score),
+        note="; ".join(text for text in (_note(module, score), note) if text) or None,
         projector_rank=score.rank if score else None,
     )
 
@@ -185,6 +219,9 @@ def _note(module: AdaptedModule, score: Score | None) -> str | None:
         return "V = 0: base and aligned are equal here, no alignment signal; kept"
     if score.cosine is None:
         return "empty update: B A is zero; kept"
+    if module.mirrors:
+        tied = ", ".join(factor.key.removeprefix(PREFIX) for factor in module.mirrors)
+        return f"tied weights: {tied} holds the same factor and is written too"
     return "DoRA: the magnitude is kept" if module.dora else None
 
 
@@ -194,12 +231,13 @@ def _warnings(
     selection: Selection,
     chosen: frozenset[str],
     lossy: list[str],
-    biases: list[str],
+    unprojected: tuple[Unprojected, ...],
 ) -> Iterator[str]:
-    if biases:
+    changed = [item for item in unprojected if item.relative_change != 0.0]
+    if changed:
         yield (
-            f"{len(biases)} biases of lora_B belong to modules without a cosine and are kept: "
-            f"{shorten(biases)}"
+            f"{len(changed)} tensors change weights or biases directly, which no projection "
+            f"touches: {shorten(item.describe() for item in changed)}"
         )
     frozen = [name for name, score in scores.items() if score.alignment_norm == 0.0]
     if frozen:

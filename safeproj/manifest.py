@@ -41,7 +41,8 @@ def manifest(
     for planned in plan.modules:
         sha256 = scores[planned.module.name].sha256
         if sha256 is not None:
-            tensors["aligned"][planned.aligned], tensors["base"][planned.base] = sha256
+            tensors["aligned"] |= sha256[0]
+            tensors["base"] |= sha256[1]
     for role, checkpoint in (("aligned", aligned), ("base", base)):
         files = {path.name: _sha256(path) for path in checkpoint.documents}
         found["inputs"][role] |= {"sha256": {"tensors": tensors[role], "files": files}}

@@ -1,38 +1,63 @@
-"""Pairs each adapted module with its weight in both checkpoints, and refuses what does not fit.
+"""Pairs each update with its weight in both checkpoints, and refuses what does not fit.
 
 Only names, shapes and dtypes are looked at: a plan is complete before the first weight is read.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from safeproj.adapter import AdaptedModule, Adapter
+from safeproj.adapter.experts import StackLayout, resolve
+from safeproj.adapter.record import Factor, FullChange, Kind
 from safeproj.checkpoint import Checkpoint
+from safeproj.checkpoint.expression import (
+    Expression,
+    Flat,
+    Head,
+    Item,
+    Stored,
+    Swapped,
+    dtype_and_shape,
+)
 from safeproj.errors import SafeprojError
-from safeproj.select import Selection
+from safeproj.names import Names
+from safeproj.names.layout import CONV1D_MODELS, model_types
+from safeproj.select import Selection, natural_order
 from safeproj.tensorfile import DTYPES
 
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-"""Architectures whose layers are transformers' `Conv1D`: the weight is stored (in, out)."""
+HEADS = frozenset({"lm_head", "embed_out", "output", "decoder", "proj_out"})
+"""Names of layers whose rows are the vocabulary."""
+
+UP = frozenset({"gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "input_linear"})
+DOWN = frozenset({"down_proj", "w2", "output_linear"})
+"""Names of expert parameters whose input, or whose output, is the hidden state."""
 
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One adapted module and where its weights are.
+    """One update and where its weights are.
 
     Attributes:
         module: the adapter's side.
-        aligned: name of the weight in the aligned checkpoint.
-        base: name of the weight in the base checkpoint.
-        transposed: the weight is stored (in_features, out_features).
+        aligned: the weight in the aligned checkpoint, (m, n).
+        base: the weight in the base checkpoint, (m, n).
+        note: what is special about the pair.
     """
 
     module: AdaptedModule
-    aligned: str
-    base: str
-    transposed: bool
+    aligned: Expression
+    base: Expression
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedChange:
+    """A change of a whole weight, and that weight in the aligned checkpoint, if it was found."""
+
+    change: FullChange
+    aligned: Expression | None
 
 
 @dataclass(frozen=True)
@@ -40,122 +65,303 @@ class Plan:
     """Everything that is to be scored.
 
     Attributes:
-        modules: the modules to score, in natural order.
-        excluded: the modules that `--include` and `--exclude` leave out.
+        modules: the updates to score, in natural order.
+        excluded: the updates that `--include` and `--exclude` leave out.
+        changes: whole weights that the adapter replaces.
     """
 
     modules: tuple[PlannedModule, ...]
     excluded: tuple[AdaptedModule, ...]
+    changes: tuple[PlannedChange, ...]
 
 
-def plan(adapter: Adapter, aligned: Checkpoint, base: Checkpoint, selection: Selection) -> Plan:
+def plan(
+    adapter: Adapter,
+    aligned: Checkpoint,
+    base: Checkpoint,
+    selection: Selection,
+    maps: Sequence[str] = (),
+) -> Plan:
     """Return the plan of one run.
+
+    Args:
+        adapter: the adapter.
+        aligned: the aligned checkpoint.
+        base: the base checkpoint.
+        selection: which modules are considered.
+        maps: `--map` rules, `RUNTIME=CHECKPOINT`.
 
     Raises:
         SafeprojError: a module has no weight in one of the checkpoints, shapes or dtypes do not
             fit, or nothing is left to score.
     """
-    considered = [m for m in adapter.modules if selection.considers(m.name)]
-    excluded = tuple(m for m in adapter.modules if not selection.considers(m.name))
+    sides = (_Side(adapter, aligned, maps), _Side(adapter, base, maps))
+    modules = [*adapter.modules, *_target_modules(adapter, sides[0])]
+    modules.sort(key=lambda module: natural_order(module.name))
+    considered = [m for m in modules if selection.considers(m.name)]
+    excluded = tuple(m for m in modules if not selection.considers(m.name))
     if not considered:
         raise SafeprojError(
-            f"--include/--exclude leave none of the {len(adapter.modules)} adapted modules; their "
-            f"names look like {adapter.modules[0].name}"
+            f"--include/--exclude leave none of the {len(modules)} adapted modules; their "
+            f"names look like {modules[0].name}"
         )
-    for checkpoint in (aligned, base):
-        _require_weights(adapter, checkpoint, considered)
-    conv1d = _is_conv1d(adapter, aligned, base, considered)
+    pairs = [_Pair(module, *(side.find(module) for side in sides)) for module in considered]
+    votes = {pair.vote for pair in pairs} - {None}
     return Plan(
-        tuple(_planned(module, adapter, aligned, base, conv1d) for module in considered), excluded
+        tuple(_planned(adapter, sides, pair, votes) for pair in pairs),
+        excluded,
+        tuple(_planned_change(adapter, change, sides[0]) for change in adapter.full_changes),
     )
 
 
-def _weight_name(module: AdaptedModule) -> str:
-    return f"{module.name}.weight"
+class _Side:
+    """One of the two checkpoints, by the running model's names."""
+
+    def __init__(self, adapter: Adapter, checkpoint: Checkpoint, maps: Sequence[str]) -> None:
+        self.checkpoint = checkpoint
+        self.names = Names(checkpoint, maps)
+        self._replicated = _replication(adapter)
+        self._found: dict[str, Expression] = {}
+
+    def find(self, module: AdaptedModule) -> tuple[Expression, tuple[int, ...]]:
+        """Return the whole weight of a module and its shape at run time, whether it fits or not."""
+        if module.parameter not in self._found:  # the experts of a stack share it
+            name = self.stored_name(module.parameter)
+            try:
+                found = self.names.find(name, lambda shape: _fits(module, shape))
+            except SafeprojError as error:
+                try:  # what does not fit is refused later, with the shapes of both sides
+                    found = self.names.find(name, lambda _: True)
+                except SafeprojError:
+                    raise error from None
+            self._found[module.parameter] = found
+        found = self._found[module.parameter]
+        dtype, shape = dtype_and_shape(found, self.checkpoint)
+        if dtype not in DTYPES:
+            raise SafeprojError(
+                f"{self.checkpoint.source}: the weight of {module.name} is stored as {dtype}; "
+                f"supported are {', '.join(DTYPES)}: use the checkpoint before quantisation"
+            )
+        return found, shape
+
+    def stored_name(self, parameter: str) -> str:
+        """Return the name without layer replication: copies of a layer share its weights."""
+        if self._replicated is None:
+            return parameter
+        parts = parameter.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if at is None:
+            return parameter
+        layer = int(parts[at])
+        if layer >= len(self._replicated):
+            raise SafeprojError(
+                f"{parameter}: layer_replication makes {len(self._replicated)} layers, so there "
+                f"is no layer {layer}"
+            )
+        return ".".join([*parts[:at], str(self._replicated[layer]), *parts[at + 1 :]])
 
 
-def _require_weights(
-    adapter: Adapter, checkpoint: Checkpoint, modules: list[AdaptedModule]
-) -> None:
-    missing = [m for m in modules if _weight_name(m) not in checkpoint.names]
-    if not missing:
-        return
-    wanted = _weight_name(missing[0])
-    close = difflib.get_close_matches(wanted, list(checkpoint.names), n=1)
-    raise SafeprojError(
-        f"{checkpoint.source}: no weight for {len(missing)} of {len(modules)} modules that "
-        f"{adapter.source} adapts; expected {wanted}, "
-        + (f"closest is {close[0]}" if close else "nothing looks like it")
-        + "; is the adapter for another model?"
+def _replication(adapter: Adapter) -> list[int] | None:
+    """Return for each layer of the running model the stored layer that it copies."""
+    given = adapter.config.get("layer_replication")
+    if not given:
+        return None
+    fits = isinstance(given, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
+        for pair in given
     )
-
-
-def _is_conv1d(
-    adapter: Adapter, aligned: Checkpoint, base: Checkpoint, modules: list[AdaptedModule]
-) -> bool | None:
-    """Tell whether the model's layers store their weights transposed; None if nothing tells.
-
-    The architecture tells, and without it the weights that are not square. `fan_in_fan_out` alone
-    does not: PEFT rewrites it module by module while training. Only square weights need to know.
-
-    Raises:
-        SafeprojError: there are square weights, and the signs contradict each other.
-    """
-    flag = bool(adapter.config.get("fan_in_fan_out"))
-    square = [m.name for m in modules if m.in_features == m.out_features]
-    # Both are asked: a Hub repository's config.json is then in the cache for an offline run.
-    for model_type in (aligned.model_type, base.model_type):
-        if model_type is not None:
-            conv1d = model_type in CONV1D_MODELS
-            if square and flag and not conv1d:
-                raise SafeprojError(
-                    f"{square[0]}: is square, and {adapter.source} says fan_in_fan_out while the "
-                    f"model type {model_type!r} is not known to store weights as (in, out); "
-                    "leave it out with --exclude"
-                )
-            return conv1d
-    shapes = [
-        (aligned.describe(_weight_name(m))[1], (m.out_features, m.in_features))
-        for m in modules
-        if m.in_features != m.out_features
-    ]
-    turned = {stored == wanted[::-1] for stored, wanted in shapes}
-    if len(turned) == 2 and square:
+    if not fits or any(not 0 <= start <= stop <= MAX_LAYERS for start, stop in given):
         raise SafeprojError(
-            f"{square[0]}: is square, and the other weights do not tell how it is stored; put the "
-            "model's config.json beside the checkpoint"
+            f"{adapter.source}: layer_replication is {given}; expected pairs of layer numbers"
         )
-    return turned.pop() if len(turned) == 1 else flag or None
+    return [layer for start, stop in given[:MAX_LAYERS] for layer in range(start, stop)]
+
+
+MAX_LAYERS = 10_000
+"""More layers than any model has: a forged range must not fill the memory."""
+
+
+def _fits(module: AdaptedModule, shape: tuple[int, ...]) -> bool:
+    """Tell whether a weight of this shape can be the module's."""
+    m, n = module.out_features, module.in_features
+    if module.weight_shape is not None:
+        return shape == module.weight_shape
+    if module.kind is Kind.embedding:
+        return len(shape) == 2 and shape[1] == m  # the vocabulary may differ
+    if shape in ((m, n), (n, m)):
+        return True
+    return _is_head(module) and len(shape) == 2 and shape[1] == n
+
+
+def _is_head(module: AdaptedModule) -> bool:
+    return module.kind is Kind.linear and module.name.rpartition(".")[2] in HEADS
+
+
+def _target_modules(adapter: Adapter, aligned: _Side) -> Iterator[AdaptedModule]:
+    """Yield the updates of parameters that are adapted directly: their shapes tell which."""
+    for target in adapter.targets:
+        layouts = {
+            parameter: _layout(aligned, aligned.stored_name(parameter))
+            for parameter in target.parameters
+        }
+        yield from resolve(adapter, target, layouts)
+
+
+def _layout(side: _Side, parameter: str) -> StackLayout:
+    """Return how the running model stores a parameter, from its name, shape and architecture."""
+    found = side.names.find(parameter, lambda shape: len(shape) in (2, 3))
+    shape = dtype_and_shape(found, side.checkpoint)[1]
+    if len(shape) == 2:
+        return StackLayout(shape, out_first=True, marked=False)
+    known = side.names.layout(parameter)
+    if known is not None and known.marked_transposed:
+        return StackLayout(shape, out_first=False, marked=True)
+    out_first = known.out_first if known is not None else _out_first(side, parameter, shape)
+    if out_first is None:
+        raise SafeprojError(
+            f"{side.checkpoint.source}: nothing tells whether {parameter} {list(shape)} is stored "
+            "as (experts, out, in) or (experts, in, out); install safeproj[train] for "
+            "transformers, which knows the architecture, or leave it out with --exclude"
+        )
+    return StackLayout(shape, out_first, marked=False)
+
+
+def _out_first(side: _Side, parameter: str, shape: tuple[int, ...]) -> bool | None:
+    """Tell the output side of an expert stack by the size of the hidden state."""
+    config = side.checkpoint.config
+    text = config.get("text_config")
+    hidden = (text if isinstance(text, dict) else config).get("hidden_size")
+    leaf = parameter.removesuffix(".weight").rpartition(".")[2]
+    is_hidden = [size == hidden for size in shape[1:]]
+    if (leaf not in UP and leaf not in DOWN) or sum(is_hidden) != 1:
+        return None
+    return is_hidden[1] if leaf in UP else is_hidden[0]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A module and its whole weight in the aligned and the base checkpoint, each with its shape."""
+
+    module: AdaptedModule
+    aligned: tuple[Expression, tuple[int, ...]]
+    base: tuple[Expression, tuple[int, ...]]
+
+    @property
+    def vote(self) -> bool | None:
+        """Whether this weight is stored as (in, out), if its shape tells."""
+        module, shape = self.module, self.aligned[1]
+        if module.kind is not Kind.linear or module.in_features == module.out_features:
+            return None
+        return shape == (module.in_features, module.out_features)
 
 
 def _planned(
-    module: AdaptedModule,
-    adapter: Adapter,
-    aligned: Checkpoint,
-    base: Checkpoint,
-    conv1d: bool | None,
+    adapter: Adapter, sides: tuple[_Side, _Side], pair: _Pair, votes: set[bool | None]
 ) -> PlannedModule:
-    name = _weight_name(module)
-    shapes = []
-    for checkpoint in (aligned, base):
-        dtype, shape = checkpoint.describe(name)
-        if dtype not in DTYPES:
-            raise SafeprojError(
-                f"{checkpoint.source}: {name} is stored as {dtype}; supported are "
-                f"{', '.join(DTYPES)}: use the checkpoint before quantisation"
+    module, (aligned, shape), (base, base_shape) = pair.module, pair.aligned, pair.base
+    note = None
+    vocabulary = module.kind is Kind.embedding or _is_head(module)
+    if vocabulary and len(shape) == len(base_shape) == 2 and shape[1] == base_shape[1]:
+        own = module.in_features if module.kind is Kind.embedding else module.out_features
+        rows = min(shape[0], base_shape[0], own)
+        if rows < max(shape[0], base_shape[0], own):
+            aligned, base = Head(aligned, rows), Head(base, rows)
+            note = (
+                f"vocabularies differ (aligned {shape[0]}, base {base_shape[0]}, adapter {own}): "
+                f"the first {rows} rows are used"
             )
-        shapes.append(shape)
-    wanted = (module.out_features, module.in_features)
-    turned = wanted[::-1]
-    fits = (wanted,) if conv1d is False else (turned,) if conv1d else (wanted, turned)
-    if wanted != turned and conv1d and shapes[0] == wanted:
-        fits = (wanted,)  # a Conv1D model has nn.Linear layers too, such as its head
-    if shapes[0] != shapes[1] or shapes[0] not in fits:
+            shape = base_shape = (rows, shape[1])
+            if module.kind is Kind.linear:
+                module = _first_rows(module, rows)
+                note += ", the others are kept"
+    turned = _turned(adapter, sides, module, shape, votes)
+    if shape != base_shape or turned is None:
+        wanted = pair.module.weight_shape or (module.out_features, module.in_features)
         raise SafeprojError(
-            f"{module.name}: shapes do not fit: {list(shapes[0])} in {aligned.source}, "
-            f"{list(shapes[1])} in {base.source}, {list(wanted)} (out, in) in {adapter.source}; "
-            "are all three of the same model?"
+            f"{module.name}: shapes do not fit: {list(pair.aligned[1])} in "
+            f"{sides[0].checkpoint.source}, {list(pair.base[1])} in {sides[1].checkpoint.source}, "
+            f"{list(wanted)} {'' if pair.module.weight_shape else '(out, in) '}in "
+            f"{adapter.source}; are all three of the same model?"
         )
     return PlannedModule(
-        module, name, name, transposed=shapes[0] != wanted or (wanted == turned and conv1d is True)
+        module, _oriented(module, aligned, turned), _oriented(module, base, turned), note
     )
+
+
+def _turned(
+    adapter: Adapter,
+    sides: tuple[_Side, _Side],
+    module: AdaptedModule,
+    shape: tuple[int, ...],
+    votes: set[bool | None],
+) -> bool | None:
+    """Tell whether a weight is stored as (in, out); None if its shape does not fit.
+
+    Where it is square the architecture tells, and without one the weights that are not square.
+    `fan_in_fan_out` alone does not: PEFT rewrites it module by module while training.
+
+    Raises:
+        SafeprojError: the weight is square, and the signs contradict each other.
+    """
+    if module.kind is Kind.embedding:
+        return True if shape[1:] == (module.out_features,) else None
+    if module.weight_shape is not None:
+        return bool(module.turned) if shape == module.weight_shape else None
+    wanted = (len(module.output.view(adapter.tensors)), module.in_features)
+    if shape != wanted[::-1] or shape != wanted:
+        return shape != wanted if shape in (wanted, wanted[::-1]) else None
+    flag = bool(adapter.config.get("fan_in_fan_out"))
+    side = next((side for side in sides if side.checkpoint.config), sides[0])
+    config = side.checkpoint.config
+    layout = side.names.layout(module.parameter)
+    if layout is not None and layout.out_first is not None:
+        if flag and layout.out_first and not model_types(config) & CONV1D_MODELS:
+            raise SafeprojError(
+                f"{module.name}: is square, and {adapter.source} says fan_in_fan_out while the "
+                f"model type {config.get('model_type')!r} is not known to store weights as "
+                "(in, out); leave it out with --exclude"
+            )
+        return not layout.out_first
+    if len(votes) == 2:
+        raise SafeprojError(
+            f"{module.name}: is square, and the other weights do not tell how it is stored; put "
+            "the model's config.json beside the checkpoint"
+        )
+    return next(iter(votes), flag)
+
+
+def _first_rows(module: AdaptedModule, rows: int) -> AdaptedModule:
+    """Return the module without the output rows of which there is nothing to compare."""
+    bias = module.bias
+    return replace(
+        module,
+        output=Factor(module.output.key, rows=slice(0, rows)),
+        bias=None if bias is None else Factor(bias.key, rows=slice(0, rows)),
+    )
+
+
+def _oriented(module: AdaptedModule, whole: Expression, turned: bool) -> Expression:
+    """Return the module's own matrix (m, n) of a whole weight."""
+    if module.kind is Kind.convolution:
+        return Flat(whole)
+    part = whole if module.expert is None else Item(whole, module.expert)
+    return Swapped(part) if turned else part
+
+
+def _planned_change(adapter: Adapter, change: FullChange, aligned: _Side) -> PlannedChange:
+    """Find what a change of a whole weight replaces, if the checkpoint has it in one piece."""
+    wanted = tuple(adapter.tensors[change.key].shape)
+
+    def fits(shape: tuple[int, ...]) -> bool:
+        return shape[1:] == wanted[1:] and len(shape) == len(wanted) > 0
+
+    try:
+        found = aligned.names.find(aligned.stored_name(change.parameter), fits)
+    except SafeprojError:  # such as a new classification head
+        return PlannedChange(change, None)
+    dtype, shape = dtype_and_shape(found, aligned.checkpoint)
+    if dtype not in DTYPES or not fits(shape) or (len(shape) > 2 and not isinstance(found, Stored)):
+        return PlannedChange(change, None)
+    if change.rows is not None and max(change.rows, default=0) >= shape[0]:
+        return PlannedChange(change, None)
+    return PlannedChange(change, Flat(found) if len(shape) > 2 else found)

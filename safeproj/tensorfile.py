@@ -27,6 +27,18 @@ DTYPES = {
 }
 """The floating-point dtypes safeproj computes with: safetensors name to torch name and bytes."""
 
+OTHER_DTYPES = {
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""Dtypes that whole tensors may have which are only copied: safetensors name to torch name."""
+
 
 @dataclass(frozen=True)
 class TensorEntry:

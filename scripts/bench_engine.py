@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from safeproj.adapter import read_adapter
+from safeproj.api import tasks_of
 from safeproj.checkpoint import Reader, open_checkpoint
 from safeproj.engine import Task, local, run
 from safeproj.match import plan
@@ -31,21 +32,11 @@ KIB = 1 << 10
 STEPS = ("reading", "conversion and subtraction", "norm", "T = Vᵀ B")
 
 
-def tasks_of(pair: Path) -> list[Task]:
+def tasks_of_pair(pair: Path) -> list[Task]:
     """Return the engine's tasks for the all-linear adapter."""
     adapter = read_adapter(str(pair / "adapter-all-linear"))
     aligned, base = (open_checkpoint(str(pair / name)) for name in ("aligned", "base"))
-    return [
-        Task(
-            item.module.name,
-            aligned.weight(item.aligned),
-            base.weight(item.base),
-            item.transposed,
-            A=adapter.tensors[item.module.a_key],
-            B=adapter.tensors[item.module.b_key],
-        )
-        for item in plan(adapter, aligned, base, Selection(all=True)).modules
-    ]
+    return tasks_of(adapter, plan(adapter, aligned, base, Selection(all=True)), aligned, base)
 
 
 def seconds(tasks: list[Task], workers: int = 2) -> float:
@@ -79,18 +70,18 @@ def shares(tasks: list[Task]) -> None:
     torch.set_num_threads(1)
     readers = (Reader(), Reader())
     buffers = [torch.empty(local.CPU_BLOCK, dtype=torch.uint8) for _ in readers]
-    kept = torch.empty(max(math.prod(task.aligned.shape) for task in tasks))
+    kept = torch.empty(max(math.prod(task.aligned.weight.shape) for task in tasks))
     spent: Counter[str] = Counter()
     clock = time.perf_counter_ns
     for task in tasks:
-        m, n = task.aligned.shape
+        m, n = task.aligned.weight.shape
         V, B, T = kept[: m * n].view(m, n), task.B.float(), torch.zeros(task.B.shape[1], n)
         step = local.CPU_BLOCK // (2 * n)  # rows of a bfloat16 block
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
             times = [clock()]
-            aligned = task.aligned.read_rows(readers[0], rows.start, rows.stop, buffers[0])
-            base = task.base.read_rows(readers[1], rows.start, rows.stop, buffers[1])
+            aligned = task.aligned.weight.read_rows(readers[0], rows.start, rows.stop, buffers[0])
+            base = task.base.weight.read_rows(readers[1], rows.start, rows.stop, buffers[1])
             times.append(clock())
             V[rows].copy_(aligned).sub_(base)
             times.append(clock())
@@ -126,7 +117,7 @@ def main() -> None:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pair", type=Path, default=PAIR, help="made by bench.py")
-    tasks = tasks_of(parser.parse_args().pair)
+    tasks = tasks_of_pair(parser.parse_args().pair)
     constants(tasks)
     shares(tasks)
     exact()

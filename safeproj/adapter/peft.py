@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeproj.adapter.record import AdaptedModule, Adapter
+from safeproj.adapter.record import (
+    AdaptedModule,
+    Adapter,
+    Factor,
+    FullChange,
+    Kind,
+    TargetParameters,
+)
 from safeproj.errors import SafeprojError, shorten
 from safeproj.select import natural_order
 from safeproj.source import Folder, LocalFolder, open_folder, read_json
-from safeproj.tensorfile import read_header, require_printable
+from safeproj.tensorfile import OTHER_DTYPES, read_header, require_printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,27 +28,57 @@ SAFETENSORS = "adapter_model.safetensors"
 BIN = "adapter_model.bin"
 PREFIX = "base_model.model."
 
-_A, _B, _B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
-_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+SUPPORTED_TYPES = ("LORA", "ADALORA")
+"""The `peft_type`s whose update is a product of two factors."""
 
 REFUSED_SETTINGS = {
-    "target_parameters": "updates of whole parameters such as expert stacks",
-    "layer_replication": "replicated layers",
     "use_qalora": "QA-LoRA, whose update is not a matrix of the weight's shape",
-    "use_bdlora": "BD-LoRA, whose factors are block diagonal",
+    "use_bdlora": "BD-LoRA, whose factors are block diagonal: C B is not",
     "kasa_config": "KaSA, which trains on a truncated base weight",
 }
 """Settings of `adapter_config.json` under which `B A` is not the update of the stored weight."""
 
-REFUSED_TENSORS = {
-    ".lora_embedding_A": "an embedding",
-    ".lora_embedding_B": "an embedding",
-    ".lora_diag": "KaSA",
-    ".lora_E": "AdaLoRA",
-}
+REFUSED_TENSORS = {".lora_diag": "KaSA, which trains on a truncated base weight"}
+"""Tensors that give away what the config does not say."""
 
-FULL_WEIGHT_SUFFIXES = (".base_layer.weight", ".base_layer.bias", ".trainable_tokens_delta")
-"""Tensors that PEFT stores beside the factors and that replace (part of) a weight of the model."""
+SUPPORTED = (
+    "supported are LoRA, rsLoRA, DoRA and AdaLoRA on linear layers, embeddings, convolutions, "
+    "attention and expert stacks"
+)
+
+CONVERTED_INITIALISATIONS = ("gaussian", "orthogonal", "eva")
+"""Named initialisations that leave the base weight as it was."""
+
+MAX_TARGETS = 6
+"""Target parameters of one module: all orders are tried, and the list comes from the file."""
+
+
+@dataclass(frozen=True)
+class _Suffixes:
+    """How one kind of adapted module names its tensors, after the module's path."""
+
+    A: str
+    B: str
+    kind: Kind
+    gain: str | None = None
+
+
+_LINEAR = _Suffixes(".lora_A.weight", ".lora_B.weight", Kind.linear)
+_FORMS = (
+    _LINEAR,
+    _Suffixes(".lora_embedding_A", ".lora_embedding_B", Kind.embedding),
+    _Suffixes(".lora_A", ".lora_B", Kind.linear, ".lora_E"),  # AdaLoRA
+)
+_BIAS = ".lora_B.bias"
+_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_TRAINING_STATE = (
+    ".lora_velora_embed",
+    ".lora_monteclora_sampler.expert_weights",
+    ".lora_monteclora_sampler.expert_weights_prior",
+    ".lora_monteclora_sampler.gaussian_var_prior",
+    ".lora_monteclora_sampler.std_prior",
+)
+"""What VeLoRA and MonteCLoRA keep for training; the update is still that of the two factors."""
 
 
 def read_adapter(source: str) -> Adapter:
@@ -61,17 +99,18 @@ def read_adapter(source: str) -> Adapter:
             f"{source}: neither {SAFETENSORS} nor {BIN} found; is this an adapter directory?"
         )
     metadata, tensors = _read_tensors(folder.path(weights_file))
-    modules, unprojected = _classify(source, config, tensors)
-    _check_values(source, tensors)
+    found = _Classifier(source, config, tensors)
+    _check_values(source, tensors, {change.key for change in found.full_changes})
     return Adapter(
         folder,
         weights_file,
         config,
         metadata,
         tensors,
-        modules,
-        unprojected,
-        tuple(_warnings(config, modules, unprojected)),
+        found.modules,
+        found.targets,
+        found.full_changes,
+        tuple(_warnings(config, found.modules)),
     )
 
 
@@ -86,13 +125,13 @@ def _read_config(folder: Folder) -> dict[str, Any]:
 
 def _refuse_settings(source: str, config: dict[str, Any]) -> None:
     found = config.get("peft_type")
-    if found != "LORA":
-        raise SafeprojError(f"{source}: peft_type is {found!r}; supported: 'LORA'")
+    if found not in SUPPORTED_TYPES:
+        raise SafeprojError(f"{source}: peft_type {found!r} is not supported; {SUPPORTED}")
     for setting, meaning in REFUSED_SETTINGS.items():
         if config.get(setting):
             raise SafeprojError(
                 f"{source}: {CONFIG} sets {setting} ({meaning}), which is not supported; "
-                "supported are LoRA factors on linear layers"
+                f"{SUPPORTED}"
             )
 
 
@@ -138,124 +177,263 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _classify(
-    source: str, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[tuple[AdaptedModule, ...], tuple[str, ...]]:
-    """Split the tensors into adapted modules and changes of whole weights; refuse the rest."""
-    names, unprojected = set(), []
-    for key in tensors:
-        for suffix in (_A, _B):
-            if key.startswith(PREFIX) and key.endswith(suffix):
-                names.add(key[len(PREFIX) : -len(suffix)])
-                break
-        else:
-            if not key.endswith((_B_BIAS, *_MAGNITUDES)):
-                _explain_full_weight(source, config, key)
-                unprojected.append(key)
-    modules = tuple(_module(source, tensors, name) for name in sorted(names, key=natural_order))
-    if not modules:
-        raise SafeprojError(f"{source}: no lora_A/lora_B pair among {len(tensors)} tensors")
-    _check_ranks(source, config, modules)
-    if config.get("use_dora") and not all(module.dora for module in modules):
-        raise SafeprojError(f"{source}: {CONFIG} sets use_dora, but modules have no magnitude")
-    known = {key for module in modules for key in _keys(module.name)} | set(unprojected)
-    for key in tensors:
-        if key not in known:
-            raise SafeprojError(f"{source}: {key} has no lora_A and lora_B beside it")
-    return modules, tuple(unprojected)
+class _Classifier:
+    """Sorts the tensors of an adapter: updates, target parameters, changes of whole weights.
 
-
-def _keys(name: str) -> tuple[str, ...]:
-    return tuple(PREFIX + name + suffix for suffix in (_A, _B, _B_BIAS, *_MAGNITUDES))
-
-
-def _module(source: str, tensors: dict[str, Tensor], name: str) -> AdaptedModule:
-    a_key, b_key, bias_key, *magnitude_keys = _keys(name)
-    for key in (a_key, b_key):
-        if key not in tensors:
-            raise SafeprojError(f"{source}: {name} has no {key}; expected both lora_A and lora_B")
-        if tensors[key].dim() != 2:
-            raise SafeprojError(
-                f"{source}: {key} has shape {list(tensors[key].shape)}; supported are the "
-                "two-dimensional factors of linear layers"
-            )
-    A, B = tensors[a_key], tensors[b_key]
-    if A.shape[0] != B.shape[1] or A.shape[0] == 0:
-        raise SafeprojError(
-            f"{source}: the factors of {name} do not fit: lora_A is {list(A.shape)}, lora_B is "
-            f"{list(B.shape)}; expected (r, in) and (out, r) with the same r"
-        )
-    bias = tensors.get(bias_key)
-    if bias is not None and bias.shape != B.shape[:1]:
-        raise SafeprojError(
-            f"{source}: {bias_key} has shape {list(bias.shape)}, expected [{B.shape[0]}]"
-        )
-    magnitude = next((tensors[key] for key in magnitude_keys if key in tensors), None)
-    if magnitude is not None and magnitude.shape != B.shape[:1]:
-        raise SafeprojError(
-            f"{source}: the DoRA magnitude of {name} has shape {list(magnitude.shape)}, expected "
-            f"[{B.shape[0]}]"
-        )
-    return AdaptedModule(
-        name,
-        a_key,
-        b_key,
-        rank=A.shape[0],
-        in_features=A.shape[1],
-        out_features=B.shape[0],
-        bias_key=None if bias is None else bias_key,
-        dora=magnitude is not None,
-    )
-
-
-def _check_ranks(source: str, config: dict[str, Any], modules: Iterable[AdaptedModule]) -> None:
-    """Compare the tensors' ranks with those that the config names.
-
-    The keys of `rank_pattern` are regular expressions from the file: they are not run, since the
-    rank that counts is that of the tensors.
+    Raises:
+        SafeprojError: a tensor belongs to none of these, or has no counterpart.
     """
-    patterns = config.get("rank_pattern") or {}
-    if not isinstance(patterns, dict) or not all(isinstance(r, int) for r in patterns.values()):
-        raise SafeprojError(f"{source}: {CONFIG}: rank_pattern does not map names to numbers")
-    allowed = [config.get("r"), *patterns.values()]
-    for module in modules:
-        if module.rank not in allowed:
+
+    def __init__(
+        self, source: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        self._source = source
+        self._config = config
+        self._tensors = tensors
+        self._known: set[str] = set()
+        forms = self._forms()
+        targets = self._target_parameters(forms)
+        wrapped = {key for target in targets for pair in target.pairs for key in pair}
+        modules = [
+            self._module(name, form)
+            for name, form in forms.items()
+            if PREFIX + name + form.A not in wrapped
+        ]
+        self._known |= wrapped
+        self.targets = targets
+        self.modules = self._tied(sorted(modules, key=lambda module: natural_order(module.name)))
+        if not self.modules and not targets:
+            raise SafeprojError(f"{source}: no lora_A/lora_B pair among {len(tensors)} tensors")
+        self._check_ranks()
+        if config.get("use_dora") and not all(module.dora for module in self.modules):
+            raise SafeprojError(f"{source}: {CONFIG} sets use_dora, but modules have no magnitude")
+        self.full_changes = tuple(
+            self._full_change(key) for key in tensors if key not in self._known
+        )
+
+    def _forms(self) -> dict[str, _Suffixes]:
+        """Return the adapted modules' names as the keys have them, and how each is stored."""
+        found: dict[str, _Suffixes] = {}
+        for key in self._tensors:
+            if not key.startswith(PREFIX):
+                continue
+            for form in _FORMS:
+                for suffix in (form.A, form.B):
+                    if key.endswith(suffix):
+                        found.setdefault(key[len(PREFIX) : -len(suffix)], form)
+        return found
+
+    def _target_parameters(self, forms: Mapping[str, _Suffixes]) -> tuple[TargetParameters, ...]:
+        """Return the modules whose parameters are adapted directly, wrapper in wrapper."""
+        given = self._config.get("target_parameters") or []
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
             raise SafeprojError(
-                f"{source}: {module.name} has rank {module.rank}, but {CONFIG} allows "
-                f"{shorten(map(str, allowed))}; PEFT would not load it"
+                f"{self._source}: {CONFIG}: target_parameters is no list of parameter names"
+            )
+        found: dict[str, list[str]] = {}
+        for name in sorted(forms, key=len):  # outermost first: each wrapper adds a base_layer
+            module = _without_trailing(name, ".base_layer")
+            if forms[name] is _LINEAR and self._parameters_of(module, given):
+                found.setdefault(module, []).append(name)
+        targets = []
+        for module in sorted(found, key=natural_order):
+            parameters = self._parameters_of(module, given)
+            if len(parameters) > MAX_TARGETS:
+                raise SafeprojError(
+                    f"{self._source}: {CONFIG}: {len(parameters)} target parameters of {module}; "
+                    f"supported are at most {MAX_TARGETS}"
+                )
+            pairs = tuple(self._pair(name, _LINEAR) for name in found[module])
+            for A, B in pairs:
+                self._require_factors(module, A, B)
+            targets.append(TargetParameters(module, parameters, pairs))
+        return tuple(targets)
+
+    def _parameters_of(self, module: str, given: list[str]) -> tuple[str, ...]:
+        """Return the target parameters that are in this module; as in PEFT, suffixes match."""
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in given)
+        parameters = (f"{module}.{leaf}" for leaf in leaves)
+        return tuple(p for p in parameters if any(f".{p}".endswith(f".{name}") for name in given))
+
+    def _pair(self, name: str, form: _Suffixes) -> tuple[str, str]:
+        keys = (PREFIX + name + form.A, PREFIX + name + form.B)
+        for key in keys:
+            if key not in self._tensors:
+                raise SafeprojError(
+                    f"{self._source}: {name} has no {key}; expected both {form.A[1:]} and "
+                    f"{form.B[1:]}"
+                )
+        return keys
+
+    def _require_factors(self, name: str, a_key: str, b_key: str) -> None:
+        A, B = self._tensors[a_key], self._tensors[b_key]
+        if A.dim() != B.dim() or A.dim() < 2 or A.shape[0] != B.shape[1]:
+            grouped = A.dim() == B.dim() > 2 and B.shape[1] and A.shape[0] % B.shape[1] == 0
+            raise SafeprojError(
+                f"{self._source}: the factors of {name} do not fit: lora_A is {list(A.shape)}, "
+                f"lora_B is {list(B.shape)}; "
+                + (
+                    "a grouped convolution has block-diagonal factors, which are not supported"
+                    if grouped
+                    else "expected (r, in) and (out, r) with the same r"
+                )
             )
 
+    def _module(self, name: str, form: _Suffixes) -> AdaptedModule:
+        a_key, b_key = self._pair(name, form)
+        self._require_factors(name, a_key, b_key)
+        A, B = self._tensors[a_key], self._tensors[b_key]
+        gain_key = None if form.gain is None else PREFIX + name + form.gain
+        if A.shape[0] == 0 and gain_key is None:
+            raise SafeprojError(f"{self._source}: {a_key} has rank 0, expected (r, in), r > 0")
+        kind = form.kind if A.dim() == 2 else Kind.convolution
+        self._known |= {a_key, b_key, *(PREFIX + name + suffix for suffix in _TRAINING_STATE)}
+        self._expect(gain_key, A.shape[0], f"{name} as AdaLoRA's singular values", required=True)
+        magnitude = next((k for s in _MAGNITUDES if (k := PREFIX + name + s) in self._tensors), "")
+        self._expect(magnitude, B.shape[0], f"{name} as its DoRA magnitude")
+        bias = self._expect(PREFIX + name + _BIAS, B.shape[0], f"{name} as the bias of lora_B")
+        return AdaptedModule(
+            name=name.replace(".base_layer", ""),
+            parameter=self._parameter(name),
+            kind=kind,
+            output=Factor(b_key),
+            input=Factor(a_key),
+            rank=A.shape[0],
+            in_features=A[0].numel() if A.shape[0] else A.shape[1],
+            out_features=B.shape[0],
+            weight_shape=(B.shape[0], *A.shape[1:]) if kind is Kind.convolution else None,
+            gain=None if gain_key is None else Factor(gain_key),
+            bias=None if bias is None else Factor(bias),
+            dora=bool(magnitude),
+        )
 
-def _explain_full_weight(source: str, config: dict[str, Any], key: str) -> None:
-    """Accept a tensor that is not a factor only where the config accounts for it."""
-    for suffix, meaning in REFUSED_TENSORS.items():
-        if key.endswith(suffix):
+    def _expect(
+        self, key: str | None, length: int, what: str, *, required: bool = False
+    ) -> str | None:
+        """Return the key of a tensor with one value per row, if the adapter has it."""
+        if not key or (key not in self._tensors and not required):
+            return None
+        found = self._tensors.get(key)
+        if found is None or found.numel() != length:
+            shape = "nothing" if found is None else f"shape {list(found.shape)}"
             raise SafeprojError(
-                f"{source}: {key} belongs to {meaning}, which is not supported; supported are "
-                "LoRA factors on linear layers"
+                f"{self._source}: {key}: expected {length} values for {what}, found {shape}"
             )
-    path = key[len(PREFIX) :] if key.startswith(PREFIX) else ""
-    saved = config.get("modules_to_save") or ()
-    saved = [saved] if isinstance(saved, str) else saved if isinstance(saved, list) else ()
-    if path and (
-        any(f".{module}." in f".{path}" for module in saved)
-        or path.endswith(FULL_WEIGHT_SUFFIXES)
-        or (path.endswith(".bias") and config.get("bias", "none") != "none")
-    ):
-        return
-    raise SafeprojError(
-        f"{source}: {key} is no tensor of a supported adapter; expected "
-        f"{PREFIX}<module>{_A} and {_B}, or a weight that {CONFIG} accounts for "
-        "(modules_to_save, bias)"
-    )
+        self._known.add(key)
+        return key
+
+    def _parameter(self, name: str) -> str:
+        """Return the name of the weight: that of MultiheadAttention is not called `weight`."""
+        path = name.replace(".base_layer", "")
+        attention = f"{PREFIX}{name}.base_layer.out_proj{_LINEAR.A}" in self._tensors
+        return f"{path}.in_proj_weight" if attention else f"{path}.weight"
+
+    def _tied(self, modules: list[AdaptedModule]) -> tuple[AdaptedModule, ...]:
+        """Make one module of an embedding and the tied head that repeats its factors.
+
+        With `ensure_weight_tying`, lm_head's A is the embedding's Bᵀ and its B is Aᵀ: one update
+        of one weight. It is projected on the embedding's side, and the head's A follows.
+        """
+        if not self._config.get("ensure_weight_tying"):
+            return tuple(modules)
+        found = {module.name: module for module in modules}
+        for embedding in [m for m in modules if m.kind is Kind.embedding]:
+            for head in [m for m in modules if m.kind is Kind.linear]:
+                A, B = (f.view(self._tensors) for f in (embedding.input, embedding.output))
+                A_head, B_head = (f.view(self._tensors) for f in (head.input, head.output))
+                if A_head.equal(B.T) and B_head.equal(A.T):
+                    mirror = replace(head.input, turned=True)
+                    found[embedding.name] = replace(embedding, mirrors=(mirror,))
+                    found.pop(head.name, None)
+        return tuple(found.values())
+
+    def _check_ranks(self) -> None:
+        """Compare the tensors' ranks with those that the config names.
+
+        The keys of `rank_pattern` are regular expressions from the file: they are not run, since
+        the rank that counts is that of the tensors.
+        """
+        if self._config.get("peft_type") != "LORA":
+            return
+        patterns = self._config.get("rank_pattern") or {}
+        if not isinstance(patterns, dict) or not all(isinstance(r, int) for r in patterns.values()):
+            raise SafeprojError(
+                f"{self._source}: {CONFIG}: rank_pattern does not map names to numbers"
+            )
+        allowed = [self._config.get("r"), *patterns.values()]
+        for module in self.modules:
+            if module.rank not in allowed:
+                raise SafeprojError(
+                    f"{self._source}: {module.name} has rank {module.rank}, but {CONFIG} allows "
+                    f"{shorten(map(str, allowed))}; PEFT would not load it"
+                )
+
+    def _full_change(self, key: str) -> FullChange:
+        """Accept a tensor that is not part of an update only where the config accounts for it."""
+        for suffix, meaning in REFUSED_TENSORS.items():
+            if key.endswith(suffix):
+                raise SafeprojError(
+                    f"{self._source}: {key} belongs to {meaning}, which is not supported; "
+                    f"{SUPPORTED}"
+                )
+        path = key[len(PREFIX) :] if key.startswith(PREFIX) else ""
+        plain = path.replace(".base_layer", "")
+        saved = self._config.get("modules_to_save") or ()
+        saved = [saved] if isinstance(saved, str) else saved if isinstance(saved, list) else ()
+        if path.endswith(".trainable_tokens_delta"):
+            module = path.rpartition(".")[0].removesuffix(".token_adapter")
+            rows = self._token_rows(key, module)
+            return FullChange(key, f"{module}.weight", "trainable tokens", rows)
+        if path and any(f".{module}." in f".{path}" for module in saved):
+            return FullChange(key, plain, "modules_to_save")
+        if path.endswith(".base_layer.weight"):
+            return FullChange(key, plain, "copy of the base layer's weight")
+        if path.endswith(".bias") and self._config.get("bias", "none") != "none":
+            return FullChange(key, plain, "bias")
+        if path.endswith(".base_layer.bias"):
+            return FullChange(key, plain, "copy of the base layer's bias")
+        if any(suffix in key for suffix in (".lora_", ".trainable_tokens_")):
+            raise SafeprojError(
+                f"{self._source}: {key} has no lora_A and lora_B beside it, or belongs to a kind "
+                f"of adapter that is not known; {SUPPORTED}"
+            )
+        raise SafeprojError(
+            f"{self._source}: {key} is no tensor of a supported adapter; expected "
+            f"{PREFIX}<module>{_LINEAR.A} and {_LINEAR.B}, or a weight that {CONFIG} accounts for "
+            "(modules_to_save, bias)"
+        )
+
+    def _token_rows(self, key: str, module: str) -> tuple[int, ...]:
+        """Return the rows that trainable tokens replace: only the config knows them."""
+        given = self._config.get("trainable_token_indices")
+        if isinstance(given, dict):
+            given = next((v for k, v in given.items() if f".{module}".endswith(f".{k}")), None)
+        count = self._tensors[key].shape[0]
+        if not isinstance(given, list) or not all(type(i) is int and i >= 0 for i in given):
+            given = []
+        if len(given) != count:
+            raise SafeprojError(
+                f"{self._source}: {key} replaces {count} rows of {module}, but "
+                f"trainable_token_indices in {CONFIG} names {len(given)}; PEFT would not load it"
+            )
+        return tuple(given)
 
 
-def _check_values(source: str, tensors: dict[str, Tensor]) -> None:
+def _without_trailing(text: str, suffix: str) -> str:
+    while text.endswith(suffix):
+        text = text[: -len(suffix)]
+    return text
+
+
+def _check_values(source: str, tensors: dict[str, Tensor], full_changes: set[str]) -> None:
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        wide = tensor.is_floating_point() and tensor.element_size() >= 2
+        if not wide and key in full_changes and dtype in OTHER_DTYPES.values():
+            continue  # such as a counter of a module that is saved whole
+        if not wide:
             raise SafeprojError(
-                f"{source}: {key} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected "
-                "float64, float32, float16 or bfloat16"
+                f"{source}: {key} has dtype {dtype}; expected float64, float32, float16 or bfloat16"
             )
         if not bool(tensor.isfinite().all()):
             raise SafeprojError(
@@ -263,15 +441,7 @@ def _check_values(source: str, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _warnings(
-    config: dict[str, Any], modules: Iterable[AdaptedModule], unprojected: tuple[str, ...]
-) -> Iterable[str]:
-    if unprojected:
-        yield (
-            f"{len(unprojected)} tensors change weights or biases directly, which no projection "
-            "touches: "
-            f"{shorten(key.removeprefix(PREFIX) for key in unprojected)}"
-        )
+def _warnings(config: dict[str, Any], modules: Iterable[AdaptedModule]) -> Iterator[str]:
     dora = [module.name for module in modules if module.dora]
     if dora:
         yield (
@@ -279,7 +449,7 @@ def _warnings(
             "is kept"
         )
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in ("gaussian", "orthogonal", "eva"):
+    if isinstance(init, str) and init.lower() not in CONVERTED_INITIALISATIONS:
         yield (
             f"init_lora_weights is {init!r}: such adapters belong to a changed base weight, so "
             "B A is the update of the stored weight only if it was converted on saving "

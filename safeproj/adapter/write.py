@@ -154,11 +154,12 @@ def _write_tensors(
     path: Path, metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """Write the tensors in the given order and return the SHA-256 of each."""
-    names = {torch_name: (code, size) for code, (torch_name, size) in tensorfile.DTYPES.items()}
+    codes = {torch_name: code for code, (torch_name, _) in tensorfile.DTYPES.items()}
+    codes |= {torch_name: code for code, torch_name in tensorfile.OTHER_DTYPES.items()}
     layout, digests = {}, {}
     for name, tensor in tensors.items():
-        code, size = names[str(tensor.dtype).removeprefix("torch.")]
-        layout[name] = (code, tuple(tensor.shape), tensor.numel() * size)
+        code = codes[str(tensor.dtype).removeprefix("torch.")]
+        layout[name] = (code, tuple(tensor.shape), tensor.nbytes)
 
     def data() -> Iterator[memoryview]:
         for name, tensor in tensors.items():

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from safeproj.errors import SafeprojError
+from safeproj.source import Folder, read_json
+from safeproj.tensorfile import DTYPES, require_printable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
+
+STORED_DTYPES = {
+    **DTYPES,
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("uint8", 1),
+    "U8": ("uint8", 1),
+}
+"""The dtypes whose rows can be read: safetensors name to torch name and bytes. Those that safeproj
+does not compute with are codes, which `quantised.py` turns into numbers; the exponents of F8_E8M0
+are read as plain bytes, since not every torch has that dtype."""
 
 MAX_OPEN_FILES = 8
 """Files one reader keeps open: a large checkpoint has more shards than some systems allow files."""
@@ -22,15 +40,24 @@ class Reader:
     """Reads byte ranges of files into buffers; one per thread.
 
     Attributes:
-        digest: a SHA-256 that is fed every byte read, in order; None to feed nothing.
+        digests: for each label a SHA-256 that is fed every byte read under it, in order; None to
+            feed nothing.
     """
 
     def __init__(self) -> None:
-        self.digest: hashlib._Hash | None = None
+        self.digests: dict[str, hashlib._Hash] | None = None
+        self._window = ""
         self._files: OrderedDict[Path, FileIO] = OrderedDict()
+        self._once: dict[Hashable, Any] = {}
+        self._kept: dict[Hashable, Any] = {}
 
-    def read(self, path: Path, offset: int, out: memoryview) -> None:
-        """Fill `out` from the file at `offset`.
+    def start(self, *, digests: bool) -> None:
+        """Begin with another weight: forget what was kept of the last one, and its digests."""
+        self.digests = {} if digests else None
+        self._once.clear()
+
+    def read(self, label: str, path: Path, offset: int, out: memoryview) -> None:
+        """Fill `out` from the file at `offset`; `label` names the tensor whose bytes these are.
 
         Raises:
             SafeprojError: the file ends early or cannot be read.
@@ -46,8 +73,44 @@ class Reader:
                 done += count
         except OSError as error:
             raise SafeprojError(f"{path}: cannot be read ({error.strerror})") from error
-        if self.digest is not None:
-            self.digest.update(out)
+        self.record(label, out)
+
+    def once(self, key: Hashable, read: Callable[[], T]) -> T:
+        """Return what `read` returned first under this key, for the current weight.
+
+        For what many blocks of a weight's rows need, such as its scales: it is read and fed to its
+        digest once, whatever the size of the blocks, and whole, even if only a window is read.
+        """
+        if key not in self._once:
+            window, self._window = self._window, ""
+            try:
+                self._once[key] = read()
+            finally:
+                self._window = window
+        found: T = self._once[key]
+        return found
+
+    def keep(self, path: Path, load: Callable[[Path], T]) -> T:
+        """Return what `load` makes of a file, called once per reader: for files without offsets."""
+        if (path, load) not in self._kept:
+            self._kept[path, load] = load(path)
+        found: T = self._kept[path, load]
+        return found
+
+    def record(self, label: str, data: memoryview) -> None:
+        """Feed the digest of `label`: for bytes that do not come through `read`."""
+        if self.digests is not None:
+            self.digests.setdefault(label + self._window, hashlib.sha256()).update(data)
+
+    @contextmanager
+    def window(self, name: str) -> Iterator[None]:
+        """Mark what is read meanwhile as a part of a tensor, so that each part has its digest."""
+        outer = self._window
+        self._window = name + outer
+        try:
+            yield
+        finally:
+            self._window = outer
 
     def _open(self, path: Path) -> FileIO:
         if path in self._files:
@@ -59,25 +122,48 @@ class Reader:
         return self._files[path]
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files, and forget what was kept of them."""
+        self._once.clear()
+        self._kept.clear()
         while self._files:
             self._files.popitem()[1].close()
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read.
+
+    Attributes:
+        dtype: safetensors name of the dtype that reading it gives.
+        shape: its shape as stored.
+        turned: the running model has its last two dimensions exchanged, as MXFP4 files do.
+        quantised: safetensors name of the stored codes, None if the numbers themselves are stored.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    turned: bool = False
+    quantised: str | None = None
+
+
 class Weight(Protocol):
-    """One weight of a checkpoint, as plain data that can be sent to another process."""
+    """A matrix in a checkpoint, as plain data that can be sent to another process."""
 
     @property
-    def name(self) -> str:
-        """Its name in the checkpoint."""
+    def label(self) -> str:
+        """Its name in the checkpoint, with an index where it is part of a stack."""
 
     @property
     def dtype(self) -> str:
         """The safetensors name of the dtype that `read_rows` returns."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int]:
         """Its shape as stored: (out_features, in_features), or the reverse."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of buffer that reading one row needs."""
 
     @property
     def source(self) -> str:
@@ -102,8 +188,8 @@ class Checkpoint(Protocol):
         """The commit of a Hub repository, None for local files."""
 
     @property
-    def model_type(self) -> str | None:
-        """The architecture's name in `config.json`, None where that does not tell."""
+    def config(self) -> Mapping[str, Any]:
+        """`config.json`; empty where a local checkpoint has none."""
 
     @property
     def names(self) -> Collection[str]:
@@ -113,8 +199,89 @@ class Checkpoint(Protocol):
     def documents(self) -> tuple[Path, ...]:
         """Local paths of the small files that were read to understand the tensors."""
 
-    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Return dtype and shape of a tensor without reading it, and without downloading it."""
+    def describe(self, name: str) -> TensorInfo:
+        """Return what is known of a tensor without reading it.
 
-    def weight(self, name: str) -> Weight:
-        """Return a tensor that can be read, downloading the file that holds it if need be."""
+        Where the format allows it, also without downloading it.
+        """
+
+    def weight(self, name: str, columns: int | None = None) -> Weight:
+        """Return a tensor that can be read, downloading the file that holds it if need be.
+
+        Args:
+            name: one of `names`.
+            columns: see the tensor as a matrix with so many columns; default its last dimension.
+        """
+
+
+def as_matrix(shape: tuple[int, ...], columns: int | None) -> tuple[int, int]:
+    """Return the shape of a tensor that is seen as a matrix; a vector becomes one column.
+
+    >>> as_matrix((8, 6, 4), None), as_matrix((8, 6, 3, 3), 54), as_matrix((5,), None)
+    ((48, 4), (8, 54), (5, 1))
+    """
+    if columns is None:
+        columns = shape[-1] if len(shape) > 1 else 1
+    return (math.prod(shape) // columns if columns else 0, columns)
+
+
+def read_config(folder: Folder) -> dict[str, Any]:
+    """Return the `config.json` of a checkpoint, empty if a local one has none.
+
+    Raises:
+        SafeprojError: a Hub repository has none, or it is not JSON.
+    """
+    if "config.json" in folder.files:
+        return read_json(folder, "config.json")
+    if folder.revision is not None:
+        # Not to know the architecture may mean a wrong orientation of square weights.
+        raise SafeprojError(f"{folder.source}: no config.json; {folder.advice}")
+    return {}
+
+
+def read_weight_map(folder: Folder, index: str) -> dict[str, str]:
+    """Return what an index says: tensor name to the name of the file that holds it.
+
+    Raises:
+        SafeprojError: the index is unusable.
+    """
+    location = read_json(folder, index).get("weight_map")
+    if not isinstance(location, dict) or not all(isinstance(f, str) for f in location.values()):
+        raise SafeprojError(
+            f'{folder.source}: {index} has no usable "weight_map"; expected an object that maps '
+            "tensor names to file names"
+        )
+    require_printable(folder.source, location)
+    return location
+
+
+def file_of(folder: Folder, location: Mapping[str, str], name: str) -> str:
+    """Return the file that holds a tensor, which must be one of the folder's own.
+
+    Asked for one tensor at a time, not for the whole index: a partly filled cache serves what it
+    holds.
+
+    Raises:
+        SafeprojError: the folder has no such file; so an index cannot point outside of it.
+    """
+    file = location[name]
+    if file not in folder.files:
+        raise SafeprojError(
+            f"{folder.source}: the index says that {file} holds {name}, but the folder has no such "
+            f"file; {folder.advice}"
+        )
+    return file
+
+
+def not_held(folder: Folder, file: str, name: str) -> SafeprojError:
+    """Return the error for a file that lacks what the index says it holds."""
+    return SafeprojError(
+        f"{folder.source}: the index says that {file} holds {name}, but it does not; fetch the "
+        "checkpoint again"
+    )
+
+
+def read_documents(folder: Folder, single: str, index: str) -> tuple[Path, ...]:
+    """Return the local paths of `config.json` and, without a `single` file, of the index."""
+    wanted = ("config.json",) if single in folder.files else ("config.json", index)
+    return tuple(folder.path(name) for name in wanted if name in folder.files)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import KeysView
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from safeproj.checkpoint.interface import Reader
+from safeproj.checkpoint.interface import (
+    STORED_DTYPES,
+    Reader,
+    TensorInfo,
+    as_matrix,
+    file_of,
+    not_held,
+    read_config,
+    read_documents,
+    read_weight_map,
+)
 from safeproj.errors import SafeprojError
-from safeproj.source import Folder, read_json
-from safeproj.tensorfile import DTYPES, Header, TensorEntry, read_header
+from safeproj.source import Folder
+from safeproj.tensorfile import Header, TensorEntry, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,19 +32,20 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class SafetensorsWeight:
-    """A tensor of a local safetensors file, read as it is stored."""
+    """A tensor of a local safetensors file, seen as a matrix and read as it is stored."""
 
-    name: str
+    label: str
     path: Path
     entry: TensorEntry
+    shape: tuple[int, int]
 
     @property
     def dtype(self) -> str:
         return self.entry.dtype
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
+    def row_bytes(self) -> int:
+        return self.shape[1] * STORED_DTYPES[self.dtype][1]
 
     @property
     def source(self) -> str:
@@ -44,11 +54,12 @@ class SafetensorsWeight:
     def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
         import torch
 
-        dtype, itemsize = DTYPES[self.dtype]
-        row = math.prod(self.shape[1:]) * itemsize
-        raw = buffer[: (stop - start) * row]
-        reader.read(self.path, self.entry.start + start * row, raw.numpy().data)
-        return raw.view(getattr(torch, dtype)).view(stop - start, *self.shape[1:])
+        raw = buffer[: (stop - start) * self.row_bytes]
+        reader.read(
+            self.label, self.path, self.entry.start + start * self.row_bytes, raw.numpy().data
+        )
+        dtype = getattr(torch, STORED_DTYPES[self.dtype][0])
+        return raw.view(dtype).view(stop - start, self.shape[1])
 
 
 @dataclass
@@ -74,50 +85,38 @@ class SafetensorsCheckpoint:
         return self.folder.revision
 
     @cached_property
-    def model_type(self) -> str | None:
-        if "config.json" not in self.folder.files:
-            if self.folder.revision is not None:
-                # Not to know the architecture may mean a wrong orientation of square weights.
-                raise SafeprojError(f"{self.source}: no config.json; {self.folder.advice}")
-            return None
-        found = read_json(self.folder, "config.json").get("model_type")
-        return found if isinstance(found, str) else None
+    def config(self) -> dict[str, Any]:
+        return read_config(self.folder)
 
     @property
     def documents(self) -> tuple[Path, ...]:
-        index = (INDEX,) if SINGLE not in self.folder.files else ()
-        names = [name for name in ("config.json", *index) if name in self.folder.files]
-        return tuple(self.folder.path(name) for name in names)
+        return read_documents(self.folder, SINGLE, INDEX)
 
     @property
     def names(self) -> KeysView[str]:
         return self.location.keys()
 
-    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
-        file = self.location[name]
+    def describe(self, name: str) -> TensorInfo:
+        file = file_of(self.folder, self.location, name)
         if file not in self._headers:
-            # Only now, not for the whole index: a partly filled cache serves what it holds.
-            if file not in self.folder.files:
-                raise SafeprojError(
-                    f"{self.source}: the index says that {file} holds {name}, but the folder has "
-                    f"no such file; {self.folder.advice}"
-                )
             self._headers[file] = self.folder.header(file)
         entry = self._entry(self._headers[file], name)
-        return entry.dtype, entry.shape
+        return TensorInfo(entry.dtype, entry.shape)
 
-    def weight(self, name: str) -> SafetensorsWeight:
-        path = self.folder.path(self.location[name])
+    def weight(self, name: str, columns: int | None = None) -> SafetensorsWeight:
+        entry, path = self.locate(name)
+        return SafetensorsWeight(name, path, entry, as_matrix(entry.shape, columns))
+
+    def locate(self, name: str) -> tuple[TensorEntry, Path]:
+        """Return where a tensor lies in which local file, downloading the file if need be."""
+        path = self.folder.path(file_of(self.folder, self.location, name))
         if path not in self._local:
             self._local[path] = read_header(path)
-        return SafetensorsWeight(name, path, self._entry(self._local[path], name))
+        return self._entry(self._local[path], name), path
 
     def _entry(self, header: Header, name: str) -> TensorEntry:
         if name not in header.tensors:
-            raise SafeprojError(
-                f"{self.source}: the index says that {self.location[name]} holds {name}, but it "
-                "does not; fetch the checkpoint again"
-            )
+            raise not_held(self.folder, self.location[name], name)
         return header.tensors[name]
 
 
@@ -131,7 +130,7 @@ def open_safetensors(folder: Folder, files: frozenset[str]) -> SafetensorsCheckp
         SafeprojError: the index is unusable, or two files hold a tensor of the same name.
     """
     if SINGLE not in files and INDEX in files:
-        return SafetensorsCheckpoint(folder, _read_index(folder))
+        return SafetensorsCheckpoint(folder, read_weight_map(folder, INDEX))
     shards = [SINGLE] if SINGLE in files else sorted(f for f in files if f.endswith(".safetensors"))
     if not shards:
         return None
@@ -146,13 +145,3 @@ def open_safetensors(folder: Folder, files: frozenset[str]) -> SafetensorsCheckp
                     f"{INDEX} to say which counts; keep one set of files in the directory"
                 )
     return checkpoint
-
-
-def _read_index(folder: Folder) -> dict[str, str]:
-    location = read_json(folder, INDEX).get("weight_map")
-    if not isinstance(location, dict) or not all(isinstance(f, str) for f in location.values()):
-        raise SafeprojError(
-            f'{folder.source}: {INDEX} has no usable "weight_map"; expected an object that maps '
-            "tensor names to file names"
-        )
-    return location

@@ -1,6 +1,15 @@
 """How a plan is run: memory bounds, workers, devices, progress."""
 
-from safeproj.engine.local import OnProgress, resolve_device, run
-from safeproj.engine.task import Progress, Score, Task
+from safeproj.engine.local import OnProgress, relative_changes, resolve_device, run
+from safeproj.engine.task import Comparison, Progress, Score, Task
 
-__all__ = ["OnProgress", "Progress", "Score", "Task", "resolve_device", "run"]
+__all__ = [
+    "Comparison",
+    "OnProgress",
+    "Progress",
+    "Score",
+    "Task",
+    "relative_changes",
+    "resolve_device",
+    "run",
+]

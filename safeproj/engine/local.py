@@ -6,7 +6,6 @@ depend on how many workers there are.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import threading
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from safeproj.checkpoint import Reader, Weight
 from safeproj.engine.staging import CudaStaging, DirectStaging, Staging
-from safeproj.engine.task import Progress, Score, Task
+from safeproj.engine.task import Comparison, Progress, Score, Task
 from safeproj.errors import SafeprojError
 from safeproj.projection import Projector, alignment, scale, similarity
 from safeproj.tensorfile import DTYPES
@@ -153,7 +152,7 @@ class _Worker:
 
     @torch.inference_mode()
     def score(self, task: Task) -> Score:
-        B = task.B if task.bias is None else torch.cat([task.B, task.bias[:, None]], dim=1)
+        B = task.B if task.bias is None else torch.cat([task.B, task.bias], dim=1)
         blocks = _AlignmentBlocks(task, self, self._digests)
         try:
             found = self._projector(
@@ -167,7 +166,7 @@ class _Worker:
         return Score(
             alignment_norm=found.alignment_norm,
             CB=CB,
-            Cb=None if found.CB is None or task.bias is None else found.CB[:, rank].cpu(),
+            Cb=None if found.CB is None or task.bias is None else found.CB[:, rank:].cpu(),
             cosine=cosine,
             scale=None if CB is None or cosine is None else scale(task.B, CB),
             rank=found.rank,
@@ -195,13 +194,13 @@ class _Worker:
 
     def _diagnose(self, task: Task, error: FloatingPointError) -> str:
         """Name the tensor that has NaN or Inf, by reading both again."""
-        for weight in (task.aligned, task.base):
+        for weight in (task.aligned.weight, task.base.weight):
             rows = _rows_per_block(weight, weight, self.device)
-            staging = self.staging(rows * _row_bytes(weight))[0]
+            staging = self.staging(rows * _width(weight))[0]
             for start in range(0, weight.shape[0], rows):
                 stop = min(start + rows, weight.shape[0])
                 if not bool(staging.load(weight, self.readers[0], start, stop).isfinite().all()):
-                    return f"{weight.source}: {weight.name} has NaN or Inf; the file is damaged"
+                    return f"{weight.source}: {weight.label} has NaN or Inf; the file is damaged"
         return f"{task.name}: {error}, though its weights are: they are too large for float32"
 
     def close(self) -> None:
@@ -218,19 +217,21 @@ class _AlignmentBlocks:
     """
 
     def __init__(self, task: Task, worker: _Worker, digests: bool) -> None:
-        self.sha256: tuple[str, str] | None = None
+        self.sha256: tuple[dict[str, str], dict[str, str]] | None = None
         self._task = task
         self._worker = worker
         self._digests = digests
-        self._rows = _rows_per_block(task.aligned, task.base, worker.device)
-        stored = math.prod(task.aligned.shape) * 4
+        self._aligned, self._base = task.aligned.weight, task.base.weight
+        self._rows = _rows_per_block(self._aligned, self._base, worker.device)
+        self._mixed = task.aligned.transposed != task.base.transposed
         limit = GPU_HOLD if worker.device.type == "cuda" else CPU_HOLD
-        self._keeps = task.transposed or stored <= limit
+        small = math.prod(self._aligned.shape) * 4 <= limit
+        self._keeps = task.aligned.transposed or self._mixed or small
         self._kept: Tensor | None = None
         self._seen = False
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self._kept is None and not self._task.transposed:
+        if self._kept is None and not self._task.aligned.transposed:
             yield from self._stored_blocks()
             return
         if self._kept is None:
@@ -240,42 +241,98 @@ class _AlignmentBlocks:
         yield from self._kept.split(self._rows)
 
     def _stored_blocks(self) -> Iterator[Tensor]:
-        """Yield `V` in the orientation in which it is stored, by rows."""
-        task, worker = self._task, self._worker
-        rows, columns = task.aligned.shape
-        hashes = [hashlib.sha256() for _ in worker.readers if self._digests and not self._seen]
-        for reader, digest in zip(worker.readers, hashes or (None, None), strict=True):
-            reader.digest = digest
-        widest = max(_row_bytes(task.aligned), _row_bytes(task.base))
-        aligned, base = worker.staging(min(rows, self._rows) * widest)
+        """Yield `V` in the orientation in which the aligned weight is stored, by rows."""
+        worker, readers = self._worker, self._worker.readers
+        for reader in readers:
+            reader.start(digests=self._digests and not self._seen)
+        rows, columns = self._aligned.shape
+        widest = max(_width(self._aligned), _width(self._base))
+        staging = worker.staging(min(max(rows, columns), self._rows) * widest)
         out = worker.buffer(rows if self._keeps else min(rows, self._rows), columns)
+        if self._mixed:
+            self._load_turned(staging[1], out.T)
         for start in range(0, rows, self._rows):
             if worker.stop.is_set():
                 raise _StoppedError
             stop = min(start + self._rows, rows)
             V = out[start:stop] if self._keeps else out[: stop - start]
-            yield alignment(
-                aligned.load(task.aligned, worker.readers[0], start, stop),
-                base.load(task.base, worker.readers[1], start, stop),
-                out=V,
-            )
-            if worker.on_progress is not None and not self._seen:
-                nbytes = _row_bytes(task.aligned) + _row_bytes(task.base)
-                worker.on_progress(Progress(task.name, (stop - start) * nbytes))
-        self._seen = True
+            W_aligned = staging[0].load(self._aligned, readers[0], start, stop)
+            if self._mixed:
+                W_base = V.clone()
+            else:
+                W_base = staging[1].load(self._base, readers[1], start, stop)
+                self._advance(stop - start, self._base)
+            yield alignment(W_aligned, W_base, out=V)
+            self._advance(stop - start, self._aligned)
         if self._keeps:
-            self._kept = out.T if task.transposed else out
-        if hashes:
-            self.sha256 = (hashes[0].hexdigest(), hashes[1].hexdigest())
+            self._kept = out.T if self._task.aligned.transposed else out
+        if self._digests and not self._seen:
+            self.sha256 = (_digests(readers[0]), _digests(readers[1]))
+        self._seen = True
+
+    def _load_turned(self, staging: Staging, out: Tensor) -> None:
+        """Read all of the base weight, which is stored the other way round, into `out`."""
+        for start in range(0, out.shape[0], self._rows):
+            if self._worker.stop.is_set():
+                raise _StoppedError
+            stop = min(start + self._rows, out.shape[0])
+            out[start:stop] = staging.load(self._base, self._worker.readers[1], start, stop)
+            self._advance(stop - start, self._base)
+
+    def _advance(self, rows: int, weight: Weight) -> None:
+        if self._worker.on_progress is not None and not self._seen:
+            self._worker.on_progress(Progress(self._task.name, rows * weight.row_bytes))
 
 
-def _row_bytes(weight: Weight) -> int:
-    return math.prod(weight.shape[1:]) * DTYPES[weight.dtype][1]
+def relative_changes(comparisons: Sequence[Comparison]) -> list[float | None]:
+    """Return `‖W_adapter - W_aligned‖_F / ‖W_aligned‖_F` of whole weights that adapters replace.
+
+    Rows that only one of the two has are left out. None where the aligned weight is zero.
+
+    Raises:
+        SafeprojError: a weight cannot be read.
+    """
+    reader = Reader()
+    try:
+        return [_relative_change(comparison, reader) for comparison in comparisons]
+    finally:
+        reader.close()
+
+
+@torch.inference_mode()
+def _relative_change(comparison: Comparison, reader: Reader) -> float | None:
+    weight, replacement = comparison.aligned.weight, comparison.replacement
+    if comparison.aligned.transposed:
+        replacement = replacement.T
+    rows = _rows_per_block(weight, weight, torch.device("cpu"))
+    buffer = torch.empty(rows * weight.row_bytes, dtype=torch.uint8)
+    change = size = 0.0
+    wanted = range(min(len(replacement), weight.shape[0]))
+    pairs = list(zip(comparison.rows or wanted, range(len(replacement)), strict=False))
+    contiguous = comparison.rows is None
+    step = rows if contiguous else 1
+    for at in range(0, len(pairs), step):
+        start, own = pairs[at]
+        count = min(step, len(pairs) - at)
+        W_aligned = weight.read_rows(reader, start, start + count, buffer).double()
+        size += float(W_aligned.square().sum())
+        change += float((replacement[own : own + count].double() - W_aligned).square().sum())
+    return math.sqrt(change / size) if size else None
+
+
+def _digests(reader: Reader) -> dict[str, str]:
+    assert reader.digests is not None
+    return {label: digest.hexdigest() for label, digest in reader.digests.items()}
 
 
 def _rows_per_block(aligned: Weight, base: Weight, device: torch.device) -> int:
     block = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
-    return max(1, block // max(_row_bytes(aligned), _row_bytes(base), 1))
+    return max(1, block // max(_width(aligned), _width(base), 1))
+
+
+def _width(weight: Weight) -> int:
+    """Return the bytes of one row, as it is stored or as it is computed with, whichever is more."""
+    return max(weight.row_bytes, weight.shape[1] * DTYPES[weight.dtype][1])
 
 
 @contextmanager

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safeproj.checkpoint import Weight
-from safeproj.tensorfile import DTYPES
+from safeproj.checkpoint.expression import Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,18 +17,16 @@ class Task:
 
     Attributes:
         name: the module's name.
-        aligned: its weight in the aligned checkpoint.
-        base: its weight in the base checkpoint.
-        transposed: both are stored (n, m).
+        aligned: its weight in the aligned checkpoint, (m, n).
+        base: its weight in the base checkpoint, (m, n).
         A: (r, n).
         B: (m, r).
-        bias: the bias of `lora_B` (m,), if there is one.
+        bias: the bias of `lora_B` (m, 1), if there is one.
     """
 
     name: str
-    aligned: Weight
-    base: Weight
-    transposed: bool
+    aligned: Matrix
+    base: Matrix
     A: Tensor
     B: Tensor
     bias: Tensor | None = None
@@ -38,10 +34,24 @@ class Task:
     @property
     def nbytes(self) -> int:
         """Bytes of the two weights."""
-        return sum(
-            math.prod(weight.shape) * DTYPES[weight.dtype][1]
-            for weight in (self.aligned, self.base)
-        )
+        return self.aligned.nbytes + self.base.nbytes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A tensor of the adapter that replaces a weight, or rows of it.
+
+    Attributes:
+        name: the weight's name in the running model.
+        aligned: the weight in the aligned checkpoint, as a matrix.
+        replacement: what the adapter puts in its place, as a matrix.
+        rows: the rows that it replaces, None for all.
+    """
+
+    name: str
+    aligned: Matrix
+    replacement: Tensor
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,12 @@ class Score:
     Attributes:
         alignment_norm: `‖V‖_F`.
         CB: `C B`, (m, r) float32 on the CPU; None where `V = 0`.
-        Cb: `C b` (m,) for the bias of `lora_B`, if there is one.
+        Cb: `C b` (m, 1) for the bias of `lora_B`, if there is one.
         cosine: similarity of `ΔW` and `C ΔW`; None where `V = 0` or `ΔW = 0`.
         scale: `‖C B‖_F / ‖B‖_F`; None where it is undefined.
         rank: k of a truncated projector.
-        sha256: digests of the bytes read from the aligned and the base checkpoint, if wanted.
+        sha256: for the aligned and the base checkpoint, label of each tensor read to the digest of
+            its bytes, if wanted.
     """
 
     alignment_norm: float
@@ -64,7 +75,7 @@ class Score:
     cosine: float | None
     scale: float | None
     rank: int | None
-    sha256: tuple[str, str] | None
+    sha256: tuple[dict[str, str], dict[str, str]] | None
 
 
 @dataclass(frozen=True)

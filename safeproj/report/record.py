@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 SCHEMA = "safeproj.report/1"
@@ -62,6 +62,32 @@ class ModuleReport:
 
 
 @dataclass(frozen=True)
+class Unprojected:
+    """A tensor of the adapter that changes a weight or bias past every projection.
+
+    Attributes:
+        tensor: its name in the adapter.
+        parameter: what it changes in the running model.
+        kind: how, in words.
+        relative_change: `‖W_adapter - W_aligned‖ / ‖W_aligned‖`, None where it cannot be computed.
+    """
+
+    tensor: str
+    parameter: str
+    kind: str
+    relative_change: float | None
+
+    def describe(self) -> str:
+        """Return the change in words."""
+        size = "" if self.relative_change is None else f", changed by {self.relative_change:.2g}"
+        return f"{self.parameter} ({self.kind}{size})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return one item of `unprojected` in the JSON report."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Report:
     """One run on one adapter.
 
@@ -72,7 +98,7 @@ class Report:
         inputs: `base`, `aligned` and `adapter`: each with `source`, and `revision` from the Hub.
         modules: in natural order.
         pdst: mean of `1 / (1 + ‖B_out - C B‖_F)`, None where no module was scored.
-        unprojected: tensors of the adapter that change whole weights.
+        unprojected: what the adapter changes past every projection.
         warnings: what the user should know.
     """
 
@@ -82,7 +108,7 @@ class Report:
     inputs: dict[str, dict[str, Any]]
     modules: tuple[ModuleReport, ...]
     pdst: float | None
-    unprojected: tuple[str, ...]
+    unprojected: tuple[Unprojected, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -121,7 +147,7 @@ class Report:
                 "pdst": self.pdst,
             },
             "modules": [module.to_dict() for module in self.modules],
-            "unprojected": list(self.unprojected),
+            "unprojected": [item.to_dict() for item in self.unprojected],
             "warnings": list(self.warnings),
         }
 
@@ -138,10 +164,12 @@ def place(name: str) -> tuple[str, int | None, str]:
 
     >>> place("model.layers.10.self_attn.q_proj")
     ('model.layers', 10, 'q_proj')
+    >>> place("model.layers.0.mlp.experts.gate_up_proj[3]")
+    ('model.layers', 0, 'gate_up_proj')
     >>> place("lm_head")
     ('', None, 'lm_head')
     """
-    parts = name.split(".")
+    parts = name.partition("[")[0].split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if number is None:
         return ".".join(parts[:-1]), None, parts[-1]

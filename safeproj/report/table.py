@@ -28,7 +28,7 @@ def render(report: Report, *, width: int, color: bool) -> str:
         kinds = list(dict.fromkeys(columns.values()))
         for chunk in _chunks(kinds, max(1, (width - 8) // CELL)):
             console.print(_grid(stack, modules, columns, chunk))
-    console.print(_legend())
+    console.print(_legend(stacks=any("[" in module.name for module in report.modules)))
     console.print(_summary(report))
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
@@ -42,11 +42,13 @@ def _by_stack(report: Report) -> list[tuple[str, list[ModuleReport]]]:
 
 def _columns(modules: list[ModuleReport]) -> dict[str, str]:
     """Return module name to column: its kind, or more of the name where that is ambiguous."""
-    same = Counter((module.layer, module.kind) for module in modules)
+    names = {module.name: module.name.partition("[")[0] for module in modules}
+    places = {(names[module.name], module.layer, module.kind) for module in modules}
+    same = Counter((layer, kind) for _, layer, kind in places)
     return {
         module.name: module.kind
         if same[module.layer, module.kind] == 1
-        else ".".join(module.name.split(".")[-2:])
+        else ".".join(names[module.name].split(".")[-2:])
         for module in modules
     }
 
@@ -62,32 +64,42 @@ def _grid(
     table.add_column("layer", justify="right")
     for kind in kinds:
         table.add_column(kind, justify="right", no_wrap=True, overflow="ellipsis")
-    cells: dict[int | None, dict[str, Text]] = {}
+    cells: dict[int | None, dict[str, list[ModuleReport]]] = {}
     for module in modules:
-        cells.setdefault(module.layer, {})[columns[module.name]] = _cell(module)
+        row = cells.setdefault(module.layer, {})
+        row.setdefault(columns[module.name], []).append(module)
     for layer, row in cells.items():
         if any(kind in row for kind in kinds):
             label = "-" if layer is None else str(layer)
-            table.add_row(label, *(row.get(kind, Text("")) for kind in kinds))
+            table.add_row(label, *(_cell(row.get(kind, [])) for kind in kinds))
     return table
 
 
-def _cell(module: ModuleReport) -> Text:
-    if module.cosine is None or module.scale is None:
+def _cell(modules: list[ModuleReport]) -> Text:
+    """Return one cell: a module, or of a stack of experts the one with the lowest cosine."""
+    if not modules:
+        return Text("")
+    scored = [(m.cosine, m.scale) for m in modules if m.cosine is not None and m.scale is not None]
+    if not scored:
         return Text("n/a", style="dim")
-    style = "red" if module.cosine < 0.35 else "yellow" if module.cosine < 0.6 else "green"
-    mark = "*" if module.projected else " "
-    return Text.assemble(
-        (f"{module.cosine:.3f}", style), (f" {module.scale:.3f}", "dim"), (mark, "bold")
-    )
+    cosine, scale = min(scored)
+    style = "red" if cosine < 0.35 else "yellow" if cosine < 0.6 else "green"
+    projected = sum(module.projected for module in modules)
+    mark = "*" if projected == len(modules) else "+" if projected else " "
+    return Text.assemble((f"{cosine:.3f}", style), (f" {scale:.3f}", "dim"), (mark, "bold"))
 
 
-def _legend() -> Text:
-    return Text(
+def _legend(stacks: bool) -> Text:
+    text = (
         "each cell: cosine of the update and its projection, then scale = ‖CB‖/‖B‖, the share of "
-        "the\nfactor that projection leaves (near 0: it all but removes the update); * = projected",
-        style="dim",
+        "the\nfactor that projection leaves (near 0: it all but removes the update); * = projected"
     )
+    if stacks:
+        text += (
+            "\nof a stack of experts the lowest cosine is shown; + = some of its experts are "
+            "projected"
+        )
+    return Text(text, style="dim")
 
 
 def _summary(report: Report) -> Table:

@@ -255,7 +255,7 @@ def two_unindexed_shards_hold_the_same_tensor(inputs: Inputs) -> tuple[str, ...]
 @damage
 def weight_absent_from_the_index(inputs: Inputs) -> tuple[str, ...]:
     locate_weight(inputs.base, None)
-    return str(inputs.base), "no weight for 1 of 4 modules", f"expected {WEIGHT}", "closest is"
+    return str(inputs.base), f"no weight for {WEIGHT}", "closest is"
 
 
 @damage
@@ -291,7 +291,7 @@ def weights_too_large_for_float32(inputs: Inputs) -> tuple[str, ...]:
 @damage
 def int8_weight(inputs: Inputs) -> tuple[str, ...]:
     change_weight(inputs.base, lambda W: W.to(torch.int8))
-    return str(inputs.base), WEIGHT, "stored as I8", "before quantisation"
+    return str(inputs.base), MODULE, "stored as I8", "before quantisation"
 
 
 @damage
@@ -343,31 +343,43 @@ def config_is_nested_without_end(inputs: Inputs) -> tuple[str, ...]:
 @damage
 def peft_type_loha(inputs: Inputs) -> tuple[str, ...]:
     change_json(inputs.adapter / CONFIG, peft_type="LOHA")
-    return str(inputs.adapter), "peft_type is 'LOHA'", "supported: 'LORA'"
-
-
-@damage
-def peft_type_adalora(inputs: Inputs) -> tuple[str, ...]:
-    change_json(inputs.adapter / CONFIG, peft_type="ADALORA")
-    return str(inputs.adapter), "peft_type is 'ADALORA'", "supported: 'LORA'"
+    return str(inputs.adapter), "peft_type 'LOHA' is not supported", "supported are LoRA"
 
 
 @damage
 def peft_type_missing(inputs: Inputs) -> tuple[str, ...]:
     (inputs.adapter / CONFIG).write_text('{"r": 4}')
-    return str(inputs.adapter), "peft_type", "'LORA'"
+    return str(inputs.adapter), "peft_type None is not supported", "supported are LoRA"
 
 
 @damage
-def target_parameters(inputs: Inputs) -> tuple[str, ...]:
-    change_json(inputs.adapter / CONFIG, target_parameters=["mlp.experts.gate_up_proj"])
-    return str(inputs.adapter), "target_parameters", "not supported"
+def target_parameters_of_another_kind(inputs: Inputs) -> tuple[str, ...]:
+    change_json(inputs.adapter / CONFIG, target_parameters={"mlp.experts.gate_up_proj": 1})
+    return str(inputs.adapter), "target_parameters is no list"
 
 
 @damage
-def layer_replication(inputs: Inputs) -> tuple[str, ...]:
-    change_json(inputs.adapter / CONFIG, layer_replication=[[0, 2], [1, 2]])
-    return str(inputs.adapter), "layer_replication", "not supported"
+def too_many_target_parameters(inputs: Inputs) -> tuple[str, ...]:
+    change_json(inputs.adapter / CONFIG, target_parameters=[f"q_proj.w{i}" for i in range(40)])
+    return str(inputs.adapter), "40 target parameters of", MODULE, "at most 6"
+
+
+@damage
+def layer_replication_of_another_kind(inputs: Inputs) -> tuple[str, ...]:
+    change_json(inputs.adapter / CONFIG, layer_replication=[[0, 2], "1"])
+    return str(inputs.adapter), "layer_replication is", "pairs of layer numbers"
+
+
+@damage
+def layer_replication_beyond_all_models(inputs: Inputs) -> tuple[str, ...]:
+    change_json(inputs.adapter / CONFIG, layer_replication=[[0, 10**12]])
+    return str(inputs.adapter), "layer_replication is", "pairs of layer numbers"
+
+
+@damage
+def layer_replication_without_the_layer(inputs: Inputs) -> tuple[str, ...]:
+    change_json(inputs.adapter / CONFIG, layer_replication=[[0, 1]])
+    return "layers.1.self_attn", "makes 1 layers"
 
 
 @damage
@@ -420,7 +432,7 @@ def tensors_truncated(inputs: Inputs) -> tuple[str, ...]:
 @damage
 def lora_b_missing(inputs: Inputs) -> tuple[str, ...]:
     change_adapter(inputs, lambda t: t.pop(B))
-    return str(inputs.adapter), B, "expected both lora_A and lora_B"
+    return str(inputs.adapter), B, "expected both lora_A.weight and lora_B.weight"
 
 
 @damage
@@ -438,7 +450,7 @@ def nan_in_lora_a(inputs: Inputs) -> tuple[str, ...]:
 @damage
 def three_dimensional_factor(inputs: Inputs) -> tuple[str, ...]:
     change_adapter(inputs, lambda t: t.update({A: torch.ones(2, 4, 32)}))
-    return str(inputs.adapter), A, "[2, 4, 32]", "two-dimensional"
+    return str(inputs.adapter), MODULE, "lora_A is [2, 4, 32]", "expected (r, in) and (out, r)"
 
 
 @damage
@@ -448,11 +460,24 @@ def integer_factor(inputs: Inputs) -> tuple[str, ...]:
 
 
 @damage
-def embedding_factors(inputs: Inputs) -> tuple[str, ...]:
+def embedding_without_its_other_factor(inputs: Inputs) -> tuple[str, ...]:
     key = "base_model.model.model.embed_tokens.lora_embedding_"
-    factors = {f"{key}A": torch.ones(4, 50), f"{key}B": torch.ones(32, 4)}
+    change_adapter(inputs, lambda t: t.update({f"{key}A": torch.ones(4, 50)}))
+    return str(inputs.adapter), f"model.embed_tokens has no {key}B"
+
+
+@damage
+def grouped_convolution(inputs: Inputs) -> tuple[str, ...]:
+    factors = {A: torch.ones(4, 8, 3, 3), B: torch.ones(32, 2, 1, 1)}
     change_adapter(inputs, lambda t: t.update(factors))
-    return str(inputs.adapter), "lora_embedding_", "not supported"
+    return str(inputs.adapter), MODULE, "grouped convolution"
+
+
+@damage
+def trainable_tokens_without_indices(inputs: Inputs) -> tuple[str, ...]:
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    change_adapter(inputs, lambda t: t.update({key: torch.ones(3, 32)}))
+    return str(inputs.adapter), key, "replaces 3 rows", "names 0"
 
 
 @damage
@@ -476,7 +501,7 @@ def adapter_for_a_model_with_other_names(inputs: Inputs) -> tuple[str, ...]:
 
     change_adapter(inputs, rename)
     expected = WEIGHT.replace("model.layers", "transformer.h")
-    return "no weight for 4 of 4 modules", str(inputs.adapter), expected, "another model?"
+    return f"no weight for {expected}", str(inputs.aligned), "another model?"
 
 
 @damage
@@ -486,7 +511,7 @@ def adapter_for_a_model_with_more_layers(inputs: Inputs) -> tuple[str, ...]:
             tensors[key.replace("layers.1.", "layers.7.")] = tensors.pop(key)
 
     change_adapter(inputs, rename)
-    return "no weight for 2 of 4 modules", "model.layers.7.", "another model?"
+    return "no weight for model.layers.7.", "another model?"
 
 
 # the adapter: pickles

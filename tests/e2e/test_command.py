@@ -181,8 +181,9 @@ def test_a_bias_that_stays_beside_an_empty_update_is_listed(trio: Trio, tmp_path
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     biases = [key for key in tensors if key.endswith(".lora_B.bias")]
-    assert sorted(json.loads(result.stdout)["unprojected"]) == sorted(biases)
-    assert "4 biases of lora_B" in result.stderr
+    listed = json.loads(result.stdout)["unprojected"]
+    assert sorted(item["tensor"] for item in listed) == sorted(biases)
+    assert "4 tensors change weights or biases directly" in result.stderr
 
 
 def test_patching_a_patched_adapter_is_warned_about(trio: Trio, tmp_path: Path) -> None:
@@ -211,13 +212,19 @@ def test_the_manifest_has_the_digests_of_what_was_read(trio: Trio, tmp_path: Pat
 
 def test_full_weight_changes_are_listed(trio: Trio, tmp_path: Path) -> None:
     adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", modules_to_save=["lm_head"])
+    file, key = adapter / "adapter_model.safetensors", "base_model.model.lm_head.weight"
+    tensors = load_file(file)
+    tensors[key] *= 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
     result = safeproj(
         "inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
         "--format", "json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["unprojected"] == ["base_model.model.lm_head.weight"]
-    assert "lm_head.weight" in result.stderr
+    (found,) = json.loads(result.stdout)["unprojected"]
+    assert found["tensor"] == key
+    assert found["relative_change"] == pytest.approx(0.5)
+    assert "lm_head.weight (modules_to_save, changed by 0.5)" in result.stderr
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safeproj import engine
 from safeproj.checkpoint import open_checkpoint
+from safeproj.checkpoint.expression import Matrix
 from safeproj.engine import Progress, Score, Task
 from safeproj.engine.local import CPU_BLOCK, CPU_HOLD
 from safeproj.errors import SafeprojError
@@ -26,19 +27,29 @@ def stored(path: Path, **tensors: Tensor) -> Path:
 
 
 def task_of(
-    tmp_path: Path, W_aligned: Tensor, W_base: Tensor, r: int = 4, *, transposed: bool = False
+    tmp_path: Path,
+    W_aligned: Tensor,
+    W_base: Tensor,
+    *,
+    transposed: bool = False,
+    base_transposed: bool | None = None,
 ) -> Task:
     """Return the task for a pair of weights given as (m, n)."""
+    base_transposed = transposed if base_transposed is None else base_transposed
+    r = 4
     generator = torch.Generator().manual_seed(7)
     m, n = W_aligned.shape
-    on_disk = (W_aligned.T, W_base.T) if transposed else (W_aligned, W_base)
-    aligned = open_checkpoint(str(stored(tmp_path / "aligned.safetensors", w=on_disk[0])))
-    base = open_checkpoint(str(stored(tmp_path / "base.safetensors", w=on_disk[1])))
+    sides = []
+    for name, W, turned in (
+        ("aligned", W_aligned, transposed),
+        ("base", W_base, base_transposed),
+    ):
+        path = stored(tmp_path / f"{name}.safetensors", w=W.T if turned else W)
+        sides.append(Matrix(open_checkpoint(str(path)).weight("w"), turned))
     return Task(
         "w",
-        aligned.weight("w"),
-        base.weight("w"),
-        transposed,
+        sides[0],
+        sides[1],
         A=torch.randn(r, n, generator=generator),
         B=torch.randn(m, r, generator=generator),
     )
@@ -64,15 +75,17 @@ def run_one(task: Task, projector: Projector | None = None, device: str = "cpu")
     return engine.run([task], projector or Approx(), device=device)[0]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", [(False, False), (True, True), (True, False), (False, True)])
 @pytest.mark.parametrize(
     ("m", "n"), [(700, 1200), (1200, 700), (3, 60_000), (60_000, 3), (2000, 1)]
 )
 def test_weights_of_many_blocks_agree_with_the_oracle(
-    tmp_path: Path, m: int, n: int, transposed: bool
+    tmp_path: Path, m: int, n: int, transposed: tuple[bool, bool]
 ) -> None:
     W_aligned, W_base = pair(m, n)
-    task = task_of(tmp_path, W_aligned, W_base, transposed=transposed)
+    task = task_of(
+        tmp_path, W_aligned, W_base, transposed=transposed[0], base_transposed=transposed[1]
+    )
     score = run_one(task)
 
     expected, cosine = oracle(task, W_aligned, W_base)
@@ -104,7 +117,7 @@ def test_digests_are_those_of_the_stored_bytes(tmp_path: Path) -> None:
     for projector in (Approx(), Exact(rank=3)):
         (score,) = engine.run([task], projector, device="cpu", digests=True)
         assert score.sha256 == tuple(
-            hashlib.sha256(W.view(torch.uint8).numpy().data).hexdigest()
+            {"w": hashlib.sha256(W.view(torch.uint8).numpy().data).hexdigest()}
             for W in (W_aligned, W_base)
         )
 

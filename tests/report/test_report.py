@@ -8,7 +8,7 @@ import re
 import pytest
 
 from safeproj.report import FORMATS, ModuleReport, Report, render
-from safeproj.report.record import place
+from safeproj.report.record import Unprojected, place
 
 
 def module(
@@ -42,7 +42,11 @@ def report(*modules: ModuleReport, warnings: tuple[str, ...] = ()) -> Report:
         },
         modules=modules,
         pdst=0.75,
-        unprojected=("base_model.model.lm_head.weight",),
+        unprojected=(
+            Unprojected(
+                "base_model.model.lm_head.weight", "lm_head.weight", "modules_to_save", 0.5
+            ),
+        ),
         warnings=warnings,
     )
 
@@ -82,7 +86,14 @@ def test_json_has_the_fields_of_the_contract() -> None:
     }
     assert found["modules"][2]["cosine"] is None
     assert found["warnings"] == ["something to know"]
-    assert found["unprojected"] == ["base_model.model.lm_head.weight"]
+    assert found["unprojected"] == [
+        {
+            "tensor": "base_model.model.lm_head.weight",
+            "parameter": "lm_head.weight",
+            "kind": "modules_to_save",
+            "relative_change": 0.5,
+        }
+    ]
 
 
 def test_the_table_shows_layers_by_kinds_with_cosine_scale_and_mark() -> None:

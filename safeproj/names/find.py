@@ -1,0 +1,160 @@
+"""Finds what a weight of the running model is made of: the user's word first, then ever less."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from safeproj.checkpoint.expression import Expression, Stored, dtype_and_shape, stored_names
+from safeproj.checkpoint.interface import Checkpoint
+from safeproj.errors import SafeprojError, printable, shorten
+from safeproj.names.layout import Layout, known_layout, model_types
+from safeproj.names.rules import parse_rules, rewrite
+from safeproj.names.suffix import TURNED_ON_DISK, Suffixes, turned_on_disk
+
+if TYPE_CHECKING:
+    from safeproj.names.architecture import Mapping
+
+Fits = Callable[[tuple[int, ...]], bool]
+
+_MISLEADING = TURNED_ON_DISK | {"kimi_k25"}
+"""Architectures where a file's tensor may have the name that the running model gives another."""
+
+_SHOWN = 3
+"""How many names a message lists."""
+
+
+class Names:
+    """The weights of a running model in one checkpoint.
+
+    transformers is asked only where the name alone does not tell, since importing it takes seconds.
+
+    Args:
+        checkpoint: where the tensors are.
+        maps: values of `--map`.
+        architecture: False to do without transformers even if it is installed.
+
+    Raises:
+        SafeprojError: one of `maps` is malformed.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, maps: Sequence[str] = (), *, architecture: bool = True
+    ) -> None:
+        self._rules = parse_rules(maps)
+        self._checkpoint = checkpoint
+        self._suffixes = Suffixes(checkpoint)
+        self._may_import = architecture
+        self._types = model_types(checkpoint.config)
+
+    def find(self, parameter: str, fits: Fits) -> Expression:
+        """Return what a weight is made of.
+
+        Args:
+            parameter: its name in the running model.
+            fits: tells whether the running model's weight may have a shape.
+
+        Raises:
+            SafeprojError: nothing is found, or nothing that fits, or more than one that does.
+        """
+        mapped = self._mapped(parameter)
+        if mapped is not None:
+            return self._require_fit(parameter, mapped, fits)
+        stored = Stored(parameter) if parameter in self._checkpoint.names else None
+        if stored and not self._types & _MISLEADING and self._fits(stored, fits):
+            return stored
+        found = self._mapping.find(parameter) if self._mapping else None
+        if found is not None:
+            return self._require_fit(parameter, found, fits)
+        if stored is not None:
+            turned = None
+            if self._types & TURNED_ON_DISK:
+                turned = turned_on_disk(parameter, self._checkpoint)
+            return self._require_fit(parameter, turned or stored, fits)
+        if self._mapping and self._mapping.knows(parameter):
+            # The architecture has this weight, and loads it from nothing in the checkpoint.
+            raise self._not_found(parameter)
+        return self._choose(parameter, fits)
+
+    def layout(self, parameter: str) -> Layout | None:
+        """Return how the running model stores a weight, None if nothing tells."""
+        found = known_layout(self._checkpoint.config, parameter)
+        if found is None and self._mapping is not None:
+            found = self._mapping.layout(parameter)
+        return found
+
+    @cached_property
+    def _mapping(self) -> Mapping | None:
+        """What transformers says, None without it or if it does not know the architecture."""
+        if not self._may_import or not self._checkpoint.config:
+            return None
+        from safeproj.names.architecture import mapping_of
+
+        return mapping_of(self._checkpoint)
+
+    def _mapped(self, parameter: str) -> Expression | None:
+        """Return what the first rule says whose right side exists, None if no rule is meant."""
+        missing = []
+        for rule in self._rules:
+            for name in rewrite(rule, parameter):
+                if name in self._checkpoint.names:
+                    return Stored(name)
+                stacks = self._suffixes.stacks(name)
+                if len(stacks) == 1:
+                    return stacks[0]
+                missing.append((rule, name))
+        if not missing:
+            return None
+        rule, name = missing[0]
+        raise SafeprojError(
+            f"{self._checkpoint.source}: --map {printable(rule.text)!r} makes {printable(name)} of "
+            f"{parameter}, but the checkpoint has no such tensor{self._closest(name)}; correct the "
+            "rule, or add one for this checkpoint"
+        )
+
+    def _choose(self, parameter: str, fits: Fits) -> Expression:
+        """Return the one weight whose name says the same; the architecture says nothing."""
+        candidates = self._suffixes.candidates(parameter)
+        fitting = [candidate for candidate in candidates if self._fits(candidate, fits)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if not candidates:
+            raise self._not_found(parameter)
+        if not fitting:
+            return self._require_fit(parameter, candidates[0], fits)
+        listed = " or ".join(self._described(candidate) for candidate in fitting)
+        raise SafeprojError(
+            f"{self._checkpoint.source}: {parameter} may be {listed}; say which with "
+            f"--map '{parameter}={next(stored_names(fitting[0]))}'"
+        )
+
+    def _fits(self, expression: Expression, fits: Fits) -> bool:
+        return fits(dtype_and_shape(expression, self._checkpoint)[1])
+
+    def _require_fit(self, parameter: str, expression: Expression, fits: Fits) -> Expression:
+        if not self._fits(expression, fits):
+            raise SafeprojError(
+                f"{self._checkpoint.source}: {parameter} is {self._described(expression)}, and the "
+                "adapter does not fit that shape; is the adapter for another model?"
+            )
+        return expression
+
+    def _described(self, expression: Expression) -> str:
+        shape = dtype_and_shape(expression, self._checkpoint)[1]
+        return f"{shorten(stored_names(expression), _SHOWN)} {list(shape)}"
+
+    def _closest(self, name: str) -> str:
+        close = difflib.get_close_matches(name, list(self._checkpoint.names), n=1)
+        return f", closest is {close[0]}" if close else ", nothing looks like it"
+
+    def _not_found(self, parameter: str) -> SafeprojError:
+        return SafeprojError(
+            f"{self._checkpoint.source}: no weight for {parameter}{self._closest(parameter)}; is "
+            "the adapter for another model? If it is only named otherwise there, say how with "
+            "--map RUNTIME=CHECKPOINT" + ("" if self._mapping else _MORE)
+        )
+
+
+_MORE = "; with transformers installed (safeproj[train]) more names are known"
