@@ -18,6 +18,7 @@ from safeproj.engine import Comparison, Progress, Score, Task
 from safeproj.errors import SafeprojError
 from safeproj.manifest import manifest
 from safeproj.match import Plan, plan
+from safeproj.names import parse_rules
 from safeproj.projection import Approx, Projector
 from safeproj.report.record import Report
 from safeproj.select import Selection
@@ -38,7 +39,7 @@ class Options:
         maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
 
     Raises:
-        SafeprojError: a value is out of range, or the device is not there.
+        SafeprojError: a value is out of range, a rule is malformed, or the device is not there.
     """
 
     selection: Selection = dataclasses.field(default_factory=Selection)
@@ -53,6 +54,7 @@ class Options:
             raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
         if self.workers is not None and self.workers < 1:
             raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
+        parse_rules(self.maps)
         engine.resolve_device(self.device)
 
 

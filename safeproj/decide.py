@@ -105,6 +105,7 @@ def decide(
         unprojected=unprojected,
         warnings=(
             *adapter.warnings,
+            *plan.warnings,
             *_warnings(adapter, scores, selection, chosen, lossy, unprojected),
         ),
     )

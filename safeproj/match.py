@@ -20,6 +20,7 @@ from safeproj.checkpoint.expression import (
     Stored,
     Swapped,
     dtype_and_shape,
+    stored_names,
 )
 from safeproj.errors import SafeprojError
 from safeproj.names import Names
@@ -68,11 +69,13 @@ class Plan:
         modules: the updates to score, in natural order.
         excluded: the updates that `--include` and `--exclude` leave out.
         changes: whole weights that the adapter replaces.
+        warnings: what the user should know about the checkpoints.
     """
 
     modules: tuple[PlannedModule, ...]
     excluded: tuple[AdaptedModule, ...]
     changes: tuple[PlannedChange, ...]
+    warnings: tuple[str, ...]
 
 
 def plan(
@@ -111,6 +114,7 @@ def plan(
         tuple(_planned(adapter, sides, pair, votes) for pair in pairs),
         excluded,
         tuple(_planned_change(adapter, change, sides[0]) for change in adapter.full_changes),
+        tuple(_quantised(pairs, sides)),
     )
 
 
@@ -121,21 +125,23 @@ class _Side:
         self.checkpoint = checkpoint
         self.names = Names(checkpoint, maps)
         self._replicated = _replication(adapter)
-        self._found: dict[str, Expression] = {}
+        self._found: dict[str, tuple[Expression, tuple[int, ...]]] = {}
 
     def find(self, module: AdaptedModule) -> tuple[Expression, tuple[int, ...]]:
         """Return the whole weight of a module and its shape at run time, whether it fits or not."""
         if module.parameter not in self._found:  # the experts of a stack share it
-            name = self.stored_name(module.parameter)
-            try:
-                found = self.names.find(name, lambda shape: _fits(module, shape))
-            except SafeprojError as error:
-                try:  # what does not fit is refused later, with the shapes of both sides
-                    found = self.names.find(name, lambda _: True)
-                except SafeprojError:
-                    raise error from None
-            self._found[module.parameter] = found
-        found = self._found[module.parameter]
+            self._found[module.parameter] = self._find(module)
+        return self._found[module.parameter]
+
+    def _find(self, module: AdaptedModule) -> tuple[Expression, tuple[int, ...]]:
+        name = self.stored_name(module.parameter)
+        try:
+            found = self.names.find(name, lambda shape: _fits(module, shape))
+        except SafeprojError as error:
+            try:  # what does not fit is refused later, with the shapes of both sides
+                found = self.names.find(name, lambda _: True)
+            except SafeprojError:
+                raise error from None
         dtype, shape = dtype_and_shape(found, self.checkpoint)
         if dtype not in DTYPES:
             raise SafeprojError(
@@ -328,6 +334,21 @@ def _turned(
             "the model's config.json beside the checkpoint"
         )
     return next(iter(votes), flag)
+
+
+def _quantised(pairs: list[_Pair], sides: tuple[_Side, _Side]) -> Iterator[str]:
+    """Warn where rounding is part of what is taken for alignment."""
+    parameters = {pair.module.parameter: pair.module for pair in pairs}.values()
+    for side in sides:
+        wholes = (side.find(module)[0] for module in parameters)
+        infos = (side.checkpoint.describe(name) for whole in wholes for name in stored_names(whole))
+        dtypes = sorted({info.quantised for info in infos if info.quantised is not None})
+        if dtypes:
+            yield (
+                f"{side.checkpoint.source} stores weights as {', '.join(dtypes)}: their rounding "
+                "errors are part of V, and may outweigh the alignment; prefer the checkpoint "
+                "before quantisation"
+            )
 
 
 def _first_rows(module: AdaptedModule, rows: int) -> AdaptedModule:

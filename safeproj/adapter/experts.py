@@ -12,9 +12,13 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, Kind, TargetParameters
 from safeproj.errors import SafeprojError, shorten
+
+CURRENT = (0, 19, 1)
+"""The version of PEFT since which stacks are stored as they are today."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,12 @@ def _experts(
     # Where B A is ΔW as stored, B is on the side of d1; where (B A)ᵀ is, A is.
     b_on_output = _is_direct(adapter, layout, A.shape[1], B.shape[0]) == layout.out_first
     out_features, in_features = layout.matrix if layout.out_first else layout.matrix[::-1]
+    name, stacked = parameter.removesuffix(".weight"), len(layout.shape) == 3
     for e in range(experts):
         rows = Factor(a_key, rows=slice(e * rank, (e + 1) * rank), turned=b_on_output is False)
         columns = Factor(b_key, columns=slice(e, None, experts), turned=b_on_output is False)
-        stacked = len(layout.shape) == 3
         yield AdaptedModule(
-            name=f"{parameter}[{e}]" if stacked else parameter,
+            name=f"{name}[{e}]" if stacked else name,
             parameter=parameter,
             kind=Kind.parameter,
             output=columns if b_on_output else rows,
@@ -122,15 +126,15 @@ def _is_direct(adapter: Adapter, layout: StackLayout, a: int, b: int) -> bool:
         return (b, a) == (d1, d2)
     if len(layout.shape) == 2:
         return True
-    version = _peft_version(adapter)
-    if version >= (0, 19, 1):
+    version = peft_version(adapter.config)
+    if version >= CURRENT:
         return not layout.marked
     if version >= (0, 19, 0):
         return layout.marked
     return False
 
 
-def _peft_version(adapter: Adapter) -> tuple[int, ...]:
+def peft_version(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the version of PEFT that wrote the adapter; before 0.18 it did not say."""
-    text = str(adapter.config.get("peft_version") or "0.17.0")
+    text = str(config.get("peft_version") or "0.17.0")
     return tuple(int(part) for part in re.findall(r"\d+", text[:40])[:3])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safeproj.adapter.experts import CURRENT, peft_version
 from safeproj.adapter.record import (
     AdaptedModule,
     Adapter,
@@ -110,7 +111,7 @@ def read_adapter(source: str) -> Adapter:
         found.modules,
         found.targets,
         found.full_changes,
-        tuple(_warnings(config, found.modules)),
+        tuple(_warnings(config, found)),
     )
 
 
@@ -441,8 +442,8 @@ def _check_values(source: str, tensors: dict[str, Tensor], full_changes: set[str
             )
 
 
-def _warnings(config: dict[str, Any], modules: Iterable[AdaptedModule]) -> Iterator[str]:
-    dora = [module.name for module in modules if module.dora]
+def _warnings(config: dict[str, Any], found: _Classifier) -> Iterator[str]:
+    dora = [module.name for module in found.modules if module.dora]
     if dora:
         yield (
             f"{len(dora)} modules are DoRA: the direction's update is projected, the magnitude "
@@ -455,4 +456,11 @@ def _warnings(config: dict[str, Any], modules: Iterable[AdaptedModule]) -> Itera
             "B A is the update of the stored weight only if it was converted on saving "
             "(save_pretrained(path_initial_model_for_weight_conversion=...)); the scores are "
             "wrong if it was not"
+        )
+    if found.targets and peft_version(config) < CURRENT:
+        version = config.get("peft_version", "0.17 or one that does not say")
+        yield (
+            f"expert stacks as PEFT {version} stores them: PEFT 0.19.1 and later read such files "
+            "otherwise, and may load another update without an error; serve the adapter, patched "
+            "or not, with the version that wrote it"
         )

@@ -37,6 +37,9 @@ USUAL_EXPERTS = frozenset(_USUAL.split())
 EXPERTS = frozenset({"gate_up_proj", "gate_proj", "up_proj", "down_proj"})
 """What the stacked weights of `experts` are called."""
 
+GRANITE_EXPERTS = frozenset({"input_linear", "output_linear"})
+"""What GraniteMoE called the modules that hold such stacks before it had `experts`."""
+
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "embed_in", "tok_embeddings", "wte", "wpe", "shared", "word_embeddings"}
     | {"position_embeddings", "token_type_embeddings", "relative_attention_bias"}
@@ -93,7 +96,7 @@ def known_layout(config: Mapping[str, Any], parameter: str) -> Layout | None:
         return None
     path, _, leaf = parameter.rpartition(".")
     parent, _, module = path.lower().rpartition(".")
-    if module == "experts" and leaf in EXPERTS:
+    if (module == "experts" and leaf in EXPERTS) or module in GRANITE_EXPERTS:
         return _experts(types)
     if leaf != "weight" or module.isdecimal():
         return None
