@@ -9,8 +9,9 @@ from typing import Protocol
 
 from safeproj import engine
 from safeproj.adapter import Adapter, FullChange, card, read_adapter
+from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.record import Factor
-from safeproj.adapter.write import MANIFEST, check_out, write_adapter
+from safeproj.adapter.write import check_out, write_adapter
 from safeproj.checkpoint import Checkpoint, open_checkpoint
 from safeproj.checkpoint.expression import Expression, matrix
 from safeproj.decide import DTYPES, Decision, decide
@@ -167,6 +168,7 @@ def _run(
     """Read, match, score and decide: all that `inspect` and `patch` share."""
     loaded = read_adapter(adapter)
     aligned_model, base_model = open_checkpoint(aligned), open_checkpoint(base)
+    loaded = loaded.fitted(aligned_model.names, aligned_model.config or base_model.config)
     planned = plan(loaded, aligned_model, base_model, options.selection, options.maps)
     tasks = tasks_of(loaded, planned, aligned_model, base_model)
     comparisons = {

@@ -58,7 +58,8 @@ Aligned = Annotated[
     str, typer.Option("--aligned", metavar="SRC", help="Checkpoint of the aligned model.")
 ]
 AdapterSource = Annotated[
-    str, typer.Option("--adapter", metavar="SRC", help="PEFT LoRA adapter trained on it.")
+    str,
+    typer.Option("--adapter", metavar="SRC", help="LoRA adapter trained on it: PEFT, MLX or GGUF."),
 ]
 Threshold = Annotated[
     float | None,

@@ -255,4 +255,4 @@ def _warnings(
         )
     copied = copied_adapters(adapter)
     if copied and chosen:
-        yield f"adapters in subdirectories are copied unpatched: {shorten(copied)}"
+        yield f"other adapters in the folder are copied unpatched: {shorten(copied)}"

@@ -13,8 +13,7 @@ import safetensors
 import torch
 
 from safeproj.adapter import Adapter
-from safeproj.adapter.peft import CONFIG
-from safeproj.adapter.write import MANIFEST
+from safeproj.adapter.interface import MANIFEST
 from safeproj.checkpoint import Checkpoint
 from safeproj.engine import Score
 from safeproj.match import Plan
@@ -46,7 +45,8 @@ def manifest(
     for role, checkpoint in (("aligned", aligned), ("base", base)):
         files = {path.name: _sha256(path) for path in checkpoint.documents}
         found["inputs"][role] |= {"sha256": {"tensors": tensors[role], "files": files}}
-    files = {name: _sha256(adapter.path(name)) for name in (CONFIG, adapter.weights_file)}
+    read = (*adapter.format.documents, adapter.weights_file)
+    files = {name: _sha256(adapter.path(name)) for name in read}
     found["inputs"]["adapter"] |= {"sha256": {"files": files}}
     if MANIFEST in adapter.folder.files:
         found["inputs"]["adapter"] |= {"previous": read_json(adapter.folder, MANIFEST)}

@@ -5,12 +5,13 @@ Only names, shapes and dtypes are looked at: a plan is complete before the first
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.experts import StackLayout, resolve
-from safeproj.adapter.record import Factor, FullChange, Kind
+from safeproj.adapter.record import FullChange, Kind, TargetParameters
 from safeproj.checkpoint import Checkpoint
 from safeproj.checkpoint.expression import (
     Expression,
@@ -194,9 +195,15 @@ def _fits(module: AdaptedModule, shape: tuple[int, ...]) -> bool:
         return shape == module.weight_shape
     if module.kind is Kind.embedding:
         return len(shape) == 2 and shape[1] == m  # the vocabulary may differ
-    if shape in ((m, n), (n, m)):
+    if shape in ((m, n), (n, m)) or _is_flattened(module, shape):
         return True
     return _is_head(module) and len(shape) == 2 and shape[1] == n
+
+
+def _is_flattened(module: AdaptedModule, shape: tuple[int, ...]) -> bool:
+    """Tell whether a module is a convolution whose kernel AdaLoRA has flattened into n."""
+    m, n = module.out_features, module.in_features
+    return module.gain is not None and len(shape) > 2 and (shape[0], math.prod(shape[1:])) == (m, n)
 
 
 def _is_head(module: AdaptedModule) -> bool:
@@ -206,30 +213,51 @@ def _is_head(module: AdaptedModule) -> bool:
 def _target_modules(adapter: Adapter, aligned: _Side) -> Iterator[AdaptedModule]:
     """Yield the updates of parameters that are adapted directly: their shapes tell which."""
     for target in adapter.targets:
-        layouts = {
-            parameter: _layout(aligned, aligned.stored_name(parameter))
-            for parameter in target.parameters
-        }
+        if target.plain is not None and _is_plain(target, target.plain, aligned):
+            yield target.plain
+            continue
+        layouts, missing = {}, []
+        for parameter in target.parameters:
+            try:
+                found = aligned.names.find(aligned.stored_name(parameter), _is_stack)
+            except SafeprojError as error:  # perhaps another module's
+                missing.append(error)
+            else:
+                layouts[parameter] = _layout(aligned, parameter, found)
+        if missing and len(layouts) < len(target.pairs):
+            raise missing[0]
         yield from resolve(adapter, target, layouts)
 
 
-def _layout(side: _Side, parameter: str) -> StackLayout:
+def _is_stack(shape: tuple[int, ...]) -> bool:
+    return len(shape) in (2, 3)
+
+
+def _is_plain(target: TargetParameters, plain: AdaptedModule, side: _Side) -> bool:
+    """Tell whether a module is an ordinary layer that has none of the targeted parameters."""
+    names = (side.stored_name(parameter) for parameter in target.parameters)
+    if any(name in side.checkpoint.names for name in names):
+        return False
+    try:
+        side.names.find(side.stored_name(plain.parameter), lambda shape: _fits(plain, shape))
+    except SafeprojError:
+        return False
+    return True
+
+
+def _layout(side: _Side, parameter: str, found: Expression) -> StackLayout:
     """Return how the running model stores a parameter, from its name, shape and architecture."""
-    found = side.names.find(parameter, lambda shape: len(shape) in (2, 3))
     shape = dtype_and_shape(found, side.checkpoint)[1]
-    if len(shape) == 2:
-        return StackLayout(shape, out_first=True, marked=False)
-    known = side.names.layout(parameter)
-    if known is not None and known.marked_transposed:
-        return StackLayout(shape, out_first=False, marked=True)
+    known = side.names.layout(side.stored_name(parameter))
     out_first = known.out_first if known is not None else _out_first(side, parameter, shape)
     if out_first is None:
         raise SafeprojError(
-            f"{side.checkpoint.source}: nothing tells whether {parameter} {list(shape)} is stored "
-            "as (experts, out, in) or (experts, in, out); install safeproj[train] for "
-            "transformers, which knows the architecture, or leave it out with --exclude"
+            f"{side.checkpoint.source}: nothing tells which side of {parameter} {list(shape)} is "
+            "the output; install safeproj[train] for transformers, which knows the architecture, "
+            "or take the parameter out of the adapter"
         )
-    return StackLayout(shape, out_first, marked=False)
+    marked = known is not None and known.marked_transposed
+    return StackLayout(shape, out_first, marked)
 
 
 def _out_first(side: _Side, parameter: str, shape: tuple[int, ...]) -> bool | None:
@@ -239,7 +267,7 @@ def _out_first(side: _Side, parameter: str, shape: tuple[int, ...]) -> bool | No
     hidden = (text if isinstance(text, dict) else config).get("hidden_size")
     leaf = parameter.removesuffix(".weight").rpartition(".")[2]
     is_hidden = [size == hidden for size in shape[1:]]
-    if (leaf not in UP and leaf not in DOWN) or sum(is_hidden) != 1:
+    if (leaf not in UP and leaf not in DOWN) or len(shape) != 3 or sum(is_hidden) != 1:
         return None
     return is_hidden[1] if leaf in UP else is_hidden[0]
 
@@ -266,6 +294,8 @@ def _planned(
 ) -> PlannedModule:
     module, (aligned, shape), (base, base_shape) = pair.module, pair.aligned, pair.base
     note = None
+    if _is_flattened(module, shape):
+        module = replace(module, kind=Kind.convolution, weight_shape=shape)
     vocabulary = module.kind is Kind.embedding or _is_head(module)
     if vocabulary and len(shape) == len(base_shape) == 2 and shape[1] == base_shape[1]:
         own = module.in_features if module.kind is Kind.embedding else module.out_features
@@ -356,8 +386,8 @@ def _first_rows(module: AdaptedModule, rows: int) -> AdaptedModule:
     bias = module.bias
     return replace(
         module,
-        output=Factor(module.output.key, rows=slice(0, rows)),
-        bias=None if bias is None else Factor(bias.key, rows=slice(0, rows)),
+        output=module.output.head(rows),
+        bias=None if bias is None else bias.head(rows),
     )
 
 

@@ -1,6 +1,37 @@
-"""LoRA adapters on disk: reading, checking, and writing a patched one."""
+"""LoRA adapters on disk: reading, checking, and writing a patched one; one file per format."""
 
-from safeproj.adapter.peft import read_adapter
+from __future__ import annotations
+
+from safeproj.adapter.gguf import Gguf
+from safeproj.adapter.interface import CONFIG, Format
+from safeproj.adapter.mlx import Mlx
+from safeproj.adapter.peft import Peft
 from safeproj.adapter.record import AdaptedModule, Adapter, FullChange
+from safeproj.errors import SafeprojError
+from safeproj.source import LocalFolder, open_folder
 
-__all__ = ["AdaptedModule", "Adapter", "FullChange", "read_adapter"]
+__all__ = ["FORMATS", "AdaptedModule", "Adapter", "FullChange", "read_adapter"]
+
+FORMATS: tuple[type[Format], ...] = (Mlx, Gguf, Peft)
+"""Each looks at the names of a folder's files; PEFT comes last, since MLX has a config of the same
+name and a converted GGUF file may lie beside any of them."""
+
+
+def read_adapter(source: str) -> Adapter:
+    """Return the LoRA adapter that SRC names, checked.
+
+    Raises:
+        SafeprojError: it is missing, damaged, has a value that is not finite, or is of a kind
+            that is not supported.
+    """
+    folder = open_folder(source)
+    if isinstance(folder, LocalFolder) and any(folder.only in f.stand_ins for f in FORMATS):
+        folder = LocalFolder(folder.root, source)
+    for kind in FORMATS:
+        adapter = kind.read(folder)
+        if adapter is not None:
+            return adapter
+    raise SafeprojError(
+        f"{source}: {CONFIG} not found; expected a PEFT adapter directory, as save_pretrained "
+        "writes it, an MLX adapter directory, or a GGUF adapter"
+    )

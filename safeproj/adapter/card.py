@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safeproj.adapter.record import Adapter
 from safeproj.report.markdown import describe, span
 from safeproj.report.record import Report
 
@@ -42,17 +43,19 @@ def with_section(card: bytes, text: str) -> bytes:
     begin, end = card.find(BEGIN), card.find(END)
     if 0 <= begin < end:
         return card[:begin] + block + card[end + len(END) :]
-    gap = b"\n" if card.endswith(b"\n") else b"\n\n"
+    gap = b"" if not card else b"\n" if card.endswith(b"\n") else b"\n\n"
     return card + gap + block + b"\n"
 
 
-def new(config: Mapping[str, Any]) -> bytes:
+def new(adapter: Adapter) -> bytes:
     """Return the start of a card for an adapter that has none."""
-    lines = ["---", "library_name: peft"]
-    base_model = config.get("base_model_name_or_path")
-    if isinstance(base_model, str) and base_model and base_model.isprintable():
-        lines.append("base_model: '" + base_model.replace("'", "''") + "'")
-    return "\n".join([*lines, "---", ""]).encode()
+    kind = adapter.format
+    lines = [] if kind.library is None else [f"library_name: {kind.library}"]
+    base_model = None if kind.base_model_key is None else adapter.config.get(kind.base_model_key)
+    named = isinstance(base_model, str) and base_model.isprintable() and base_model
+    if named and not Path(named).is_absolute():
+        lines.append("base_model: '" + named.replace("'", "''") + "'")
+    return "\n".join(["---", *lines, "---", ""] if lines else []).encode()
 
 
 def _published_name(identity: Mapping[str, Any]) -> str:

@@ -54,7 +54,7 @@ def resolve(
     Args:
         adapter: the adapter.
         target: the module.
-        layouts: name of each targeted parameter to its layout.
+        layouts: name of each targeted parameter that the model has to its layout.
 
     Raises:
         SafeprojError: the factors fit no parameter, or more than one.
@@ -69,7 +69,7 @@ def _assign(
     """Return which pair of factors belongs to which parameter: their keys do not name it."""
     found = [
         dict(zip(chosen, target.pairs, strict=True))
-        for chosen in itertools.permutations(target.parameters, len(target.pairs))
+        for chosen in itertools.permutations(layouts, len(target.pairs))
         if all(
             _fits(adapter, layouts[parameter], *pair)
             for parameter, pair in zip(chosen, target.pairs, strict=True)
@@ -78,7 +78,7 @@ def _assign(
     if len(found) == 1:
         return found[0]
     shapes = [f"{key} {list(adapter.tensors[key].shape)}" for pair in target.pairs for key in pair]
-    parameters = [f"{name} {list(layouts[name].shape)}" for name in target.parameters]
+    parameters = [f"{name} {list(layouts[name].shape)}" for name in layouts]
     raise SafeprojError(
         f"{adapter.source}: the factors of {target.module} fit "
         f"{'none' if not found else 'more than one'} of its target parameters: found "
@@ -125,7 +125,7 @@ def _is_direct(adapter: Adapter, layout: StackLayout, a: int, b: int) -> bool:
     if d1 != d2:
         return (b, a) == (d1, d2)
     if len(layout.shape) == 2:
-        return True
+        return True  # every version has treated these like nn.Linear
     version = peft_version(adapter.config)
     if version >= CURRENT:
         return not layout.marked

@@ -1,13 +1,20 @@
-"""Reading PEFT LoRA adapters; whatever is not understood is refused here, by name."""
+"""Reading and writing PEFT LoRA adapters; whatever is not understood is refused here, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.adapter.experts import CURRENT, peft_version
+from safeproj.adapter.files import (
+    check_values,
+    dora_warnings,
+    read_safetensors,
+    write_safetensors,
+)
+from safeproj.adapter.interface import CONFIG, Format
 from safeproj.adapter.record import (
     AdaptedModule,
     Adapter,
@@ -17,14 +24,13 @@ from safeproj.adapter.record import (
     TargetParameters,
 )
 from safeproj.errors import SafeprojError, shorten
+from safeproj.picklefile import read_pickle
 from safeproj.select import natural_order
-from safeproj.source import Folder, LocalFolder, open_folder, read_json
-from safeproj.tensorfile import OTHER_DTYPES, read_header, require_printable
+from safeproj.source import Folder, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 BIN = "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -82,46 +88,62 @@ _TRAINING_STATE = (
 """What VeLoRA and MonteCLoRA keep for training; the update is still that of the two factors."""
 
 
-def read_adapter(source: str) -> Adapter:
-    """Return the PEFT LoRA adapter that SRC names, checked.
+@dataclass(frozen=True)
+class Peft(Format):
+    """A PEFT LoRA adapter directory.
 
-    Raises:
-        SafeprojError: it is missing, damaged, has a value that is not finite, or is of a kind
-            that is not supported.
+    Attributes:
+        metadata: metadata of the safetensors file, None for a `.bin` file or where there is none.
     """
-    folder = open_folder(source)
-    if isinstance(folder, LocalFolder) and folder.only in (SAFETENSORS, BIN, CONFIG):
-        folder = LocalFolder(folder.root, source)
-    config = _read_config(folder)
-    _refuse_settings(source, config)
-    weights_file = next((name for name in (SAFETENSORS, BIN) if name in folder.files), None)
-    if weights_file is None:
-        raise SafeprojError(
-            f"{source}: neither {SAFETENSORS} nor {BIN} found; is this an adapter directory?"
-        )
-    metadata, tensors = _read_tensors(folder.path(weights_file))
-    found = _Classifier(source, config, tensors)
-    _check_values(source, tensors, {change.key for change in found.full_changes})
-    return Adapter(
-        folder,
-        weights_file,
-        config,
-        metadata,
-        tensors,
-        found.modules,
-        found.targets,
-        found.full_changes,
-        tuple(_warnings(config, found)),
-    )
 
+    metadata: dict[str, str] | None
 
-def _read_config(folder: Folder) -> dict[str, Any]:
-    if CONFIG not in folder.files:
-        raise SafeprojError(
-            f"{folder.source}: {CONFIG} not found; expected a PEFT adapter directory, as "
-            "save_pretrained writes it"
+    documents: ClassVar[tuple[str, ...]] = (CONFIG,)
+    stand_ins: ClassVar[frozenset[str]] = frozenset({SAFETENSORS, BIN, CONFIG})
+    library: ClassVar[str | None] = "peft"
+    base_model_key: ClassVar[str | None] = "base_model_name_or_path"
+
+    @classmethod
+    def read(cls, folder: Folder) -> Adapter | None:
+        if CONFIG not in folder.files:
+            return None
+        source, config = folder.source, read_json(folder, CONFIG)
+        _refuse_settings(source, config)
+        weights_file = next((name for name in (SAFETENSORS, BIN) if name in folder.files), None)
+        if weights_file is None:
+            raise SafeprojError(
+                f"{source}: neither {SAFETENSORS} nor {BIN} found; is this an adapter directory?"
+            )
+        metadata, tensors = _read_tensors(folder.path(weights_file))
+        found = _Classifier(source, config, tensors)
+        check_values(source, tensors, {change.key for change in found.full_changes})
+        return Adapter(
+            folder,
+            weights_file,
+            config,
+            tensors,
+            found.modules,
+            found.targets,
+            found.full_changes,
+            tuple(_warnings(config, found)),
+            cls(metadata),
         )
-    return read_json(folder, CONFIG)
+
+    @classmethod
+    def is_weights(cls, name: str) -> bool:
+        return name in (SAFETENSORS, BIN)
+
+    @property
+    def output_file(self) -> str:
+        return SAFETENSORS
+
+    @property
+    def replaced_files(self) -> frozenset[str]:
+        return frozenset({SAFETENSORS, BIN})  # a `.bin` beside them would still be unpatched
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        metadata = {"format": "pt"} if self.metadata is None else self.metadata
+        return write_safetensors(path, metadata, tensors)
 
 
 def _refuse_settings(source: str, config: dict[str, Any]) -> None:
@@ -138,44 +160,8 @@ def _refuse_settings(source: str, config: dict[str, Any]) -> None:
 
 def _read_tensors(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
     if path.name == SAFETENSORS:
-        from safetensors.torch import load_file
-
-        header = read_header(path)
-        loaded = load_file(path)
-        return header.metadata, {name: loaded[name] for name in header.tensors}
-    return None, _unpickle(path)
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.bin` file, which can hold nothing else."""
-    import torch
-
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise errors of nearly every type
-        # Not the error's own text: it advises to switch weights_only off.
-        raise SafeprojError(
-            f"{path}: cannot be loaded as plain tensors ({type(error).__name__}): damaged, or it "
-            "needs code to run, which is refused; save the adapter as safetensors"
-        ) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()
-    ):
-        raise SafeprojError(f"{path}: expected a mapping of names to tensors")
-    require_printable(str(path), found)
-    limit = path.stat().st_size  # a few bytes can describe a tensor that no memory holds
-    for name, tensor in found.items():
-        if (
-            tensor.layout is not torch.strided
-            or tensor.device.type != "cpu"
-            or tensor.numel() * tensor.element_size() > limit
-        ):
-            raise SafeprojError(
-                f"{path}: {name} is no ordinary tensor that the file holds (layout "
-                f"{tensor.layout}, device {tensor.device}, shape {list(tensor.shape)}); expected "
-                "dense tensors on the CPU"
-            )
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+        return read_safetensors(path)
+    return None, {name: tensor.contiguous() for name, tensor in read_pickle(path).items()}
 
 
 class _Classifier:
@@ -247,7 +233,8 @@ class _Classifier:
             pairs = tuple(self._pair(name, _LINEAR) for name in found[module])
             for A, B in pairs:
                 self._require_factors(module, A, B)
-            targets.append(TargetParameters(module, parameters, pairs))
+            plain = self._module(module, _LINEAR) if found[module] == [module] else None
+            targets.append(TargetParameters(module, parameters, pairs, plain))
         return tuple(targets)
 
     def _parameters_of(self, module: str, given: list[str]) -> tuple[str, ...]:
@@ -385,7 +372,9 @@ class _Classifier:
             module = path.rpartition(".")[0].removesuffix(".token_adapter")
             rows = self._token_rows(key, module)
             return FullChange(key, f"{module}.weight", "trainable tokens", rows)
-        if path and any(f".{module}." in f".{path}" for module in saved):
+        parts = path.split(".")
+        modules = [".".join(parts[:stop]) for stop in range(1, len(parts))]
+        if any(module.endswith(name) for module in modules for name in saved):  # as PEFT matches
             return FullChange(key, plain, "modules_to_save")
         if path.endswith(".base_layer.weight"):
             return FullChange(key, plain, "copy of the base layer's weight")
@@ -426,29 +415,8 @@ def _without_trailing(text: str, suffix: str) -> str:
     return text
 
 
-def _check_values(source: str, tensors: dict[str, Tensor], full_changes: set[str]) -> None:
-    for key, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        wide = tensor.is_floating_point() and tensor.element_size() >= 2
-        if not wide and key in full_changes and dtype in OTHER_DTYPES.values():
-            continue  # such as a counter of a module that is saved whole
-        if not wide:
-            raise SafeprojError(
-                f"{source}: {key} has dtype {dtype}; expected float64, float32, float16 or bfloat16"
-            )
-        if not bool(tensor.isfinite().all()):
-            raise SafeprojError(
-                f"{source}: {key} has NaN or Inf; the adapter is damaged or its training diverged"
-            )
-
-
 def _warnings(config: dict[str, Any], found: _Classifier) -> Iterator[str]:
-    dora = [module.name for module in found.modules if module.dora]
-    if dora:
-        yield (
-            f"{len(dora)} modules are DoRA: the direction's update is projected, the magnitude "
-            "is kept"
-        )
+    yield from dora_warnings(found.modules)
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in CONVERTED_INITIALISATIONS:
         yield (

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safeproj.errors import SafeprojError, shorten
 from safeproj.source import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from safeproj.adapter.interface import Format
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Factor:
 
     Attributes:
         key: name of the tensor, which is seen as a matrix: (first dimension, all others).
+        item: which item along the first dimension of a stack is meant instead of the tensor.
         rows: the rows of that matrix that belong to the factor, None for all.
         columns: the columns, None for all.
         turned: the factor is the transpose of what these rows and columns hold.
@@ -30,15 +34,23 @@ class Factor:
     rows: slice | None = None
     columns: slice | None = None
     turned: bool = False
+    item: int | None = None
 
     def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the factor as a view: what is written to it is written to the tensor."""
         tensor = tensors[self.key]
+        if self.item is not None:
+            tensor = tensor[self.item]
         # Not -1: it cannot be told for an empty tensor.
         columns = math.prod(tensor.shape[1:])
         whole = tensor.view(tensor.shape[0], columns)
         found = whole[self.rows or slice(None), self.columns or slice(None)]
         return found.T if self.turned else found
+
+    def head(self, count: int) -> Factor:
+        """Return the first rows of a factor that is a whole tensor."""
+        first = slice(0, count)
+        return replace(self, columns=first) if self.turned else replace(self, rows=first)
 
 
 class Kind(str, Enum):
@@ -75,6 +87,7 @@ class AdaptedModule:
         mirrors: further places that hold `B`: a tied head repeats its embedding's factors.
         turned: the running model stores the weight as (n, m); None where its shape must tell.
         dora: the module has a DoRA magnitude, which projection leaves as it is.
+        aliases: further paths that models give it, where the adapter's own name for it is none.
     """
 
     name: str
@@ -92,6 +105,27 @@ class AdaptedModule:
     mirrors: tuple[Factor, ...] = ()
     turned: bool | None = None
     dora: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def named(self, names: Collection[str]) -> AdaptedModule:
+        """Return the module under that of its paths whose weight is among a checkpoint's names.
+
+        Where none is, it keeps its own: the checkpoint's names may be no paths of a model either.
+
+        Raises:
+            SafeprojError: there is more than one.
+        """
+        if not self.aliases:
+            return self
+        paths = dict.fromkeys((self.name, *self.aliases))
+        found = [path for path in paths if f"{path}.weight" in names]
+        if len(found) > 1:
+            raise SafeprojError(
+                f"{self.name} may be {shorten(found)}: the checkpoint has all of them, which is "
+                "not supported"
+            )
+        path = found[0] if found else self.name
+        return replace(self, name=path, parameter=f"{path}.weight", aliases=())
 
     @property
     def written(self) -> tuple[Factor, ...]:
@@ -110,11 +144,14 @@ class TargetParameters:
         module: path of the module in the model.
         parameters: the names that the config targets, as parameters of this module.
         pairs: keys of `lora_A` and `lora_B`, outermost wrapper first.
+        plain: what the module is if it has none of these parameters: the config names them without
+            their module, so that every adapted module may be meant.
     """
 
     module: str
     parameters: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
+    plain: AdaptedModule | None = None
 
 
 @dataclass(frozen=True)
@@ -141,24 +178,24 @@ class Adapter:
     Attributes:
         folder: where it was read from.
         weights_file: name of the file that holds the tensors.
-        config: `adapter_config.json`.
-        metadata: metadata of the safetensors file, None for a `.bin` file.
+        config: `adapter_config.json`, empty where the format has none.
         tensors: all tensors, in the file's order.
         modules: the updates, in natural order, without those of target parameters.
         targets: parameters that are adapted directly, in natural order.
         full_changes: tensors that change whole weights.
         warnings: what the user should know about the adapter.
+        format: how it is stored, for writing it back.
     """
 
     folder: Folder
     weights_file: str
     config: dict[str, Any]
-    metadata: dict[str, str] | None
     tensors: dict[str, Tensor]
     modules: tuple[AdaptedModule, ...]
     targets: tuple[TargetParameters, ...]
     full_changes: tuple[FullChange, ...]
     warnings: tuple[str, ...]
+    format: Format
 
     @property
     def source(self) -> str:
@@ -168,3 +205,16 @@ class Adapter:
     def path(self, name: str) -> Path:
         """Return the local path of one of the adapter's files."""
         return self.folder.path(name)
+
+    def fitted(self, names: Collection[str], config: Mapping[str, Any]) -> Adapter:
+        """Return the adapter as the running model has it, where its own files do not tell.
+
+        Args:
+            names: of all tensors of the checkpoint.
+            config: the model's `config.json`, empty if there is none.
+
+        Raises:
+            SafeprojError: they do not tell either.
+        """
+        modules = tuple(module.named(names) for module in self.modules)
+        return self.format.reordered(replace(self, modules=modules), config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import secrets
@@ -16,17 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeproj import tensorfile
-from safeproj.adapter import card
-from safeproj.adapter.peft import BIN, CONFIG, SAFETENSORS
+from safeproj.adapter import FORMATS, card
+from safeproj.adapter.interface import CONFIG, MANIFEST
 from safeproj.adapter.record import Adapter
 from safeproj.errors import SafeprojError, printable
 from safeproj.source import LocalFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MANIFEST = "safeproj.json"
 
 
 def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> None:
@@ -45,8 +41,8 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
         if path is None:
             continue
         given = path.resolve()
-        if option == "--adapter" and given.is_file():
-            given = given.parent
+        if option == "--adapter" and any(given.name in kind.stand_ins for kind in FORMATS):
+            given = given.parent if given.is_file() else given
         if place == given or place in given.parents or given in place.parents:
             raise SafeprojError(
                 f"--out {out}: overlaps with {option} {path}; inputs are never changed, choose "
@@ -58,7 +54,8 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
             raise SafeprojError(f"--out {out}: is {kind}; choose a directory that does not exist")
         if not overwrite:
             raise SafeprojError(f"--out {out}: exists; give --overwrite to replace an adapter")
-        if any(out.iterdir()) and not (out / CONFIG).is_file():
+        files = [path.name for path in out.iterdir() if path.is_file()]
+        if any(out.iterdir()) and not any(kind.is_adapter(files) for kind in FORMATS):
             raise SafeprojError(
                 f"--out {out}: exists and is no adapter (it has no {CONFIG}); only an adapter is "
                 "replaced, choose another directory"
@@ -101,9 +98,9 @@ def write_adapter(
                 target = directory / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(_safe_path(adapter, name), target)
-            digests = _write_tensors(directory / SAFETENSORS, adapter.metadata, tensors)
+            digests = adapter.format.write(directory / adapter.format.output_file, tensors)
             card_path = directory / "README.md"
-            old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter.config)
+            old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
             card_path.write_bytes(card.with_section(old_card, section))
             output = {"projected": sorted(replaced), "tensors": digests}
             text = json.dumps({**manifest, "output": output}, indent=2, ensure_ascii=False) + "\n"
@@ -115,17 +112,19 @@ def write_adapter(
 
 
 def copied_adapters(adapter: Adapter) -> tuple[str, ...]:
-    """Return adapter weights in subdirectories, such as checkpoints: they are copied unpatched."""
+    """Return other weights in the folder, such as checkpoints: they are copied unpatched."""
     return tuple(
         name
-        for name in sorted(adapter.folder.files)
-        if "/" in name and name.rsplit("/", 1)[1] in (SAFETENSORS, BIN)
+        for name in _copied_files(adapter)
+        if any(kind.is_weights(name.rpartition("/")[2]) for kind in FORMATS)
     )
 
 
 def _copied_files(adapter: Adapter) -> list[str]:
-    """Return every file but the weights: a `.bin` beside them would still be the unpatched one."""
-    return sorted(adapter.folder.files - {SAFETENSORS, BIN, MANIFEST})
+    """Return every file but the weights; none where SRC names one file."""
+    if isinstance(adapter.folder, LocalFolder) and adapter.folder.only is not None:
+        return []
+    return sorted(adapter.folder.files - adapter.format.replaced_files - {MANIFEST})
 
 
 def _safe_path(adapter: Adapter, name: str) -> Path:
@@ -148,34 +147,6 @@ def _safe_path(adapter: Adapter, name: str) -> Path:
                 "none; remove it"
             )
     return path
-
-
-def _write_tensors(
-    path: Path, metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor]
-) -> dict[str, str]:
-    """Write the tensors in the given order and return the SHA-256 of each."""
-    codes = {torch_name: code for code, (torch_name, _) in tensorfile.DTYPES.items()}
-    codes |= {torch_name: code for code, torch_name in tensorfile.OTHER_DTYPES.items()}
-    layout, digests = {}, {}
-    for name, tensor in tensors.items():
-        code = codes[str(tensor.dtype).removeprefix("torch.")]
-        layout[name] = (code, tuple(tensor.shape), tensor.nbytes)
-
-    def data() -> Iterator[memoryview]:
-        for name, tensor in tensors.items():
-            view = _bytes_of(tensor)
-            digests[name] = hashlib.sha256(view).hexdigest()
-            yield view
-
-    tensorfile.write(path, {"format": "pt"} if metadata is None else metadata, layout, data())
-    tensorfile.read_header(path)
-    return digests
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    import torch
-
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -795,6 +795,8 @@ REFUSED_OPTIONS: dict[str, tuple[str, ...]] = {
     "--threshold 0.5 --layers 1": ("--threshold and --layers exclude each other",),
     "--layers 1 --all": ("--layers and --all exclude each other",),
     "--threshold 0.5 --all": ("--threshold and --all exclude each other",),
+    "--map model.layers": ("--map", "expected RUNTIME=CHECKPOINT"),
+    "--map a*=b": ("--map", "1 * on the left and 0 on the right"),
     "--threshold 1.5": ("--threshold", "[0, 1]", "1.5"),
     "--threshold nan": ("--threshold", "[0, 1]", "nan"),
     "--threshold -0.1": ("--threshold", "[0, 1]", "-0.1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from safeproj import __version__
 from tests.conftest import Trio
-from tests.support import COMMAND, read_json, safeproj, save_adapter
+from tests.support import COMMAND, assert_refused, read_json, safeproj, save_adapter
 
 
 def test_help_does_not_import_torch() -> None:
@@ -286,3 +287,39 @@ def test_a_terminal_shows_progress_and_colours(trio: Trio) -> None:
     assert process.wait() == 0
     assert b"modules" in shown
     assert b"\x1b[" in shown
+
+
+def renamed(folder: Path, out: Path, *names: tuple[str, str]) -> Path:
+    """Copy a checkpoint into one file, with other names for its tensors."""
+    tensors = {}
+    for shard in folder.glob("*.safetensors"):
+        for key, tensor in load_file(shard).items():
+            for old, new in names:
+                tensors[key.replace(old, new)] = tensor.clone()
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors")
+    shutil.copy(folder / "config.json", out)
+    return out
+
+
+def test_map_says_what_the_checkpoint_calls_a_weight(trio: Trio, tmp_path: Path) -> None:
+    aligned = renamed(trio.aligned, tmp_path / "aligned", ("model.layers.", "blocks/"))
+    arguments = [*trio.arguments, "--aligned", str(aligned)]
+    refused = safeproj("inspect", *arguments)
+    assert_refused(refused, str(aligned), "no weight for model.layers.0.", "--map")
+
+    maps = ("--map", "model.layers.*=blocks/*", "--map", "model.layers.*=model.layers.*")
+    result = safeproj("inspect", *arguments, *maps, "--format", "json")
+
+    assert result.returncode == 0, result.stderr
+    expected = safeproj("inspect", *trio.arguments, "--format", "json")
+    assert json.loads(result.stdout)["modules"] == json.loads(expected.stdout)["modules"]
+
+
+def test_two_weights_that_may_be_meant_are_listed(trio: Trio, tmp_path: Path) -> None:
+    both = ("model.layers.", "model.model.layers."), ("model.layers.", "llm.model.layers.")
+    aligned = renamed(trio.aligned, tmp_path / "aligned", *both)
+    (aligned / "config.json").unlink()  # no architecture tells
+    result = safeproj("inspect", *trio.arguments, "--aligned", aligned)
+    first = "layers.0.self_attn.q_proj.weight"
+    assert_refused(result, f"llm.model.{first}", f"model.model.{first}", "--map")

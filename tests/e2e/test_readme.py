@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from safeproj.adapter import FORMATS, peft
+from safeproj.checkpoint import pickled, quantised
+from safeproj.tensorfile import DTYPES
+from tests.conformance.architectures import ARCHITECTURES
 from tests.support import safeproj
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +39,9 @@ def assert_same_but_for_rounding(found: str, shown: str) -> None:
     assert all(abs(float(a) - float(b)) <= TOLERANCE for a, b in pairs)
 
 
-@pytest.mark.parametrize(("arguments", "shown"), consoles(), ids=[c[0][:40] for c in consoles()])
+@pytest.mark.parametrize(
+    ("arguments", "shown"), list(consoles()), ids=[c[0][:40] for c in consoles()]
+)
 def test_commands_print_what_the_readme_shows(arguments: str, shown: str, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     result = safeproj(*shlex.split(arguments), cwd=tmp_path)
@@ -90,3 +96,41 @@ def test_every_option_of_the_contract_is_in_the_help() -> None:
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)", README))
 def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
+
+
+def codes(text: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def test_the_table_of_what_is_supported_and_refused_is_that_of_the_code() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in README.partition("## Supported and refused")[2]
+        .partition("\n## ")[0]
+        .splitlines()
+        if line.startswith("|")
+    ][2:]
+    supported = {row[0]: codes(row[1]) for row in rows}
+    refused = {row[0]: codes(row[2]) for row in rows}
+
+    settings = {"use_qalora", "use_bdlora", "kasa_config"}
+    assert settings == set(peft.REFUSED_SETTINGS)
+    assert refused["PEFT adapters"] == {*settings, *peft.REFUSED_TENSORS, "peft_type"}
+    assert set(peft.SUPPORTED_TYPES) <= supported["PEFT adapters"]
+    assert refused["checkpoints"] == {*quantised.SIGNS, "quant_method"}
+    assert supported["checkpoints"] == {
+        *DTYPES,
+        *quantised.SUPPORTED_METHODS,
+        *quantised.SUPPORTED_FORMATS,
+        pickled.SINGLE,
+    }
+    assert {kind.__name__ for kind in FORMATS} == {"Peft", "Mlx", "Gguf"}
+    assert {"PEFT adapters", "MLX adapters", "GGUF adapters"} <= set(supported)
+
+
+def test_the_architectures_of_the_conformance_suite_are_listed() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text("utf-8")
+    (listed,) = re.findall(r"<!-- architectures -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    names = {name.removesuffix("-square") for name in ARCHITECTURES}
+    assert codes(listed) == names
+    assert f"checks {len(names)} architectures" in README.replace("\n", " ")

@@ -1,0 +1,92 @@
+"""What every format of adapters offers; each has its own file beside this one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safeproj.source import Folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safeproj.adapter.record import Adapter
+
+CONFIG = "adapter_config.json"
+MANIFEST = "safeproj.json"
+
+
+class Format(ABC):
+    """How adapters of one kind are stored: reading one, and writing it back as it came.
+
+    An instance belongs to one adapter and holds what only its writing needs.
+    """
+
+    documents: ClassVar[tuple[str, ...]] = ()
+    """Files that are read beside the weights."""
+
+    stand_ins: ClassVar[frozenset[str]] = frozenset()
+    """Files that stand for the folder they are in, where SRC names one of them."""
+
+    library: ClassVar[str | None] = None
+    """`library_name` of a new model card."""
+
+    base_model_key: ClassVar[str | None] = None
+    """Where the config names the base model, for a new model card."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, folder: Folder) -> Adapter | None:
+        """Return the folder's adapter, checked; None if there is none of this format.
+
+        Raises:
+            SafeprojError: there is one that cannot be used.
+        """
+
+    @classmethod
+    @abstractmethod
+    def is_weights(cls, name: str) -> bool:
+        """Tell whether a file of this name, without directories, holds an adapter's weights."""
+
+    @classmethod
+    def is_adapter(cls, files: Collection[str]) -> bool:
+        """Tell whether a directory of these files is surely an adapter, which may be replaced."""
+        return bool(cls.documents) and all(name in files for name in cls.documents)
+
+    @property
+    @abstractmethod
+    def output_file(self) -> str:
+        """Name of the weights file to write."""
+
+    @property
+    def replaced_files(self) -> frozenset[str]:
+        """Files of the input that `output_file` replaces."""
+        return frozenset({self.output_file})
+
+    def reordered(self, adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
+        """Return the adapter with the rows of its tensors as the running model has them.
+
+        Args:
+            adapter: as `read` returned it.
+            config: `config.json` of the model, which may tell what the adapter's files do not;
+                empty if there is none.
+
+        Raises:
+            SafeprojError: the config does not tell either.
+        """
+        del config  # most formats store them so
+        return adapter
+
+    @abstractmethod
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Write the weights file.
+
+        Args:
+            path: the file to create.
+            tensors: all tensors in the order of the input, as `reordered` returned them.
+
+        Returns:
+            SHA-256 of each tensor's bytes as they are stored.
+        """
