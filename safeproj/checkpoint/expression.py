@@ -245,46 +245,10 @@ def _window(expression: Head | Chunk, checkpoint: Checkpoint) -> Matrix:
 
 
 @dataclass(frozen=True)
-class _Window:
-    """Some rows of a matrix."""
+class _Part:
+    """What parts of a matrix have in common with it."""
 
     whole: Weight
-    start: int
-    rows: int
-    name: str
-
-    @property
-    def label(self) -> str:
-        return self.whole.label + self.name
-
-    @property
-    def dtype(self) -> str:
-        return self.whole.dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (self.rows, self.whole.shape[1])
-
-    @property
-    def row_bytes(self) -> int:
-        return self.whole.row_bytes
-
-    @property
-    def source(self) -> str:
-        return self.whole.source
-
-    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
-        with reader.window(self.name):
-            return self.whole.read_rows(reader, self.start + start, self.start + stop, buffer)
-
-
-@dataclass(frozen=True)
-class _ColumnWindow:
-    """Some columns of a matrix; all of it is read."""
-
-    whole: Weight
-    start: int
-    columns: int
 
     @property
     def label(self) -> str:
@@ -295,10 +259,6 @@ class _ColumnWindow:
         return self.whole.dtype
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return (self.whole.shape[0], self.columns)
-
-    @property
     def row_bytes(self) -> int:
         return self.whole.row_bytes
 
@@ -306,14 +266,10 @@ class _ColumnWindow:
     def source(self) -> str:
         return self.whole.source
 
-    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
-        rows = self.whole.read_rows(reader, start, stop, buffer)
-        return rows[:, self.start : self.start + self.columns]
-
 
 @dataclass(frozen=True)
-class _Rows:
-    """Matrices below one another."""
+class _Several:
+    """What matrices that are joined have in common."""
 
     parts: tuple[Weight, ...]
 
@@ -323,7 +279,55 @@ class _Rows:
 
     @property
     def dtype(self) -> str:
-        return _common_dtype(self.parts)
+        dtypes = {part.dtype for part in self.parts}
+        # torch.cat promotes; what comes out is at most float32 unless a part is float64.
+        return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
+
+    @property
+    def source(self) -> str:
+        return self.parts[0].source
+
+
+@dataclass(frozen=True)
+class _Window(_Part):
+    """Some rows of a matrix."""
+
+    start: int
+    rows: int
+    name: str
+
+    @property
+    def label(self) -> str:
+        return self.whole.label + self.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.rows, self.whole.shape[1])
+
+    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
+        with reader.window(self.name):
+            return self.whole.read_rows(reader, self.start + start, self.start + stop, buffer)
+
+
+@dataclass(frozen=True)
+class _ColumnWindow(_Part):
+    """Some columns of a matrix; all of it is read."""
+
+    start: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.whole.shape[0], self.columns)
+
+    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
+        rows = self.whole.read_rows(reader, start, stop, buffer)
+        return rows[:, self.start : self.start + self.columns]
+
+
+@dataclass(frozen=True)
+class _Rows(_Several):
+    """Matrices below one another."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -332,10 +336,6 @@ class _Rows:
     @property
     def row_bytes(self) -> int:
         return max(part.row_bytes for part in self.parts) + _ALIGN
-
-    @property
-    def source(self) -> str:
-        return self.parts[0].source
 
     def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
         import torch
@@ -351,18 +351,8 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Columns:
+class _Columns(_Several):
     """Matrices beside one another."""
-
-    parts: tuple[Weight, ...]
-
-    @property
-    def label(self) -> str:
-        return ", ".join(part.label for part in self.parts)
-
-    @property
-    def dtype(self) -> str:
-        return _common_dtype(self.parts)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -371,10 +361,6 @@ class _Columns:
     @property
     def row_bytes(self) -> int:
         return sum(_aligned(part.row_bytes) for part in self.parts)
-
-    @property
-    def source(self) -> str:
-        return self.parts[0].source
 
     def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
         import torch
@@ -392,9 +378,3 @@ _ALIGN = 64
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
-
-
-def _common_dtype(parts: tuple[Weight, ...]) -> str:
-    dtypes = {part.dtype for part in parts}
-    # torch.cat promotes; what comes out is at most float32 unless a part is float64.
-    return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from safeproj.errors import SafeprojError
-from safeproj.source import Folder, read_json
-from safeproj.tensorfile import DTYPES, require_printable
+from safeproj.tensorfile import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -223,65 +222,3 @@ def as_matrix(shape: tuple[int, ...], columns: int | None) -> tuple[int, int]:
     if columns is None:
         columns = shape[-1] if len(shape) > 1 else 1
     return (math.prod(shape) // columns if columns else 0, columns)
-
-
-def read_config(folder: Folder) -> dict[str, Any]:
-    """Return the `config.json` of a checkpoint, empty if a local one has none.
-
-    Raises:
-        SafeprojError: a Hub repository has none, or it is not JSON.
-    """
-    if "config.json" in folder.files:
-        return read_json(folder, "config.json")
-    if folder.revision is not None:
-        # Not to know the architecture may mean a wrong orientation of square weights.
-        raise SafeprojError(f"{folder.source}: no config.json; {folder.advice}")
-    return {}
-
-
-def read_weight_map(folder: Folder, index: str) -> dict[str, str]:
-    """Return what an index says: tensor name to the name of the file that holds it.
-
-    Raises:
-        SafeprojError: the index is unusable.
-    """
-    location = read_json(folder, index).get("weight_map")
-    if not isinstance(location, dict) or not all(isinstance(f, str) for f in location.values()):
-        raise SafeprojError(
-            f'{folder.source}: {index} has no usable "weight_map"; expected an object that maps '
-            "tensor names to file names"
-        )
-    require_printable(folder.source, location)
-    return location
-
-
-def file_of(folder: Folder, location: Mapping[str, str], name: str) -> str:
-    """Return the file that holds a tensor, which must be one of the folder's own.
-
-    Asked for one tensor at a time, not for the whole index: a partly filled cache serves what it
-    holds.
-
-    Raises:
-        SafeprojError: the folder has no such file; so an index cannot point outside of it.
-    """
-    file = location[name]
-    if file not in folder.files:
-        raise SafeprojError(
-            f"{folder.source}: the index says that {file} holds {name}, but the folder has no such "
-            f"file; {folder.advice}"
-        )
-    return file
-
-
-def not_held(folder: Folder, file: str, name: str) -> SafeprojError:
-    """Return the error for a file that lacks what the index says it holds."""
-    return SafeprojError(
-        f"{folder.source}: the index says that {file} holds {name}, but it does not; fetch the "
-        "checkpoint again"
-    )
-
-
-def read_documents(folder: Folder, single: str, index: str) -> tuple[Path, ...]:
-    """Return the local paths of `config.json` and, without a `single` file, of the index."""
-    wanted = ("config.json",) if single in folder.files else ("config.json", index)
-    return tuple(folder.path(name) for name in wanted if name in folder.files)

@@ -5,22 +5,16 @@ The files are mapped into memory: a weight's rows are read when they are asked f
 
 from __future__ import annotations
 
-from collections.abc import KeysView
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from safeproj.checkpoint.folder import FolderCheckpoint, read_weight_map
 from safeproj.checkpoint.interface import (
     STORED_DTYPES,
     Reader,
     TensorInfo,
     as_matrix,
-    file_of,
-    not_held,
-    read_config,
-    read_documents,
-    read_weight_map,
 )
 from safeproj.picklefile import read_pickle
 from safeproj.source import Folder
@@ -68,37 +62,13 @@ class PickledWeight:
 
 
 @dataclass
-class PickledCheckpoint:
-    """A folder of `.bin` files.
+class PickledCheckpoint(FolderCheckpoint):
+    """A folder of `.bin` files."""
 
-    Attributes:
-        folder: where the files are.
-        location: tensor name to the name of its file.
-    """
+    single = SINGLE
+    index = INDEX
 
-    folder: Folder
-    location: dict[str, str]
     _tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
-
-    @property
-    def source(self) -> str:
-        return self.folder.source
-
-    @property
-    def revision(self) -> str | None:
-        return self.folder.revision
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return read_config(self.folder)
-
-    @property
-    def documents(self) -> tuple[Path, ...]:
-        return read_documents(self.folder, SINGLE, INDEX)
-
-    @property
-    def names(self) -> KeysView[str]:
-        return self.location.keys()
 
     def describe(self, name: str) -> TensorInfo:
         tensor = self._tensor(name)
@@ -111,11 +81,11 @@ class PickledCheckpoint:
 
     def _tensor(self, name: str) -> Tensor:
         """Return a tensor, not yet read; there is no header to ask for, so its file is needed."""
-        file = file_of(self.folder, self.location, name)
+        file = self.file_of(name)
         if file not in self._tensors:
             self._tensors[file] = read_pickle(self.folder.path(file))
         if name not in self._tensors[file]:
-            raise not_held(self.folder, file, name)
+            raise self.not_held(name)
         return self._tensors[file][name]
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from safeproj.checkpoint.folder import FolderCheckpoint, read_weight_map
 from safeproj.checkpoint.interface import (
     STORED_DTYPES,
     Reader,
     TensorInfo,
     as_matrix,
-    file_of,
-    not_held,
-    read_config,
-    read_documents,
-    read_weight_map,
 )
 from safeproj.errors import SafeprojError
 from safeproj.source import Folder
@@ -63,41 +57,17 @@ class SafetensorsWeight:
 
 
 @dataclass
-class SafetensorsCheckpoint:
-    """A folder of safetensors files.
+class SafetensorsCheckpoint(FolderCheckpoint):
+    """A folder of safetensors files."""
 
-    Attributes:
-        folder: where the files are.
-        location: tensor name to the name of its file.
-    """
+    single = SINGLE
+    index = INDEX
 
-    folder: Folder
-    location: dict[str, str]
     _headers: dict[str, Header] = field(default_factory=dict, repr=False)
     _local: dict[Path, Header] = field(default_factory=dict, repr=False)
 
-    @property
-    def source(self) -> str:
-        return self.folder.source
-
-    @property
-    def revision(self) -> str | None:
-        return self.folder.revision
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return read_config(self.folder)
-
-    @property
-    def documents(self) -> tuple[Path, ...]:
-        return read_documents(self.folder, SINGLE, INDEX)
-
-    @property
-    def names(self) -> KeysView[str]:
-        return self.location.keys()
-
     def describe(self, name: str) -> TensorInfo:
-        file = file_of(self.folder, self.location, name)
+        file = self.file_of(name)
         if file not in self._headers:
             self._headers[file] = self.folder.header(file)
         entry = self._entry(self._headers[file], name)
@@ -109,14 +79,14 @@ class SafetensorsCheckpoint:
 
     def locate(self, name: str) -> tuple[TensorEntry, Path]:
         """Return where a tensor lies in which local file, downloading the file if need be."""
-        path = self.folder.path(file_of(self.folder, self.location, name))
+        path = self.folder.path(self.file_of(name))
         if path not in self._local:
             self._local[path] = read_header(path)
         return self._entry(self._local[path], name), path
 
     def _entry(self, header: Header, name: str) -> TensorEntry:
         if name not in header.tensors:
-            raise not_held(self.folder, self.location[name], name)
+            raise self.not_held(name)
         return header.tensors[name]
 
 
