@@ -19,6 +19,10 @@ from safeproj.errors import SafeprojError, first_line
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself, so that a forged length allocates nothing."""
 
+MAX_NAME = 1000
+"""Characters of a tensor name: names are matched against the patterns of transformers and of the
+user, whose cost may grow faster than the name."""
+
 DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -94,12 +98,17 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def require_printable(source: str, names: Iterable[str]) -> None:
-    """Refuse tensor names that could steer a terminal or a report.
+    """Refuse tensor names that could steer a terminal or a report, or keep a pattern busy.
 
     Raises:
-        SafeprojError: a name has a character that is not printable.
+        SafeprojError: a name has a character that is not printable, or is too long.
     """
     for name in names:
+        if len(name) > MAX_NAME:
+            raise SafeprojError(
+                f"{source}: a tensor name has {len(name)} characters, expected at most {MAX_NAME}; "
+                f"it starts with {name[:40]!a}"
+            )
         if not name.isprintable():
             raise SafeprojError(
                 f"{source}: the tensor name {name!a} has characters that are not printable"

@@ -146,6 +146,13 @@ def test_velora_and_monteclora_keep_what_they_need_for_training(
     run(llama, lora(monteclora_config=monteclora), tmp_path / "monteclora")
 
 
+def test_an_expert_for_arrow_is_a_plain_adapter(llama: Built, tmp_path: Path) -> None:
+    plain = run(llama, lora(), tmp_path)
+    change_json(tmp_path / "adapter" / CONFIG, arrow_config={"top_k": 1})
+    oracle.patch(llama, tmp_path / "adapter", tmp_path / "arrow", "--all")
+    assert read_json(tmp_path / "arrow" / MANIFEST)["modules"] == plain["modules"]
+
+
 @pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
 def test_dora_magnitudes_are_kept(llama: Built, tmp_path: Path, target: str) -> None:
     manifest = run(llama, lora(use_dora=True, target_modules=[target]), tmp_path)

@@ -481,6 +481,12 @@ def trainable_tokens_without_indices(inputs: Inputs) -> tuple[str, ...]:
 
 
 @damage
+def endless_tensor_name(inputs: Inputs) -> tuple[str, ...]:
+    change_adapter(inputs, lambda t: t.update({"a" * 5000: torch.ones(3)}))
+    return str(inputs.adapter), "a tensor name has 5000 characters", "at most 1000"
+
+
+@damage
 def unknown_extra_tensor(inputs: Inputs) -> tuple[str, ...]:
     change_adapter(inputs, lambda t: t.update({"base_model.model.surprise": torch.ones(3)}))
     return str(inputs.adapter), "base_model.model.surprise", "no tensor of a supported adapter"
