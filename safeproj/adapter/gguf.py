@@ -144,7 +144,7 @@ def _require_lora(source: str, header: ggufile.Header) -> None:
                 "adapter as llama.cpp's convert_lora_to_gguf.py writes it"
             )
     architecture = values.get("general.architecture")
-    if architecture not in PERMUTED | PLAIN:
+    if not isinstance(architecture, str) or architecture not in PERMUTED | PLAIN:
         raise SafeprojError(
             f"{source}: the architecture {architecture!r} is not supported: how its weights are "
             f"converted is not known here; supported are {', '.join(sorted(PERMUTED | PLAIN))}; "

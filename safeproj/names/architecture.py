@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections.abc
 import copy
 import json
-import re
+import math
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,9 +24,11 @@ from safeproj.checkpoint.interface import Checkpoint
 from safeproj.errors import SafeprojError, shorten
 from safeproj.names.layout import CONV1D, EMBEDDING, LINEAR, Layout
 from safeproj.names.operations import Entry, UnsupportedError
+from safeproj.select import natural_order
 
 MAX_LAYERS = 2000
-"""A config that asks for more would only cost time and memory."""
+MAX_COUNT = 100_000
+"""A config that asks for more layers, labels or experts would only cost time and memory."""
 
 _NOT_TAKEN = (
     "attn_implementation",
@@ -92,7 +94,8 @@ def _prepared(config: Any) -> Any:
         if any(word in key for word in _NOT_TAKEN):
             continue
         fetches = key in _FETCHING and value
-        too_many = "layers" in key and isinstance(value, int) and value > MAX_LAYERS
+        limit = MAX_LAYERS if "layers" in key else MAX_COUNT if key.startswith("num_") else math.inf
+        too_many = isinstance(value, int) and value > limit
         if fetches or too_many or (key == "model_type" and "timm" in str(value)):
             raise _UnknownError
         found[key] = _prepared(value)
@@ -317,7 +320,7 @@ class _Runtime:
         renamings, converters = self._conversions()
         by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
         found: dict[str, Entry] = {}
-        for key in sorted(names, key=_natural):
+        for key in sorted(names, key=natural_order):
             name, pattern = self._rename(key, renamings, converters)
             if name not in self.shapes and key in self.shapes:
                 name, pattern = self._rename(key, [], [])
@@ -354,9 +357,3 @@ def _experts(module: Any) -> Layout | None:
         return Layout("experts", not marked, marked_transposed=bool(marked))
     out_first = _UNDECORATED_EXPERTS.get(type(module).__name__)
     return None if out_first is None else Layout("experts", out_first)
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Order names as the loader does: numbers by their value."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]

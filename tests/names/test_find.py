@@ -199,6 +199,7 @@ def test_a_version_without_what_is_used_is_not_asked(
         {"model_type": "no-such-model"},
         {"model_type": ["llama"]},
         {"model_type": "llama", "num_hidden_layers": 10**9},
+        {"model_type": "llama", "num_labels": 10**9},
         {"model_type": "llama", "hidden_size": "wide"},
         {"model_type": "detr", "backbone": "someone/weights"},
         {"model_type": "timm_wrapper", "architecture": "hf-hub:someone/weights"},
