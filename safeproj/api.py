@@ -20,6 +20,7 @@ from safeproj.errors import SafeprojError
 from safeproj.manifest import manifest
 from safeproj.match import Plan, plan
 from safeproj.names import parse_rules
+from safeproj.profile import Profile
 from safeproj.projection import Approx, Projector
 from safeproj.report.record import Report
 from safeproj.select import Selection
@@ -88,6 +89,7 @@ def inspect(
     options: Options | None = None,
     *,
     observer: Observer | None = None,
+    profile: Profile | None = None,
 ) -> Report:
     """Score each adapted module by its similarity to its Safe LoRA projection.
 
@@ -97,12 +99,13 @@ def inspect(
         adapter: SRC of the PEFT LoRA adapter.
         options: projector, selection, device.
         observer: told about the progress.
+        profile: filled in with where the time went.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
     return _run(
-        base, aligned, adapter, options or Options(), observer, digests=False
+        base, aligned, adapter, options or Options(), observer, profile or Profile(), digests=False
     ).decision.report
 
 
@@ -116,6 +119,7 @@ def patch(
     overwrite: bool = False,
     dry_run: bool = False,
     observer: Observer | None = None,
+    profile: Profile | None = None,
 ) -> Report:
     """Project the selected modules and write the patched adapter to the directory `out`.
 
@@ -128,6 +132,7 @@ def patch(
         overwrite: replace an adapter that is at `out`.
         dry_run: do everything but the writing.
         observer: told about the progress.
+        profile: filled in with where the time went.
 
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
@@ -135,7 +140,8 @@ def patch(
     options, out = options or Options(), Path(out)
     sources = {"--base": base, "--aligned": aligned, "--adapter": adapter}
     check_out(out, overwrite, {option: _local_path(src) for option, src in sources.items()})
-    run = _run(base, aligned, adapter, options, observer, digests=not dry_run)
+    profile = profile or Profile()
+    run = _run(base, aligned, adapter, options, observer, profile, digests=not dry_run)
     notes = tuple(_notes(run.adapter))
     report = dataclasses.replace(
         run.decision.report, warnings=(*run.decision.report.warnings, *notes)
@@ -143,16 +149,17 @@ def patch(
     if dry_run:
         return report
     where = str(engine.resolve_device(options.device))
-    record = manifest(
-        run.adapter,
-        run.aligned,
-        run.base,
-        run.plan,
-        run.scores,
-        report,
-        {"dtype": options.dtype, "device": where},
-    )
-    write_adapter(run.adapter, run.decision.replaced, record, card.section(report), out)
+    with profile.phase("write"):
+        record = manifest(
+            run.adapter,
+            run.aligned,
+            run.base,
+            run.plan,
+            run.scores,
+            report,
+            {"dtype": options.dtype, "device": where},
+        )
+        write_adapter(run.adapter, run.decision.replaced, record, card.section(report), out)
     return report
 
 
@@ -162,43 +169,50 @@ def _run(
     adapter: str,
     options: Options,
     observer: Observer | None,
+    profile: Profile,
     *,
     digests: bool,
 ) -> _Run:
     """Read, match, score and decide: all that `inspect` and `patch` share."""
-    loaded = read_adapter(adapter)
-    aligned_model, base_model = open_checkpoint(aligned), open_checkpoint(base)
-    loaded = loaded.fitted(aligned_model.names, aligned_model.config or base_model.config)
-    planned = plan(loaded, aligned_model, base_model, options.selection, options.maps)
-    tasks = tasks_of(loaded, planned, aligned_model, base_model)
-    comparisons = {
-        item.change.key: _comparison(loaded, item.change, item.aligned, aligned_model)
-        for item in planned.changes
-        if item.aligned is not None
-    }
+    with profile.phase("read adapter"):
+        loaded = read_adapter(adapter)
+    with profile.phase("match"):
+        aligned_model, base_model = open_checkpoint(aligned), open_checkpoint(base)
+        loaded = loaded.fitted(aligned_model.names, aligned_model.config or base_model.config)
+        planned = plan(loaded, aligned_model, base_model, options.selection, options.maps)
+    with profile.phase("fetch"):
+        tasks = tasks_of(loaded, planned, aligned_model, base_model)
+        comparisons = {
+            item.change.key: _comparison(loaded, item.change, item.aligned, aligned_model)
+            for item in planned.changes
+            if item.aligned is not None
+        }
     if observer is not None:
         observer.start(len(tasks), sum(task.nbytes for task in tasks))
-    found = engine.run(
-        tasks,
-        options.projector,
-        device=options.device,
-        workers=options.workers,
-        digests=digests,
-        on_progress=observer.progress if observer is not None else None,
-    )
+    with profile.phase("score"):
+        found = engine.run(
+            tasks,
+            options.projector,
+            device=options.device,
+            workers=options.workers,
+            digests=digests,
+            on_progress=observer.progress if observer is not None else None,
+            usage=profile.usage,
+        )
     scores = {task.name: score for task, score in zip(tasks, found, strict=True)}
-    sizes = engine.relative_changes(list(comparisons.values()))
-    decision = decide(
-        loaded,
-        aligned_model,
-        base_model,
-        planned,
-        scores,
-        dict(zip(comparisons, sizes, strict=True)),
-        options.selection,
-        options.projector,
-        options.dtype,
-    )
+    with profile.phase("decide"):
+        sizes = engine.relative_changes(list(comparisons.values()))
+        decision = decide(
+            loaded,
+            aligned_model,
+            base_model,
+            planned,
+            scores,
+            dict(zip(comparisons, sizes, strict=True)),
+            options.selection,
+            options.projector,
+            options.dtype,
+        )
     return _Run(loaded, aligned_model, base_model, planned, scores, decision)
 
 

@@ -10,6 +10,7 @@ import typer
 
 from safeproj import __version__, terminal
 from safeproj.errors import SafeprojError
+from safeproj.profile import Profile
 
 if TYPE_CHECKING:
     from safeproj.api import Options
@@ -141,6 +142,9 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", metavar="FILE", help="Write the report to FILE instead of stdout."),
 ]
+ShowProfile = Annotated[
+    bool, typer.Option("--profile", help="Say on stderr where time and memory went.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warnings.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback on errors.")]
 
@@ -181,6 +185,7 @@ def inspect_command(
     workers: Workers = None,
     format_: Format = ReportFormat.table,
     output: Output = None,
+    show_profile: ShowProfile = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -193,13 +198,17 @@ def inspect_command(
         inputs = {"--base": base, "--aligned": aligned, "--adapter": adapter}
         terminal.check_output(output, None, inputs)
         selection = _selection(threshold, layers, all_modules, include, exclude)
-        options = _options(selection, map_, projector, rank, energy, device, workers)
-        from safeproj import api
+        profile = Profile()
+        with profile.phase("import"):
+            options = _options(selection, map_, projector, rank, energy, device, workers)
+            from safeproj import api
 
         terminal.interruptible()
         with terminal.observer(quiet) as observer:
-            report = api.inspect(base, aligned, adapter, options, observer=observer)
-        terminal.finish(report, format_.value, output, quiet, "")
+            report = api.inspect(
+                base, aligned, adapter, options, observer=observer, profile=profile
+            )
+        terminal.finish(report, format_.value, output, quiet, "", profile if show_profile else None)
 
 
 @app.command("patch")
@@ -232,6 +241,7 @@ def patch_command(
     ] = False,
     format_: Format = ReportFormat.table,
     output: Output = None,
+    show_profile: ShowProfile = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -244,8 +254,12 @@ def patch_command(
         inputs = {"--base": base, "--aligned": aligned, "--adapter": adapter}
         terminal.check_output(output, out, inputs)
         selection = _selection(threshold, layers, all_modules, include, exclude)
-        options = _options(selection, map_, projector, rank, energy, device, workers, dtype.value)
-        from safeproj import api
+        profile = Profile()
+        with profile.phase("import"):
+            options = _options(
+                selection, map_, projector, rank, energy, device, workers, dtype.value
+            )
+            from safeproj import api
 
         terminal.interruptible()
         with terminal.observer(quiet) as observer:
@@ -258,10 +272,12 @@ def patch_command(
                 overwrite=overwrite,
                 dry_run=dry_run,
                 observer=observer,
+                profile=profile,
             )
         result = "dry run: nothing written" if dry_run else f"wrote {out}"
         result += f" ({report.projected} modules projected)"
-        terminal.finish(report, format_.value, output, quiet, result)
+        shown = profile if show_profile else None
+        terminal.finish(report, format_.value, output, quiet, result, shown)
 
 
 def _selection(

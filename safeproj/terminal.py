@@ -21,6 +21,7 @@ from safeproj.errors import SafeprojError, first_line, printable
 if TYPE_CHECKING:
     from safeproj.api import Observer
     from safeproj.engine import Progress
+    from safeproj.profile import Profile
     from safeproj.report import Report
 
 INTERRUPTED = "safeproj: interrupted; there is no partial output"
@@ -119,8 +120,15 @@ def check_output(output: Path | None, out: Path | None, inputs: Mapping[str, str
             raise SafeprojError(f"--output {output}: is a file of {option} {source}")
 
 
-def finish(report: Report, format_: str, output: Path | None, quiet: bool, result: str) -> None:
-    """Send the report where it was asked for, the warnings and the result to stderr.
+def finish(
+    report: Report,
+    format_: str,
+    output: Path | None,
+    quiet: bool,
+    result: str,
+    profile: Profile | None = None,
+) -> None:
+    """Send the report where it was asked for, the warnings, the result and a profile to stderr.
 
     Args:
         report: the record of the run.
@@ -128,6 +136,7 @@ def finish(report: Report, format_: str, output: Path | None, quiet: bool, resul
         output: the file for the report; stdout if None.
         quiet: leave out warnings and result.
         result: what was written, for the last line and for errors; empty if nothing was.
+        profile: where the time went, if that was asked for.
 
     Raises:
         SafeprojError: the report cannot be written.
@@ -150,6 +159,9 @@ def finish(report: Report, format_: str, output: Path | None, quiet: bool, resul
             say(f"safeproj: warning: {warning}")
         if result:
             say(result)
+    if profile is not None:
+        for line in profile.render().splitlines():
+            say(line)
 
 
 def _send(report: Report, format_: str, output: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,10 +42,14 @@ class Reader:
     Attributes:
         digests: for each label a SHA-256 that is fed every byte read under it, in order; None to
             feed nothing.
+        nbytes: bytes read.
+        seconds: time in which files were read.
     """
 
     def __init__(self) -> None:
         self.digests: dict[str, hashlib._Hash] | None = None
+        self.nbytes = 0
+        self.seconds = 0.0
         self._window = ""
         self._files: OrderedDict[Path, FileIO] = OrderedDict()
         self._once: dict[Hashable, Any] = {}
@@ -61,6 +66,7 @@ class Reader:
         Raises:
             SafeprojError: the file ends early or cannot be read.
         """
+        start = time.perf_counter()
         try:
             file = self._open(path)
             file.seek(offset)
@@ -72,6 +78,7 @@ class Reader:
                 done += count
         except OSError as error:
             raise SafeprojError(f"{path}: cannot be read ({error.strerror})") from error
+        self.seconds += time.perf_counter() - start
         self.record(label, out)
 
     def once(self, key: Hashable, read: Callable[[], T]) -> T:
@@ -98,6 +105,7 @@ class Reader:
 
     def record(self, label: str, data: memoryview) -> None:
         """Feed the digest of `label`: for bytes that do not come through `read`."""
+        self.nbytes += len(data)
         if self.digests is not None:
             self.digests.setdefault(label + self._window, hashlib.sha256()).update(data)
 

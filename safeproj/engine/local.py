@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from safeproj.checkpoint import Reader, Weight
 from safeproj.engine.staging import CudaStaging, DirectStaging, Staging
 from safeproj.engine.task import Comparison, Progress, Score, Task
 from safeproj.errors import SafeprojError
+from safeproj.profile import Usage
 from safeproj.projection import Projector, alignment, scale, similarity
 from safeproj.tensorfile import DTYPES
 
@@ -55,6 +57,7 @@ def run(
     workers: int | None = None,
     digests: bool = False,
     on_progress: OnProgress | None = None,
+    usage: Usage | None = None,
 ) -> list[Score]:
     """Score all tasks and return the scores in the same order.
 
@@ -65,6 +68,7 @@ def run(
         workers: threads over modules on the CPU; default the number of cores, at most 8.
         digests: compute the SHA-256 of what is read.
         on_progress: called from the workers' threads.
+        usage: filled in with what the workers did.
 
     Raises:
         SafeprojError: a weight cannot be read or has a value that is not finite, or the device
@@ -86,11 +90,14 @@ def run(
             torch.set_num_threads(1)  # applies to this thread
             local.worker = _Worker(projector, where, digests, stop, on_progress)
             made.append(local.worker)
+        start = time.perf_counter()
         score: Score = local.worker.score(task)
+        local.worker.seconds += time.perf_counter() - start
         if on_progress is not None:
             on_progress(Progress(task.name, finished=True))
         return score
 
+    begin = time.perf_counter()
     with _exact_arithmetic(), ThreadPoolExecutor(workers, "safeproj") as pool:
         futures = [pool.submit(work, task) for task in tasks]
         try:
@@ -103,6 +110,13 @@ def run(
             pool.shutdown(wait=True, cancel_futures=True)
             for worker in made:
                 worker.close()
+    if usage is not None:
+        readers = [reader for worker in made for reader in worker.readers]
+        usage.workers = len(made)
+        usage.wall_seconds = time.perf_counter() - begin
+        usage.busy_seconds = sum(worker.seconds for worker in made)
+        usage.read_seconds = sum(reader.seconds for reader in readers)
+        usage.read_bytes = sum(reader.nbytes for reader in readers)
     return [future.result() for future in futures]
 
 
@@ -144,6 +158,7 @@ class _Worker:
         self.stop = stop
         self.on_progress = on_progress
         self.readers = (Reader(), Reader())
+        self.seconds = 0.0
         self._projector = projector
         self._digests = digests
         self._V = torch.empty(0, device=device)

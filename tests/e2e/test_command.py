@@ -323,3 +323,15 @@ def test_two_weights_that_may_be_meant_are_listed(trio: Trio, tmp_path: Path) ->
     result = safeproj("inspect", *trio.arguments, "--aligned", aligned)
     first = "layers.0.self_attn.q_proj.weight"
     assert_refused(result, f"llm.model.{first}", f"model.model.{first}", "--map")
+
+
+def test_profile_says_where_the_time_went(trio: Trio, tmp_path: Path) -> None:
+    result = safeproj("patch", *trio.arguments, "--out", tmp_path / "out", "--profile", "--quiet")
+    assert result.returncode == 0, result.stderr
+    head, *lines, engine = result.stderr.splitlines()
+    assert head.split() == ["phase", "seconds", "peak", "MB"]
+    phases = {line[:16].strip(): [float(number) for number in line[16:].split()] for line in lines}
+    assert list(phases) == ["import", "read adapter", "match", "fetch", "score", "decide", "write"]
+    assert all(seconds >= 0 for seconds, *_ in phases.values())
+    for word in ("GB read at", "GB/s effective", "workers", "reading", "computing", "waiting"):
+        assert word in engine

@@ -17,6 +17,7 @@ from safeproj.checkpoint.expression import Matrix
 from safeproj.engine import Progress, Score, Task
 from safeproj.engine.local import CPU_BLOCK, CPU_HOLD
 from safeproj.errors import SafeprojError
+from safeproj.profile import Usage
 from safeproj.projection import Approx, Exact, Projector, alignment
 
 
@@ -128,6 +129,14 @@ def test_progress_covers_all_bytes_and_all_modules(tmp_path: Path) -> None:
     engine.run([task] * 3, Approx(), device="cpu", on_progress=events.append)
     assert sum(event.nbytes for event in events) == 3 * task.nbytes
     assert sum(event.finished for event in events) == 3
+
+
+def test_usage_counts_the_bytes_and_the_time_of_all_workers(tmp_path: Path) -> None:
+    task, usage = task_of(tmp_path, *pair(600, 1100)), Usage()
+    engine.run([task] * 4, Approx(), device="cpu", workers=2, usage=usage)
+    assert usage.read_bytes == 4 * task.nbytes
+    assert 1 <= usage.workers <= 2
+    assert 0 < usage.read_seconds < usage.busy_seconds <= usage.workers * usage.wall_seconds
 
 
 @pytest.mark.parametrize("culprit", ["aligned", "base"])
