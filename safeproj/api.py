@@ -247,12 +247,12 @@ def _notes(adapter: Adapter) -> Iterator[str]:
     folder = adapter.folder
     if MANIFEST in folder.files:
         yield (
-            f"{adapter.source} was patched before: projecting again shrinks its updates further, "
+            "the adapter was patched before: projecting again shrinks its updates further, "
             "since C is applied twice"
         )
     if isinstance(folder, LocalFolder) and folder.revision is not None:
         yield (
-            f"{adapter.source} comes from the local Hub cache (HF_HUB_OFFLINE is set): files of "
+            "the adapter comes from the local Hub cache (HF_HUB_OFFLINE is set): files of "
             "the adapter that are not in the cache are missing from the patched one too"
         )
 

@@ -369,13 +369,13 @@ def _turned(
 def _quantised(pairs: list[_Pair], sides: tuple[_Side, _Side]) -> Iterator[str]:
     """Warn where rounding is part of what is taken for alignment."""
     parameters = {pair.module.parameter: pair.module for pair in pairs}.values()
-    for side in sides:
+    for role, side in zip(("aligned", "base"), sides, strict=True):
         wholes = (side.find(module)[0] for module in parameters)
         infos = (side.checkpoint.describe(name) for whole in wholes for name in stored_names(whole))
         dtypes = sorted({info.quantised for info in infos if info.quantised is not None})
         if dtypes:
             yield (
-                f"{side.checkpoint.source} stores weights as {', '.join(dtypes)}: their rounding "
+                f"the {role} checkpoint stores weights as {', '.join(dtypes)}: their rounding "
                 "errors are part of V, and may outweigh the alignment; prefer the checkpoint "
                 "before quantisation"
             )

@@ -173,6 +173,9 @@ def test_patching_with_fp8_records_codes_and_scales(trio: Trio, tmp_path: Path) 
         expected = oracle_C(meant[f"{name}.weight"], W_base[f"{name}.weight"]) @ delta
         assert float((after[name] - expected).norm() / expected.norm()) < 1e-5, name
     stored = load_file(aligned / "model.safetensors")
+    assert "the aligned checkpoint stores weights as F8_E4M3" in result.stderr
+    assert "the base checkpoint stores" not in result.stderr
+    assert str(tmp_path) not in (out / "README.md").read_text("utf-8")
     recorded = read_json(out / MANIFEST)["inputs"]["aligned"]["sha256"]["tensors"]
     for name in (WEIGHT, f"{WEIGHT}_scale_inv"):
         content = stored[name].view(torch.uint8).numpy().tobytes()
