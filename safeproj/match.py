@@ -23,7 +23,7 @@ from safeproj.checkpoint.expression import (
     dtype_and_shape,
     stored_names,
 )
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, shorten
 from safeproj.names import Names
 from safeproj.names.layout import CONV1D_MODELS, model_types
 from safeproj.select import Selection, natural_order
@@ -35,6 +35,9 @@ HEADS = frozenset({"lm_head", "embed_out", "output", "decoder", "proj_out"})
 UP = frozenset({"gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "input_linear"})
 DOWN = frozenset({"down_proj", "w2", "output_linear"})
 """Names of expert parameters whose input, or whose output, is the hidden state."""
+
+MAX_LAYERS = 10_000
+"""More layers than any model has: forged ranges must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -177,15 +180,18 @@ def _replication(adapter: Adapter) -> list[int] | None:
         isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
         for pair in given
     )
-    if not fits or any(not 0 <= start <= stop <= MAX_LAYERS for start, stop in given):
+    if not fits or any(not 0 <= start <= stop for start, stop in given):
         raise SafeprojError(
-            f"{adapter.source}: layer_replication is {given}; expected pairs of layer numbers"
+            f"{adapter.source}: layer_replication is {shorten(map(str, given))}; expected pairs of "
+            "layer numbers"
         )
-    return [layer for start, stop in given[:MAX_LAYERS] for layer in range(start, stop)]
-
-
-MAX_LAYERS = 10_000
-"""More layers than any model has: a forged range must not fill the memory."""
+    count = sum(stop - start for start, stop in given)
+    if count > MAX_LAYERS:
+        raise SafeprojError(
+            f"{adapter.source}: layer_replication makes {count} layers, expected at most "
+            f"{MAX_LAYERS}"
+        )
+    return [layer for start, stop in given for layer in range(start, stop)]
 
 
 def _fits(module: AdaptedModule, shape: tuple[int, ...]) -> bool:

@@ -373,7 +373,13 @@ def layer_replication_of_another_kind(inputs: Inputs) -> tuple[str, ...]:
 @damage
 def layer_replication_beyond_all_models(inputs: Inputs) -> tuple[str, ...]:
     change_json(inputs.adapter / CONFIG, layer_replication=[[0, 10**12]])
-    return str(inputs.adapter), "layer_replication is", "pairs of layer numbers"
+    return str(inputs.adapter), "layer_replication makes 1000000000000 layers", "at most 10000"
+
+
+@damage
+def layer_replication_of_very_many_ranges(inputs: Inputs) -> tuple[str, ...]:
+    change_json(inputs.adapter / CONFIG, layer_replication=[[0, 10_000]] * 9_000)
+    return str(inputs.adapter), "layer_replication makes 90000000 layers", "at most 10000"
 
 
 @damage
