@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from safeproj.errors import SafeprojError
 
 if TYPE_CHECKING:
-    from safeproj.api import Options, inspect, patch
+    from safeproj.api import Form, Options, align, inspect, inspect_many, patch, patch_many
     from safeproj.projection import Approx, Exact
     from safeproj.select import Selection
 
@@ -15,21 +15,29 @@ __version__ = "0.1.0"
 __all__ = [
     "Approx",
     "Exact",
+    "Form",
     "Options",
     "SafeprojError",
     "Selection",
     "__version__",
+    "align",
     "inspect",
+    "inspect_many",
     "patch",
+    "patch_many",
 ]
 
 _HOME = {
     "Approx": "projection",
     "Exact": "projection",
+    "Form": "api",
     "Options": "api",
     "Selection": "select",
+    "align": "api",
     "inspect": "api",
+    "inspect_many": "api",
     "patch": "api",
+    "patch_many": "api",
 }
 
 

@@ -1,93 +1,62 @@
-"""The Python API: the few lines that string the steps together."""
+"""The Python API: `inspect` and `patch` for one adapter or many, and `align`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from safeproj import engine
-from safeproj.adapter import Adapter, FullChange, card, read_adapter
-from safeproj.adapter.interface import MANIFEST
-from safeproj.adapter.record import Factor
-from safeproj.adapter.write import check_out, write_adapter
-from safeproj.checkpoint import Checkpoint, open_checkpoint
-from safeproj.checkpoint.expression import Expression, matrix
-from safeproj.decide import DTYPES, Decision, decide
-from safeproj.engine import Comparison, Progress, Score, Task
+from safeproj import __version__, engine
+from safeproj.adapter.collection import Member, collect
+from safeproj.adapter.write import check_apart, check_out, check_place
+from safeproj.alignment.make import Form, Made, check_file, make_file
+from safeproj.alignment.pair import Pair
+from safeproj.alignment.targets import ALL_LINEAR, find_targets
 from safeproj.errors import SafeprojError
-from safeproj.manifest import manifest
-from safeproj.match import Plan, plan
-from safeproj.names import parse_rules
+from safeproj.job import Job, Observer, Options, Run
 from safeproj.profile import Profile
-from safeproj.projection import Approx, Projector
-from safeproj.report.record import Report
-from safeproj.select import Selection
-from safeproj.source import LocalFolder
+from safeproj.report.record import Failure, Report, Reports
+
+__all__ = [
+    "Form",
+    "Made",
+    "Observer",
+    "Options",
+    "Outcome",
+    "align",
+    "inspect",
+    "inspect_many",
+    "patch",
+    "patch_many",
+    "reports",
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """How a run is done.
+class Outcome:
+    """What became of one of many adapters: a report, or the error that stopped it.
 
     Attributes:
-        selection: which modules are projected.
-        projector: which `C`.
-        device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        workers: threads over modules on the CPU, None for one per core, at most 8. The result
-            does not depend on it.
-        dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
-        maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
-
-    Raises:
-        SafeprojError: a value is out of range, a rule is malformed, or the device is not there.
+        source: its SRC.
+        name: its name below `--out`.
+        report: the record of its run.
+        error: why there is none.
     """
 
-    selection: Selection = dataclasses.field(default_factory=Selection)
-    projector: Projector = dataclasses.field(default_factory=Approx)
-    device: str = "auto"
-    workers: int | None = None
-    dtype: str = "keep"
-    maps: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
-        if self.workers is not None and self.workers < 1:
-            raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
-        parse_rules(self.maps)
-        engine.resolve_device(self.device)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """All that `inspect` and `patch` share: what was read, scored and decided."""
-
-    adapter: Adapter
-    aligned: Checkpoint
-    base: Checkpoint
-    plan: Plan
-    scores: dict[str, Score]
-    decision: Decision
-
-
-class Observer(Protocol):
-    """Who wants to see a run go on."""
-
-    def start(self, modules: int, nbytes: int) -> None:
-        """The plan is complete: so many modules, so many bytes to read."""
-
-    def progress(self, event: Progress) -> None:
-        """Something was read or finished; called from the engine's threads."""
+    source: str
+    name: str
+    report: Report | None
+    error: SafeprojError | None
 
 
 def inspect(
-    base: str,
-    aligned: str,
+    base: str | None,
+    aligned: str | None,
     adapter: str,
     options: Options | None = None,
     *,
+    alignment: str | None = None,
     observer: Observer | None = None,
     profile: Profile | None = None,
 ) -> Report:
@@ -96,26 +65,27 @@ def inspect(
     Args:
         base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
         aligned: SRC of the aligned checkpoint.
-        adapter: SRC of the PEFT LoRA adapter.
+        adapter: SRC of the LoRA adapter.
         options: projector, selection, device.
+        alignment: SRC of an alignment file, in place of `base` and `aligned`, which are None then.
         observer: told about the progress.
         profile: filled in with where the time went.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
-    return _run(
-        base, aligned, adapter, options or Options(), observer, profile or Profile(), digests=False
-    ).decision.report
+    job = Job(base, aligned, alignment, options, observer, profile, digests=False)
+    return job.one(adapter).decision.report
 
 
 def patch(
-    base: str,
-    aligned: str,
+    base: str | None,
+    aligned: str | None,
     adapter: str,
     out: str | Path,
     options: Options | None = None,
     *,
+    alignment: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     observer: Observer | None = None,
@@ -126,9 +96,10 @@ def patch(
     Args:
         base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
         aligned: SRC of the aligned checkpoint.
-        adapter: SRC of the PEFT LoRA adapter.
+        adapter: SRC of the LoRA adapter.
         out: the directory to create; it appears complete or not at all.
         options: projector, selection, device, dtype.
+        alignment: SRC of an alignment file, in place of `base` and `aligned`, which are None then.
         overwrite: replace an adapter that is at `out`.
         dry_run: do everything but the writing.
         observer: told about the progress.
@@ -137,126 +108,197 @@ def patch(
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
     """
-    options, out = options or Options(), Path(out)
-    sources = {"--base": base, "--aligned": aligned, "--adapter": adapter}
-    check_out(out, overwrite, {option: _local_path(src) for option, src in sources.items()})
-    profile = profile or Profile()
-    run = _run(base, aligned, adapter, options, observer, profile, digests=not dry_run)
-    notes = tuple(_notes(run.adapter))
-    report = dataclasses.replace(
-        run.decision.report, warnings=(*run.decision.report.warnings, *notes)
-    )
-    if dry_run:
-        return report
-    where = str(engine.resolve_device(options.device))
-    with profile.phase("write"):
-        record = manifest(
-            run.adapter,
-            run.aligned,
-            run.base,
-            run.plan,
-            run.scores,
-            report,
-            {"dtype": options.dtype, "device": where},
-        )
-        write_adapter(run.adapter, run.decision.replaced, record, card.section(report), out)
-    return report
+    out = Path(out)
+    check_out(out, overwrite, _inputs(base, aligned, alignment, [adapter]))
+    job = Job(base, aligned, alignment, options, observer, profile, digests=not dry_run)
+    return job.write(job.one(adapter), None if dry_run else out)
 
 
-def _run(
+def inspect_many(
+    base: str | None,
+    aligned: str | None,
+    adapters: Iterable[str],
+    options: Options | None = None,
+    *,
+    alignment: str | None = None,
+    observer: Observer | None = None,
+    profile: Profile | None = None,
+) -> list[Outcome]:
+    """Score many adapters of one model, reading its checkpoints once for all of them.
+
+    Args:
+        base: as for `inspect`.
+        aligned: as for `inspect`.
+        adapters: of each a SRC; a directory that holds adapters stands for all of them, and a
+            text file (`.txt`) for the SRC in its lines.
+        options: as for `inspect`.
+        alignment: as for `inspect`.
+        observer: as for `inspect`.
+        profile: as for `inspect`.
+
+    Returns:
+        The outcome of each adapter, in order: one that cannot be used does not stop the others.
+
+    Raises:
+        SafeprojError: something that all of them need cannot be used.
+    """
+    members = collect(list(adapters)).members
+    job = Job(base, aligned, alignment, options, observer, profile, digests=False)
+    found = job.many([member.source for member in members], lambda run, _: run.decision.report)
+    return [_outcome(*each) for each in zip(members, found, strict=True)]
+
+
+def patch_many(
+    base: str | None,
+    aligned: str | None,
+    adapters: Iterable[str],
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    alignment: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    observer: Observer | None = None,
+    profile: Profile | None = None,
+) -> list[Outcome]:
+    """Patch many adapters of one model, reading its checkpoints once for all of them.
+
+    Args:
+        base: as for `patch`.
+        aligned: as for `patch`.
+        adapters: as for `inspect_many`.
+        out: the directory in which one directory per adapter is created, by the adapter's name.
+        options: as for `patch`.
+        alignment: as for `patch`.
+        overwrite: replace adapters that are there.
+        dry_run: do everything but the writing.
+        observer: as for `patch`.
+        profile: as for `patch`.
+
+    Returns:
+        The outcome of each adapter, in order: one that cannot be used does not stop the others.
+
+    Raises:
+        SafeprojError: something that all of them need cannot be used.
+    """
+    out, members = Path(out), collect(list(adapters)).members
+    sources = [member.source for member in members]
+    check_apart(out, _inputs(base, aligned, alignment, sources))
+    job = Job(base, aligned, alignment, options, observer, profile, digests=not dry_run)
+    _check_parent(out)
+    found: dict[Member, Report | SafeprojError] = {}
+    for member in members:
+        try:
+            if os.path.lexists(out / member.name):
+                check_place(out / member.name, overwrite)
+        except SafeprojError as error:
+            found[member] = error
+    free = {member.source: member for member in members if member not in found}
+
+    def use(run: Run, source: str) -> Report:
+        return job.write(run, None if dry_run else _made(out / free[source].name))
+
+    found |= zip(free.values(), job.many(list(free), use), strict=True)
+    return [_outcome(member, found[member]) for member in members]
+
+
+def align(
     base: str,
     aligned: str,
-    adapter: str,
-    options: Options,
-    observer: Observer | None,
-    profile: Profile,
+    out: str | Path,
+    form: Form | None = None,
+    targets: Sequence[str] = (ALL_LINEAR,),
+    options: Options | None = None,
     *,
-    digests: bool,
-) -> _Run:
-    """Read, match, score and decide: all that `inspect` and `patch` share."""
-    with profile.phase("read adapter"):
-        loaded = read_adapter(adapter)
+    overwrite: bool = False,
+    observer: Observer | None = None,
+    profile: Profile | None = None,
+) -> Made:
+    """Write an alignment file, which takes the place of two checkpoints.
+
+    Args:
+        base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
+        aligned: SRC of the aligned checkpoint.
+        out: the file to create; it appears complete or not at all.
+        form: how much of `C` is kept; default 64 eigenpairs.
+        targets: names of modules or their last parts, or `all-linear`.
+        options: device, workers, maps.
+        overwrite: replace an alignment file that is at `out`.
+        observer: told about the progress.
+        profile: filled in with where the time went.
+
+    Raises:
+        SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
+    """
+    out, form, options = Path(out), form or Form(rank=64), options or Options()
+    profile = profile or Profile()
+    check_file(out, overwrite)
     with profile.phase("match"):
-        aligned_model, base_model = open_checkpoint(aligned), open_checkpoint(base)
-        loaded = loaded.fitted(aligned_model.names, aligned_model.config or base_model.config)
-        planned = plan(loaded, aligned_model, base_model, options.selection, options.maps)
+        pair = Pair(aligned, base, options.maps)
+        found = find_targets(pair.aligned, pair.base, targets)
     with profile.phase("fetch"):
-        tasks = tasks_of(loaded, planned, aligned_model, base_model)
-        comparisons = {
-            item.change.key: _comparison(loaded, item.change, item.aligned, aligned_model)
-            for item in planned.changes
-            if item.aligned is not None
-        }
+        tasks = [(target.key, pair.difference(target.aligned, target.base)) for target in found]
     if observer is not None:
-        observer.start(len(tasks), sum(task.nbytes for task in tasks))
+        observer.start(len(tasks), sum(source.nbytes for _, source in tasks))
     with profile.phase("score"):
-        found = engine.run(
+        kept = engine.differences(
             tasks,
-            options.projector,
+            form.keep,
             device=options.device,
             workers=options.workers,
-            digests=digests,
             on_progress=observer.progress if observer is not None else None,
             usage=profile.usage,
         )
-    scores = {task.name: score for task, score in zip(tasks, found, strict=True)}
-    with profile.phase("decide"):
-        sizes = engine.relative_changes(list(comparisons.values()))
-        decision = decide(
-            loaded,
-            aligned_model,
-            base_model,
-            planned,
-            scores,
-            dict(zip(comparisons, sizes, strict=True)),
-            options.selection,
-            options.projector,
-            options.dtype,
-        )
-    return _Run(loaded, aligned_model, base_model, planned, scores, decision)
+        return make_file(pair, found, kept, {"targets": list(targets), **form.to_dict()}, out)
 
 
-def tasks_of(adapter: Adapter, plan: Plan, aligned: Checkpoint, base: Checkpoint) -> list[Task]:
-    """Return what the engine has to do, downloading the files that hold the weights."""
-    tasks = []
-    for item in plan.modules:
-        module, tensors = item.module, adapter.tensors
-        A = module.input.view(tensors)
-        tasks.append(
-            Task(
-                module.name,
-                matrix(item.aligned, aligned),
-                matrix(item.base, base),
-                A=A if module.gain is None else A * module.gain.view(tensors),
-                B=module.output.view(tensors),
-                bias=None if module.bias is None else module.bias.view(tensors),
-            )
-        )
-    return tasks
+def reports(outcomes: Sequence[Outcome]) -> Reports:
+    """Return many outcomes as the record that the output formats show."""
+    good = {each.name: each.report for each in outcomes if each.report is not None}
+    bad = {
+        each.name: Failure(each.source, str(each.error))
+        for each in outcomes
+        if each.error is not None
+    }
+    return Reports(__version__, good, bad)
 
 
-def _comparison(
-    adapter: Adapter, change: FullChange, weight: Expression, aligned: Checkpoint
-) -> Comparison:
-    replacement = Factor(change.key).view(adapter.tensors)
-    return Comparison(change.parameter, matrix(weight, aligned), replacement, change.rows)
+def _outcome(member: Member, found: Report | SafeprojError) -> Outcome:
+    if isinstance(found, SafeprojError):
+        return Outcome(member.source, member.name, None, found)
+    return Outcome(member.source, member.name, found, None)
 
 
-def _notes(adapter: Adapter) -> Iterator[str]:
-    """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
-    folder = adapter.folder
-    if MANIFEST in folder.files:
-        yield (
-            "the adapter was patched before: projecting again shrinks its updates further, "
-            "since C is applied twice"
-        )
-    if isinstance(folder, LocalFolder) and folder.revision is not None:
-        yield (
-            "the adapter comes from the local Hub cache (HF_HUB_OFFLINE is set): files of "
-            "the adapter that are not in the cache are missing from the patched one too"
-        )
+def _inputs(
+    base: str | None, aligned: str | None, alignment: str | None, adapters: Sequence[str]
+) -> list[tuple[str, Path | None]]:
+    """Return option names and the local paths that are read, None for the Hub."""
+    given = [("--base", base), ("--aligned", aligned), ("--alignment", alignment)]
+    given += [("--adapter", adapter) for adapter in adapters]
+    return [(option, _local_path(source)) for option, source in given if source is not None]
 
 
 def _local_path(source: str) -> Path | None:
     path = Path(source).expanduser()
     return path if path.exists() else None
+
+
+def _check_parent(out: Path) -> None:
+    """Refuse an `--out` in which no directories can be created, before any weight is read."""
+    place = out if os.path.lexists(out) else out.resolve().parent
+    if not place.is_dir():
+        raise SafeprojError(
+            f"--out {out}: {place} is not an existing directory; with many adapters it is the "
+            "directory that gets one directory for each"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SafeprojError(f"--out {out}: the directory {place} is not writable")
+
+
+def _made(out: Path) -> Path:
+    """Create the directory that `out` will be in."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SafeprojError(f"--out {out}: cannot be written ({error.strerror})") from error
+    return out

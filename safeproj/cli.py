@@ -14,6 +14,7 @@ from safeproj.profile import Profile
 
 if TYPE_CHECKING:
     from safeproj.api import Options
+    from safeproj.report import Report, Reports
     from safeproj.select import Selection
 
 app = typer.Typer(
@@ -53,14 +54,28 @@ class ReportFormat(str, Enum):
 
 
 Base = Annotated[
-    str, typer.Option("--base", metavar="SRC", help="Checkpoint of the unaligned base model.")
+    str | None,
+    typer.Option("--base", metavar="SRC", help="Checkpoint of the unaligned base model."),
 ]
 Aligned = Annotated[
-    str, typer.Option("--aligned", metavar="SRC", help="Checkpoint of the aligned model.")
+    str | None, typer.Option("--aligned", metavar="SRC", help="Checkpoint of the aligned model.")
 ]
-AdapterSource = Annotated[
-    str,
-    typer.Option("--adapter", metavar="SRC", help="LoRA adapter trained on it: PEFT, MLX or GGUF."),
+AlignmentSource = Annotated[
+    str | None,
+    typer.Option(
+        "--alignment",
+        metavar="SRC",
+        help="Alignment file that align made of both, in place of --base and --aligned.",
+    ),
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        "--adapter",
+        metavar="SRC",
+        help="LoRA adapter trained on it: PEFT, MLX or GGUF. Repeatable; a directory of adapters "
+        "or a .txt file with one SRC per line stands for many.",
+    ),
 ]
 Threshold = Annotated[
     float | None,
@@ -169,9 +184,10 @@ def _common(
 
 @app.command("inspect")
 def inspect_command(
-    base: Base,
-    aligned: Aligned,
-    adapter: AdapterSource,
+    adapter: Adapters,
+    base: Base = None,
+    aligned: Aligned = None,
+    alignment: AlignmentSource = None,
     threshold: Threshold = None,
     layers: Layers = None,
     all_modules: All = False,
@@ -195,30 +211,56 @@ def inspect_command(
     Writes no adapter; the selection only marks what patch would project.
     """
     with terminal.command(verbose):
-        inputs = {"--base": base, "--aligned": aligned, "--adapter": adapter}
-        terminal.check_output(output, None, inputs)
+        terminal.check_output(output, None, _inputs(base, aligned, alignment, adapter))
         selection = _selection(threshold, layers, all_modules, include, exclude)
         profile = Profile()
         with profile.phase("import"):
             options = _options(selection, map_, projector, rank, energy, device, workers)
             from safeproj import api
+            from safeproj.adapter.collection import collect
 
         terminal.interruptible()
+        report: Report | Reports
+        many = collect(adapter).many
         with terminal.observer(quiet) as observer:
-            report = api.inspect(
-                base, aligned, adapter, options, observer=observer, profile=profile
-            )
+            if many:
+                found = api.inspect_many(
+                    base,
+                    aligned,
+                    adapter,
+                    options,
+                    alignment=alignment,
+                    observer=observer,
+                    profile=profile,
+                )
+                report = api.reports(found)
+            else:
+                report = api.inspect(
+                    base,
+                    aligned,
+                    adapter[0],
+                    options,
+                    alignment=alignment,
+                    observer=observer,
+                    profile=profile,
+                )
         terminal.finish(report, format_.value, output, quiet, "", profile if show_profile else None)
 
 
 @app.command("patch")
 def patch_command(
-    base: Base,
-    aligned: Aligned,
-    adapter: AdapterSource,
+    adapter: Adapters,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Directory of the patched adapter.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Directory of the patched adapter; of many, the directory that gets one for each.",
+        ),
     ],
+    base: Base = None,
+    aligned: Aligned = None,
+    alignment: AlignmentSource = None,
     threshold: Threshold = None,
     layers: Layers = None,
     all_modules: All = False,
@@ -251,8 +293,7 @@ def patch_command(
     writes a PEFT adapter directory that loads as before. It appears complete or not at all.
     """
     with terminal.command(verbose):
-        inputs = {"--base": base, "--aligned": aligned, "--adapter": adapter}
-        terminal.check_output(output, out, inputs)
+        terminal.check_output(output, out, _inputs(base, aligned, alignment, adapter))
         selection = _selection(threshold, layers, all_modules, include, exclude)
         profile = Profile()
         with profile.phase("import"):
@@ -260,24 +301,134 @@ def patch_command(
                 selection, map_, projector, rank, energy, device, workers, dtype.value
             )
             from safeproj import api
+            from safeproj.adapter.collection import collect
 
         terminal.interruptible()
+        report: Report | Reports
+        many = collect(adapter).many
         with terminal.observer(quiet) as observer:
-            report = api.patch(
+            if many:
+                found = api.patch_many(
+                    base,
+                    aligned,
+                    adapter,
+                    out,
+                    options,
+                    alignment=alignment,
+                    overwrite=overwrite,
+                    dry_run=dry_run,
+                    observer=observer,
+                    profile=profile,
+                )
+                report = api.reports(found)
+                what = f"{len(report.reports)} of {len(found)} adapters"
+            else:
+                report = api.patch(
+                    base,
+                    aligned,
+                    adapter[0],
+                    out,
+                    options,
+                    alignment=alignment,
+                    overwrite=overwrite,
+                    dry_run=dry_run,
+                    observer=observer,
+                    profile=profile,
+                )
+                what = f"{report.projected} modules projected"
+        result = "dry run: nothing written" if dry_run else f"wrote {out}"
+        shown = profile if show_profile else None
+        terminal.finish(report, format_.value, output, quiet, f"{result} ({what})", shown)
+
+
+@app.command("align")
+def align_command(
+    base: Annotated[
+        str, typer.Option("--base", metavar="SRC", help="Checkpoint of the unaligned base model.")
+    ],
+    aligned: Annotated[
+        str, typer.Option("--aligned", metavar="SRC", help="Checkpoint of the aligned model.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="The file, such as model.safealign.safetensors."
+        ),
+    ],
+    targets: Annotated[
+        str,
+        typer.Option(
+            "--targets",
+            metavar="NAMES",
+            help="Modules to keep, by name or last part of it, separated by commas; or all-linear.",
+        ),
+    ] = "all-linear",
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank", metavar="K", help="Keep the K leading eigenpairs of each C.  [default: 64]"
+        ),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            "--energy",
+            metavar="E",
+            help="Keep the fewest eigenpairs that hold this share of |V|_F^2, 0 < E <= 1.",
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Keep all: C or V, whichever is smaller.")
+    ] = False,
+    map_: Map = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an alignment file that is at FILE.")
+    ] = False,
+    show_profile: ShowProfile = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make an alignment file, which stands for two checkpoints.
+
+    Keeps of every weight what the projection needs, so that adapters can be inspected and patched
+    with --alignment, without downloading two models.
+    """
+    with terminal.command(verbose):
+        profile = Profile()
+        with profile.phase("import"):
+            selection = _selection(None, None, True, None, None)
+            options = _options(selection, map_, ProjectorKind.approx, None, None, device, workers)
+            from safeproj import api
+
+        form = api.Form(
+            64 if rank is None and energy is None and not exact else rank, energy, exact
+        )
+        names = [name.strip() for name in targets.split(",") if name.strip()]
+        terminal.interruptible()
+        with terminal.observer(quiet) as observer:
+            made = api.align(
                 base,
                 aligned,
-                adapter,
                 out,
+                form,
+                names,
                 options,
                 overwrite=overwrite,
-                dry_run=dry_run,
                 observer=observer,
                 profile=profile,
             )
-        result = "dry run: nothing written" if dry_run else f"wrote {out}"
-        result += f" ({report.projected} modules projected)"
-        shown = profile if show_profile else None
-        terminal.finish(report, format_.value, output, quiet, result, shown)
+        terminal.done()
+        result = f"wrote {out} ({made.describe()})"
+        terminal.closing(made.warnings, quiet, result, profile if show_profile else None)
+
+
+def _inputs(
+    base: str | None, aligned: str | None, alignment: str | None, adapters: list[str]
+) -> list[tuple[str, str | None]]:
+    given = [("--base", base), ("--aligned", aligned), ("--alignment", alignment)]
+    return [*given, *(("--adapter", adapter) for adapter in adapters)]
 
 
 def _selection(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,13 @@ from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.peft import PREFIX
 from safeproj.adapter.write import copied_adapters
-from safeproj.checkpoint import Checkpoint
 from safeproj.engine import Score
 from safeproj.errors import SafeprojError, shorten
 from safeproj.match import Plan
 from safeproj.projection import Projector, pdst
 from safeproj.report.record import ModuleReport, Report, Unprojected, place
 from safeproj.select import Selection, natural_order
+from safeproj.source import identity
 
 DTYPES = {
     "keep": None,
@@ -48,8 +49,7 @@ class Decision:
 
 def decide(
     adapter: Adapter,
-    aligned: Checkpoint,
-    base: Checkpoint,
+    inputs: Mapping[str, Mapping[str, Any]],
     plan: Plan,
     scores: Mapping[str, Score],
     changes: Mapping[str, float | None],
@@ -61,8 +61,7 @@ def decide(
 
     Args:
         adapter: the input.
-        aligned: the aligned checkpoint.
-        base: the base checkpoint.
+        inputs: role to the identity of what `V` comes from.
         plan: what was scored.
         scores: module name to score.
         changes: key of a tensor that replaces a weight to the size of the change, relative to it.
@@ -74,11 +73,15 @@ def decide(
         SafeprojError: `V = 0` for every module.
     """
     if all(score.alignment_norm == 0.0 for score in scores.values()):
+        base, aligned = (inputs[role]["source"] for role in ("base", "aligned"))
         raise SafeprojError(
-            f"{base.source} and {aligned.source} are the same model: all {len(scores)} weights "
+            f"{base} and {aligned} are the same model: all {len(scores)} weights "
             f"that {adapter.source} adapts are equal; --base must be the model before alignment"
         )
-    chosen = selection.choose({name: score.cosine for name, score in scores.items()})
+    cosines = {name: score.cosine for name, score in scores.items()}
+    chosen = selection.choose(cosines)
+    bounds = {name: score.bounds for name, score in scores.items() if score.bounds is not None}
+    uncertain = selection.uncertain(cosines, bounds)
     replaced = _replaced(adapter, plan, scores, chosen, DTYPES[dtype])
     written = {**adapter.tensors, **replaced}
     distances, lossy = [], []
@@ -96,17 +99,17 @@ def decide(
         projector=_describe(projector),
         selection=selection.to_dict(),
         inputs={
-            "base": _identity(base.source, base.revision),
-            "aligned": _identity(aligned.source, aligned.revision),
-            "adapter": _identity(adapter.source, adapter.folder.revision),
+            **{role: dict(identity) for role, identity in inputs.items()},
+            "adapter": identity(adapter.folder),
         },
-        modules=tuple(_module_reports(plan, scores, chosen)),
+        modules=tuple(_module_reports(plan, scores, chosen, uncertain)),
         pdst=sum(distances) / len(distances) if distances else None,
         unprojected=unprojected,
         warnings=(
             *adapter.warnings,
             *plan.warnings,
             *_warnings(adapter, scores, selection, chosen, lossy, unprojected),
+            *_truncation_warnings(scores, chosen, uncertain),
         ),
     )
     return Decision(replaced, report)
@@ -178,17 +181,17 @@ def _describe(projector: Projector) -> dict[str, object]:
     return found
 
 
-def _identity(source: str, revision: str | None) -> dict[str, object]:
-    return {"source": source} if revision is None else {"source": source, "revision": revision}
-
-
 def _module_reports(
-    plan: Plan, scores: Mapping[str, Score], chosen: frozenset[str]
+    plan: Plan,
+    scores: Mapping[str, Score],
+    chosen: frozenset[str],
+    uncertain: frozenset[str],
 ) -> list[ModuleReport]:
-    found = [
-        _module_report(p.module, scores[p.module.name], p.module.name in chosen, p.note)
-        for p in plan.modules
-    ]
+    found = []
+    for planned in plan.modules:
+        name = planned.module.name
+        module = _module_report(planned.module, scores[name], name in chosen, planned.note)
+        found.append(replace(module, uncertain=name in uncertain))
     found += [_module_report(module, None, False, None) for module in plan.excluded]
     return sorted(found, key=lambda module: natural_order(module.name))
 
@@ -210,6 +213,8 @@ def _module_report(
         projected=projected,
         note="; ".join(text for text in (_note(module, score), note) if text) or None,
         projector_rank=score.rank if score else None,
+        bounds=score.bounds if score else None,
+        truncation=score.truncation if score and score.bounds else None,
     )
 
 
@@ -224,6 +229,25 @@ def _note(module: AdaptedModule, score: Score | None) -> str | None:
         tied = ", ".join(factor.key.removeprefix(PREFIX) for factor in module.mirrors)
         return f"tied weights: {tied} holds the same factor and is written too"
     return "DoRA: the magnitude is kept" if module.dora else None
+
+
+def _truncation_warnings(
+    scores: Mapping[str, Score], chosen: frozenset[str], uncertain: frozenset[str]
+) -> Iterator[str]:
+    """Yield what follows from a truncated `C`."""
+    if uncertain:
+        yield (
+            f"{len(uncertain)} decisions are not certain: the alignment file keeps part of C, and "
+            "within the bound of that error these cosines may lie on the other side: "
+            f"{shorten(sorted(uncertain, key=natural_order))}; use the checkpoints, or a file with "
+            "more of C"
+        )
+    errors = [scores[name].truncation for name in chosen if scores[name].truncation]
+    if errors:
+        yield (
+            f"{len(errors)} modules are projected with a truncated C, which differs from C by up "
+            f"to {max(errors):.1%}"
+        )
 
 
 def _warnings(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -14,18 +12,15 @@ import torch
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import MANIFEST
-from safeproj.checkpoint import Checkpoint
+from safeproj.alignment.interface import Alignment
 from safeproj.engine import Score
-from safeproj.match import Plan
 from safeproj.report.record import Report
-from safeproj.source import read_json
+from safeproj.source import file_sha256, read_json
 
 
 def manifest(
     adapter: Adapter,
-    aligned: Checkpoint,
-    base: Checkpoint,
-    plan: Plan,
+    alignment: Alignment,
     scores: Mapping[str, Score],
     report: Report,
     options: Mapping[str, Any],
@@ -36,17 +31,10 @@ def manifest(
     of the files that were read, and for the checkpoints of the tensors: their bytes as stored.
     """
     found = report.to_dict()
-    tensors: dict[str, dict[str, str]] = {"aligned": {}, "base": {}}
-    for planned in plan.modules:
-        sha256 = scores[planned.module.name].sha256
-        if sha256 is not None:
-            tensors["aligned"] |= sha256[0]
-            tensors["base"] |= sha256[1]
-    for role, checkpoint in (("aligned", aligned), ("base", base)):
-        files = {path.name: _sha256(path) for path in checkpoint.documents}
-        found["inputs"][role] |= {"sha256": {"tensors": tensors[role], "files": files}}
+    for role, sha256 in alignment.digests(scores).items():
+        found["inputs"][role] |= {"sha256": sha256}
     read = (*adapter.format.documents, adapter.weights_file)
-    files = {name: _sha256(adapter.path(name)) for name in read}
+    files = {name: file_sha256(adapter.path(name)) for name in read}
     found["inputs"]["adapter"] |= {"sha256": {"files": files}}
     if MANIFEST in adapter.folder.files:
         found["inputs"]["adapter"] |= {"previous": read_json(adapter.folder, MANIFEST)}
@@ -63,11 +51,3 @@ def versions() -> dict[str, str]:
         "machine": platform.machine(),
         "system": platform.system(),
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -6,13 +6,12 @@ Only names, shapes and dtypes are looked at: a plan is complete before the first
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.experts import StackLayout, resolve
 from safeproj.adapter.record import FullChange, Kind, TargetParameters
-from safeproj.checkpoint import Checkpoint
 from safeproj.checkpoint.expression import (
     Expression,
     Flat,
@@ -82,27 +81,20 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-def plan(
-    adapter: Adapter,
-    aligned: Checkpoint,
-    base: Checkpoint,
-    selection: Selection,
-    maps: Sequence[str] = (),
-) -> Plan:
-    """Return the plan of one run.
+def plan(adapter: Adapter, aligned: Names, base: Names, selection: Selection) -> Plan:
+    """Return the plan for one adapter.
 
     Args:
         adapter: the adapter.
-        aligned: the aligned checkpoint.
-        base: the base checkpoint.
+        aligned: the weights of the aligned checkpoint.
+        base: the weights of the base checkpoint.
         selection: which modules are considered.
-        maps: `--map` rules, `RUNTIME=CHECKPOINT`.
 
     Raises:
         SafeprojError: a module has no weight in one of the checkpoints, shapes or dtypes do not
             fit, or nothing is left to score.
     """
-    sides = (_Side(adapter, aligned, maps), _Side(adapter, base, maps))
+    sides = (_Side(adapter, aligned), _Side(adapter, base))
     modules = [*adapter.modules, *_target_modules(adapter, sides[0])]
     modules.sort(key=lambda module: natural_order(module.name))
     considered = [m for m in modules if selection.considers(m.name)]
@@ -125,9 +117,9 @@ def plan(
 class _Side:
     """One of the two checkpoints, by the running model's names."""
 
-    def __init__(self, adapter: Adapter, checkpoint: Checkpoint, maps: Sequence[str]) -> None:
-        self.checkpoint = checkpoint
-        self.names = Names(checkpoint, maps)
+    def __init__(self, adapter: Adapter, names: Names) -> None:
+        self.checkpoint = names.checkpoint
+        self.names = names
         self._replicated = _replication(adapter)
         self._found: dict[str, tuple[Expression, tuple[int, ...]]] = {}
 
@@ -380,11 +372,15 @@ def _quantised(pairs: list[_Pair], sides: tuple[_Side, _Side]) -> Iterator[str]:
         infos = (side.checkpoint.describe(name) for whole in wholes for name in stored_names(whole))
         dtypes = sorted({info.quantised for info in infos if info.quantised is not None})
         if dtypes:
-            yield (
-                f"the {role} checkpoint stores weights as {', '.join(dtypes)}: their rounding "
-                "errors are part of V, and may outweigh the alignment; prefer the checkpoint "
-                "before quantisation"
-            )
+            yield quantised_warning(role, dtypes)
+
+
+def quantised_warning(role: str, dtypes: Iterable[str]) -> str:
+    """Return what to know about a checkpoint whose weights are stored as codes."""
+    return (
+        f"the {role} checkpoint stores weights as {', '.join(dtypes)}: their rounding errors are "
+        "part of V, and may outweigh the alignment; prefer the checkpoint before quantisation"
+    )
 
 
 def _first_rows(module: AdaptedModule, rows: int) -> AdaptedModule:
@@ -401,7 +397,12 @@ def _oriented(module: AdaptedModule, whole: Expression, turned: bool) -> Express
     """Return the module's own matrix (m, n) of a whole weight."""
     if module.kind is Kind.convolution:
         return Flat(whole)
-    part = whole if module.expert is None else Item(whole, module.expert)
+    return oriented(whole, module.expert, turned)
+
+
+def oriented(whole: Expression, expert: int | None, turned: bool) -> Expression:
+    """Return a weight, or one expert of a stack, as (m, n)."""
+    part = whole if expert is None else Item(whole, expert)
     return Swapped(part) if turned else part
 
 

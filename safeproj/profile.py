@@ -45,6 +45,10 @@ class Phase:
     seconds: float
     peak_bytes: int | None
 
+    def __add__(self, other: Phase) -> Phase:
+        peaks = [peak for peak in (self.peak_bytes, other.peak_bytes) if peak is not None]
+        return Phase(self.name, self.seconds + other.seconds, max(peaks, default=None))
+
 
 @dataclass
 class Profile:
@@ -55,11 +59,16 @@ class Profile:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure what is done inside."""
+        """Measure what is done inside; a phase that comes again is added to the first."""
         _forget_peak()
         start = time.perf_counter()
         yield
-        self.phases.append(Phase(name, time.perf_counter() - start, _peak_bytes()))
+        found = Phase(name, time.perf_counter() - start, _peak_bytes())
+        for index, before in enumerate(self.phases):
+            if before.name == name:
+                self.phases[index] = before + found
+                return
+        self.phases.append(found)
 
     def render(self) -> str:
         """Return the profile as lines of text."""

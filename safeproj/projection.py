@@ -33,14 +33,17 @@ class Projected:
     """What a projector makes of one module.
 
     Attributes:
-        CB: `C B`, shape (m, r), float32; None where `V = 0`, which leaves `C` undefined.
+        CB: `C B`, shape (m, r), float32; None where `V = 0`, which leaves `C` undefined. A column
+            of `B` that is too large gives values that are not finite.
         alignment_norm: `‖V‖_F`.
         rank: k of a truncated projector, None where the projector is not truncated.
+        UB: `Uᵀ B`, shape (k, r), where `C` is known by its eigenvectors `U`.
     """
 
     CB: Tensor | None
     alignment_norm: float
     rank: int | None = None
+    UB: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,11 @@ class Approx:
 
     kind: ClassVar[str] = "approx"
 
-    def __call__(self, blocks: Blocks, B: Tensor) -> Projected:
-        """Return `C B` for `B` (m, r), float32, in two passes over `blocks`.
+    def from_V(self, blocks: Blocks, B: Tensor) -> Projected:
+        """Return `C B` for `B` (m, r), float32, in two passes over the blocks of `V` (m, n).
 
         Raises:
-            FloatingPointError: `V` or `C B` has a value that is not finite.
+            FloatingPointError: `V` has a value that is not finite.
         """
         T = B.new_zeros(B.shape[1], 0)  # Tᵀ = Bᵀ V (r, n): row-major, as the products want it
         squares = _zero(B.device)
@@ -72,7 +75,31 @@ class Approx:
         CB = torch.empty_like(B)
         for rows, V in _with_rows(blocks):
             torch.mm(V, T.T, out=CB[rows])
-        return Projected(_finite(CB.div_(norm)), norm)
+        return Projected(CB.div_(norm), norm)
+
+    def from_C(self, blocks: Blocks, norm: float, B: Tensor) -> Projected:
+        """Return `C B` for `B` (m, r), float32, from row blocks of `C` (m, m) and `‖V‖_F`."""
+        CB = torch.empty_like(B)
+        for rows, C in _with_rows(blocks):
+            torch.mm(C, B, out=CB[rows])
+        return Projected(CB, norm)
+
+    def from_U(self, blocks: Blocks, eigenvalues: Tensor, norm: float, B: Tensor) -> Projected:
+        """Return `C_K B`, `C_K = U diag(eigenvalues) Uᵀ`, for `B` (m, r), float32.
+
+        Args:
+            blocks: row blocks of `U` (m, K), the leading eigenvectors of `C`.
+            eigenvalues: (K,), those of `C`.
+            norm: `‖V‖_F`.
+            B: (m, r).
+        """
+        UB = B.new_zeros(len(eigenvalues), B.shape[1])
+        for rows, U in _with_rows(blocks):
+            UB.addmm_(U.T, B[rows])
+        CB = torch.empty_like(B)
+        for rows, U in _with_rows(blocks):
+            torch.mm(U, UB * eigenvalues[:, None], out=CB[rows])
+        return Projected(CB, norm, UB=UB)
 
 
 @dataclass(frozen=True)
@@ -99,7 +126,7 @@ class Exact:
         if self.energy is not None and not 0.0 < self.energy <= 1.0:
             raise ValueError(f"energy must lie in (0, 1], found {self.energy}")
 
-    def __call__(self, blocks: Blocks, B: Tensor) -> Projected:
+    def from_V(self, blocks: Blocks, B: Tensor) -> Projected:
         """Return `C B` for `B` (m, r), float32, from the eigenvectors of the smaller Gram matrix.
 
         In float64: a Gram matrix squares the condition of `V`. Holds `V` (m, n) and a Gram matrix
@@ -117,18 +144,29 @@ class Exact:
         if norm == 0.0:
             return Projected(None, norm)
         wide = V.shape[0] <= V.shape[1]
-        eigenvalues, vectors = torch.linalg.eigh(V @ V.T if wide else V.T @ V)
-        eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)  # σ², largest first
-        k = self._truncate(eigenvalues, max(V.shape))
+        eigenvalues, vectors = _largest_first(V @ V.T if wide else V.T @ V)
+        k = self._truncate(eigenvalues, max(V.shape) * torch.finfo(torch.float64).eps)
         basis = vectors[:, :k]
         if not wide:  # right singular vectors: U_k = V W_k Σ_k⁻¹
             basis = (V @ basis) / eigenvalues[:k].sqrt()
-        CB = basis @ (basis.T @ B.double())
-        return Projected(_finite(CB.float()), norm, k)
+        return Projected((basis @ (basis.T @ B.double())).float(), norm, k)
 
-    def _truncate(self, eigenvalues: Tensor, size: int) -> int:
-        """Return k for the eigenvalues `σ²` in descending order, within the numerical rank."""
-        noise = size * torch.finfo(torch.float64).eps * eigenvalues[0]
+    def from_C(self, blocks: Blocks, norm: float, B: Tensor) -> Projected:
+        """Return the same from row blocks of `C = V Vᵀ / ‖V‖_F` (m, m), rounded to float32."""
+        C = B.new_empty(B.shape[0], B.shape[0], dtype=torch.float64)
+        for rows, block in _with_rows(blocks):
+            C[rows] = block
+        eigenvalues, vectors = _largest_first(C)
+        k = self._truncate(eigenvalues, len(C) * torch.finfo(torch.float32).eps)
+        basis = vectors[:, :k]
+        return Projected((basis @ (basis.T @ B.double())).float(), norm, k)
+
+    def _truncate(self, eigenvalues: Tensor, rounding: float) -> int:
+        """Return k for the eigenvalues in descending order, which are `σ²` times a constant.
+
+        Those below `rounding`, relative to the first, are noise: k is at most the numerical rank.
+        """
+        noise = rounding * eigenvalues[0]
         numerical_rank = int((eigenvalues > noise).sum())
         if self.rank is not None:
             return min(self.rank, numerical_rank)
@@ -224,7 +262,7 @@ def _norm(squares: Tensor) -> float:
     return math.sqrt(value)
 
 
-def _finite(CB: Tensor) -> Tensor:
-    if not bool(torch.isfinite(CB).all()):
-        raise FloatingPointError("the projected factor has a value that is not finite")
-    return CB
+def _largest_first(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues in descending order and the eigenvectors as columns."""
+    eigenvalues, vectors = torch.linalg.eigh(symmetric)
+    return eigenvalues.flip(0), vectors.flip(1)

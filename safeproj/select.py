@@ -83,6 +83,32 @@ class Selection:
         assert self.threshold is not None
         return frozenset(name for name, cosine in scored.items() if cosine <= self.threshold)
 
+    def uncertain(
+        self, cosines: Mapping[str, float | None], bounds: Mapping[str, tuple[float, float]]
+    ) -> frozenset[str]:
+        """Return the names of the modules that cosines within their bounds might decide otherwise.
+
+        Args:
+            cosines: what `choose` is given.
+            bounds: between which the true cosine of a module lies, where it is not known exactly.
+        """
+        scored = {name: cosine for name, cosine in cosines.items() if cosine is not None}
+        low = {name: bounds.get(name, (cosine, cosine))[0] for name, cosine in scored.items()}
+        high = {name: bounds.get(name, (cosine, cosine))[1] for name, cosine in scored.items()}
+        if self.all or not bounds:
+            return frozenset()
+        if self.threshold is not None:
+            tau = self.threshold
+            return frozenset(name for name in scored if low[name] <= tau < high[name])
+        chosen = self.choose(cosines)
+        others = scored.keys() - chosen
+        highest = max((high[name] for name in chosen), default=-1.0)
+        lowest = min((low[name] for name in others), default=2.0)
+        return frozenset(
+            {name for name in chosen if high[name] > lowest}
+            | {name for name in others if low[name] < highest}
+        )
+
     def to_dict(self) -> dict[str, object]:
         """Return the `selection` object of the JSON report."""
         found: dict[str, object] = {"mode": self.mode}

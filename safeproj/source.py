@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -24,8 +25,8 @@ _CACHED_PROBES = (
 )
 
 
-class Folder(Protocol):
-    """A flat view of one directory of files, wherever it is."""
+class Identified(Protocol):
+    """What came from a SRC."""
 
     @property
     def source(self) -> str:
@@ -34,6 +35,10 @@ class Folder(Protocol):
     @property
     def revision(self) -> str | None:
         """The commit of a Hub repository, None for local files."""
+
+
+class Folder(Identified, Protocol):
+    """A flat view of one directory of files, wherever it is."""
 
     @property
     def files(self) -> frozenset[str]:
@@ -166,6 +171,22 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
             f"{folder.source}: {name} holds a {type(found).__name__}, expected a JSON object"
         )
     return found
+
+
+def identity(found: Identified) -> dict[str, Any]:
+    """Return the SRC of a folder or checkpoint, and its revision if it has one."""
+    if found.revision is None:
+        return {"source": found.source}
+    return {"source": found.source, "revision": found.revision}
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def open_folder(source: str) -> Folder:

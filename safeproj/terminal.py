@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from safeproj.api import Observer
     from safeproj.engine import Progress
     from safeproj.profile import Profile
-    from safeproj.report import Report
+    from safeproj.report import Report, Reports
 
 INTERRUPTED = "safeproj: interrupted; there is no partial output"
 WIDTH = 100
@@ -96,13 +96,15 @@ def _unwind(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a s
     raise KeyboardInterrupt(number)
 
 
-def check_output(output: Path | None, out: Path | None, inputs: Mapping[str, str]) -> None:
+def check_output(
+    output: Path | None, out: Path | None, inputs: Sequence[tuple[str, str | None]]
+) -> None:
     """Refuse an `--output` that cannot be written or that would replace something else.
 
     Args:
         output: the file for the report.
         out: the directory for the adapter, if one is written.
-        inputs: option name to SRC; the files of an input are never changed.
+        inputs: option names and SRC; the files of an input are never changed.
 
     Raises:
         SafeprojError: it is a directory, in no directory, `--out` itself, or a file of an input.
@@ -114,14 +116,16 @@ def check_output(output: Path | None, out: Path | None, inputs: Mapping[str, str
     place = output.resolve()
     if out is not None and place == out.resolve():
         raise SafeprojError(f"--output {output}: is --out; choose another name")
-    for option, source in inputs.items():
+    for option, source in inputs:
+        if source is None:
+            continue
         given = Path(source).expanduser().resolve()
         if place == given or (place.exists() and given in place.parents):
             raise SafeprojError(f"--output {output}: is a file of {option} {source}")
 
 
 def finish(
-    report: Report,
+    report: Report | Reports,
     format_: str,
     output: Path | None,
     quiet: bool,
@@ -131,7 +135,7 @@ def finish(
     """Send the report where it was asked for, the warnings, the result and a profile to stderr.
 
     Args:
-        report: the record of the run.
+        report: the record of the run, on one adapter or on many.
         format_: one of `safeproj.report.FORMATS`.
         output: the file for the report; stdout if None.
         quiet: leave out warnings and result.
@@ -140,7 +144,10 @@ def finish(
 
     Raises:
         SafeprojError: the report cannot be written.
+        Exit: with exit code 1, if one of many adapters failed.
     """
+    from safeproj.report import Reports
+
     done()
     try:
         _send(report, format_, output)
@@ -154,8 +161,19 @@ def finish(
         raise SafeprojError(
             f"{where}: the report cannot be written ({reason})" + (f"; {result}" if result else "")
         ) from error
+    closing(report.warnings, quiet, result, profile)
+    if isinstance(report, Reports) and report.failures:
+        for name, failure in report.failures.items():
+            say(f"safeproj: error: {name}: {' '.join(failure.error.split())}")
+        raise typer.Exit(1)
+
+
+def closing(
+    warnings: Iterable[str], quiet: bool, result: str, profile: Profile | None = None
+) -> None:
+    """Say the warnings, what was written, and where the time went."""
     if not quiet:
-        for warning in report.warnings:
+        for warning in warnings:
             say(f"safeproj: warning: {warning}")
         if result:
             say(result)
@@ -164,17 +182,22 @@ def finish(
             say(line)
 
 
-def _send(report: Report, format_: str, output: Path | None) -> None:
-    from safeproj.report import render
+def _send(report: Report | Reports, format_: str, output: Path | None) -> None:
+    from safeproj.report import Reports, render, render_many
+
+    def text(width: int, color: bool) -> str:
+        if isinstance(report, Reports):
+            return render_many(report, format_, width=width, color=color)
+        return render(report, format_, width=width, color=color)
 
     if output is not None:
-        output.write_bytes(render(report, format_).encode())
+        output.write_bytes(text(WIDTH, False).encode())
     elif sys.stdout is None:
         raise OSError("it is closed")
     else:
         terminal = sys.stdout.isatty()
         width = shutil.get_terminal_size().columns if terminal else WIDTH
-        sys.stdout.write(render(report, format_, width=width, color=terminal))
+        sys.stdout.write(text(width, terminal))
         sys.stdout.flush()
 
 
@@ -207,13 +230,16 @@ class _Bar:
 
     def __init__(self, bars: Any) -> None:
         self._bars = bars
-        self._finished = 0
+        self._finished = self._modules = self._nbytes = 0
+        self._task = bars.add_task("", total=None, visible=False)
 
     def start(self, modules: int, nbytes: int) -> None:
-        self._modules = modules
-        self._task = self._bars.add_task(f"0/{modules} modules", total=nbytes)
+        self._modules += modules
+        self._nbytes += nbytes
+        text = f"{self._finished}/{self._modules} weights"
+        self._bars.update(self._task, total=self._nbytes, description=text, visible=True)
 
     def progress(self, event: Progress) -> None:
         self._finished += event.finished
-        text = f"{self._finished}/{self._modules} modules"
+        text = f"{self._finished}/{self._modules} weights"
         self._bars.update(self._task, advance=event.nbytes, description=text)

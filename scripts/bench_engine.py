@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from safeproj.adapter import read_adapter
-from safeproj.api import tasks_of
-from safeproj.checkpoint import Reader, open_checkpoint
-from safeproj.engine import Task, local, run
-from safeproj.match import plan
+from safeproj.alignment.pair import Pair
+from safeproj.checkpoint import Reader
+from safeproj.engine import Difference, Task, blocks, run
+from safeproj.job import update_of
 from safeproj.projection import Approx, Exact
 from safeproj.select import Selection
 
@@ -35,8 +35,11 @@ STEPS = ("reading", "conversion and subtraction", "norm", "T = Vᵀ B")
 def tasks_of_pair(pair: Path) -> list[Task]:
     """Return the engine's tasks for the all-linear adapter."""
     adapter = read_adapter(str(pair / "adapter-all-linear"))
-    aligned, base = (open_checkpoint(str(pair / name)) for name in ("aligned", "base"))
-    return tasks_of(adapter, plan(adapter, aligned, base, Selection(all=True)), aligned, base)
+    models = Pair(str(pair / "aligned"), str(pair / "base"))
+    return [
+        Task(item.module.name, models.origin(item), (update_of(adapter, item),))
+        for item in models.plan(adapter, Selection(all=True)).modules
+    ]
 
 
 def seconds(tasks: list[Task], workers: int = 2) -> float:
@@ -51,15 +54,15 @@ def seconds(tasks: list[Task], workers: int = 2) -> float:
 
 def constants(tasks: list[Task]) -> None:
     """Print seconds per block size, with `V` kept and read twice, and per number of workers."""
-    block, hold = local.CPU_BLOCK, local.CPU_HOLD
+    block, hold = blocks.CPU_BLOCK, blocks.CPU_HOLD
     print("| block per weight | `V` kept up to 64 MiB | every `V` read twice |\n|---|---:|---:|")
     for size in (256, 512, 1024, 2048):
-        local.CPU_BLOCK = size * KIB
+        blocks.CPU_BLOCK = size * KIB
         cells = []
-        for local.CPU_HOLD in (hold, 0):
+        for blocks.CPU_HOLD in (hold, 0):
             cells.append(f"{seconds(tasks):.2f}")
         print(f"| {size} KiB | {' | '.join(cells)} |", flush=True)
-    local.CPU_BLOCK, local.CPU_HOLD = block, hold
+    blocks.CPU_BLOCK, blocks.CPU_HOLD = block, hold
     print("\n| workers | seconds |\n|---|---:|")
     for workers in (1, 2, 4):
         print(f"| {workers} | {seconds(tasks, workers):.2f} |", flush=True)
@@ -69,19 +72,21 @@ def shares(tasks: list[Task]) -> None:
     """Print the share of each step in one thread."""
     torch.set_num_threads(1)
     readers = (Reader(), Reader())
-    buffers = [torch.empty(local.CPU_BLOCK, dtype=torch.uint8) for _ in readers]
-    kept = torch.empty(max(math.prod(task.aligned.weight.shape) for task in tasks))
+    buffers = [torch.empty(blocks.CPU_BLOCK, dtype=torch.uint8) for _ in readers]
+    pairs = [task.alignment for task in tasks if isinstance(task.alignment, Difference)]
+    kept = torch.empty(max(math.prod(pair.aligned.weight.shape) for pair in pairs))
     spent: Counter[str] = Counter()
     clock = time.perf_counter_ns
-    for task in tasks:
-        m, n = task.aligned.weight.shape
-        V, B, T = kept[: m * n].view(m, n), task.B.float(), torch.zeros(task.B.shape[1], n)
-        step = local.CPU_BLOCK // (2 * n)  # rows of a bfloat16 block
+    for task, pair in zip(tasks, pairs, strict=True):
+        m, n = pair.aligned.weight.shape
+        B = task.updates[0].B.float()
+        V, T = kept[: m * n].view(m, n), torch.zeros(B.shape[1], n)
+        step = blocks.CPU_BLOCK // (2 * n)  # rows of a bfloat16 block
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
             times = [clock()]
-            aligned = task.aligned.weight.read_rows(readers[0], rows.start, rows.stop, buffers[0])
-            base = task.base.weight.read_rows(readers[1], rows.start, rows.stop, buffers[1])
+            aligned = pair.aligned.weight.read_rows(readers[0], rows.start, rows.stop, buffers[0])
+            base = pair.base.weight.read_rows(readers[1], rows.start, rows.stop, buffers[1])
             times.append(clock())
             V[rows].copy_(aligned).sub_(base)
             times.append(clock())
@@ -109,7 +114,7 @@ def exact() -> None:
     for m, n in ((2048, 2048), (2048, 5632), (5632, 2048)):
         V, B = torch.randn(m, n), torch.randn(m, 16)
         start = time.perf_counter()
-        Exact(rank=64)([V], B)
+        Exact(rank=64).from_V([V], B)
         print(f"| {m} × {n} | {time.perf_counter() - start:.1f} |")
 
 

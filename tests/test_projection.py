@@ -71,7 +71,7 @@ def test_agrees_with_the_dense_oracle(
 ) -> None:
     W_aligned, W_base, A, B = case(m, n, r, dtype, seed)
 
-    found = projector(blocks_of(W_aligned, W_base, rows=13), B.float())
+    found = projector.from_V(blocks_of(W_aligned, W_base, rows=13), B.float())
 
     rank = None if isinstance(projector, Approx) else min(projector.rank or 0, m, n)
     C = oracle_C(W_aligned, W_base, rank)
@@ -99,7 +99,7 @@ def test_agrees_with_the_oracle_on_any_shape(
     m: int, n: int, r: int, rows: int, seed: int, dtype: torch.dtype
 ) -> None:
     W_aligned, W_base, A, B = case(m, n, r, dtype, seed)
-    found = Approx()(blocks_of(W_aligned, W_base, rows), B.float())
+    found = Approx().from_V(blocks_of(W_aligned, W_base, rows), B.float())
     C = oracle_C(W_aligned, W_base)
     if found.CB is None:  # a 1×1 weight whose change was rounded away
         assert torch.equal(W_aligned, W_base)
@@ -113,7 +113,7 @@ def test_agrees_with_the_oracle_on_any_shape(
 @given(seed=st.integers(0, 2**32 - 1), energy=st.floats(0.05, 0.999))
 def test_energy_chooses_the_smallest_rank_that_holds_it(seed: int, energy: float) -> None:
     W_aligned, W_base, _, B = case(24, 37, 3, torch.float32, seed)
-    found = Exact(energy=energy)([alignment(W_aligned, W_base)], B.float())
+    found = Exact(energy=energy).from_V([alignment(W_aligned, W_base)], B.float())
 
     shares = torch.linalg.svdvals(W_aligned.double() - W_base.double()).square().cumsum(0)
     shares = shares / shares[-1]
@@ -124,7 +124,7 @@ def test_energy_chooses_the_smallest_rank_that_holds_it(seed: int, energy: float
 
 def test_all_of_the_energy_is_the_projector_onto_the_column_space() -> None:
     W_aligned, W_base, _, B = case(12, 30, 3, torch.float32, seed=0)
-    found = Exact(energy=1.0)([alignment(W_aligned, W_base)], B.float())
+    found = Exact(energy=1.0).from_V([alignment(W_aligned, W_base)], B.float())
     assert found.rank == 12
     assert found.CB is not None
     assert relative_error(found.CB, B.double()) < RELATIVE
@@ -133,7 +133,7 @@ def test_all_of_the_energy_is_the_projector_onto_the_column_space() -> None:
 def test_a_rank_above_the_numerical_rank_is_cut() -> None:
     V = torch.outer(torch.arange(1.0, 7.0), torch.arange(1.0, 10.0))
     B = torch.eye(6)[:, :2]
-    found = Exact(rank=5)([V], B)
+    found = Exact(rank=5).from_V([V], B)
     u = torch.arange(1.0, 7.0, dtype=torch.float64)
     assert found.rank == 1
     assert found.CB is not None
@@ -144,9 +144,9 @@ def test_the_exact_projector_is_idempotent_and_the_fast_one_is_not() -> None:
     W_aligned, W_base, _, B = case(30, 20, 4, torch.float32, seed=1)
     V = [alignment(W_aligned, W_base)]
     for projector, idempotent in ((Exact(rank=6), True), (Approx(), False)):
-        once = projector(V, B.float()).CB
+        once = projector.from_V(V, B.float()).CB
         assert once is not None
-        twice = projector(V, once).CB
+        twice = projector.from_V(V, once).CB
         assert twice is not None
         assert (relative_error(twice, once.double()) < RELATIVE) is idempotent
 
@@ -156,7 +156,7 @@ def test_the_result_does_not_depend_on_the_scale_of_the_update() -> None:
     V = [alignment(W_aligned, W_base)]
     found = []
     for s in (1e-6, 1.0, 1e6):
-        CB = Approx()(V, s * B).CB
+        CB = Approx().from_V(V, s * B).CB
         assert CB is not None
         found.append(similarity(A, s * B, CB))
     assert found == pytest.approx([found[1]] * 3, abs=COSINE)
@@ -164,7 +164,7 @@ def test_the_result_does_not_depend_on_the_scale_of_the_update() -> None:
 
 @pytest.mark.parametrize("projector", [Approx(), Exact(rank=2)], ids=repr)
 def test_no_alignment_leaves_C_undefined(projector: Projector) -> None:
-    found = projector([torch.zeros(4, 6), torch.zeros(3, 6)], torch.ones(7, 2))
+    found = projector.from_V([torch.zeros(4, 6), torch.zeros(3, 6)], torch.ones(7, 2))
     assert found.CB is None
     assert found.alignment_norm == 0.0
 
@@ -175,7 +175,7 @@ def test_values_that_are_not_finite_are_noticed(projector: Projector, bad: float
     V = torch.ones(4, 6)
     V[2, 3] = bad
     with pytest.raises(FloatingPointError):
-        projector([V], torch.ones(4, 2))
+        projector.from_V([V], torch.ones(4, 2))
 
 
 def test_an_empty_update_has_no_cosine() -> None:
@@ -202,7 +202,7 @@ def test_an_update_outside_the_subspace_has_cosine_zero() -> None:
     B[2] = 1.0
     A = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     for projector in (Approx(), Exact(rank=1)):
-        found = projector([V], B)
+        found = projector.from_V([V], B)
         assert found.CB is not None
         assert similarity(A, B, found.CB) == 0.0
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,19 +25,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> None:
+def check_out(out: Path, overwrite: bool, inputs: Sequence[tuple[str, Path | None]]) -> None:
     """Refuse an `--out` that cannot be written, before any weight is read.
 
     Args:
         out: the directory to create.
         overwrite: whether an adapter that is already there may be replaced.
-        inputs: option name to the local directory that is read, None for the Hub.
+        inputs: option names and the local directories that are read, None for the Hub.
 
     Raises:
         SafeprojError: it exists, its parent does not, or it would touch an input.
     """
+    check_apart(out, inputs)
+    check_place(out, overwrite)
+
+
+def check_apart(out: Path, inputs: Sequence[tuple[str, Path | None]]) -> None:
+    """Refuse an `--out` that overlaps with an input.
+
+    Raises:
+        SafeprojError: it does.
+    """
     place = out.resolve()
-    for option, path in inputs.items():
+    for option, path in inputs:
         if path is None:
             continue
         given = path.resolve()
@@ -48,6 +58,14 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
                 f"--out {out}: overlaps with {option} {path}; inputs are never changed, choose "
                 "another directory"
             )
+
+
+def check_place(out: Path, overwrite: bool) -> None:
+    """Refuse an `--out` where no directory can be created, or none that is there replaced.
+
+    Raises:
+        SafeprojError: it exists, or its parent does not or is not writable.
+    """
     if os.path.lexists(out):
         if out.is_symlink() or not out.is_dir():
             kind = "a link" if out.is_symlink() else "a file"
@@ -65,7 +83,7 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
                 f"--out {out}: is a git repository, whose history --overwrite would delete; write "
                 "to another directory and copy the files"
             )
-    parent = place.parent
+    parent = out.resolve().parent
     if not parent.is_dir():
         raise SafeprojError(f"--out {out}: {parent} is not an existing directory; create it")
     if not os.access(parent, os.W_OK | os.X_OK):

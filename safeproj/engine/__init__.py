@@ -1,14 +1,20 @@
 """How a plan is run: memory bounds, workers, devices, progress."""
 
-from safeproj.engine.local import OnProgress, relative_changes, resolve_device, run
-from safeproj.engine.task import Comparison, Progress, Score, Task
+from safeproj.engine.blocks import OnProgress
+from safeproj.engine.changes import relative_changes
+from safeproj.engine.local import differences, resolve_device, run
+from safeproj.engine.task import Comparison, Difference, Kept, Progress, Score, Task, Update
 
 __all__ = [
     "Comparison",
+    "Difference",
+    "Kept",
     "OnProgress",
     "Progress",
     "Score",
     "Task",
+    "Update",
+    "differences",
     "relative_changes",
     "resolve_device",
     "run",

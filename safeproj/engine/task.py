@@ -1,10 +1,11 @@
-"""What the engine is given and what it gives back: plain data, one item per module."""
+"""What the engine is given and what it gives back: plain data, one item per weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from safeproj.checkpoint import Weight
 from safeproj.checkpoint.expression import Matrix
 
 if TYPE_CHECKING:
@@ -12,29 +13,80 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One module to score.
+class Difference:
+    """`V` of one weight as the difference of two checkpoints.
 
     Attributes:
-        name: the module's name.
-        aligned: its weight in the aligned checkpoint, (m, n).
-        base: its weight in the base checkpoint, (m, n).
+        aligned: the weight in the aligned checkpoint, (m, n).
+        base: the weight in the base checkpoint, (m, n).
+    """
+
+    aligned: Matrix
+    base: Matrix
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return self.aligned.nbytes + self.base.nbytes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an alignment file holds of one weight.
+
+    Attributes:
+        form: `V` for `V` (m, n) itself, `C` for the projector (m, m), `U` for the leading
+            eigenvectors of `C` (m, K).
+        weight: the float32 matrix of that form; None where `V = 0`.
+        alignment_norm: `‖V‖_F`.
+        eigenvalues: of `C`, (K,), for form `U`.
+        error: upper bound of `‖C - C_K‖_F / ‖C‖_F`.
+        residual: upper bound of `‖C - C_K‖₂`.
+        leak: upper bound of `‖Uᵀ (C - C_K) U‖₂`.
+    """
+
+    form: str
+    weight: Weight | None
+    alignment_norm: float
+    eigenvalues: tuple[float, ...] = ()
+    error: float = 0.0
+    residual: float = 0.0
+    leak: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return 0 if self.weight is None else self.weight.shape[0] * self.weight.row_bytes
+
+
+@dataclass(frozen=True)
+class Update:
+    """One low-rank update of a weight.
+
+    Attributes:
         A: (r, n).
         B: (m, r).
         bias: the bias of `lora_B` (m, 1), if there is one.
     """
 
-    name: str
-    aligned: Matrix
-    base: Matrix
     A: Tensor
     B: Tensor
     bias: Tensor | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the two weights."""
-        return self.aligned.nbytes + self.base.nbytes
+
+@dataclass(frozen=True)
+class Task:
+    """One weight, and all updates of it that are to be scored: it is read once for all of them.
+
+    Attributes:
+        name: of the module, for messages.
+        alignment: where `V`, or what is kept of it, comes from.
+        updates: the updates, of one adapter or of many.
+    """
+
+    name: str
+    alignment: Difference | Kept
+    updates: tuple[Update, ...]
 
 
 @dataclass(frozen=True)
@@ -56,17 +108,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Score:
-    """What the engine found out about one module.
+    """What the engine found out about one update.
 
     Attributes:
         alignment_norm: `‖V‖_F`.
         CB: `C B`, (m, r) float32 on the CPU; None where `V = 0`.
         Cb: `C b` (m, 1) for the bias of `lora_B`, if there is one.
         cosine: similarity of `ΔW` and `C ΔW`; None where `V = 0` or `ΔW = 0`.
+        bounds: between which that cosine lies where `C` is truncated; None where it is not.
+        truncation: upper bound of `‖C - C_K‖_F / ‖C‖_F`, 0 where `C` is not truncated.
         scale: `‖C B‖_F / ‖B‖_F`; None where it is undefined.
         rank: k of a truncated projector.
         sha256: for the aligned and the base checkpoint, label of each tensor read to the digest of
-            its bytes, if wanted.
+            its bytes, if wanted; from an alignment file they are the first of the two.
     """
 
     alignment_norm: float
@@ -76,6 +130,8 @@ class Score:
     scale: float | None
     rank: int | None
     sha256: tuple[dict[str, str], dict[str, str]] | None
+    bounds: tuple[float, float] | None = None
+    truncation: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,17 @@ class Mapping:
                 return runtime.layout(name)
         return None
 
+    def parameters(self) -> dict[str, Layout]:
+        """Return the weights of the checkpoint's own model that low-rank updates can have."""
+        runtime = next(iter(self._runtimes))
+        return {
+            name: layout
+            for name, shape in runtime.shapes.items()
+            if len(shape) > 1 and not runtime.is_tied(name)
+            for layout in [runtime.layout(name)]
+            if layout is not None and layout.kind != "other"
+        }
+
     def _known_as(self, parameter: str) -> Iterator[tuple[_Runtime, str]]:
         """Yield the models that have a weight, and its name there; older names come last."""
         for name_in in (_Runtime.own_name, _Runtime.renamed):
@@ -293,6 +304,10 @@ class _Runtime:
         source = self._source_of.get(name, name)
         others = [other for other, found in self._source_of.items() if found == source]
         return [other for other in (source, *others) if other != name and other in self.shapes]
+
+    def is_tied(self, name: str) -> bool:
+        """Tell whether a weight is one with another, which stands for both."""
+        return name in self._source_of and self._source_of[name] in self.shapes
 
     def layout(self, name: str) -> Layout | None:
         """Return how a weight is stored here."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from safeproj.checkpoint.expression import Expression, Stored, dtype_and_shape, stored_names
 from safeproj.checkpoint.interface import Checkpoint
 from safeproj.errors import SafeprojError, printable, shorten
-from safeproj.names.layout import Layout, known_layout, model_types
+from safeproj.names.layout import Layout, known_layout, layout_by_name, model_types
 from safeproj.names.rules import parse_rules, rewrite
 from safeproj.names.suffix import TURNED_ON_DISK, Suffixes, turned_on_disk
 
@@ -83,6 +83,27 @@ class Names:
         found = known_layout(self._checkpoint.config, parameter)
         if found is None and self._mapping is not None:
             found = self._mapping.layout(parameter)
+        return found
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where the tensors are."""
+        return self._checkpoint
+
+    def parameters(self) -> dict[str, Layout]:
+        """Return the weights of the running model that low-rank updates can have.
+
+        Without transformers, or where it does not know the architecture, these are the weights
+        that the checkpoint's own names tell.
+        """
+        if self._mapping is not None:
+            return self._mapping.parameters()
+        found = {}
+        for name in self._checkpoint.names:
+            dimensions = len(self._checkpoint.describe(name).shape)
+            layout = known_layout(self._checkpoint.config, name) or layout_by_name(name)
+            if layout is not None and dimensions == (3 if layout.kind == "experts" else 2):
+                found[name] = layout
         return found
 
     @cached_property

@@ -95,9 +95,20 @@ def known_layout(config: Mapping[str, Any], parameter: str) -> Layout | None:
     if not types or "auto_map" in config:
         return None
     path, _, leaf = parameter.rpartition(".")
-    parent, _, module = path.lower().rpartition(".")
+    module = path.lower().rpartition(".")[2]
     if (module == "experts" and leaf in EXPERTS) or module in GRANITE_EXPERTS:
         return _experts(types)
+    found = layout_by_name(parameter)
+    if found is LINEAR and types & CONV1D_MODELS and module in CONV1D_MODULES:
+        # A part of another architecture may have the same names for its nn.Linear.
+        return CONV1D if types <= CONV1D_MODELS else None
+    return found
+
+
+def layout_by_name(parameter: str) -> Layout | None:
+    """Return what a weight's name alone tells, for architectures without `Conv1D`."""
+    path, _, leaf = parameter.rpartition(".")
+    parent, _, module = path.lower().rpartition(".")
     if leaf != "weight" or module.isdecimal():
         return None
     if module in _EMBEDDINGS:
@@ -105,9 +116,6 @@ def known_layout(config: Mapping[str, Any], parameter: str) -> Layout | None:
     nearest = f"{parent.rpartition('.')[2]}.{module}"
     if module != "embed_out" and any(word in nearest for word in _UNCLEAR):
         return None
-    if types & CONV1D_MODELS and module in CONV1D_MODULES:
-        # A part of another architecture may have the same names for its nn.Linear.
-        return CONV1D if types <= CONV1D_MODELS else None
     return LINEAR
 
 

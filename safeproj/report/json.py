@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from safeproj.report.record import Report
+from safeproj.report.record import Report, Reports
 
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return the report as JSON."""
-    return json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _text(report.to_dict())
+
+
+def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
+    """Return the reports as one JSON object."""
+    return _text(reports.to_dict())
+
+
+def _text(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

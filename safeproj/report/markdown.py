@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeproj.report.record import Report, spread
+from safeproj.report.record import ModuleReport, Report, Reports, spread
 
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
@@ -10,13 +10,39 @@ def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 -
     return "\n".join([*_summary(report), "", *_modules(report)]) + "\n"
 
 
+def render_many(reports: Reports, *, width: int, color: bool) -> str:
+    """Return a table of the adapters, and the report of each below it."""
+    lines = [
+        "## Safe LoRA reports",
+        "",
+        "| adapter | modules | projected | cosine | scale | warnings |",
+        "|---|---:|---:|---|---|---:|",
+    ]
+    for name, report in reports.reports.items():
+        cells = (
+            f"`{name}`",
+            str(len(report.modules)),
+            str(report.projected),
+            span(report.cosines),
+            span(report.scales),
+            str(len(report.warnings)),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"- failed: `{name}`: {each.error}" for name, each in reports.failures.items()]
+    details = [render(report, width=width, color=color) for report in reports.reports.values()]
+    return "\n".join([*lines, "", *details])
+
+
 def _summary(report: Report) -> list[str]:
     lines = [
         "## Safe LoRA report",
         "",
         f"- adapter: `{report.inputs['adapter']['source']}`",
-        f"- aligned: `{report.inputs['aligned']['source']}`",
-        f"- base: `{report.inputs['base']['source']}`",
+        *(
+            f"- {role}: `{report.inputs[role]['source']}`"
+            for role in ("aligned", "base", "alignment")
+            if role in report.inputs
+        ),
         f"- projector: {describe(report.projector)}; selection: {describe(report.selection)}",
         f"- projected: {report.projected} of {len(report.modules)} modules",
         f"- cosine: {span(report.cosines)}",
@@ -35,7 +61,7 @@ def _modules(report: Report) -> list[str]:
             f"`{module.name}`",
             f"{module.shape[0]}×{module.shape[1]}",
             str(module.rank),
-            _number(module.cosine),
+            _cosine(module),
             _number(module.scale),
             "" if module.alignment_norm is None else f"{module.alignment_norm:.4g}",
             "yes" if module.projected else "",
@@ -43,6 +69,13 @@ def _modules(report: Report) -> list[str]:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _cosine(module: ModuleReport) -> str:
+    if module.bounds is None:
+        return _number(module.cosine)
+    mark = "?" if module.uncertain else ""
+    return f"{_number(module.cosine)}{mark} [{module.bounds[0]:.4f}, {module.bounds[1]:.4f}]"
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SCHEMA = "safeproj.report/1"
+SCHEMA_MANY = "safeproj.reports/1"
 TAUS = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The thresholds for which the table says how many modules they would project."""
 
@@ -27,6 +28,9 @@ class ModuleReport:
         projected: whether the module is (or would be) projected.
         note: why there is no cosine, or what is special.
         projector_rank: k of the exact projector.
+        bounds: between which the cosine lies, where `C` is truncated.
+        truncation: upper bound of `‖C - C_K‖_F / ‖C‖_F`, where `C` is truncated.
+        uncertain: a cosine within these bounds might be decided otherwise.
     """
 
     name: str
@@ -41,10 +45,13 @@ class ModuleReport:
     projected: bool
     note: str | None
     projector_rank: int | None = None
+    bounds: tuple[float, float] | None = None
+    truncation: float | None = None
+    uncertain: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return one item of `modules` in the JSON report."""
-        found = {
+        found: dict[str, Any] = {
             "name": self.name,
             "layer": self.layer,
             "kind": self.kind,
@@ -58,6 +65,10 @@ class ModuleReport:
         }
         if self.projector_rank is not None:
             found["projector_rank"] = self.projector_rank
+        if self.bounds is not None:
+            found["cosine_bounds"] = list(self.bounds)
+            found["truncation_error"] = self.truncation
+            found["uncertain"] = self.uncertain
         return found
 
 
@@ -95,7 +106,8 @@ class Report:
         version: of safeproj.
         projector: the `projector` object of the JSON report.
         selection: the `selection` object of the JSON report.
-        inputs: `base`, `aligned` and `adapter`: each with `source`, and `revision` from the Hub.
+        inputs: `base`, `aligned` and `adapter`, and `alignment` where an alignment file was used:
+            each with `source`, and `revision` from the Hub.
         modules: in natural order.
         pdst: mean of `1 / (1 + ‖B_out - C B‖_F)`, None where no module was scored.
         unprojected: what the adapter changes past every projection.
@@ -149,6 +161,46 @@ class Report:
             "modules": [module.to_dict() for module in self.modules],
             "unprojected": [item.to_dict() for item in self.unprojected],
             "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An adapter that could not be used, and why."""
+
+    source: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Reports:
+    """One run on many adapters.
+
+    Attributes:
+        version: of safeproj.
+        reports: by the adapter's name, of those that could be used.
+        failures: those that could not, by name.
+    """
+
+    version: str
+    reports: dict[str, Report]
+    failures: dict[str, Failure]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All warnings, each with the name of its adapter."""
+        return tuple(
+            f"{name}: {text}" for name, report in self.reports.items() for text in report.warnings
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON report, schema `safeproj.reports/1`."""
+        return {
+            "schema": SCHEMA_MANY,
+            "tool": {"name": "safeproj", "version": self.version},
+            "summary": {"adapters": len(self.reports), "failed": len(self.failures)},
+            "reports": {name: report.to_dict() for name, report in self.reports.items()},
+            "failures": {name: asdict(failure) for name, failure in self.failures.items()},
         }
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from safeproj.errors import shorten
 from safeproj.report.markdown import describe
-from safeproj.report.record import ModuleReport, Report, spread
+from safeproj.report.record import ModuleReport, Report, Reports, spread
 
 CELL = 13
 """Columns of one cell: cosine, scale, the mark, and a space."""
@@ -28,8 +28,33 @@ def render(report: Report, *, width: int, color: bool) -> str:
         kinds = list(dict.fromkeys(columns.values()))
         for chunk in _chunks(kinds, max(1, (width - 8) // CELL)):
             console.print(_grid(stack, modules, columns, chunk))
-    console.print(_legend(stacks=any("[" in module.name for module in report.modules)))
+    console.print(_legend(report))
     console.print(_summary(report))
+    return _lines(console)
+
+
+def render_many(reports: Reports, *, width: int, color: bool) -> str:
+    """Return one line per adapter as text."""
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("adapter", overflow="fold")
+    for heading in ("modules", "projected", "cosine min", "mean", "max", "scale mean", "warnings"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, report in reports.reports.items():
+        cosine, scale = spread(report.cosines), spread(report.scales)
+        values = (cosine["min"], cosine["mean"], cosine["max"], scale["mean"])
+        numbers = ("n/a" if value is None else f"{value:.3f}" for value in values)
+        counts = (str(len(report.modules)), str(report.projected))
+        table.add_row(Text(name), *counts, *numbers, str(len(report.warnings)))
+    for name in reports.failures:
+        table.add_row(Text(name), Text("failed", style="red"))
+    console.print(table)
+    return _lines(console)
+
+
+def _lines(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
@@ -86,15 +111,22 @@ def _cell(modules: list[ModuleReport]) -> Text:
     style = "red" if cosine < 0.35 else "yellow" if cosine < 0.6 else "green"
     projected = sum(module.projected for module in modules)
     mark = "*" if projected == len(modules) else "+" if projected else " "
+    if any(module.uncertain for module in modules):
+        mark = "?"
     return Text.assemble((f"{cosine:.3f}", style), (f" {scale:.3f}", "dim"), (mark, "bold"))
 
 
-def _legend(stacks: bool) -> Text:
+def _legend(report: Report) -> Text:
     text = (
         "each cell: cosine of the update and its projection, then scale = ‖CB‖/‖B‖, the share of "
         "the\nfactor that projection leaves (near 0: it all but removes the update); * = projected"
     )
-    if stacks:
+    if any(module.uncertain for module in report.modules):
+        text += (
+            "\n? = the alignment file keeps too little of C to be certain whether it is to be "
+            "projected"
+        )
+    if any("[" in module.name for module in report.modules):
         text += (
             "\nof a stack of experts the lowest cosine is shown; + = some of its experts are "
             "projected"
@@ -115,6 +147,14 @@ def _summary(report: Report) -> Table:
             table.add_row(
                 label, f"min {found['min']:.3f}  mean {found['mean']:.3f}  max {found['max']:.3f}"
             )
+    truncations = [each.truncation for each in report.modules if each.truncation is not None]
+    if truncations:
+        widths = [each.bounds[1] - each.bounds[0] for each in report.modules if each.bounds]
+        table.add_row(
+            "truncated C",
+            f"relative error up to {max(truncations):.3f}, cosine known to within "
+            f"{max(widths):.3f} at worst",
+        )
     if report.pdst is not None:
         table.add_row("pdst", f"{report.pdst:.4f}")
     would = "  ".join(f"{tau:g}:{count}" for tau, count in report.would_project().items())

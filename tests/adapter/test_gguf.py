@@ -420,7 +420,11 @@ def test_without_the_package(trio: Trio, all_linear: tuple[Path, Path], tmp_path
 def test_two_files(trio: Trio, all_linear: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(all_linear[1].read_bytes())
-    assert_refused(inspect(trio, tmp_path), "a.gguf, b.gguf", "pass the file itself")
+    result = inspect(trio, tmp_path)  # a directory of two adapters
+    assert result.returncode == 0, result.stderr
+    assert {"a", "b"} <= {line.split()[0] for line in result.stdout.splitlines()}
+    with pytest.raises(SafeprojError, match=r"a\.gguf, b\.gguf.*pass the file itself"):
+        read_adapter(str(tmp_path))
 
 
 def test_heads_that_the_config_does_not_tell(

@@ -14,8 +14,8 @@ from torch import Tensor
 from safeproj import engine
 from safeproj.checkpoint import open_checkpoint
 from safeproj.checkpoint.expression import Matrix
-from safeproj.engine import Progress, Score, Task
-from safeproj.engine.local import CPU_BLOCK, CPU_HOLD
+from safeproj.engine import Difference, Progress, Score, Task, Update
+from safeproj.engine.blocks import CPU_BLOCK, CPU_HOLD
 from safeproj.errors import SafeprojError
 from safeproj.profile import Usage
 from safeproj.projection import Approx, Exact, Projector, alignment
@@ -47,13 +47,8 @@ def task_of(
     ):
         path = stored(tmp_path / f"{name}.safetensors", w=W.T if turned else W)
         sides.append(Matrix(open_checkpoint(str(path)).weight("w"), turned))
-    return Task(
-        "w",
-        sides[0],
-        sides[1],
-        A=torch.randn(r, n, generator=generator),
-        B=torch.randn(m, r, generator=generator),
-    )
+    A, B = torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)
+    return Task("w", Difference(*sides), (Update(A, B),))
 
 
 def pair(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
@@ -65,15 +60,18 @@ def pair(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, T
 def oracle(task: Task, W_aligned: Tensor, W_base: Tensor) -> tuple[Tensor, float]:
     """Return `C B` and the cosine in float64, from the smaller of the dense products."""
     V = W_aligned.double() - W_base.double()
-    B = task.B.double()
-    delta = B @ task.A.double()
+    (update,) = task.updates
+    B = update.B.double()
+    delta = B @ update.A.double()
     projected = (V @ V.T) @ delta if V.shape[0] < V.shape[1] else V @ (V.T @ delta)
     cosine = (delta * projected).sum() / (delta.norm() * projected.norm())
     return V @ (V.T @ B) / V.norm(), float(cosine)
 
 
 def run_one(task: Task, projector: Projector | None = None, device: str = "cpu") -> Score:
-    return engine.run([task], projector or Approx(), device=device)[0]
+    ((score,),) = engine.run([task], projector or Approx(), device=device)
+    assert isinstance(score, Score)
+    return score
 
 
 @pytest.mark.parametrize("transposed", [(False, False), (True, True), (True, False), (False, True)])
@@ -100,9 +98,10 @@ def test_a_weight_too_large_to_keep_is_read_again(tmp_path: Path) -> None:
     W_aligned, W_base = pair(m, n)
     task = task_of(tmp_path, W_aligned, W_base)
     read: list[int] = []
-    score = engine.run([task], Approx(), device="cpu", on_progress=lambda e: read.append(e.nbytes))[
-        0
-    ]
+    ((score,),) = engine.run(
+        [task], Approx(), device="cpu", on_progress=lambda e: read.append(e.nbytes)
+    )
+    assert isinstance(score, Score)
 
     expected, cosine = oracle(task, W_aligned, W_base)
     assert score.CB is not None
@@ -116,7 +115,8 @@ def test_digests_are_those_of_the_stored_bytes(tmp_path: Path) -> None:
     W_aligned, W_base = pair(600, 1100)
     task = task_of(tmp_path, W_aligned, W_base)
     for projector in (Approx(), Exact(rank=3)):
-        (score,) = engine.run([task], projector, device="cpu", digests=True)
+        ((score,),) = engine.run([task], projector, device="cpu", digests=True)
+        assert isinstance(score, Score)
         assert score.sha256 == tuple(
             {"w": hashlib.sha256(W.view(torch.uint8).numpy().data).hexdigest()}
             for W in (W_aligned, W_base)
@@ -127,14 +127,14 @@ def test_progress_covers_all_bytes_and_all_modules(tmp_path: Path) -> None:
     task = task_of(tmp_path, *pair(600, 1100))
     events: list[Progress] = []
     engine.run([task] * 3, Approx(), device="cpu", on_progress=events.append)
-    assert sum(event.nbytes for event in events) == 3 * task.nbytes
+    assert sum(event.nbytes for event in events) == 3 * task.alignment.nbytes
     assert sum(event.finished for event in events) == 3
 
 
 def test_usage_counts_the_bytes_and_the_time_of_all_workers(tmp_path: Path) -> None:
     task, usage = task_of(tmp_path, *pair(600, 1100)), Usage()
     engine.run([task] * 4, Approx(), device="cpu", workers=2, usage=usage)
-    assert usage.read_bytes == 4 * task.nbytes
+    assert usage.read_bytes == 4 * task.alignment.nbytes
     assert 1 <= usage.workers <= 2
     assert 0 < usage.read_seconds < usage.busy_seconds <= usage.workers * usage.wall_seconds
 
@@ -193,7 +193,7 @@ def test_cuda_overlaps_blocks_without_mixing_them(tmp_path: Path) -> None:
     W_aligned, W_base = pair(9000, 9000)  # several blocks in both staging buffers
     task = task_of(tmp_path, W_aligned, W_base)
     V = alignment(W_aligned, W_base)
-    expected = V @ (V.T @ task.B) / V.norm()
+    expected = V @ (V.T @ task.updates[0].B) / V.norm()
     first, second = run_one(task, device="cuda").CB, run_one(task, device="cuda").CB
     assert first is not None
     assert second is not None

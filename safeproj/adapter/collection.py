@@ -1,0 +1,139 @@
+"""What several `--adapter` mean: one SRC each, directories that hold adapters, lists of SRC."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from safeproj.adapter import FORMATS
+from safeproj.adapter.interface import CONFIG
+from safeproj.errors import SafeprojError, first_line
+from safeproj.select import natural_order
+
+LIST = ".txt"
+"""How the name of a list ends: one SRC per line; blank lines and those that begin with # are
+left out."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of many adapters.
+
+    Attributes:
+        source: its SRC.
+        name: where its patched copy goes below `--out`, with `/` between parts.
+    """
+
+    source: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The adapters of one run.
+
+    Attributes:
+        members: in the order in which they were given; those of a directory in natural order.
+        many: whether they are treated as many, even if there happens to be only one.
+    """
+
+    members: tuple[Member, ...]
+    many: bool
+
+
+def collect(sources: Sequence[str]) -> Collection:
+    """Return the adapters that the values of `--adapter` name, without reading any.
+
+    Raises:
+        SafeprojError: a list cannot be read, names nothing, or two adapters would get one name.
+    """
+    members: list[Member] = []
+    many = len(sources) > 1
+    for source in sources:
+        for each in _listed(source):
+            found = list(_below(each))
+            many = many or each != source or bool(found)
+            members += found or [Member(each, _name(each))]
+    if many:
+        _require_apart(members)
+    return Collection(tuple(members), many)
+
+
+def _require_apart(members: Sequence[Member]) -> None:
+    """Refuse names that are equal, also where case does not count, or lie inside one another."""
+    taken: dict[str, Member] = {}
+    for member in members:
+        if member.name.casefold() in taken:
+            other = taken[member.name.casefold()]
+            raise SafeprojError(
+                f"--adapter: {other.source} and {member.source} would both be written as "
+                f"{member.name}; rename one, or give it in a run of its own"
+            )
+        taken[member.name.casefold()] = member
+    for member in members:
+        for parent in PurePosixPath(member.name.casefold()).parents:
+            if str(parent) in taken:
+                raise SafeprojError(
+                    f"--adapter: {member.source} would be written inside the place of "
+                    f"{taken[str(parent)].source}; rename one, or give it in a run of its own"
+                )
+
+
+def _listed(source: str) -> Iterator[str]:
+    """Yield the lines of a list, or the SRC itself."""
+    path = Path(source).expanduser()
+    if path.suffix != LIST or not path.is_file():
+        yield source
+        return
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise SafeprojError(f"{source}: not a list of adapters ({first_line(error)})") from error
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise SafeprojError(f"{source}: an empty list; expected the SRC of an adapter per line")
+    for line in found:
+        if not line.isprintable():
+            raise SafeprojError(f"{source}: {line!a} has characters that are not printable")
+    yield from found
+
+
+def _below(source: str) -> Iterator[Member]:
+    """Yield the adapters below a directory that is none itself."""
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        return
+    found: list[tuple[str, Path]] = []
+    for directory, subdirectories, files in os.walk(root):
+        place = Path(directory)
+        single = [name for name in files if name.endswith(".gguf")]
+        if _is_adapter(files) and not (len(single) > 1 and CONFIG not in files):
+            if place == root:
+                return
+            subdirectories.clear()  # such as checkpoints of its training
+            found.append((place.relative_to(root).as_posix(), place))
+            continue
+        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+        for name in single:
+            path = place / name
+            found.append((path.relative_to(root).with_suffix("").as_posix(), path))
+    for name, path in sorted(found, key=lambda item: natural_order(item[0])):
+        yield Member(str(path), name)
+
+
+def _is_adapter(files: Sequence[str]) -> bool:
+    """Tell whether a directory of these files is meant to be an adapter, damaged or not."""
+    return CONFIG in files or any(kind.is_weights(name) for kind in FORMATS for name in files)
+
+
+def _name(source: str) -> str:
+    """Return the last part of a SRC: of a directory, a file's directory, or a repository."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    if path.is_file():
+        stands_in = any(path.name in kind.stand_ins for kind in FORMATS)
+        return path.resolve().parent.name if stands_in else path.stem
+    return PurePosixPath(source.partition("@")[0]).name or "adapter"

@@ -1,0 +1,1 @@
+"""Alignment files: what a base and an aligned checkpoint say about `C`, stored to be used again."""

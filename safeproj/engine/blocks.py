@@ -1,0 +1,230 @@
+"""`V`, or what an alignment file keeps of it, as blocks of rows on the device."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from safeproj.checkpoint import Reader, Weight
+from safeproj.engine.staging import CudaStaging, DirectStaging, Staging
+from safeproj.engine.task import Difference, Progress
+from safeproj.projection import alignment
+from safeproj.tensorfile import DTYPES
+
+CPU_BLOCK = 1 << 20
+"""Bytes of one weight per block on the CPU: two of them and their float32 difference stay in the
+cache, and larger and smaller ones are slower."""
+
+GPU_BLOCK = 32 << 20
+"""Bytes per block on a GPU: enough to hide the latency of a copy."""
+
+CPU_HOLD = 64 << 20
+"""Largest float32 `V`, in bytes, that a CPU worker keeps for its second pass. A larger one is read
+again, most likely from the page cache, so that memory does not grow with the size of a weight."""
+
+GPU_HOLD = 2 << 30
+"""The same on a GPU."""
+
+OnProgress = Callable[[Progress], None]
+
+
+class StoppedError(Exception):
+    """Another worker failed, or the run was interrupted."""
+
+
+class Buffers:
+    """The buffers and files of one thread.
+
+    Args:
+        device: where the arithmetic runs.
+        stop: set when the thread should give up.
+        on_progress: told what was read.
+    """
+
+    def __init__(
+        self, device: torch.device, stop: threading.Event, on_progress: OnProgress | None
+    ) -> None:
+        self.device = device
+        self.readers = (Reader(), Reader())
+        self._stop = stop
+        self._on_progress = on_progress
+        self._V = torch.empty(0, device=device)
+        self._staging: tuple[int, tuple[Staging, Staging]] | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def staging(self, nbytes: int) -> tuple[Staging, Staging]:
+        """Return the staging of the aligned and the base weight for loads of up to `nbytes`."""
+        if self._staging is None or self._staging[0] < nbytes:
+            if self._stream is not None:
+                pair: tuple[Staging, Staging] = (
+                    CudaStaging(nbytes, self.device, self._stream),
+                    CudaStaging(nbytes, self.device, self._stream),
+                )
+            else:
+                pair = (DirectStaging(nbytes, self.device), DirectStaging(nbytes, self.device))
+            self._staging = (nbytes, pair)
+        return self._staging[1]
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """Return the reused float32 buffer of `V` as (rows, columns), on the device."""
+        if self._V.numel() < rows * columns:
+            self._V = torch.empty(rows * columns, device=self.device)
+        return self._V[: rows * columns].view(rows, columns)
+
+    def starts(self, weight: Weight, step: int) -> Iterator[tuple[int, int]]:
+        """Yield the row ranges of a weight, `step` rows each, until told to stop."""
+        for start in range(0, weight.shape[0], step):
+            if self._stop.is_set():
+                raise StoppedError
+            yield start, min(start + step, weight.shape[0])
+
+    def advance(self, name: str, nbytes: int) -> None:
+        """Tell that `nbytes` of a module's weights were read."""
+        if self._on_progress is not None:
+            self._on_progress(Progress(name, nbytes))
+
+    def close(self) -> None:
+        """Close all files."""
+        for reader in self.readers:
+            reader.close()
+
+
+class AlignmentBlocks:
+    """`V` of one weight as row blocks that can be iterated again.
+
+    The first pass reads both weights; it keeps `V` if that is small enough, otherwise a further
+    pass reads again. Weights that are stored transposed are always kept: their rows are columns of
+    the file.
+
+    Args:
+        name: of the module, for progress.
+        source: the two weights.
+        buffers: of the thread.
+        digests: compute the SHA-256 of what is read.
+        keep: keep `V` whatever its size.
+    """
+
+    def __init__(
+        self, name: str, source: Difference, buffers: Buffers, *, digests: bool, keep: bool = False
+    ) -> None:
+        self.sha256: tuple[dict[str, str], dict[str, str]] | None = None
+        self._name = name
+        self._buffers = buffers
+        self._digests = digests
+        self._aligned, self._base = source.aligned.weight, source.base.weight
+        self._transposed = source.aligned.transposed
+        self._mixed = source.aligned.transposed != source.base.transposed
+        self._rows = rows_per_block(buffers.device, self._aligned, self._base)
+        limit = GPU_HOLD if buffers.device.type == "cuda" else CPU_HOLD
+        small = math.prod(self._aligned.shape) * 4 <= limit
+        self._keeps = keep or self._transposed or self._mixed or small
+        self._kept: Tensor | None = None
+        self._seen = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._kept is None and not self._transposed:
+            yield from self._stored_blocks()
+        else:
+            yield from self.whole().split(self._rows)
+
+    def whole(self) -> Tensor:
+        """Return `V` (m, n), which is kept; valid until the buffers are used again."""
+        if self._kept is None:
+            for _ in self._stored_blocks():
+                pass
+        assert self._kept is not None
+        return self._kept
+
+    def _stored_blocks(self) -> Iterator[Tensor]:
+        """Yield `V` in the orientation in which the aligned weight is stored, by rows."""
+        buffers, readers = self._buffers, self._buffers.readers
+        for reader in readers:
+            reader.start(digests=self._digests and not self._seen)
+        rows, columns = self._aligned.shape
+        widest = max(row_width(self._aligned), row_width(self._base))
+        staging = buffers.staging(min(max(rows, columns), self._rows) * widest)
+        out = buffers.matrix(rows if self._keeps else min(rows, self._rows), columns)
+        if self._mixed:
+            self._load_turned(staging[1], out.T)
+        for start, stop in buffers.starts(self._aligned, self._rows):
+            V = out[start:stop] if self._keeps else out[: stop - start]
+            W_aligned = staging[0].load(self._aligned, readers[0], start, stop)
+            if self._mixed:
+                W_base = V.clone()
+            else:
+                W_base = staging[1].load(self._base, readers[1], start, stop)
+                self._advance(stop - start, self._base)
+            yield alignment(W_aligned, W_base, out=V)
+            self._advance(stop - start, self._aligned)
+        if self._keeps:
+            self._kept = out.T if self._transposed else out
+        if self._digests and not self._seen:
+            self.sha256 = (_digests(readers[0]), _digests(readers[1]))
+        self._seen = True
+
+    def _load_turned(self, staging: Staging, out: Tensor) -> None:
+        """Read all of the base weight, which is stored the other way round, into `out`."""
+        for start, stop in self._buffers.starts(self._base, self._rows):
+            out[start:stop] = staging.load(self._base, self._buffers.readers[1], start, stop)
+            self._advance(stop - start, self._base)
+
+    def _advance(self, rows: int, weight: Weight) -> None:
+        if not self._seen:
+            self._buffers.advance(self._name, rows * weight.row_bytes)
+
+
+class KeptBlocks:
+    """The matrix of an alignment file as float32 row blocks that can be iterated again.
+
+    Args:
+        name: of the module, for progress.
+        weight: the matrix.
+        buffers: of the thread.
+        digests: compute the SHA-256 of what is read.
+    """
+
+    def __init__(self, name: str, weight: Weight, buffers: Buffers, *, digests: bool) -> None:
+        self.sha256: tuple[dict[str, str], dict[str, str]] | None = None
+        self._name = name
+        self._weight = weight
+        self._buffers = buffers
+        self._digests = digests
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Raise FloatingPointError where the file has a value that is not finite."""
+        buffers, weight, first = self._buffers, self._weight, self.sha256 is None
+        reader = buffers.readers[0]
+        reader.start(digests=self._digests and first)
+        rows = rows_per_block(buffers.device, weight)
+        staging = buffers.staging(rows * row_width(weight))[0]
+        for start, stop in buffers.starts(weight, rows):
+            block = staging.load(weight, reader, start, stop)
+            if not bool(block.isfinite().all()):
+                raise FloatingPointError("the alignment file has a value that is not finite")
+            if first:
+                buffers.advance(self._name, (stop - start) * weight.row_bytes)
+            yield block
+        if first:
+            self.sha256 = (_digests(reader) if self._digests else {}, {})
+
+
+def rows_per_block(device: torch.device, *weights: Weight) -> int:
+    """Return how many rows of each of the weights make a block: it depends on nothing else."""
+    block = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
+    return max(1, block // max(1, *(row_width(weight) for weight in weights)))
+
+
+def row_width(weight: Weight) -> int:
+    """Return the bytes of one row, as it is stored or as it is computed with, whichever is more."""
+    return max(weight.row_bytes, weight.shape[1] * DTYPES[weight.dtype][1])
+
+
+def _digests(reader: Reader) -> dict[str, str]:
+    digests: dict[str, hashlib._Hash] | None = reader.digests
+    assert digests is not None
+    return {label: digest.hexdigest() for label, digest in digests.items()}

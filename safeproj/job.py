@@ -1,0 +1,327 @@
+"""One run over one adapter or many: read, match, score, decide, write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from safeproj import engine
+from safeproj.adapter import Adapter, card, read_adapter
+from safeproj.adapter.interface import MANIFEST
+from safeproj.adapter.write import write_adapter
+from safeproj.alignment.file import AlignmentFile, open_file
+from safeproj.alignment.interface import Alignment
+from safeproj.alignment.pair import Pair
+from safeproj.decide import DTYPES, Decision, decide
+from safeproj.engine import Difference, Kept, Progress, Score, Task, Update
+from safeproj.errors import SafeprojError
+from safeproj.manifest import manifest
+from safeproj.match import Plan, PlannedModule
+from safeproj.names import parse_rules
+from safeproj.profile import Profile
+from safeproj.projection import Approx, Projector
+from safeproj.report.record import Report
+from safeproj.select import Selection
+from safeproj.source import LocalFolder
+
+BATCH = 2 << 30
+"""Bytes of adapters that are held at a time. Where there are more, the checkpoints are read once
+for each so many."""
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run is done.
+
+    Attributes:
+        selection: which modules are projected.
+        projector: which `C`.
+        device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        workers: threads over modules on the CPU, None for one per core, at most 8. The result
+            does not depend on it.
+        dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
+        maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
+
+    Raises:
+        SafeprojError: a value is out of range, a rule is malformed, or the device is not there.
+    """
+
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    projector: Projector = dataclasses.field(default_factory=Approx)
+    device: str = "auto"
+    workers: int | None = None
+    dtype: str = "keep"
+    maps: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
+        if self.workers is not None and self.workers < 1:
+            raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
+        parse_rules(self.maps)
+        engine.resolve_device(self.device)
+
+
+class Observer(Protocol):
+    """Who wants to see a run go on."""
+
+    def start(self, modules: int, nbytes: int) -> None:
+        """So many weights are to be read, so many bytes; again for each further batch."""
+
+    def progress(self, event: Progress) -> None:
+        """Something was read or finished; called from the engine's threads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """An adapter and what is to be scored of it."""
+
+    adapter: Adapter
+    plan: Plan
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.adapter.tensors.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What was read of one adapter, scored and decided."""
+
+    adapter: Adapter
+    scores: dict[str, Score]
+    decision: Decision
+
+
+@dataclasses.dataclass
+class _Group:
+    """One weight, and the updates of it by adapter and module."""
+
+    name: str
+    origin: Difference | Kept
+    updates: dict[tuple[int, str], Update] = dataclasses.field(default_factory=dict)
+
+
+class Job:
+    """What `inspect` and `patch` share, for one adapter or for many."""
+
+    def __init__(
+        self,
+        base: str | None,
+        aligned: str | None,
+        alignment: str | None,
+        options: Options | None,
+        observer: Observer | None,
+        profile: Profile | None,
+        *,
+        digests: bool,
+    ) -> None:
+        self._options = options or Options()
+        self._open = _opener(base, aligned, alignment, self._options)
+        self._observer = observer
+        self._profile = profile or Profile()
+        self._digests = digests
+
+    @cached_property
+    def _alignment(self) -> Alignment:
+        return self._open()
+
+    def one(self, source: str) -> Run:
+        """Read, match, score and decide one adapter."""
+        (found,) = self._runs([self._load(source)])
+        if isinstance(found, SafeprojError):
+            raise found
+        return found
+
+    def many(
+        self, sources: Sequence[str], use: Callable[[Run, str], T]
+    ) -> Iterator[T | SafeprojError]:
+        """Do the same for many, and yield what `use` makes of each, or why it failed, in order."""
+        with self._profile.phase("match"):
+            _ = self._alignment  # what all need is looked at first
+        batch: list[str] = []
+        loads: list[_Loaded | SafeprojError] = []
+        size = 0
+        for source in sources:
+            loaded = _caught(partial(self._load, source))
+            nbytes = 0 if isinstance(loaded, SafeprojError) else loaded.nbytes
+            if size and size + nbytes > BATCH:
+                yield from self._batch(batch, loads, use)
+                batch, loads, size = [], [], 0
+            batch.append(source)
+            loads.append(loaded)
+            size += nbytes
+        yield from self._batch(batch, loads, use)
+
+    def _batch(
+        self,
+        sources: Sequence[str],
+        loads: Sequence[_Loaded | SafeprojError],
+        use: Callable[[Run, str], T],
+    ) -> Iterator[T | SafeprojError]:
+        for source, run in zip(sources, self._runs(loads), strict=True):
+            if isinstance(run, SafeprojError):
+                yield run
+            else:
+                yield _caught(partial(use, run, source))
+
+    def write(self, run: Run, out: Path | None) -> Report:
+        """Write the patched adapter, if `out` is given, and return the report of `patch`."""
+        report = run.decision.report
+        report = dataclasses.replace(report, warnings=(*report.warnings, *_notes(run.adapter)))
+        if out is None:
+            return report
+        options = {
+            "dtype": self._options.dtype,
+            "device": str(engine.resolve_device(self._options.device)),
+        }
+        with self._profile.phase("write"):
+            record = manifest(run.adapter, self._alignment, run.scores, report, options)
+            write_adapter(run.adapter, run.decision.replaced, record, card.section(report), out)
+        return report
+
+    def _load(self, source: str) -> _Loaded:
+        with self._profile.phase("read adapter"):
+            adapter = read_adapter(source)
+        with self._profile.phase("match"):
+            alignment = self._alignment
+            adapter = adapter.fitted(alignment.names, alignment.config)
+            return _Loaded(adapter, alignment.plan(adapter, self._options.selection))
+
+    def _runs(self, loads: Sequence[_Loaded | SafeprojError]) -> Iterator[Run | SafeprojError]:
+        """Score all updates of all adapters weight by weight, then decide adapter by adapter."""
+        failed: dict[int, SafeprojError] = {}
+        groups: dict[Hashable, _Group] = {}
+        with self._profile.phase("fetch"):
+            for number, loaded in enumerate(loads):
+                try:
+                    if isinstance(loaded, SafeprojError):
+                        raise loaded
+                    self._group(groups, number, loaded)
+                except SafeprojError as error:
+                    failed[number] = error
+        scores: list[dict[str, Score]] = [{} for _ in loads]
+        for (number, name), score in self._scored([g for g in groups.values() if g.updates]):
+            if isinstance(score, SafeprojError):
+                failed.setdefault(number, score)
+            else:
+                scores[number][name] = score
+        for number, loaded in enumerate(loads):
+            if number in failed or isinstance(loaded, SafeprojError):
+                yield failed[number]
+            else:
+                own, scores[number] = scores[number], {}  # so that each can be let go
+                yield _caught(partial(self._decide, loaded, own))
+
+    def _group(self, groups: dict[Hashable, _Group], number: int, loaded: _Loaded) -> None:
+        """Put the updates of one adapter to those of the same weights."""
+        own: list[tuple[_Group, str, Update]] = []
+        for item in loaded.plan.modules:
+            key = (item.aligned, item.base)
+            if key not in groups:
+                groups[key] = _Group(item.module.name, self._alignment.origin(item))
+            own.append((groups[key], item.module.name, update_of(loaded.adapter, item)))
+        for group, name, update in own:  # only now that all of them are known to be there
+            group.updates[number, name] = update
+
+    def _scored(
+        self, groups: Sequence[_Group]
+    ) -> Iterator[tuple[tuple[int, str], Score | SafeprojError]]:
+        tasks = [Task(g.name, g.origin, tuple(g.updates.values())) for g in groups]
+        if self._observer is not None:
+            self._observer.start(len(tasks), sum(task.alignment.nbytes for task in tasks))
+        with self._profile.phase("score"):
+            found = engine.run(
+                tasks,
+                self._options.projector,
+                device=self._options.device,
+                workers=self._options.workers,
+                digests=self._digests,
+                on_progress=self._observer.progress if self._observer is not None else None,
+                usage=self._profile.usage,
+            )
+        for group, scores in zip(groups, found, strict=True):
+            yield from zip(group.updates, scores, strict=True)
+
+    def _decide(self, loaded: _Loaded, scores: dict[str, Score]) -> Run:
+        options = self._options
+        scores = {item.module.name: scores[item.module.name] for item in loaded.plan.modules}
+        with self._profile.phase("decide"):
+            comparisons = {
+                item.change.key: comparison
+                for item in loaded.plan.changes
+                if (comparison := self._alignment.comparison(loaded.adapter, item)) is not None
+            }
+            sizes = engine.relative_changes(list(comparisons.values()))
+            decision = decide(
+                loaded.adapter,
+                self._alignment.inputs,
+                loaded.plan,
+                scores,
+                dict(zip(comparisons, sizes, strict=True)),
+                options.selection,
+                options.projector,
+                options.dtype,
+            )
+        return Run(loaded.adapter, scores, decision)
+
+
+def _opener(
+    base: str | None, aligned: str | None, alignment: str | None, options: Options
+) -> Callable[[], Alignment]:
+    """Return what opens the checkpoints or the alignment file; which of them is checked at once."""
+    if alignment is None and base is not None and aligned is not None:
+        return lambda: Pair(aligned, base, options.maps)
+    if alignment is None or base is not None or aligned is not None:
+        raise SafeprojError("give --base and --aligned, or --alignment in place of both")
+
+    def opened() -> AlignmentFile:
+        file = open_file(alignment, options.maps)
+        if file.is_truncated and options.projector.kind == "exact":
+            raise SafeprojError(
+                f"{alignment}: holds the leading part of C alone, and --projector exact needs all "
+                "of V; make a file with `safeproj align --exact`, or use the checkpoints"
+            )
+        return file
+
+    return opened
+
+
+def update_of(adapter: Adapter, item: PlannedModule) -> Update:
+    """Return the factors of one update, as views where they are stored so."""
+    module, tensors = item.module, adapter.tensors
+    A = module.input.view(tensors)
+    return Update(
+        A=A if module.gain is None else A * module.gain.view(tensors),
+        B=module.output.view(tensors),
+        bias=None if module.bias is None else module.bias.view(tensors),
+    )
+
+
+def _notes(adapter: Adapter) -> Iterator[str]:
+    """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
+    folder = adapter.folder
+    if MANIFEST in folder.files:
+        yield (
+            "the adapter was patched before: projecting again shrinks its updates further, "
+            "since C is applied twice"
+        )
+    if isinstance(folder, LocalFolder) and folder.revision is not None:
+        yield (
+            "the adapter comes from the local Hub cache (HF_HUB_OFFLINE is set): files of "
+            "the adapter that are not in the cache are missing from the patched one too"
+        )
+
+
+def _caught(step: Callable[[], T]) -> T | SafeprojError:
+    """Return what a step returns, or the error that it raises."""
+    try:
+        return step()
+    except SafeprojError as error:
+        return error
