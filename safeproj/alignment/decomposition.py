@@ -47,7 +47,7 @@ BLOCK = 512
 EPS = torch.finfo(torch.float32).eps
 
 SLACK = 1e-6
-"""Absolute, of a cosine: what float32 loses in `C_K B` and `Uᵀ B` where terms do not cancel."""
+"""Absolute, of a cosine: what float32 loses in `C_K B` and `Uᵀ B`; more where terms cancel."""
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,15 @@ def cosine_bounds(
     def inner(X: Tensor, Y: Tensor) -> float:
         return float(((X.T @ Y) * G).sum())
 
-    square, terms = inner(B, B), float(((B.T @ B) * G).abs().sum())
-    # What float64 can lose where the terms of ⟨B A, B A⟩ cancel.
-    if square <= B.shape[1] * torch.finfo(torch.float64).eps * terms:
+    def terms(X: Tensor) -> float:
+        """Return what `⟨X A, X A⟩` would be if none of its terms cancelled."""
+        return float(((X.T @ X) * G).abs().sum())
+
+    square, rounding = inner(B, B), B.shape[1] * torch.finfo(torch.float64).eps * terms(B)
+    if square <= rounding:
         return None
-    slack = SLACK * math.sqrt(terms / square)  # float32 loses more where they cancel
     x, y = math.sqrt(square), math.sqrt(max(inner(CB, CB), 0.0))
+    slack = SLACK * max(math.sqrt(terms(B)) / x, math.sqrt(terms(CB)) / y if y > 0.0 else 0.0)
     a, inside = max(inner(B, CB), 0.0), max(inner(UB, UB), 0.0)
     outside = max(square - inside, 0.0) + slack * square
     T = (math.sqrt(residual * outside) + math.sqrt(leak * inside)) ** 2

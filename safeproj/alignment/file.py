@@ -26,10 +26,10 @@ from safeproj.checkpoint.interface import TensorInfo, as_matrix
 from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.engine import Comparison, Kept, Score
 from safeproj.errors import SafeprojError, first_line, shorten
-from safeproj.match import Plan, PlannedChange, PlannedModule, plan
+from safeproj.match import Plan, PlannedChange, PlannedModule, plan, quantised_warning
 from safeproj.names import Layout, Names
 from safeproj.select import Selection
-from safeproj.source import LocalFolder, open_folder
+from safeproj.source import LocalFolder, identity, open_folder
 from safeproj.tensorfile import Header, read_header, require_printable, unique
 
 SCHEMA = "safeproj.alignment/1"
@@ -38,6 +38,9 @@ METADATA = "safeproj"
 """Key of the JSON text in the file's metadata."""
 
 VALUES = "eigenvalues"
+
+IDENTITY = ("source", "revision")
+"""What a report says of a checkpoint that the file was made of."""
 
 ZERO, V_ITSELF, C_ITSELF, EIGENPAIRS = "zero", "V", "C", "U"
 FORMS = (ZERO, V_ITSELF, C_ITSELF, EIGENPAIRS)
@@ -117,19 +120,19 @@ class AlignmentFile:
 
     @property
     def inputs(self) -> dict[str, dict[str, Any]]:
-        recorded = self.document["inputs"]
-        found = {
-            role: {key: value for key, value in recorded[role].items() if key != "sha256"}
-            for role in ("base", "aligned")
-        }
-        found["alignment"] = {"source": self.source, **self.document["options"]}
-        if self.revision is not None:
-            found["alignment"]["revision"] = self.revision
-        return found
+        found: dict[str, dict[str, Any]] = {}
+        for role, recorded in self.document["inputs"].items():
+            found[role] = {name: recorded[name] for name in IDENTITY if name in recorded}
+        return {**found, "alignment": {**self.document["options"], **identity(self)}}
 
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         found = plan(adapter, self._names, self._names, selection)
-        return replace(found, warnings=(*found.warnings, *self.document["warnings"]))
+        quantised = tuple(
+            quantised_warning(role, recorded["quantised"])
+            for role, recorded in self.document["inputs"].items()
+            if recorded["quantised"]
+        )
+        return replace(found, warnings=(*found.warnings, *quantised))
 
     def origin(self, item: PlannedModule) -> Kept:
         key = key_of(item.aligned)
@@ -253,6 +256,11 @@ def open_file(source: str, maps: Sequence[str] = ()) -> AlignmentFile:
     )
 
 
+def is_plain(text: str) -> bool:
+    """Tell whether a text from a file can be shown in a report or a model card as it is."""
+    return text.isprintable() and not set(text) & set("`<>|")
+
+
 def _parameter(item: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
     shape = tuple(int(size) for size in item["shape"])
     layout = Layout(item["kind"], item["out_first"], bool(item["marked_transposed"]))
@@ -272,22 +280,23 @@ def _recorded(item: Mapping[str, Any]) -> Recorded:
 
 
 def _check(document: Mapping[str, Any], header: Header, weights: Mapping[str, Recorded]) -> None:
-    """Refuse what does not fit together.
+    """Refuse what does not fit together, and what could steer a report that shows it.
 
     Raises:
         KeyError, TypeError, ValueError: something does not.
     """
-    for role in ("base", "aligned"):
-        identity = document["inputs"][role]
-        if not isinstance(identity["source"], str) or not identity["source"].isprintable():
-            raise ValueError(f"source of {role}")
-        if not isinstance(identity["sha256"]["tensors"], dict):
+    if set(document["inputs"]) != {"base", "aligned"}:
+        raise ValueError(f"inputs are {sorted(document['inputs'])}")
+    for role, recorded in document["inputs"].items():
+        shown = [recorded["source"], *recorded["quantised"], recorded.get("revision", "")]
+        if not all(isinstance(text, str) and is_plain(text) for text in shown):
+            raise ValueError(f"identity of {role}")
+        if not isinstance(recorded["sha256"]["tensors"], dict):
             raise TypeError(f"digests of {role}")
-    for name in ("config", "options"):
-        if not isinstance(document[name], dict):
-            raise TypeError(name)
-    if not all(isinstance(text, str) and text.isprintable() for text in document["warnings"]):
-        raise TypeError("warnings")
+    if not isinstance(document["config"], dict):
+        raise TypeError("config")
+    if not set(document["options"]) <= {"targets", "rank", "energy", "exact"}:
+        raise ValueError("options")
     for key, weight in weights.items():
         if weight.form == ZERO:
             continue

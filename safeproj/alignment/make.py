@@ -14,7 +14,16 @@ from typing import IO, TYPE_CHECKING, Any
 from safeproj import __version__
 from safeproj.adapter.files import bytes_of
 from safeproj.alignment.decomposition import eigenpairs, smaller_form
-from safeproj.alignment.file import EIGENPAIRS, METADATA, SCHEMA, VALUES, ZERO, Recorded, open_file
+from safeproj.alignment.file import (
+    EIGENPAIRS,
+    METADATA,
+    SCHEMA,
+    VALUES,
+    ZERO,
+    Recorded,
+    is_plain,
+    open_file,
+)
 from safeproj.alignment.pair import Pair
 from safeproj.alignment.targets import Target
 from safeproj.checkpoint.expression import stored_names
@@ -160,8 +169,8 @@ def make_file(
                 for name, tensor in tensors.items():
                     layout[f"{target.key}.{name}"] = ("F32", tuple(tensor.shape), tensor.nbytes)
                     spool.write(bytes_of(tensor))
-            warnings = tuple(_warnings(pair, targets))
-            document = _document(pair, targets, weights, digests, wanted, warnings)
+            quantised = _quantised(pair, targets)
+            document = _document(pair, targets, weights, digests, wanted, quantised)
             text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
             spool.seek(0)
             try:
@@ -176,7 +185,8 @@ def make_file(
         raise SafeprojError(
             f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
         ) from error
-    return Made(weights, place.stat().st_size, warnings)
+    warnings = (quantised_warning(role, found) for role, found in quantised.items() if found)
+    return Made(weights, place.stat().st_size, tuple(warnings))
 
 
 def _chunks(file: IO[bytes]) -> Iterator[memoryview]:
@@ -190,12 +200,16 @@ def _document(
     weights: Mapping[str, Recorded],
     digests: Sequence[tuple[dict[str, str], dict[str, str]]],
     wanted: Mapping[str, Any],
-    warnings: Sequence[str],
+    quantised: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """Return the JSON of the metadata: no time and no host, so that the same run gives the same."""
     sha256 = pair.digests_of(digests)
     inputs = {
-        role: {**_published(identity), "sha256": sha256[role]}
+        role: {
+            **_published(identity),
+            "quantised": list(quantised[role]),
+            "sha256": sha256[role],
+        }
         for role, identity in pair.inputs.items()
     }
     parameters = {
@@ -211,7 +225,6 @@ def _document(
         "config": dict(pair.config),
         "parameters": parameters,
         "weights": {key: asdict(record) for key, record in weights.items()},
-        "warnings": list(warnings),
     }
 
 
@@ -219,13 +232,15 @@ def _published(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity without the directories of the machine that the file is made on."""
     if "revision" in identity:
         return dict(identity)
-    return {"source": Path(identity["source"]).expanduser().resolve().name}
+    name = Path(identity["source"]).expanduser().resolve().name
+    return {"source": "".join(each if is_plain(each) else "_" for each in name)}
 
 
-def _warnings(pair: Pair, targets: Sequence[Target]) -> Iterator[str]:
+def _quantised(pair: Pair, targets: Sequence[Target]) -> dict[str, list[str]]:
+    """Return for each role the dtypes of codes among the weights."""
+    found = {}
     for role, checkpoint in pair.checkpoints.items():
         sides = (target.aligned if role == "aligned" else target.base for target in targets)
         infos = (checkpoint.describe(name) for side in sides for name in stored_names(side))
-        dtypes = sorted({info.quantised for info in infos if info.quantised is not None})
-        if dtypes:
-            yield quantised_warning(role, dtypes)
+        found[role] = sorted({info.quantised for info in infos if info.quantised is not None})
+    return found
