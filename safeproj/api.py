@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from safeproj import __version__, engine
 from safeproj.adapter.collection import Member, collect
-from safeproj.adapter.write import check_apart, check_out, check_place
+from safeproj.adapter.write import (
+    check_apart,
+    check_inside,
+    check_out,
+    check_parent,
+    made_inside,
+)
 from safeproj.alignment.make import Form, Made, check_file, make_file
 from safeproj.alignment.pair import Pair
 from safeproj.alignment.targets import ALL_LINEAR, find_targets
@@ -75,7 +80,7 @@ def inspect(
         SafeprojError: an input cannot be used.
     """
     job = Job(base, aligned, alignment, options, observer, profile, digests=False)
-    return job.one(adapter).decision.report
+    return job.one(adapter).report
 
 
 def patch(
@@ -142,10 +147,10 @@ def inspect_many(
     Raises:
         SafeprojError: something that all of them need cannot be used.
     """
-    members = collect(list(adapters)).members
+    members = collect(adapters).members
     job = Job(base, aligned, alignment, options, observer, profile, digests=False)
-    found = job.many([member.source for member in members], lambda run, _: run.decision.report)
-    return [_outcome(*each) for each in zip(members, found, strict=True)]
+    found = list(job.many([member.source for member in members], lambda run, _: run.report))
+    return _outcomes(members, found)
 
 
 def patch_many(
@@ -181,25 +186,26 @@ def patch_many(
     Raises:
         SafeprojError: something that all of them need cannot be used.
     """
-    out, members = Path(out), collect(list(adapters)).members
-    sources = [member.source for member in members]
+    out, given = Path(out), list(adapters)
+    members = collect(given).members
+    sources = [*given, *(member.source for member in members)]
     check_apart(out, _inputs(base, aligned, alignment, sources))
     job = Job(base, aligned, alignment, options, observer, profile, digests=not dry_run)
-    _check_parent(out)
-    found: dict[Member, Report | SafeprojError] = {}
-    for member in members:
+    check_parent(out)
+    refused: dict[int, SafeprojError] = {}
+    for number, member in enumerate(members):
         try:
-            if os.path.lexists(out / member.name):
-                check_place(out / member.name, overwrite)
+            check_inside(out, member.name, overwrite)
         except SafeprojError as error:
-            found[member] = error
-    free = {member.source: member for member in members if member not in found}
+            refused[number] = error
+    free = [member for number, member in enumerate(members) if number not in refused]
 
-    def use(run: Run, source: str) -> Report:
-        return job.write(run, None if dry_run else _made(out / free[source].name))
+    def use(run: Run, number: int) -> Report:
+        return job.write(run, None if dry_run else made_inside(out, free[number].name))
 
-    found |= zip(free.values(), job.many(list(free), use), strict=True)
-    return [_outcome(member, found[member]) for member in members]
+    done = job.many([member.source for member in free], use)
+    found = [refused[n] if n in refused else next(done) for n in range(len(members))]
+    return _outcomes(members, found)
 
 
 def align(
@@ -263,10 +269,17 @@ def reports(outcomes: Sequence[Outcome]) -> Reports:
     return Reports(__version__, good, bad)
 
 
-def _outcome(member: Member, found: Report | SafeprojError) -> Outcome:
-    if isinstance(found, SafeprojError):
-        return Outcome(member.source, member.name, None, found)
-    return Outcome(member.source, member.name, found, None)
+def _outcomes(members: Sequence[Member], found: Sequence[Report | SafeprojError]) -> list[Outcome]:
+    """Return the outcomes; what stopped all of them in the same way is raised instead."""
+    errors = [each for each in found if isinstance(each, SafeprojError)]
+    if len(errors) == len(found) > 1 and len({str(error) for error in errors}) == 1:
+        raise errors[0]
+    return [
+        Outcome(member.source, member.name, None, each)
+        if isinstance(each, SafeprojError)
+        else Outcome(member.source, member.name, each, None)
+        for member, each in zip(members, found, strict=True)
+    ]
 
 
 def _inputs(
@@ -281,24 +294,3 @@ def _inputs(
 def _local_path(source: str) -> Path | None:
     path = Path(source).expanduser()
     return path if path.exists() else None
-
-
-def _check_parent(out: Path) -> None:
-    """Refuse an `--out` in which no directories can be created, before any weight is read."""
-    place = out if os.path.lexists(out) else out.resolve().parent
-    if not place.is_dir():
-        raise SafeprojError(
-            f"--out {out}: {place} is not an existing directory; with many adapters it is the "
-            "directory that gets one directory for each"
-        )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise SafeprojError(f"--out {out}: the directory {place} is not writable")
-
-
-def _made(out: Path) -> Path:
-    """Create the directory that `out` will be in."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SafeprojError(f"--out {out}: cannot be written ({error.strerror})") from error
-    return out

@@ -221,9 +221,12 @@ def inspect_command(
 
         terminal.interruptible()
         report: Report | Reports
-        many = collect(adapter).many
+        adapters = collect(adapter)
+        terminal.check_output(
+            output, None, [("--adapter", each.source) for each in adapters.members]
+        )
         with terminal.observer(quiet) as observer:
-            if many:
+            if adapters.many:
                 found = api.inspect_many(
                     base,
                     aligned,
@@ -305,9 +308,12 @@ def patch_command(
 
         terminal.interruptible()
         report: Report | Reports
-        many = collect(adapter).many
+        adapters = collect(adapter)
+        terminal.check_output(
+            output, out, [("--adapter", each.source) for each in adapters.members]
+        )
         with terminal.observer(quiet) as observer:
-            if many:
+            if adapters.many:
                 found = api.patch_many(
                     base,
                     aligned,
@@ -322,6 +328,7 @@ def patch_command(
                 )
                 report = api.reports(found)
                 what = f"{len(report.reports)} of {len(found)} adapters"
+                written = bool(report.reports) and not dry_run
             else:
                 report = api.patch(
                     base,
@@ -336,7 +343,9 @@ def patch_command(
                     profile=profile,
                 )
                 what = f"{report.projected} modules projected"
-        result = "dry run: nothing written" if dry_run else f"wrote {out}"
+                written = not dry_run
+        result = f"wrote {out}" if written else "nothing written"
+        result = f"dry run: {result}" if dry_run else result
         shown = profile if show_profile else None
         terminal.finish(report, format_.value, output, quiet, f"{result} ({what})", shown)
 

@@ -75,8 +75,8 @@ def decide(
     if all(score.alignment_norm == 0.0 for score in scores.values()):
         base, aligned = (inputs[role]["source"] for role in ("base", "aligned"))
         raise SafeprojError(
-            f"{base} and {aligned} are the same model: all {len(scores)} weights "
-            f"that {adapter.source} adapts are equal; --base must be the model before alignment"
+            f"{base} and {aligned} are the same model: all weights that the adapter changes are "
+            "equal in both; --base must be the model before alignment"
         )
     cosines = {name: score.cosine for name, score in scores.items()}
     chosen = selection.choose(cosines)

@@ -98,6 +98,11 @@ class Run:
     scores: dict[str, Score]
     decision: Decision
 
+    @property
+    def report(self) -> Report:
+        """The record of the run."""
+        return self.decision.report
+
 
 @dataclasses.dataclass
 class _Group:
@@ -140,41 +145,40 @@ class Job:
         return found
 
     def many(
-        self, sources: Sequence[str], use: Callable[[Run, str], T]
+        self, sources: Sequence[str], use: Callable[[Run, int], T]
     ) -> Iterator[T | SafeprojError]:
-        """Do the same for many, and yield what `use` makes of each, or why it failed, in order."""
+        """Do the same for many, in order, and yield what `use` makes of each, or why it failed.
+
+        `use` is told which of the sources a run is of.
+        """
         with self._profile.phase("match"):
             _ = self._alignment  # what all need is looked at first
-        batch: list[str] = []
-        loads: list[_Loaded | SafeprojError] = []
-        size = 0
+        batch: list[_Loaded | SafeprojError] = []
+        done = size = 0
         for source in sources:
             loaded = _caught(partial(self._load, source))
             nbytes = 0 if isinstance(loaded, SafeprojError) else loaded.nbytes
             if size and size + nbytes > BATCH:
-                yield from self._batch(batch, loads, use)
-                batch, loads, size = [], [], 0
-            batch.append(source)
-            loads.append(loaded)
+                yield from self._used(batch, done, use)
+                done += len(batch)
+                batch, size = [], 0
+            batch.append(loaded)
             size += nbytes
-        yield from self._batch(batch, loads, use)
+        yield from self._used(batch, done, use)
 
-    def _batch(
-        self,
-        sources: Sequence[str],
-        loads: Sequence[_Loaded | SafeprojError],
-        use: Callable[[Run, str], T],
+    def _used(
+        self, batch: Sequence[_Loaded | SafeprojError], first: int, use: Callable[[Run, int], T]
     ) -> Iterator[T | SafeprojError]:
-        for source, run in zip(sources, self._runs(loads), strict=True):
+        for number, run in enumerate(self._runs(batch), start=first):
             if isinstance(run, SafeprojError):
                 yield run
             else:
-                yield _caught(partial(use, run, source))
+                yield _caught(partial(use, run, number))
 
     def write(self, run: Run, out: Path | None) -> Report:
         """Write the patched adapter, if `out` is given, and return the report of `patch`."""
-        report = run.decision.report
-        report = dataclasses.replace(report, warnings=(*report.warnings, *_notes(run.adapter)))
+        warnings = (*run.report.warnings, *_notes(run.adapter))
+        report = dataclasses.replace(run.report, warnings=warnings)
         if out is None:
             return report
         options = {

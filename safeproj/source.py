@@ -195,6 +195,8 @@ def open_folder(source: str) -> Folder:
     Raises:
         SafeprojError: there is no such path, and no such repository either.
     """
+    if not source.strip():
+        raise SafeprojError("an empty SRC; expected a path, or org/name of a Hub repository")
     path = Path(source).expanduser()
     if path.is_dir():
         return LocalFolder(path, source)

@@ -1,29 +1,37 @@
-"""Measure safeproj on a synthetic pair of checkpoints, next to plain reading and a dense baseline.
+"""Measure safeproj on synthetic checkpoints, next to plain reading and a dense baseline.
 
-    python scripts/bench.py                   # a 1.1B pair: 4.4 GB of disk, some minutes
-    python scripts/bench.py --size small      # well under a minute
-    python scripts/bench.py --clean           # delete the pair of that size
+    python scripts/bench.py                   # a 1.1B pair: 8 GB of disk, some ten minutes
+    python scripts/bench.py --size small      # under a minute
+    python scripts/bench.py --clean           # delete the files of that size
 
 The pair is a Llama-shaped base and aligned checkpoint in bfloat16 with random weights, made once
-and reused, with two LoRA adapters of rank 16: on q and v, and on all linear layers. Everything is
-measured with the files in the page cache, every program as a whole process:
+and reused, with LoRA adapters on q and v and on all linear layers. Every program is measured as a
+whole process, with the files in the page cache unless said otherwise:
 
-* `safeproj inspect` and `safeproj patch --all`, and an interpreter that only imports torch;
-* reading the weights that the adapter needs, by offset into one small buffer, and nothing else;
+* `safeproj inspect` and `safeproj patch --all`, and an interpreter that only imports torch; "after
+  imports" is the time of a process less that of this interpreter;
+* reading the weights that the adapter needs, by offset into one small buffer per thread, and
+  nothing else, with 1, 2, 4 and 8 threads; the best of them counts;
+* that reading and `inspect` once more, with the pair dropped from the page cache before each;
 * a dense baseline: load both models with transformers in float32, form every C (m, m) and every
   update (m, n), project B, save the adapter. It holds one C at a time and handles the adapter as
-  plain tensors, both of which favour it over the implementations it stands for.
+  plain tensors, both of which favour it over the implementations it stands for;
+* the peak memory, also for layers in the shapes of an 8B and a 70B model;
+* many adapters in one pass, an alignment file in place of the checkpoints, and a second worker.
 
 Targets are printed next to the figures and never enforced. What is enforced (exit code 1) is that
-safeproj and the dense baseline agree on every cosine and on every projected B.
+safeproj and the dense baseline agree on every cosine and on every projected B. A program that fails
+leaves its figures out and makes the exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import math
+import mmap
 import os
 import platform
 import shutil
@@ -34,9 +42,31 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench_files import (
+    HIGH_RANK,
+    KINDS,
+    LORA_B,
+    MANY,
+    OUT,
+    PREFIX,
+    RANK,
+    SHAPES,
+    SIZES,
+    BenchError,
+    Size,
+    clean,
+    folder_of,
+    high_rank_folder,
+    make_all,
+    make_sparse,
+    many_folders,
+    prepare,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,222 +75,21 @@ if TYPE_CHECKING:
 # that starts a child towards the child's peak (until exec replaces it). Heavy work is done in
 # workers: this file again, started as `bench.py --worker NAME JSON`.
 
-RANK = 16
-ALPHA = 32
-SEED = 20240516
 CHUNK = 1 << 20  # bytes per read of the plain reader
+THREADS = (1, 2, 4, 8)  # of the plain reader
+ALIGNMENT_RANK = 64
 TOLERANCE = 1e-3  # on cosines (absolute) and on projected B (relative, Frobenius norm)
-RECIPE = 1  # raise it whenever the generated files change, so that old ones are not reused
-MARKER = "bench.json"
 
-TARGET_READ_RATIO = 6.0
-TARGET_DENSE_RATIO = 8.0
-TARGET_PEAK_MB = 1000.0
+TARGET_CACHED_READ = 3
+TARGET_COLD_READ = 1.25
+TARGET_DENSE = Fraction(1, 12)
+TARGET_PEAK_MB = 600
+TARGET_MANY = 2
+TARGET_ALIGNMENT = Fraction(1, 2)
+TARGET_WORKERS = 0.6
 TARGET_HELP_S = 0.3
 
-PREFIX = "base_model.model."
-LORA_B = ".lora_B.weight"
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-ADAPTERS: dict[str, tuple[str, ...]] = {
-    "q+v": ("q_proj", "v_proj"),
-    "all linear": ATTENTION + MLP,
-}
-
-
-class BenchError(Exception):
-    """Something that stops the benchmark; its text is the message to print."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """The shape of the generated models."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
-    shard_mb: int
-
-    def linear(self, kind: str) -> tuple[int, int]:
-        kv = self.hidden // self.heads * self.kv_heads
-        return {
-            "q_proj": (self.hidden, self.hidden),
-            "k_proj": (kv, self.hidden),
-            "v_proj": (kv, self.hidden),
-            "o_proj": (self.hidden, self.hidden),
-            "gate_proj": (self.intermediate, self.hidden),
-            "up_proj": (self.intermediate, self.hidden),
-            "down_proj": (self.hidden, self.intermediate),
-        }[kind]
-
-    def modules(self, kinds: Sequence[str]) -> list[tuple[str, tuple[int, int]]]:
-        """Name and shape of every linear module of the given kinds, in model order."""
-        return [
-            (f"model.layers.{i}.{'self_attn' if k in ATTENTION else 'mlp'}.{k}", self.linear(k))
-            for i in range(self.layers)
-            for k in ATTENTION + MLP
-            if k in kinds
-        ]
-
-    def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor of a checkpoint, in model order."""
-        out: list[tuple[str, tuple[int, ...]]] = []
-        out.append(("model.embed_tokens.weight", (self.vocab, self.hidden)))
-        per_layer = len(ATTENTION + MLP)
-        linear = self.modules(ATTENTION + MLP)
-        for i in range(self.layers):
-            for name, shape in linear[i * per_layer : (i + 1) * per_layer]:
-                out.append((f"{name}.weight", shape))
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                out.append((f"model.layers.{i}.{norm}.weight", (self.hidden,)))
-        out.append(("model.norm.weight", (self.hidden,)))
-        out.append(("lm_head.weight", (self.vocab, self.hidden)))
-        return out
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden,
-            "initializer_range": 0.02,
-            "intermediate_size": self.intermediate,
-            "max_position_embeddings": 2048,
-            "mlp_bias": False,
-            "model_type": "llama",
-            "num_attention_heads": self.heads,
-            "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.kv_heads,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "use_cache": True,
-            "vocab_size": self.vocab,
-        }
-
-    def parameters(self) -> int:
-        total = 0
-        for _, shape in self.tensors():
-            count = 1
-            for n in shape:
-                count *= n
-            total += count
-        return total
-
-
-SIZES = {
-    "small": Size(4, 512, 8, 2, 1408, 4000, 8),
-    "1.1b": Size(22, 2048, 32, 4, 5632, 32000, 500),
-}
-
-
-def adapter_dir(root: Path, label: str) -> Path:
-    """Return the directory of an adapter by its label in ADAPTERS."""
-    return root / ("adapter-" + label.replace("+", "").replace(" ", "-"))
-
-
-# --- making the files (worker) -------------------------------------------------------------------
-
-
-def make_pair(root: Path, size: Size) -> None:
-    """Write both checkpoints, shard by shard. The same size always gives the same bytes."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    import torch
-    from safetensors.torch import save_file
-
-    tensors = size.tensors()
-    shards: list[list[int]] = [[]]
-    filled = 0
-    for index, (_, shape) in enumerate(tensors):
-        n_bytes = 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
-        if shards[-1] and filled + n_bytes > size.shard_mb * 1_000_000:
-            shards.append([])
-            filled = 0
-        shards[-1].append(index)
-        filled += n_bytes
-
-    def pair(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        _, shape = tensors[index]
-        if len(shape) == 1:
-            ones = torch.ones(shape, dtype=torch.bfloat16)
-            return ones, ones.clone()
-        generator = torch.Generator().manual_seed(SEED + index)
-        weight = torch.randn(shape, generator=generator).mul_(0.02)
-        base = weight.to(torch.bfloat16)
-        # Rows of the difference get unequal sizes, more so for some tensors than for others, so
-        # that cosines differ from module to module and a mix-up of modules would show.
-        spread = 2.0 * ((index * 7) % 16) / 15
-        rows = torch.exp(torch.linspace(-spread, spread, shape[0]))
-        rows *= 0.001 / rows.square().mean().sqrt()
-        change = torch.randn(shape, generator=generator).mul_(rows[:, None])
-        return base, base.float().add_(change).to(torch.bfloat16)
-
-    folders = (root / "base", root / "aligned")
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(size.config(), indent=2) + "\n")
-    weight_map: dict[str, str] = {}
-    torch.set_num_threads(1)
-    with ThreadPoolExecutor(2) as pool:
-        for number, members in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            made = list(pool.map(pair, members))
-            for side, folder in enumerate(folders):
-                named = {tensors[i][0]: made[j][side] for j, i in enumerate(members)}
-                save_file(named, folder / file, metadata={"format": "pt"})
-            weight_map.update((tensors[i][0], file) for i in members)
-    index_json = {
-        "metadata": {"total_size": 2 * size.parameters()},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    for folder in folders:
-        text = json.dumps(index_json, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text)
-
-
-def make_adapter(folder: Path, size: Size, kinds: Sequence[str]) -> None:
-    """Write a LoRA adapter in PEFT's format, A and B random, in float32 as PEFT saves it."""
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(SEED - len(kinds))
-    state: dict[str, torch.Tensor] = {}
-    for name, (m, n) in size.modules(kinds):
-        a = torch.randn((RANK, n), generator=generator).div_(n**0.5)
-        b = torch.randn((m, RANK), generator=generator).mul_(0.01)
-        state[f"{PREFIX}{name}.lora_A.weight"] = a
-        state[f"{PREFIX}{name}.lora_B.weight"] = b
-    config = {
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": ALPHA,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": RANK,
-        "target_modules": list(kinds),
-        "task_type": "CAUSAL_LM",
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def worker_make(root: str, size: str) -> None:
-    """Write the pair and every adapter."""
-    make_pair(Path(root), SIZES[size])
-    for label, kinds in ADAPTERS.items():
-        make_adapter(adapter_dir(Path(root), label), SIZES[size], kinds)
+IMPORT_TORCH = [sys.executable, "-c", "import torch"]
 
 
 # --- the dense baseline and the comparison (workers) ---------------------------------------------
@@ -281,13 +110,11 @@ def worker_dense(base: str, aligned: str, adapter: str, out: str, result: str) -
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    started = time.perf_counter()
     models = [
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (base, aligned)
     ]
     w_base, w_aligned = (dict(model.named_parameters()) for model in models)
     state, metadata = load_adapter(Path(adapter))
-    loaded = time.perf_counter()
     cosines: dict[str, float] = {}
 
     def norm(x: torch.Tensor) -> float:
@@ -308,35 +135,49 @@ def worker_dense(base: str, aligned: str, adapter: str, out: str, result: str) -
             dot = float(torch.sum(safe_update * update))
             cosines[name] = dot / (norm(safe_update) * norm(update))
             state[key] = projected.to(state[key].dtype)
-    computed = time.perf_counter()
     Path(out).mkdir(parents=True, exist_ok=True)
     save_file(state, Path(out) / "adapter_model.safetensors", metadata=metadata)
     shutil.copyfile(Path(adapter) / "adapter_config.json", Path(out) / "adapter_config.json")
-    report = {"load_s": loaded - started, "compute_s": computed - loaded, "cosines": cosines}
-    Path(result).write_text(json.dumps(report))
+    Path(result).write_text(json.dumps(cosines))
 
 
-def worker_compare(ours: str, dense: str, result: str) -> None:
-    """Largest relative difference of two adapters' tensors."""
+def worker_compare(pairs: dict[str, tuple[str, str]], result: str) -> None:
+    """Largest relative difference of the tensors of two adapters, for each pair of them."""
     import torch
 
-    left, _ = load_adapter(Path(ours))
-    right, _ = load_adapter(Path(dense))
-    if left.keys() != right.keys():
-        odd = sorted(left.keys() ^ right.keys())
-        raise BenchError(f"the two adapters differ in {len(odd)} tensor names, first {odd[0]}")
-    worst = 0.0
-    for key, expected in right.items():
-        if left[key].shape != expected.shape:
-            raise BenchError(f"{key}: shape {tuple(left[key].shape)}, not {tuple(expected.shape)}")
-        gap = torch.linalg.vector_norm(left[key].double() - expected.double())
-        gap = gap / torch.linalg.vector_norm(expected.double())
-        worst = max(worst, float(gap)) if not gap.isnan() else float("inf")
-    Path(result).write_text(json.dumps({"max_relative_difference": worst}))
+    found: dict[str, float] = {}
+    for label, (ours, dense) in pairs.items():
+        left, _ = load_adapter(Path(ours))
+        right, _ = load_adapter(Path(dense))
+        if left.keys() != right.keys():
+            odd = sorted(left.keys() ^ right.keys())
+            raise BenchError(f"the two adapters differ in {len(odd)} tensor names, first {odd[0]}")
+        worst = 0.0
+        for key, expected in right.items():
+            shapes = tuple(left[key].shape), tuple(expected.shape)
+            if shapes[0] != shapes[1]:
+                raise BenchError(f"{key}: shape {shapes[0]}, not {shapes[1]}")
+            gap = torch.linalg.vector_norm(left[key].double() - expected.double())
+            gap = gap / torch.linalg.vector_norm(expected.double())
+            worst = max(worst, float(gap)) if not gap.isnan() else math.inf
+        found[label] = worst
+    Path(result).write_text(json.dumps(found))
+
+
+def worker_make(root: str, size: str) -> None:
+    """Write the pair and every adapter."""
+    make_all(Path(root), SIZES[size])
+
+
+def worker_sparse(root: str, shapes: Sequence[dict[str, Any]]) -> None:
+    """Write the pairs in the shapes of larger models, each with its adapter."""
+    for shape in shapes:
+        make_sparse(Path(root) / shape["label"], Size(**shape))
 
 
 WORKERS: dict[str, Callable[..., None]] = {
     "make": worker_make,
+    "sparse": worker_sparse,
     "dense": worker_dense,
     "compare": worker_compare,
 }
@@ -350,12 +191,13 @@ class Run:
     """One finished process."""
 
     wall_s: float
-    peak_bytes: int
+    peak_mb: float
 
 
-def run_process(command: Sequence[str], scratch: Path, env: dict[str, str] | None = None) -> Run:
-    """Run a command to its end; its output is shown only if it fails."""
-    with tempfile.TemporaryFile(dir=scratch) as log:
+def run_process(command: Sequence[str], mentions: Sequence[str] = ()) -> Run:
+    """Run a command to its end; it must succeed and print all that is in `mentions`."""
+    env = dict(os.environ, HF_HUB_OFFLINE="1")
+    with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env
@@ -368,20 +210,22 @@ def run_process(command: Sequence[str], scratch: Path, env: dict[str, str] | Non
             raise
         wall = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            log.seek(0)
-            output = log.read().decode("utf-8", "replace").strip()
-            shown = " ".join(command)
-            raise BenchError(f"exit code {process.returncode} from: {shown}\n{output[-4000:]}")
+        log.seek(0)
+        output = log.read().decode("utf-8", "replace").strip()
+    if process.returncode != 0:
+        last = output.splitlines()[-1:] or ["no output"]
+        raise BenchError(f"exit code {process.returncode}: {last[0]}")
+    missing = [text for text in mentions if text not in output]
+    if missing:
+        raise BenchError(f"the output does not mention {missing[0]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Run(wall, usage.ru_maxrss * unit)
+    return Run(wall, usage.ru_maxrss * unit / 1e6)
 
 
-def run_worker(name: str, scratch: Path, **arguments: str) -> Run:
-    """Run one of WORKERS in a process of its own."""
-    env = dict(os.environ, HF_HUB_OFFLINE="1")
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", name]
-    return run_process([*command, json.dumps(arguments)], scratch, env)
+def worker_command(name: str, **arguments: Any) -> list[str]:
+    """Return the command that runs one of WORKERS in a process of its own."""
+    file = str(Path(__file__).resolve())
+    return [sys.executable, file, "--worker", name, json.dumps(arguments)]
 
 
 def find_command() -> str:
@@ -395,6 +239,69 @@ def find_command() -> str:
             "install the package first"
         )
     return found
+
+
+@dataclass
+class Bench:
+    """The benchmark of one size: what is measured, and what the measured programs took so far."""
+
+    root: Path
+    size: Size
+    shapes: Sequence[Size]
+    safeproj: str
+    runs: int
+    device: str
+    done: dict[str, list[Run]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def out(self) -> Path:
+        return self.root / OUT
+
+    @property
+    def pair(self) -> list[str]:
+        return ["--base", str(self.root / "base"), "--aligned", str(self.root / "aligned")]
+
+    def inspect(self, *options: str) -> list[str]:
+        return [self.safeproj, "inspect", *options, "--device", self.device, "--format", "json"]
+
+    def patch(self, out: Path, *options: str) -> list[str]:
+        command = [self.safeproj, "patch", *options, "--device", self.device, "--all"]
+        return [*command, "--out", str(out), "--overwrite"]
+
+    def adapter(self, label: str) -> list[str]:
+        return ["--adapter", str(self.root / folder_of(label))]
+
+    def run(self, name: str, command: Sequence[str], mentions: Sequence[str] = ()) -> bool:
+        """Run a program once more, unless it has failed before; True when it succeeded."""
+        if name in self.failed:
+            return False
+        try:
+            self.done.setdefault(name, []).append(run_process(command, mentions))
+        except BenchError as error:
+            self.failed[name] = str(error)
+            del self.done[name]
+            say(f"{name}: {error}")
+            return False
+        return True
+
+    def wall(self, name: str) -> float:
+        """Return the seconds of a program, NaN if it has not run."""
+        walls = [run.wall_s for run in self.done.get(name, ())]
+        return statistics.median(walls) if walls else math.nan
+
+    def after_imports(self, name: str) -> float:
+        """Return the seconds of a program less the import's, NaN if they do not stand out."""
+        seconds = self.wall(name) - self.wall("import torch")
+        return seconds if seconds > 0 else math.nan
+
+    def peak(self, name: str) -> float:
+        """Return the largest resident set of a program in MB, NaN if it has not run."""
+        return max((run.peak_mb for run in self.done.get(name, ())), default=math.nan)
+
+    def peak_above_import(self, name: str) -> float:
+        return self.peak(name) - self.peak("import torch")
 
 
 # --- plain reading -------------------------------------------------------------------------------
@@ -424,6 +331,12 @@ def needed_ranges(checkpoint: Path, names: Sequence[str]) -> list[Range]:
         begin, end = header[name]["data_offsets"]
         ranges.append((checkpoint / file, start + begin, end - begin))
     return sorted(ranges)
+
+
+def needed_by(bench: Bench, label: str) -> list[Range]:
+    """Return what an adapter needs of both checkpoints."""
+    names = [f"{name}.weight" for name, _ in bench.size.modules(KINDS[label])]
+    return [r for side in ("base", "aligned") for r in needed_ranges(bench.root / side, names)]
 
 
 def read_ranges(ranges: Sequence[Range], threads: int) -> float:
@@ -464,71 +377,242 @@ def read_ranges(ranges: Sequence[Range], threads: int) -> float:
     return wall
 
 
-def warm(root: Path) -> None:
+class Reads:
+    """The times of the plain reader, per number of threads."""
+
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        self.ranges = ranges
+        self.n_bytes = sum(length for _, _, length in ranges)
+        self.walls: dict[int, list[float]] = {threads: [] for threads in THREADS}
+
+    def read(self, threads: int) -> None:
+        """Read everything once more."""
+        self.walls[threads].append(read_ranges(self.ranges, threads))
+
+    def wall(self, threads: int) -> float:
+        return statistics.median(self.walls[threads])
+
+    @property
+    def threads(self) -> int:
+        """The number of threads of the best reader."""
+        return min(self.walls, key=self.wall)
+
+    @property
+    def best(self) -> float:
+        return self.wall(self.threads)
+
+    def rows(self, where: str) -> list[Row]:
+        """Return the figures of the best reader and, to compare, of one thread."""
+        return [
+            Row(f"best plain read, {where}, s", self.best, ".3f"),
+            Row(f"best plain read, {where}, GB/s", self.n_bytes / 1e9 / self.best, ".1f"),
+            Row(f"best plain read, {where}, threads", self.threads, ".0f"),
+            Row(f"plain read with one thread, {where}, s", self.wall(1), ".3f"),
+        ]
+
+
+# --- the page cache ------------------------------------------------------------------------------
+
+
+def files_of(*folders: Path) -> list[Path]:
+    """Return the files in the folders."""
+    return sorted(path for top in folders for path in top.rglob("*") if path.is_file())
+
+
+def warm(bench: Bench) -> None:
     """Read every generated file once, so that all that follows finds it in the page cache."""
-    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    read_ranges([(path, 0, path.stat().st_size) for path in files], 2)
+    read_ranges([(path, 0, path.stat().st_size) for path in files_of(bench.root)], 2)
 
 
-# --- the work directory --------------------------------------------------------------------------
-
-
-def file_sizes(root: Path) -> dict[str, int]:
-    """Return the size of every generated file."""
-    return {
-        path.relative_to(root).as_posix(): path.stat().st_size
-        for top in ("base", "aligned", *(adapter_dir(root, label).name for label in ADAPTERS))
-        for path in sorted((root / top).rglob("*"))
-        if path.is_file()
-    }
-
-
-def prepare(root: Path, size_name: str) -> bool:
-    """Make the pair and the adapters unless complete and matching; True when they were made."""
-    size = SIZES[size_name]
-    recipe = {
-        "recipe": RECIPE,
-        "seed": SEED,
-        "rank": RANK,
-        "alpha": ALPHA,
-        "adapters": {label: list(kinds) for label, kinds in ADAPTERS.items()},
-        "size": asdict(size),
-        "torch": importlib.metadata.version("torch"),
-    }
-    marker = root / MARKER
-    if marker.is_file():
-        found = json.loads(marker.read_text())
-        if found["made_from"] == recipe and found["files"] == file_sizes(root):
-            return False
-        clean(root)
-    if root.exists() and any(root.iterdir()):
-        raise BenchError(f"{root} holds files this script did not make: choose another --dir")
-    root.mkdir(parents=True, exist_ok=True)
-    # Marked as ours from the start, so that an interrupted run is cleaned up by the next.
-    marker.write_text(json.dumps({"made_from": None, "files": {}}))
-    needed = int(4.2 * size.parameters())
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise BenchError(f"{root}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-    run_worker("make", root, root=str(root), size=size_name)
-    marker.write_text(json.dumps({"made_from": recipe, "files": file_sizes(root)}, indent=2))
-    return True
-
-
-def clean(root: Path) -> bool:
-    """Delete the generated files, if this script made them; True when it did."""
-    if not (root / MARKER).is_file():
+def drop(files: Sequence[Path]) -> bool:
+    """Take files, and nothing else, out of the page cache; False where that is not possible."""
+    if not hasattr(os, "posix_fadvise"):
         return False
-    shutil.rmtree(root)
-    return True
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return cached_share(files) < 0.01
 
 
-# --- the benchmark -------------------------------------------------------------------------------
+def cached_share(files: Sequence[Path]) -> float:
+    """Return the share of the files' pages that are in the page cache, 1 if it cannot be told."""
+    mincore = getattr(ctypes.CDLL(None), "mincore", None)
+    if mincore is None:
+        return 1.0
+    pages = cached = 0
+    for path in files:
+        length = path.stat().st_size
+        if not length:
+            continue
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY) as mapped,
+        ):
+            flags = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+            first = ctypes.c_char.from_buffer(mapped)
+            address = ctypes.c_void_p(ctypes.addressof(first))
+            failed = mincore(address, ctypes.c_size_t(length), flags)
+            del first  # or the map cannot be closed
+            if failed:
+                return 1.0
+        pages += len(flags)
+        cached += sum(flag & 1 for flag in flags)
+    return cached / max(pages, 1)
 
 
-def say(text: str) -> None:
-    """Print progress or an error to stderr."""
-    print(text, file=sys.stderr, flush=True)
+# --- the cases -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result.
+
+    Attributes:
+        figure: what was measured.
+        value: NaN where it could not be measured.
+        form: how to print it.
+        target: what it should at most be, if anything.
+        enforced: whether to miss the target is an error.
+    """
+
+    figure: str
+    value: float
+    form: str
+    target: float | Fraction | None = None
+    enforced: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met, None without a target or a value."""
+        if self.target is None or math.isnan(self.value):
+            return None
+        return self.value <= self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row for JSON."""
+        target = None if self.target is None else float(self.target)
+        value = None if math.isnan(self.value) else self.value
+        return {"figure": self.figure, "target": target, "value": value, "met": self.met}
+
+    def cells(self) -> tuple[str, str, str]:
+        """Return figure, target and value as text."""
+        value = "not measured" if math.isnan(self.value) else format(self.value, self.form)
+        verdict = {None: "", True: " (met)", False: " (missed)"}[self.met]
+        target = f"{self.target:g}" if isinstance(self.target, float) else str(self.target)
+        return self.figure, "" if self.target is None else f"≤ {target}", value + verdict
+
+
+def align(bench: Bench) -> list[Row]:
+    """Make the alignment file of the pair."""
+    file = bench.out / "pair.safealign.safetensors"
+    say("align")
+    command = [bench.safeproj, "align", *bench.pair, "--out", str(file)]
+    made = bench.run("align", [*command, "--rank", str(ALIGNMENT_RANK)])
+    return [
+        Row("`align`, all linear, s", bench.wall("align"), ".1f"),
+        Row("`align`, all linear, peak, MB", bench.peak("align"), ".0f"),
+        Row("alignment file, MB", file.stat().st_size / 1e6 if made else math.nan, ".1f"),
+    ]
+
+
+def report_of(bench: Bench, label: str) -> Path:
+    """Return the file of the report on an adapter."""
+    return bench.out / f"report-{folder_of(label)}.json"
+
+
+def patched(bench: Bench, label: str) -> Path:
+    """Return the directory of the projected adapter."""
+    return bench.out / f"patched-{folder_of(label)}"
+
+
+def measure_cached(bench: Bench) -> dict[str, Reads]:
+    """Run every program that is measured with the files in the page cache.
+
+    In turn, so that a slow spell of the machine hits all alike. The functions below then only work
+    out the figures.
+    """
+    programs: dict[str, list[str]] = {"import torch": IMPORT_TORCH}
+    mentions: dict[str, list[str]] = {}
+    alignment = ["--alignment", str(bench.out / "pair.safealign.safetensors")]
+    for label in KINDS:
+        sources = [*bench.pair, *bench.adapter(label)]
+        report = ["--output", str(report_of(bench, label))]
+        programs[f"inspect, {label}"] = bench.inspect(*sources, *report)
+        programs[f"patch, {label}"] = bench.patch(patched(bench, label), *sources)
+        many = [bench.root / folder for folder in many_folders(label)]
+        options = [option for path in many for option in ("--adapter", str(path))]
+        programs[f"inspect, {MANY} adapters, {label}"] = bench.inspect(*bench.pair, *options)
+        mentions[f"inspect, {MANY} adapters, {label}"] = [path.name for path in many]
+        if "align" not in bench.failed:
+            programs[f"inspect --alignment, {label}"] = bench.inspect(
+                *alignment, *bench.adapter(label)
+            )
+    sources = [*bench.pair, "--adapter", str(bench.root / high_rank_folder())]
+    for workers in ("1", "2"):
+        programs[f"inspect --workers {workers}"] = bench.inspect(*sources, "--workers", workers)
+
+    warm(bench)
+    reads = {label: Reads(needed_by(bench, label)) for label in KINDS}
+    for number in range(bench.runs):
+        say(f"page cache, {number + 1} of {bench.runs}")
+        for reader in reads.values():
+            for threads in THREADS:
+                reader.read(threads)
+        for name, command in programs.items():
+            bench.run(name, command, mentions.get(name, ()))
+    return reads
+
+
+def case_cached(bench: Bench, reads: dict[str, Reads]) -> list[Row]:
+    """Inspect and patch next to plain reading, with the files in the page cache."""
+    rows = [
+        Row(
+            "`inspect` after imports / best plain read, page cache, all linear",
+            bench.after_imports("inspect, all linear") / reads["all linear"].best,
+            ".2f",
+            TARGET_CACHED_READ,
+        ),
+        Row("`import torch`, s", bench.wall("import torch"), ".2f"),
+        Row("`import torch`, peak, MB", bench.peak("import torch"), ".0f"),
+    ]
+    for label, reader in reads.items():
+        rows.append(Row(f"modules, {label}", len(bench.size.modules(KINDS[label])), ".0f"))
+        rows.append(Row(f"needed weights, {label}, GB", reader.n_bytes / 1e9, ".3f"))
+        rows += reader.rows(label)
+        for command in ("inspect", "patch"):
+            name = f"{command}, {label}"
+            rows.append(Row(f"`{command}`, {label}, s", bench.wall(name), ".2f"))
+            after = bench.after_imports(name)
+            rows.append(Row(f"`{command}` after imports, {label}, s", after, ".2f"))
+            if name != "inspect, all linear":
+                figure = f"`{command}` after imports / best plain read, {label}"
+                rows.append(Row(figure, after / reader.best, ".1f"))
+    return rows
+
+
+def case_cold(bench: Bench) -> list[Row]:
+    """Inspect next to plain reading, both after dropping the pair from the page cache."""
+    label = "all linear"
+    reader = Reads(needed_by(bench, label))
+    files = files_of(bench.root / "base", bench.root / "aligned")
+    figure = "`inspect` after imports / best plain read, cold, all linear"
+    for number in range(bench.runs):
+        say(f"cold, {number + 1} of {bench.runs}")
+        for threads in THREADS:
+            if not drop(files):
+                bench.notes.append("cold: this system did not drop the files from its page cache")
+                return [Row(figure, math.nan, ".2f", TARGET_COLD_READ)]
+            reader.read(threads)
+        drop(files)
+        bench.run("inspect, cold", bench.inspect(*bench.pair, *bench.adapter(label)))
+        bench.run("import torch", IMPORT_TORCH)
+    after = bench.after_imports("inspect, cold")
+    return [
+        Row(figure, after / reader.best, ".2f", TARGET_COLD_READ),
+        *reader.rows(f"cold, {label}"),
+        Row(f"`inspect` after imports, cold, {label}, s", after, ".2f"),
+    ]
 
 
 def cosines_of(report: Path, names: Sequence[str]) -> dict[str, float]:
@@ -544,184 +628,139 @@ def cosines_of(report: Path, names: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def measure(root: Path, label: str, command: str, runs: int) -> dict[str, Any]:
-    """Everything but the dense baseline, for one adapter."""
-    base, aligned, adapter = root / "base", root / "aligned", adapter_dir(root, label)
-    report = root / f"report-{adapter.name}.json"
-    header, _ = read_header(adapter / "adapter_model.safetensors")
-    names = [key[len(PREFIX) : -len(LORA_B)] for key in header if key.endswith(LORA_B)]
-    weights = [f"{name}.weight" for name in names]
-    ranges = needed_ranges(base, weights) + needed_ranges(aligned, weights)
-
-    sources = ["--base", str(base), "--aligned", str(aligned), "--adapter", str(adapter)]
-    output = ["--format", "json", "--output", str(report)]
-    inspect = [command, "inspect", *sources, *output]
-    out = root / f"patched-{adapter.name}"
-    patch = [command, "patch", *sources, "--all", "--out", str(out), "--overwrite"]
-    only_torch = [sys.executable, "-c", "import torch"]
-
-    reads: dict[int, list[float]] = {1: [], 2: []}
-    done: dict[str, list[Run]] = {"import": [], "inspect": [], "patch": []}
-    read_ranges(ranges, 2)
-    for _ in range(runs):  # interleaved, so that a slow spell of the machine hits all alike
-        for threads, walls in reads.items():
-            walls.append(read_ranges(ranges, threads))
-        done["import"].append(run_process(only_torch, root))
-        done["inspect"].append(run_process(inspect, root))
-        done["patch"].append(run_process(patch, root))
-
-    read_s, threads = min((statistics.median(walls), n) for n, walls in reads.items())
-    import_s = statistics.median(run.wall_s for run in done["import"])
-    import_peak = statistics.median(run.peak_bytes for run in done["import"])
-    result: dict[str, Any] = {
-        "adapter": label,
-        "modules": len(names),
-        "needed_bytes": sum(length for _, _, length in ranges),
-        "read_s": read_s,
-        "read_threads": threads,
-        "read_runs_s": {str(threads): walls for threads, walls in reads.items()},
-        "import_torch_s": import_s,
-        "import_torch_peak_mb": import_peak / 1e6,
-        "cosines": cosines_of(report, names),
-    }
-    for name in ("inspect", "patch"):
-        wall = statistics.median(run.wall_s for run in done[name])
-        peak = max(run.peak_bytes for run in done[name])
-        result[name] = {
-            "wall_s": wall,
-            "after_import_s": wall - import_s,
-            "after_import_over_read": (wall - import_s) / read_s,
-            "peak_mb": peak / 1e6,
-            "peak_above_import_mb": (peak - import_peak) / 1e6,
-            "runs_s": [run.wall_s for run in done[name]],
+def case_dense(bench: Bench) -> list[Row]:
+    """Patch next to the dense baseline, run once per adapter, and whether the two agree."""
+    warm(bench)
+    pairs: dict[str, tuple[str, str]] = {}
+    cosine_gaps: dict[str, float] = {}
+    for label, kinds in KINDS.items():
+        say(f"dense baseline, {label}")
+        out, result = (bench.out / f"dense-{folder_of(label)}{end}" for end in ("", ".json"))
+        arguments = {
+            "base": str(bench.root / "base"),
+            "aligned": str(bench.root / "aligned"),
+            "adapter": str(bench.root / folder_of(label)),
+            "out": str(out),
+            "result": str(result),
         }
-    return result
+        ran = bench.run(f"dense, {label}", worker_command("dense", **arguments))
+        if not ran or not {f"inspect, {label}", f"patch, {label}"} <= bench.done.keys():
+            continue
+        dense = json.loads(result.read_text())
+        ours = cosines_of(report_of(bench, label), [n for n, _ in bench.size.modules(kinds)])
+        gaps = [abs(ours[name] - cosine) for name, cosine in dense.items()]
+        cosine_gaps[label] = math.inf if any(map(math.isnan, gaps)) else max(gaps)
+        pairs[label] = (str(patched(bench, label)), str(out))
+    result = bench.out / "compare.json"
+    compared = bench.run("compare", worker_command("compare", pairs=pairs, result=str(result)))
+    b_gaps: dict[str, float] = json.loads(result.read_text()) if compared else {}
+
+    rows = []
+    for label in KINDS:
+        wall = bench.wall(f"dense, {label}")
+        ratio = bench.wall(f"patch, {label}") / wall
+        target = TARGET_DENSE if label == "q+v" else None
+        rows += [
+            Row(f"`patch` / dense baseline, {label}", ratio, ".3f", target),
+            Row(f"dense baseline, {label}, s", wall, ".1f"),
+            Row(f"dense baseline, {label}, peak, MB", bench.peak(f"dense, {label}"), ".0f"),
+        ]
+    for text, by_label in (
+        ("largest difference of a cosine", cosine_gaps),
+        ("largest relative difference of a B", b_gaps),
+    ):
+        for label in KINDS:
+            value = by_label.get(label, math.nan)
+            rows.append(Row(f"{text}, {label}", value, ".1e", TOLERANCE, enforced=True))
+    return rows
 
 
-def measure_dense(root: Path, result: dict[str, Any]) -> None:
-    """Run the dense baseline once for one adapter and compare its results with safeproj's."""
-    adapter = adapter_dir(root, result["adapter"])
-    out = root / f"dense-{adapter.name}"
-    report = root / f"dense-{adapter.name}.json"
-    run = run_worker(
-        "dense",
-        root,
-        base=str(root / "base"),
-        aligned=str(root / "aligned"),
-        adapter=str(adapter),
-        out=str(out),
-        result=str(report),
-    )
-    dense = json.loads(report.read_text())
-    ours = result["cosines"]
-    gaps = [abs(ours[name] - cosine) for name, cosine in dense["cosines"].items()]
-    gap = float("inf") if any(math.isnan(value) for value in gaps) else max(gaps)
-    compared = root / f"compare-{adapter.name}.json"
-    patched = root / f"patched-{adapter.name}"
-    run_worker("compare", root, ours=str(patched), dense=str(out), result=str(compared))
-    result["dense"] = {
-        "wall_s": run.wall_s,
-        "load_s": dense["load_s"],
-        "compute_s": dense["compute_s"],
-        "peak_mb": run.peak_bytes / 1e6,
-        "over_inspect": run.wall_s / result["inspect"]["wall_s"],
-        "over_patch": run.wall_s / result["patch"]["wall_s"],
-        "max_cosine_difference": gap,
-        "max_relative_difference": json.loads(compared.read_text())["max_relative_difference"],
-    }
+def case_memory(bench: Bench) -> list[Row]:
+    """Peak memory of inspect and patch on all linear layers, for the pair and larger shapes."""
+    roots = {shape.label: bench.out / shape.label for shape in bench.shapes}
+    shapes = [asdict(shape) for shape in bench.shapes]
+    worker = worker_command("sparse", root=str(bench.out), shapes=shapes)
+    made = bench.run("sparse files", worker)
+    for label, root in roots.items() if made else ():
+        say(f"peak memory, {label}")
+        sources = ["--base", str(root / "base"), "--aligned", str(root / "aligned")]
+        sources += ["--adapter", str(root / "adapter")]
+        bench.run(f"inspect, {label}", bench.inspect(*sources))
+        bench.run(f"patch, {label}", bench.patch(root / "patched", *sources))
+        shutil.rmtree(root)  # which also makes room in the page cache
+    rows = []
+    for label in (bench.size.label, *roots):
+        for command in ("inspect", "patch"):
+            name = f"{command}, {label if label in roots else 'all linear'}"
+            figure = f"`{command}` peak above `import torch`, {label}, all linear, MB"
+            rows.append(Row(figure, bench.peak_above_import(name), ".0f", TARGET_PEAK_MB))
+    return rows
 
 
-def table(results: Sequence[dict[str, Any]], help_s: float) -> str:
-    """The markdown table: one row per figure, its target, one column per adapter."""
-    rows: list[tuple[str, ...]] = []
-
-    def row(
-        name: str,
-        get: Callable[[dict[str, Any]], float],
-        form: str,
-        target: str = "",
-        met: Callable[[float], bool] | None = None,
-    ) -> None:
-        cells = []
-        for result in results:
-            value = get(result)
-            verdict = "" if met is None else " (met)" if met(value) else " (missed)"
-            cells.append(format(value, form) + verdict)
-        rows.append((name, target, *cells))
-
-    row("modules", lambda r: r["modules"], "d")
-    row("needed weights, GB", lambda r: r["needed_bytes"] / 1e9, ".3f")
-    row("plain read, s", lambda r: r["read_s"], ".3f")
-    row("plain read, GB/s", lambda r: r["needed_bytes"] / 1e9 / r["read_s"], ".1f")
-    row("threads of the fastest read", lambda r: r["read_threads"], "d")
-    row("plain read with one thread, s", lambda r: statistics.median(r["read_runs_s"]["1"]), ".3f")
-    row("`import torch`, s", lambda r: r["import_torch_s"], ".2f")
-    row("`import torch` peak, MB", lambda r: r["import_torch_peak_mb"], ".0f")
-    for name in ("inspect", "patch"):
-
-        def field(key: str, name: str = name) -> Callable[[dict[str, Any]], float]:
-            return lambda r: float(r[name][key])
-
-        row(f"`{name}`, s", field("wall_s"), ".2f")
-        row(f"`{name}` after import, s", field("after_import_s"), ".2f")
-        row(
-            f"`{name}` after import / read",
-            field("after_import_over_read"),
-            ".1f",
-            f"≤ {TARGET_READ_RATIO:g}",
-            lambda value: value <= TARGET_READ_RATIO,
-        )
-        row(
-            f"`{name}` after import / read with one thread",
-            lambda r, name=name: (  # type: ignore[misc]
-                r[name]["after_import_s"] / statistics.median(r["read_runs_s"]["1"])
-            ),
-            ".1f",
-        )
-        row(
-            f"`{name}` peak above import, MB",
-            field("peak_above_import_mb"),
-            ".0f",
-            f"≤ {TARGET_PEAK_MB:g}",
-            lambda value: value <= TARGET_PEAK_MB,
-        )
-    if all("dense" in result for result in results):
-        row("dense baseline, s", lambda r: r["dense"]["wall_s"], ".1f")
-        row("dense baseline peak, MB", lambda r: r["dense"]["peak_mb"], ".0f")
-        row(
-            "dense / `patch`",
-            lambda r: r["dense"]["over_patch"],
-            ".1f",
-            f"≥ {TARGET_DENSE_RATIO:g}",
-            lambda value: value >= TARGET_DENSE_RATIO,
-        )
-        row("dense / `inspect`", lambda r: r["dense"]["over_inspect"], ".1f")
-        for text, key in (
-            ("largest difference of a cosine", "max_cosine_difference"),
-            ("largest relative difference of a B", "max_relative_difference"),
-        ):
-            row(
-                text,
-                lambda r, key=key: r["dense"][key],  # type: ignore[misc]
-                ".1e",
-                f"≤ {TOLERANCE:g}",
-                lambda value: value <= TOLERANCE,
-            )
-    row(
-        "`safeproj --help`, s",
-        lambda _: help_s,
-        ".3f",
-        f"< {TARGET_HELP_S:g}",
-        lambda value: value < TARGET_HELP_S,
-    )
-    head = ("figure", "target", *(result["adapter"] for result in results))
-    lines = [head, tuple("---" if i < 2 else "---:" for i in range(len(head))), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def case_many(bench: Bench) -> list[Row]:
+    """Many adapters in one pass next to one of them."""
+    rows = []
+    for label in KINDS:
+        wall = bench.wall(f"inspect, {MANY} adapters, {label}")
+        ratio = wall / bench.wall(f"inspect, {label}")
+        figure = f"`inspect` of {MANY} adapters in one pass / of one, {label}"
+        rows.append(Row(figure, ratio, ".2f", TARGET_MANY if label == "q+v" else None))
+        rows.append(Row(f"`inspect` of {MANY} adapters, {label}, s", wall, ".2f"))
+        peak = bench.peak_above_import(f"inspect, {MANY} adapters, {label}")
+        figure = f"`inspect` of {MANY} adapters, {label}, peak above `import torch`, MB"
+        rows.append(Row(figure, peak, ".0f"))
+    return rows
 
 
-def environment(size_name: str) -> dict[str, Any]:
+def case_alignment(bench: Bench) -> list[Row]:
+    """Inspect with an alignment file next to inspect with the checkpoints."""
+    rows = []
+    for label in KINDS:
+        wall = bench.wall(f"inspect --alignment, {label}")
+        ratio = wall / bench.wall(f"inspect, {label}")
+        figure = f"`inspect --alignment` / from checkpoints, {label}"
+        rows.append(Row(figure, ratio, ".2f", TARGET_ALIGNMENT))
+        rows.append(Row(f"`inspect --alignment`, {label}, s", wall, ".2f"))
+        after = bench.after_imports(f"inspect --alignment, {label}")
+        rows.append(Row(f"`inspect --alignment` after imports, {label}, s", after, ".2f"))
+    return rows
+
+
+def case_workers(bench: Bench) -> list[Row]:
+    """Two workers next to one where the arithmetic takes most of the time."""
+    one, two = (bench.after_imports(f"inspect --workers {n}") for n in (1, 2))
+    where = f"after imports, rank {HIGH_RANK}, all linear"
+    return [
+        Row(f"`inspect`, 2 workers / 1, {where}", two / one, ".2f", TARGET_WORKERS),
+        Row(f"`inspect`, 1 worker, {where}, s", one, ".2f"),
+        Row(f"`inspect`, 2 workers, {where}, s", two, ".2f"),
+    ]
+
+
+def case_help(bench: Bench) -> list[Row]:
+    """Start the command without importing torch."""
+    for _ in range(6):
+        bench.run("help", [bench.safeproj, "--help"])
+    del bench.done.get("help", [])[:1]  # the first one may read from the disk
+    return [Row("`safeproj --help`, s", bench.wall("help"), ".3f", TARGET_HELP_S)]
+
+
+# --- the result ----------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Print progress or an error to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, the last column to the right."""
+    rule = ["---"] * (len(head) - 1) + ["---:"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows))
+
+
+def environment(bench: Bench) -> dict[str, Any]:
     """Describe the pair, the machine and the versions."""
-    size = SIZES[size_name]
     affinity = getattr(os, "sched_getaffinity", None)
     versions = {}
     for package in ("safeproj", "torch", "transformers", "safetensors"):
@@ -730,7 +769,9 @@ def environment(size_name: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "unknown"
     return {
-        "size": {"name": size_name, "parameters": size.parameters(), **asdict(size)},
+        "size": {"parameters": bench.size.parameters(), **asdict(bench.size)},
+        "sparse": [asdict(shape) for shape in bench.shapes],
+        "device": bench.device,
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "machine": platform.machine(),
         "system": platform.system(),
@@ -740,86 +781,89 @@ def environment(size_name: str) -> dict[str, Any]:
 
 
 def heading(env: dict[str, Any], runs: int) -> str:
-    """Return the lines printed above the table."""
+    """Return the lines printed above the tables."""
     size = env["size"]
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    shapes = "; ".join(
+        f"{shape['label']}, {shape['layers']} layer(s), hidden {shape['hidden']}, "
+        f"intermediate {shape['intermediate']}"
+        for shape in env["sparse"]
+    )
     return (
         f"Pair: {size['parameters'] / 1e9:.2f} B parameters in bfloat16, {size['layers']} layers, "
-        f"hidden {size['hidden']}, intermediate {size['intermediate']}; LoRA rank {RANK}.\n"
-        f"Machine: {env['cores']} cores, {env['machine']}, {env['system']}. "
-        f"Python {env['python']}, {versions}.\n"
-        f"Whole processes, files in the page cache. Times: median of {runs} "
-        "(dense: one run). Peaks: largest resident set, mapped file pages included.\n"
+        f"hidden {size['hidden']}, intermediate {size['intermediate']}; LoRA rank {RANK}, "
+        f"alignment rank {ALIGNMENT_RANK}.\n"
+        f"Larger shapes, as sparse files: {shapes}.\n"
+        f"Machine: {env['cores']} cores, {env['machine']}, {env['system']}; arithmetic on "
+        f"{env['device']}. Python {env['python']}, {versions}.\n"
+        "Whole processes, files in the page cache unless cold. "
+        f"Times: median of {runs} (dense baseline, `align` and larger shapes: one run). "
+        "Peaks: largest resident set, mapped file pages included.\n"
         "The targets are set for `--size 1.1b`."
     )
 
 
-def bench(args: argparse.Namespace) -> int:
+def measure_all(bench: Bench, skip_dense: bool) -> list[Row]:
+    """Run every case and return the rows in the order in which they are shown."""
+    helps = case_help(bench)
+    aligns = align(bench)  # also brings torch's files into the page cache
+    reads = measure_cached(bench)
+    dense = [] if skip_dense else case_dense(bench)
+    cold = case_cold(bench)
+    memory = case_memory(bench)  # last: its files push others out of the page cache
+    many, alignment = case_many(bench), case_alignment(bench)
+    cached, workers = case_cached(bench, reads), case_workers(bench)
+    return [*cached, *cold, *dense, *memory, *many, *aligns, *alignment, *workers, *helps]
+
+
+def run_bench(args: argparse.Namespace) -> int:
     """Do what the options ask for and return the exit code."""
     root = Path(args.dir).expanduser().resolve() / f"pair-{args.size}"
     if args.clean:
         say(f"deleted {root}" if clean(root) else f"nothing to delete at {root}")
         return 0
-    command = find_command()
+    # The small size only shows that everything runs: once each, and on one layer of an 8B model.
+    small = args.size == "small"
+    runs, shapes = (1, [replace(SHAPES[0], layers=1)]) if small else (3, SHAPES)
+    runs = args.runs or runs
+    bench = Bench(root, SIZES[args.size], shapes, find_command(), runs, args.device)
     started = time.perf_counter()
-    if prepare(root, args.size):
+    make = worker_command("make", root=str(root), size=args.size)
+    if prepare(root, bench.size, lambda: run_process(make)):
         say(f"made {root} in {time.perf_counter() - started:.1f} s")
-    env = environment(args.size)
+    shutil.rmtree(bench.out, ignore_errors=True)
+    bench.out.mkdir()
+    env = environment(bench)
     try:
-        run_process([sys.executable, "-c", "import torch"], root)
-        run_process([command, "--help"], root)
-        helps = [run_process([command, "--help"], root).wall_s for _ in range(5)]
-        warm(root)
-        results = []
-        for label in ADAPTERS:
-            say(f"{label}: reading, safeproj")
-            results.append(measure(root, label, command, args.runs))
-        if not args.skip_dense:
-            for result in results:
-                say(f"{result['adapter']}: dense baseline")
-                warm(root)
-                measure_dense(root, result)
+        rows = measure_all(bench, args.skip_dense)
     finally:
-        if not args.keep:
-            remove_outputs(root)
-    help_s = statistics.median(helps)
-    print(f"{heading(env, args.runs)}\n\n{table(results, help_s)}", flush=True)
+        shutil.rmtree(bench.out, ignore_errors=True)
+    say(f"took {time.perf_counter() - started:.0f} s")
+
+    targets = [row.cells() for row in rows if row.target is not None]
+    others = [row.cells()[::2] for row in rows if row.target is None]
+    print(heading(env, runs))
+    print(f"\n{table(('figure', 'target', 'reached'), targets)}")
+    print(f"\n{table(('figure', 'measured'), others)}", flush=True)
+    notes = [*bench.notes, *(f"{name}: {error}" for name, error in bench.failed.items())]
+    if any(math.isnan(row.value) for row in rows):
+        print("\nNot measured: what failed or was not possible, and times too short to tell.")
+        print("".join(f"\n* {note}" for note in notes), flush=True)
     if args.json:
         document = {
-            "schema": "safeproj.bench/1",
+            "schema": "safeproj.bench/2",
             "environment": env,
-            "runs": args.runs,
-            "targets": {
-                "after_import_over_read": TARGET_READ_RATIO,
-                "dense_over_patch": TARGET_DENSE_RATIO,
-                "peak_above_import_mb": TARGET_PEAK_MB,
-                "help_s": TARGET_HELP_S,
-            },
-            "help_s": help_s,
-            "help_runs_s": helps,
-            "results": results,
+            "runs": runs,
+            "rows": [row.to_dict() for row in rows],
+            "processes": {name: list(map(asdict, each)) for name, each in bench.done.items()},
+            "not_measured": notes,
         }
         Path(args.json).write_text(json.dumps(document, indent=2) + "\n")
-    wrong = [
-        result["adapter"]
-        for result in results
-        for key in ("max_cosine_difference", "max_relative_difference")
-        if "dense" in result and not result["dense"][key] <= TOLERANCE
-    ]
+    wrong = [row.figure for row in rows if row.enforced and row.met is False]
     if wrong:
-        say(f"error: safeproj and the dense baseline disagree on: {', '.join(sorted(set(wrong)))}")
+        say(f"error: safeproj and the dense baseline disagree: {'; '.join(wrong)}")
         return 1
-    return 0
-
-
-def remove_outputs(root: Path) -> None:
-    """Delete what the measured programs wrote."""
-    for pattern in ("report-*", "patched-*", "dense-*", "compare-*"):
-        for path in root.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    return 2 if bench.failed else 0
 
 
 def positive(text: str) -> int:
@@ -838,17 +882,17 @@ def main() -> int:
     default = Path(tempfile.gettempdir()) / "safeproj-bench"
     parser.add_argument("--dir", default=str(default), help="work directory (%(default)s)")
     parser.add_argument("--size", choices=sorted(SIZES), default="1.1b", help="(%(default)s)")
-    parser.add_argument("--runs", type=positive, default=3, help="runs per figure (%(default)s)")
+    parser.add_argument("--runs", type=positive, help="runs per figure (3, of the small size 1)")
+    parser.add_argument("--device", default="cpu", help="of inspect and patch (%(default)s)")
     parser.add_argument("--skip-dense", action="store_true", help="leave the baseline out")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE as well")
-    parser.add_argument("--keep", action="store_true", help="keep reports and projected adapters")
-    parser.add_argument("--clean", action="store_true", help="delete the generated pair and stop")
+    parser.add_argument("--clean", action="store_true", help="delete the generated files and stop")
     args = parser.parse_args()
     if not hasattr(os, "wait4"):
         say("error: this script measures peak memory with os.wait4, which this system lacks")
         return 2
     try:
-        return bench(args)
+        return run_bench(args)
     except BenchError as error:
         say(f"error: {error}")
         return 2

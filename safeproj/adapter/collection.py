@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -43,13 +43,16 @@ class Collection:
     many: bool
 
 
-def collect(sources: Sequence[str]) -> Collection:
+def collect(sources: Iterable[str]) -> Collection:
     """Return the adapters that the values of `--adapter` name, without reading any.
 
     Raises:
         SafeprojError: a list cannot be read, names nothing, or two adapters would get one name.
     """
+    if isinstance(sources, str):
+        raise TypeError("expected the SRC of several adapters, found one string")
     members: list[Member] = []
+    sources = list(sources)
     many = len(sources) > 1
     for source in sources:
         for each in _listed(source):
@@ -88,7 +91,7 @@ def _listed(source: str) -> Iterator[str]:
         yield source
         return
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise SafeprojError(f"{source}: not a list of adapters ({first_line(error)})") from error
     found = [line for line in lines if line and not line.startswith("#")]
@@ -103,11 +106,16 @@ def _listed(source: str) -> Iterator[str]:
 def _below(source: str) -> Iterator[Member]:
     """Yield the adapters below a directory that is none itself."""
     root = Path(source).expanduser()
-    if not root.is_dir():
+    if not source.strip() or not root.is_dir():
         return
     found: list[tuple[str, Path]] = []
-    for directory, subdirectories, files in os.walk(root):
+    seen: set[str] = set()
+    for directory, subdirectories, files in os.walk(root, followlinks=True, onerror=_refuse):
         place = Path(directory)
+        if os.path.realpath(place) in seen:  # links may lead in circles
+            subdirectories.clear()
+            continue
+        seen.add(os.path.realpath(place))
         single = [name for name in files if name.endswith(".gguf")]
         if _is_adapter(files) and not (len(single) > 1 and CONFIG not in files):
             if place == root:
@@ -123,17 +131,25 @@ def _below(source: str) -> Iterator[Member]:
         yield Member(str(path), name)
 
 
+def _refuse(error: OSError) -> None:
+    raise SafeprojError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
 def _is_adapter(files: Sequence[str]) -> bool:
     """Tell whether a directory of these files is meant to be an adapter, damaged or not."""
     return CONFIG in files or any(kind.is_weights(name) for kind in FORMATS for name in files)
 
 
 def _name(source: str) -> str:
-    """Return the last part of a SRC: of a directory, a file's directory, or a repository."""
+    """Return the last part of a SRC: of a directory, a file's directory, or a repository.
+
+    A link has its own name, not that of what it leads to.
+    """
     path = Path(source).expanduser()
-    if path.is_dir():
-        return path.resolve().name
-    if path.is_file():
-        stands_in = any(path.name in kind.stand_ins for kind in FORMATS)
-        return path.resolve().parent.name if stands_in else path.stem
-    return PurePosixPath(source.partition("@")[0]).name or "adapter"
+    given = PurePosixPath(source.partition("@")[0])
+    if path.exists():
+        given = PurePosixPath(Path(os.path.normpath(path.absolute())).as_posix())
+        if path.is_file():
+            stands_in = any(path.name in kind.stand_ins for kind in FORMATS)
+            given = given.parent if stands_in else given.with_suffix("")
+    return given.name if given.name not in ("", ".", "..") else "adapter"

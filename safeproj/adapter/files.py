@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safeproj import tensorfile
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, first_line, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,11 +17,22 @@ if TYPE_CHECKING:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
-    """Return the metadata and all tensors of a file, in the file's order."""
+    """Return the metadata and all tensors of a file, in the file's order.
+
+    Raises:
+        SafeprojError: it cannot be read.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     header = tensorfile.read_header(path)
-    loaded = load_file(path)
+    try:
+        loaded = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SafeprojError(
+            f"{printable(str(path))}: cannot be read ({first_line(error)}); if its name is no "
+            "text, rename it"
+        ) from error
     return header.metadata, {name: loaded[name] for name in header.tensors}
 
 

@@ -90,6 +90,59 @@ def check_place(out: Path, overwrite: bool) -> None:
         raise SafeprojError(f"--out {out}: the directory {parent} is not writable")
 
 
+def check_parent(out: Path) -> None:
+    """Refuse an `--out` in which no directories for many adapters can be created.
+
+    Raises:
+        SafeprojError: it is no writable directory, or its parent is none.
+    """
+    place = out if os.path.lexists(out) else out.resolve().parent
+    if not place.is_dir():
+        raise SafeprojError(
+            f"--out {out}: {place} is not an existing directory; with many adapters it is the "
+            "directory that gets one directory for each"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SafeprojError(f"--out {out}: the directory {place} is not writable")
+
+
+def check_inside(out: Path, name: str, overwrite: bool) -> None:
+    """Refuse a place below `out` for one of many adapters.
+
+    Raises:
+        SafeprojError: it is taken, or leads through a link or into an adapter.
+    """
+    place = out / name
+    for parent in place.parents:
+        if parent == out:
+            break
+        if not os.path.lexists(parent):
+            continue
+        if parent.is_symlink() or not parent.is_dir():
+            raise SafeprojError(f"--out {out}: {parent} is no directory of its own; remove it")
+        if any(kind.is_adapter([each.name for each in parent.iterdir()]) for kind in FORMATS):
+            raise SafeprojError(
+                f"--out {out}: {name} would be written inside the adapter {parent}; choose another "
+                "directory"
+            )
+    if os.path.lexists(place):
+        check_place(place, overwrite)
+
+
+def made_inside(out: Path, name: str) -> Path:
+    """Create the directory below `out` that one of many adapters goes to, and return its place.
+
+    Raises:
+        SafeprojError: it cannot be created.
+    """
+    place = out / name
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SafeprojError(f"--out {place}: cannot be written ({error.strerror})") from error
+    return place
+
+
 def write_adapter(
     adapter: Adapter,
     replaced: Mapping[str, Tensor],

@@ -6,6 +6,7 @@ depend on how many workers there are.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -276,6 +277,10 @@ def _update_score(
     Cb = None if update.bias is None else CB[:, rank:].clone()
     CB = CB[:, :rank].clone()  # the others' may be let go
     cosine = similarity(update.A, update.B, CB)
+    if cosine is not None and not math.isfinite(cosine):
+        return SafeprojError(
+            f"{task.name}: the cosine is not finite; the adapter's factors are too large"
+        )
     bounds, truncation = None, 0.0
     if isinstance(task.alignment, Kept) and UB is not None:
         source = task.alignment

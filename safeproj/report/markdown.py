@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from safeproj.errors import printable
 from safeproj.report.record import ModuleReport, Report, Reports, spread
 
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return the report as Markdown."""
-    return "\n".join([*_summary(report), "", *_modules(report)]) + "\n"
+    return "\n".join(["## Safe LoRA report", "", *_body(report)]) + "\n"
 
 
-def render_many(reports: Reports, *, width: int, color: bool) -> str:
+def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: ARG001
     """Return a table of the adapters, and the report of each below it."""
     lines = [
         "## Safe LoRA reports",
@@ -20,7 +21,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
     ]
     for name, report in reports.reports.items():
         cells = (
-            f"`{name}`",
+            _code(name),
             str(len(report.modules)),
             str(report.projected),
             span(report.cosines),
@@ -28,15 +29,24 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
             str(len(report.warnings)),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"- failed: `{name}`: {each.error}" for name, each in reports.failures.items()]
-    details = [render(report, width=width, color=color) for report in reports.reports.values()]
-    return "\n".join([*lines, "", *details])
+    for name, failure in reports.failures.items():
+        lines.append(f"- failed: {_code(name)}: {' '.join(printable(failure.error).split())}")
+    for name, report in reports.reports.items():
+        lines += ["", f"### {_code(name)}", "", *_body(report)]
+    return "\n".join(lines) + "\n"
+
+
+def _code(name: str) -> str:
+    """Return a directory's name so that it can break neither a table nor the line."""
+    return f"`{printable(name).replace('`', '?').replace('|', '?')}`"
+
+
+def _body(report: Report) -> list[str]:
+    return [*_summary(report), "", *_modules(report)]
 
 
 def _summary(report: Report) -> list[str]:
     lines = [
-        "## Safe LoRA report",
-        "",
         f"- adapter: `{report.inputs['adapter']['source']}`",
         *(
             f"- {role}: `{report.inputs[role]['source']}`"

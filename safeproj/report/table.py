@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safeproj.errors import shorten
+from safeproj.errors import printable, shorten
 from safeproj.report.markdown import describe
 from safeproj.report.record import ModuleReport, Report, Reports, spread
 
@@ -47,10 +47,11 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
         values = (cosine["min"], cosine["mean"], cosine["max"], scale["mean"])
         numbers = ("n/a" if value is None else f"{value:.3f}" for value in values)
         counts = (str(len(report.modules)), str(report.projected))
-        table.add_row(Text(name), *counts, *numbers, str(len(report.warnings)))
-    for name in reports.failures:
-        table.add_row(Text(name), Text("failed", style="red"))
+        table.add_row(Text(printable(name)), *counts, *numbers, str(len(report.warnings)))
     console.print(table)
+    for name, failure in reports.failures.items():
+        failed = f"failed: {printable(name)}: {' '.join(printable(failure.error).split())}"
+        console.print(Text(failed, style="red"), soft_wrap=True)
     return _lines(console)
 
 
