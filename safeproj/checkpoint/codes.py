@@ -123,6 +123,9 @@ class FP8Weight:
             item += 1
         return out
 
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        self.codes.prefetch(reader, start, stop)
+
     def _scales(self, reader: Reader, item: int) -> Tensor:
         """Return the scales of one matrix (scale_rows, scale_columns) in float32."""
 
@@ -184,6 +187,10 @@ class MXFP4Weight:
         # Not kept between blocks as those of FP8 are: each row has its own.
         _multiply(out, _finite(_powers()[found.long()], self.scales), 32)
         return out
+
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        self.blocks.prefetch(reader, start, stop)
+        self.scales.prefetch(reader, start, stop)
 
 
 def _split(buffer: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:

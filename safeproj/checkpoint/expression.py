@@ -308,6 +308,9 @@ class _Window(_Part):
         with reader.window(self.name):
             return self.whole.read_rows(reader, self.start + start, self.start + stop, buffer)
 
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        self.whole.prefetch(reader, self.start + start, self.start + stop)
+
 
 @dataclass(frozen=True)
 class _ColumnWindow(_Part):
@@ -323,6 +326,9 @@ class _ColumnWindow(_Part):
     def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
         rows = self.whole.read_rows(reader, start, stop, buffer)
         return rows[:, self.start : self.start + self.columns]
+
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        self.whole.prefetch(reader, start, stop)
 
 
 @dataclass(frozen=True)
@@ -349,6 +355,12 @@ class _Rows(_Several):
             first += part.shape[0]
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        first = 0
+        for part in self.parts:
+            part.prefetch(reader, max(start - first, 0), min(stop - first, part.shape[0]))
+            first += part.shape[0]
+
 
 @dataclass(frozen=True)
 class _Columns(_Several):
@@ -370,6 +382,10 @@ class _Columns(_Several):
             found.append(part.read_rows(reader, start, stop, buffer[used:]))
             used += _aligned((stop - start) * part.row_bytes)
         return torch.cat(found, dim=1)
+
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        for part in self.parts:
+            part.prefetch(reader, start, stop)
 
 
 _ALIGN = 64

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -34,6 +35,10 @@ are read as plain bytes, since not every torch has that dtype."""
 
 MAX_OPEN_FILES = 8
 """Files one reader keeps open: a large checkpoint has more shards than some systems allow files."""
+
+
+FETCH = 256 << 10
+"""Bytes that are asked for at once: Linux cuts a longer request to what the device takes."""
 
 
 class Reader:
@@ -80,6 +85,18 @@ class Reader:
             raise SafeprojError(f"{path}: cannot be read ({error.strerror})") from error
         self.seconds += time.perf_counter() - start
         self.record(label, out)
+
+    def prefetch(self, path: Path, start: int, stop: int) -> None:
+        """Ask the system for bytes that will be read soon: a hint, without which all works too."""
+        if not hasattr(os, "posix_fadvise"):  # Windows, macOS
+            return
+        begin = time.perf_counter()
+        with suppress(OSError):  # reading will say what is wrong
+            file = self._open(path).fileno()
+            for offset in range(start, stop, FETCH):
+                length = min(FETCH, stop - offset)
+                os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
+        self.seconds += time.perf_counter() - begin
 
     def once(self, key: Hashable, read: Callable[[], T]) -> T:
         """Return what `read` returned first under this key, for the current weight.
@@ -181,6 +198,9 @@ class Weight(Protocol):
 
         The result is valid until the buffer is used again.
         """
+
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        """Ask the system for what rows `[start, stop)` are read from: a hint, or nothing."""
 
 
 class Checkpoint(Protocol):

@@ -53,6 +53,9 @@ class PickledWeight:
         reader.record(self.label, raw.numpy().data)
         return rows
 
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        pass  # where the rows lie in the file is not known
+
     def _matrix(self, reader: Reader) -> Tensor:
         tensor = reader.keep(self.path, read_pickle)[self.label]
         if tensor.shape == self.shape:

@@ -55,6 +55,10 @@ class SafetensorsWeight:
         dtype = getattr(torch, STORED_DTYPES[self.dtype][0])
         return raw.view(dtype).view(stop - start, self.shape[1])
 
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        first, width = self.entry.start, self.row_bytes
+        reader.prefetch(self.path, first + start * width, first + stop * width)
+
 
 @dataclass
 class SafetensorsCheckpoint(FolderCheckpoint):

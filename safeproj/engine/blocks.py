@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ again, most likely from the page cache, so that memory does not grow with the si
 
 GPU_HOLD = 2 << 30
 """The same on a GPU."""
+
+AHEAD = 16 << 20
+"""Bytes of one weight that are asked for before they are read, so that a disk works meanwhile."""
 
 OnProgress = Callable[[Progress], None]
 
@@ -76,12 +79,22 @@ class Buffers:
             self._V = torch.empty(rows * columns, device=self.device)
         return self._V[: rows * columns].view(rows, columns)
 
-    def starts(self, weight: Weight, step: int) -> Iterator[tuple[int, int]]:
-        """Yield the row ranges of a weight, `step` rows each, until told to stop."""
-        for start in range(0, weight.shape[0], step):
+    def starts(self, step: int, *weights: Weight) -> Iterator[tuple[int, int]]:
+        """Yield the row ranges of weights of one height, `step` rows each, until told to stop."""
+        height = weights[0].shape[0]
+        for start in range(0, height, step):
             if self._stop.is_set():
                 raise StoppedError
-            yield start, min(start + step, weight.shape[0])
+            stop = min(start + step, height)
+            for weight, reader in zip(weights, self.readers, strict=False):
+                lead = _rows_ahead(weight)
+                weight.prefetch(reader, min(start + lead, height), min(stop + lead, height))
+            yield start, stop
+
+    def prefetch(self, weights: Sequence[Weight]) -> None:
+        """Ask for the beginning of weights that will be read after the current ones."""
+        for weight, reader in zip(weights, self.readers, strict=False):
+            weight.prefetch(reader, 0, min(_rows_ahead(weight), weight.shape[0]))
 
     def advance(self, name: str, nbytes: int) -> None:
         """Tell that `nbytes` of a module's weights were read."""
@@ -151,7 +164,8 @@ class AlignmentBlocks:
         out = buffers.matrix(rows if self._keeps else min(rows, self._rows), columns)
         if self._mixed:
             self._load_turned(staging[1], out.T)
-        for start, stop in buffers.starts(self._aligned, self._rows):
+        weights = (self._aligned,) if self._mixed else (self._aligned, self._base)
+        for start, stop in buffers.starts(self._rows, *weights):
             V = out[start:stop] if self._keeps else out[: stop - start]
             W_aligned = staging[0].load(self._aligned, readers[0], start, stop)
             if self._mixed:
@@ -169,7 +183,7 @@ class AlignmentBlocks:
 
     def _load_turned(self, staging: Staging, out: Tensor) -> None:
         """Read all of the base weight, which is stored the other way round, into `out`."""
-        for start, stop in self._buffers.starts(self._base, self._rows):
+        for start, stop in self._buffers.starts(self._rows, self._base):
             out[start:stop] = staging.load(self._base, self._buffers.readers[1], start, stop)
             self._advance(stop - start, self._base)
 
@@ -202,7 +216,7 @@ class KeptBlocks:
         reader.start(digests=self._digests and first)
         rows = rows_per_block(buffers.device, weight)
         staging = buffers.staging(rows * row_width(weight))[0]
-        for start, stop in buffers.starts(weight, rows):
+        for start, stop in buffers.starts(rows, weight):
             block = staging.load(weight, reader, start, stop)
             if not bool(block.isfinite().all()):
                 raise FloatingPointError("the alignment file has a value that is not finite")
@@ -222,6 +236,10 @@ def rows_per_block(device: torch.device, *weights: Weight) -> int:
 def row_width(weight: Weight) -> int:
     """Return the bytes of one row, as it is stored or as it is computed with, whichever is more."""
     return max(weight.row_bytes, weight.shape[1] * DTYPES[weight.dtype][1])
+
+
+def _rows_ahead(weight: Weight) -> int:
+    return max(1, AHEAD // max(1, weight.row_bytes))
 
 
 def _digests(reader: Reader) -> dict[str, str]:

@@ -37,7 +37,6 @@ from safeproj.projection import Approx, Projected, Projector, scale, similarity
 MAX_WORKERS = 8
 """Default bound on worker threads: each holds up to `CPU_HOLD` bytes, and disks saturate early."""
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -75,8 +74,7 @@ def run(
     def score(buffers: Buffers, task: Task) -> tuple[Score | SafeprojError, ...]:
         return _score(task, projector, buffers, digests)
 
-    names = [task.name for task in tasks]
-    return list(_in_order(names, tasks, score, where, workers, on_progress, usage))
+    return list(_in_order(tasks, score, where, workers, on_progress, usage))
 
 
 def differences(
@@ -104,20 +102,18 @@ def differences(
         SafeprojError: as for `run`.
     """
 
-    def work(
-        buffers: Buffers, task: tuple[str, Difference]
-    ) -> tuple[T, tuple[dict[str, str], dict[str, str]]]:
-        name, source = task
-        blocks = AlignmentBlocks(name, source, buffers, digests=True, keep=True)
+    def work(buffers: Buffers, task: Task) -> tuple[T, tuple[dict[str, str], dict[str, str]]]:
+        assert isinstance(task.alignment, Difference)
+        blocks = AlignmentBlocks(task.name, task.alignment, buffers, digests=True, keep=True)
         V = blocks.whole()
         if not bool(V.isfinite().all()):
-            raise SafeprojError(_diagnosis(name, source, buffers))
+            raise SafeprojError(_diagnosis(task.name, task.alignment, buffers))
         assert blocks.sha256 is not None
         return use(V), blocks.sha256
 
-    names = [name for name, _ in tasks]
     where = _device(device, "exact")
-    yield from _in_order(names, tasks, work, where, workers, on_progress, usage)
+    without = [Task(name, source, ()) for name, source in tasks]
+    yield from _in_order(without, work, where, workers, on_progress, usage)
 
 
 def _device(device: str, kind: str) -> torch.device:
@@ -127,9 +123,8 @@ def _device(device: str, kind: str) -> torch.device:
 
 
 def _in_order(
-    names: Sequence[str],
-    tasks: Sequence[S],
-    work: Callable[[Buffers, S], T],
+    tasks: Sequence[Task],
+    work: Callable[[Buffers, Task], T],
     device: torch.device,
     workers: int | None,
     on_progress: OnProgress | None,
@@ -147,13 +142,15 @@ def _in_order(
     busy: list[float] = []
 
     @torch.inference_mode()
-    def one(name: str, task: S) -> T:
+    def one(task: Task, following: Sequence[Task]) -> T:
         if not hasattr(local, "buffers"):
             torch.set_num_threads(1)  # applies to this thread
             local.buffers = Buffers(device, stop, on_progress)
             made.append(local.buffers)
         start = time.perf_counter()
         try:
+            for other in following:
+                local.buffers.prefetch(other.alignment.weights)
             found = work(local.buffers, task)
         except Exception as error:
             if not isinstance(error, StoppedError):
@@ -162,12 +159,16 @@ def _in_order(
             raise
         busy.append(time.perf_counter() - start)
         if on_progress is not None:
-            on_progress(Progress(name, finished=True))
+            on_progress(Progress(task.name, finished=True))
         return found
 
     begin = time.perf_counter()
     with _exact_arithmetic(), ThreadPoolExecutor(workers, "safeproj") as pool:
-        futures = deque(pool.submit(one, *each) for each in zip(names, tasks, strict=True))
+        # The task so many places on is most likely the thread's next.
+        futures = deque(
+            pool.submit(one, task, tasks[later : later + 1])
+            for later, task in enumerate(tasks, start=workers)
+        )
         try:
             while futures:
                 yield futures.popleft().result()
@@ -301,14 +302,10 @@ def _update_score(
 
 def _diagnosis(name: str, source: Difference | Kept, buffers: Buffers) -> str:
     """Name the tensor that has NaN or Inf, by reading all again."""
-    if isinstance(source, Kept):
-        weights = [] if source.weight is None else [source.weight]
-    else:
-        weights = [source.aligned.weight, source.base.weight]
-    for weight in weights:
+    for weight in source.weights:
         rows = rows_per_block(buffers.device, weight)
         staging = buffers.staging(rows * row_width(weight))[0]
-        for start, stop in buffers.starts(weight, rows):
+        for start, stop in buffers.starts(rows, weight):
             if not bool(staging.load(weight, buffers.readers[0], start, stop).isfinite().all()):
                 return f"{weight.source}: {weight.label} has NaN or Inf; the file is damaged"
     return (

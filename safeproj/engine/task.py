@@ -29,6 +29,11 @@ class Difference:
         """Bytes to read."""
         return self.aligned.nbytes + self.base.nbytes
 
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """What is read."""
+        return (self.aligned.weight, self.base.weight)
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -57,6 +62,11 @@ class Kept:
     def nbytes(self) -> int:
         """Bytes to read."""
         return 0 if self.weight is None else self.weight.shape[0] * self.weight.row_bytes
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """What is read."""
+        return () if self.weight is None else (self.weight,)
 
 
 @dataclass(frozen=True)

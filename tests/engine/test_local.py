@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor
 from safeproj import engine
 from safeproj.checkpoint import open_checkpoint
 from safeproj.checkpoint.expression import Matrix
-from safeproj.engine import Difference, Progress, Score, Task, Update
+from safeproj.checkpoint.safetensors import SafetensorsWeight
+from safeproj.engine import Difference, Progress, Score, Task, Update, blocks
 from safeproj.engine.blocks import CPU_BLOCK, CPU_HOLD
 from safeproj.errors import SafeprojError
 from safeproj.profile import Usage
@@ -199,3 +201,33 @@ def test_cuda_overlaps_blocks_without_mixing_them(tmp_path: Path) -> None:
     assert second is not None
     assert float((first - expected).norm() / expected.norm()) < 1e-5
     assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
+def test_what_is_read_was_asked_for_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read-ahead asks for every byte but the first window of the first weight, and no other."""
+    asked: dict[str, set[int]] = {}
+    real = os.posix_fadvise
+
+    def recorded(file: int, start: int, length: int, advice: int) -> None:
+        name = Path(f"/proc/self/fd/{file}").readlink().name
+        asked.setdefault(name, set()).update(range(start, start + length))
+        real(file, start, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", recorded)
+    monkeypatch.setattr(blocks, "AHEAD", 300_000)
+    task = task_of(tmp_path, *pair(600, 1100))
+    plain = run_one(task)
+    engine.run([task] * 3, Approx(), device="cpu", workers=1)
+    assert isinstance(task.alignment, Difference)
+    for matrix in (task.alignment.aligned, task.alignment.base):
+        weight = matrix.weight
+        assert isinstance(weight, SafetensorsWeight)
+        start, nbytes = weight.entry.start, weight.entry.nbytes
+        assert asked[weight.path.name] == set(range(start, start + nbytes))
+
+    monkeypatch.delattr(os, "posix_fadvise")  # as where the system has no such call
+    without = run_one(task)
+    assert plain.CB is not None
+    assert without.CB is not None
+    assert torch.equal(plain.CB, without.CB)
