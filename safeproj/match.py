@@ -347,7 +347,7 @@ def _turned(
     flag = bool(adapter.config.get("fan_in_fan_out"))
     side = next((side for side in sides if side.checkpoint.config), sides[0])
     config = side.checkpoint.config
-    layout = side.names.layout(module.parameter)
+    layout = side.names.layout(side.stored_name(module.parameter))
     if layout is not None and layout.out_first is not None:
         if flag and layout.out_first and not model_types(config) & CONV1D_MODELS:
             raise SafeprojError(

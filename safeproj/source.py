@@ -17,12 +17,6 @@ from safeproj.errors import SafeprojError, first_line
 from safeproj.tensorfile import Header, TensorEntry, read_header, unique
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
-_CACHED_PROBES = (
-    "adapter_config.json",
-    "config.json",
-    "model.safetensors.index.json",
-    "model.safetensors",
-)
 
 
 class Identified(Protocol):
@@ -212,19 +206,21 @@ def open_folder(source: str) -> Folder:
 
 
 def _open_hub(repo: str, revision: str | None, source: str) -> Folder:
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        for name in _CACHED_PROBES:
+        try:
             with _hub_errors(source):
-                cached = try_to_load_from_cache(repo, name, revision=revision)
-            if isinstance(cached, str):
-                snapshot = Path(cached).parent
-                return LocalFolder(snapshot, source, revision=snapshot.name)
-        raise SafeprojError(
-            f"{source}: not in the local Hub cache, and HF_HUB_OFFLINE is set; "
-            "unset it to download the files"
-        )
+                snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except SafeprojError as error:
+            if not isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise
+            raise SafeprojError(
+                f"{source}: not in the local Hub cache, and HF_HUB_OFFLINE is set; "
+                "unset it to download the files"
+            ) from error
+        return LocalFolder(snapshot, source, revision=snapshot.name)
     with _hub_errors(source):
         info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     if info.sha is None:

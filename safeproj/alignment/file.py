@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -135,13 +136,14 @@ class AlignmentFile:
         return replace(found, warnings=(*found.warnings, *quantised))
 
     def origin(self, item: PlannedModule) -> Kept:
-        key = key_of(item.aligned)
-        kept, rows = self.weights.get(key), _rows(item.aligned)
-        (name,) = stored_names(item.aligned)
-        if kept is None or rows not in (None, self.parameters[name][0][0]):
+        key, rows = key_of(item.aligned), _rows(item.aligned)
+        names = tuple(stored_names(item.aligned))
+        kept = self.weights.get(key or "")
+        if key is None or kept is None or rows not in (None, self.parameters[names[0]][0][0]):
             raise SafeprojError(
                 f"{self.source}: holds nothing for {item.module.name} as the adapter has it "
-                f"({key}); make a file with it among --targets, or use the checkpoints"
+                f"({key or shorten(names)}); make a file with it among --targets, with "
+                "transformers installed (safeproj[train]), or use the checkpoints"
             )
         if kept.form == ZERO:
             return Kept(kept.form, None, kept.alignment_norm)
@@ -165,6 +167,9 @@ class AlignmentFile:
         read: dict[str, str] = {}
         for score in scores.values():
             read |= score.sha256[0] if score.sha256 is not None else {}
+        for name in [name for name in read if name.endswith(f".{EIGENPAIRS}")]:
+            values = f"{name.removesuffix(EIGENPAIRS)}{VALUES}"
+            read[values] = hashlib.sha256(self._bytes(values)).hexdigest()
         text = self.header.metadata or {}
         of_text = hashlib.sha256(text[METADATA].encode()).hexdigest()
         return {
@@ -181,13 +186,19 @@ class AlignmentFile:
         return SafetensorsWeight(name, self.path, entry, as_matrix(entry.shape, None))
 
     def _vector(self, name: str) -> tuple[float, ...]:
+        found = numpy.frombuffer(self._bytes(name), "<f4")
+        if not bool(numpy.isfinite(found).all()) or bool((found <= 0.0).any()):
+            raise SafeprojError(
+                f"{self.path}: {name} has values that are no eigenvalues; the file is damaged"
+            )
+        return tuple(found.tolist())
+
+    def _bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor."""
         entry = self.header.tensors[name]
         with self.path.open("rb") as file:
             file.seek(entry.start)
-            found = numpy.frombuffer(file.read(entry.nbytes), "<f4")
-        if len(found) * 4 != entry.nbytes or not bool(numpy.isfinite(found).all()):
-            raise SafeprojError(f"{self.path}: {name} has NaN or Inf; the file is damaged")
-        return tuple(found.tolist())
+            return file.read(entry.nbytes)
 
 
 class _RecordedNames(Names):
@@ -199,8 +210,11 @@ class _RecordedNames(Names):
         self._file = file
 
     def layout(self, parameter: str) -> Layout | None:
-        (name,) = stored_names(self.find(parameter, lambda _: True))
-        return self._file.parameters[name][1]
+        try:
+            names = tuple(stored_names(self.find(parameter, lambda _: True)))
+        except SafeprojError:
+            return None
+        return self._file.parameters[names[0]][1] if len(names) == 1 else None
 
 
 def _rows(expression: Expression) -> int | None:
@@ -244,8 +258,8 @@ def open_file(source: str, maps: Sequence[str] = ()) -> AlignmentFile:
             )
         parameters = {name: _parameter(item) for name, item in document["parameters"].items()}
         weights = {key: _recorded(item) for key, item in document["weights"].items()}
-        _check(document, header, weights)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        _check(document, header, parameters, weights)
+    except _DAMAGES as error:
         raise SafeprojError(
             f"{source}: damaged alignment file ({type(error).__name__}: {first_line(error)}); "
             "fetch it again, or make it again with `safeproj align`"
@@ -254,6 +268,10 @@ def open_file(source: str, maps: Sequence[str] = ()) -> AlignmentFile:
     return AlignmentFile(
         source, folder.revision, path, header, document, parameters, weights, tuple(maps)
     )
+
+
+_DAMAGES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
+"""What reading JSON of another form than expected raises."""
 
 
 def is_plain(text: str) -> bool:
@@ -279,11 +297,16 @@ def _recorded(item: Mapping[str, Any]) -> Recorded:
     return Recorded(item["form"], (int(m), int(n)), **numbers)
 
 
-def _check(document: Mapping[str, Any], header: Header, weights: Mapping[str, Recorded]) -> None:
+def _check(
+    document: Mapping[str, Any],
+    header: Header,
+    parameters: Mapping[str, tuple[tuple[int, ...], Layout]],
+    weights: Mapping[str, Recorded],
+) -> None:
     """Refuse what does not fit together, and what could steer a report that shows it.
 
     Raises:
-        KeyError, TypeError, ValueError: something does not.
+        LookupError, TypeError, ValueError: something does not.
     """
     if set(document["inputs"]) != {"base", "aligned"}:
         raise ValueError(f"inputs are {sorted(document['inputs'])}")
@@ -295,9 +318,10 @@ def _check(document: Mapping[str, Any], header: Header, weights: Mapping[str, Re
             raise TypeError(f"digests of {role}")
     if not isinstance(document["config"], dict):
         raise TypeError("config")
-    if not set(document["options"]) <= {"targets", "rank", "energy", "exact"}:
-        raise ValueError("options")
+    _check_options(**document["options"])
     for key, weight in weights.items():
+        if weight.shape != _expected_shape(key, parameters):
+            raise ValueError(f"{key} has the shape {weight.shape}")
         if weight.form == ZERO:
             continue
         m, n = weight.shape
@@ -309,3 +333,40 @@ def _check(document: Mapping[str, Any], header: Header, weights: Mapping[str, Re
             values = header.tensors[f"{key}.{VALUES}"]
             if values.dtype != "F32" or values.shape != (columns,):
                 raise ValueError(f"{key}.{VALUES} is {values.dtype} {list(values.shape)}")
+
+
+def _check_options(
+    *, targets: Any, rank: Any = None, energy: Any = None, exact: Any = False
+) -> None:
+    """Refuse options that `align` does not write."""
+    fits = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not fits or not all(is_plain(name) for name in targets):
+        raise ValueError("targets")
+    if not (rank is None or type(rank) is int) or type(exact) is not bool:
+        raise ValueError("rank or exact")
+    if energy is not None and not (isinstance(energy, float) and 0.0 < energy <= 1.0):
+        raise ValueError("energy")
+
+
+def _expected_shape(
+    key: str, parameters: Mapping[str, tuple[tuple[int, ...], Layout]]
+) -> tuple[int, int]:
+    """Return the (m, n) of what a key names.
+
+    Raises:
+        LookupError, ValueError: it names nothing.
+    """
+    match = re.fullmatch(r"(?P<name>.*?)(\[(?P<expert>\d+)\])?(?P<turned>\.T)?", key)
+    assert match is not None
+    shape, layout = parameters[match["name"]]
+    if match["expert"] is not None:
+        count, *shape_of_one = shape
+        if layout.kind != "experts" or int(match["expert"]) >= count:
+            raise ValueError(f"{key} is no expert")
+        shape = tuple(shape_of_one)
+    if layout.kind == "conv":
+        shape = (shape[0], math.prod(shape[1:]))
+    if (match["turned"] is None) == (not layout.out_first):
+        raise ValueError(f"{key} is turned the wrong way")
+    m, n = shape[::-1] if match["turned"] else shape
+    return m, n

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any
 
 from safeproj import __version__
@@ -72,10 +73,16 @@ class Form:
         return {name: value for name, value in asdict(self).items() if value}
 
     def keep(self, V: Tensor) -> tuple[Recorded, dict[str, Tensor]]:
-        """Return what is recorded of `V` (m, n), and the tensors by the last part of their name."""
+        """Return what is recorded of `V` (m, n), and the tensors by the last part of their name.
+
+        Raises:
+            FloatingPointError: `V` is too large for float32.
+        """
         m, n = V.shape
         rows = max(1, SQUARES // max(n, 1))
         norm = sum(float(block.square().sum().double()) for block in V.split(rows)) ** 0.5
+        if not math.isfinite(norm):
+            raise FloatingPointError("the alignment matrix has a norm that is not finite")
         if norm == 0.0:
             return Recorded(ZERO, (m, n), 0.0), {}
         if self.exact:
@@ -222,10 +229,22 @@ def _document(
         "versions": versions(),
         "options": dict(wanted),
         "inputs": inputs,
-        "config": dict(pair.config),
+        "config": _without_paths(pair.config),
         "parameters": parameters,
         "weights": {key: asdict(record) for key, record in weights.items()},
     }
+
+
+def _without_paths(value: Any) -> Any:
+    """Return a config without the places on a machine that some keep, such as `_name_or_path`."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(each) for key, each in value.items() if not _is_path(each)}
+    return [_without_paths(each) for each in value] if isinstance(value, list) else value
+
+
+def _is_path(value: Any) -> bool:
+    absolute = (PurePosixPath, PureWindowsPath)
+    return isinstance(value, str) and any(kind(value).is_absolute() for kind in absolute)
 
 
 def _published(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,27 +50,27 @@ class Target:
     def key(self) -> str:
         """Its name in an alignment file."""
         whole: Expression = Stored(self.parameter)
-        return key_of(_as_matrix(whole, self.layout, self.expert))
+        key = key_of(_as_matrix(whole, self.layout, self.expert))
+        assert key is not None
+        return key
 
 
-def key_of(expression: Expression) -> str:
+def key_of(expression: Expression) -> str | None:
     """Return the name of a matrix that is one weight, or one item of a stack, perhaps turned.
+
+    None where it is more than that, such as several weights in one.
 
     >>> key_of(Swapped(Item(Stored("experts.down_proj"), 3)))
     'experts.down_proj[3].T'
-
-    Raises:
-        SafeprojError: it is more than that.
     """
     if isinstance(expression, Stored):
         return expression.name
-    if isinstance(expression, Item):
-        return f"{key_of(expression.part)}[{expression.index}]"
-    if isinstance(expression, Swapped):
-        return f"{key_of(expression.part)}.T"
-    if isinstance(expression, Flat | Head):
-        return key_of(expression.part)
-    raise SafeprojError("an alignment file holds whole weights, and not what is joined from them")
+    if not isinstance(expression, Item | Swapped | Flat | Head):
+        return None
+    part = key_of(expression.part)
+    if part is None or isinstance(expression, Flat | Head):
+        return part
+    return f"{part}[{expression.index}]" if isinstance(expression, Item) else f"{part}.T"
 
 
 def find_targets(aligned: Names, base: Names, wanted: Sequence[str]) -> list[Target]:
@@ -85,6 +85,8 @@ def find_targets(aligned: Names, base: Names, wanted: Sequence[str]) -> list[Tar
         SafeprojError: one of `wanted` names nothing, or a weight is not in both checkpoints in the
             same shape.
     """
+    if not wanted:
+        raise SafeprojError(f"--targets: names nothing; expected names of modules, or {ALL_LINEAR}")
     parameters = aligned.parameters()
     found: dict[str, Layout] = {}
     for name in wanted:

@@ -92,7 +92,8 @@ def differences(
 
     Args:
         tasks: name and source of each weight.
-        use: called with `V`, which is only valid meanwhile; must depend on nothing else.
+        use: called with `V`, which is only valid meanwhile; must depend on nothing else, and raise
+            FloatingPointError where `V` is not finite.
         device: as for `run`.
         workers: as for `run`.
         on_progress: as for `run`.
@@ -106,10 +107,12 @@ def differences(
         assert isinstance(task.alignment, Difference)
         blocks = AlignmentBlocks(task.name, task.alignment, buffers, digests=True, keep=True)
         V = blocks.whole()
-        if not bool(V.isfinite().all()):
-            raise SafeprojError(_diagnosis(task.name, task.alignment, buffers))
         assert blocks.sha256 is not None
-        return use(V), blocks.sha256
+        try:
+            return use(V), blocks.sha256
+        except FloatingPointError as error:
+            message = _diagnosis(task.name, task.alignment, buffers)
+            raise SafeprojError(message) from error
 
     where = _device(device, "exact")
     without = [Task(name, source, ()) for name, source in tasks]

@@ -142,7 +142,7 @@ class Mapping:
         return {
             name: layout
             for name, shape in runtime.shapes.items()
-            if len(shape) > 1 and not runtime.is_tied(name)
+            if len(shape) > 1
             for layout in [runtime.layout(name)]
             if layout is not None and layout.kind != "other"
         }
@@ -304,10 +304,6 @@ class _Runtime:
         source = self._source_of.get(name, name)
         others = [other for other, found in self._source_of.items() if found == source]
         return [other for other in (source, *others) if other != name and other in self.shapes]
-
-    def is_tied(self, name: str) -> bool:
-        """Tell whether a weight is one with another, which stands for both."""
-        return name in self._source_of and self._source_of[name] in self.shapes
 
     def layout(self, name: str) -> Layout | None:
         """Return how a weight is stored here."""
