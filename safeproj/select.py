@@ -102,11 +102,14 @@ class Selection:
             return frozenset(name for name in scored if low[name] <= tau < high[name])
         chosen = self.choose(cosines)
         others = scored.keys() - chosen
-        highest = max((high[name] for name in chosen), default=-1.0)
-        lowest = min((low[name] for name in others), default=2.0)
+        if not chosen or not others:
+            return frozenset()
+        # Ties go to the earlier name, here as in `choose`.
+        highest = max((high[name], natural_order(name)) for name in chosen)
+        lowest = min((low[name], natural_order(name)) for name in others)
         return frozenset(
-            {name for name in chosen if high[name] > lowest}
-            | {name for name in others if low[name] < highest}
+            {name for name in chosen if (high[name], natural_order(name)) > lowest}
+            | {name for name in others if (low[name], natural_order(name)) < highest}
         )
 
     def to_dict(self) -> dict[str, object]:

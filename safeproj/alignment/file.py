@@ -209,6 +209,13 @@ class _RecordedNames(Names):
         self._types = frozenset()  # nothing is turned on disk or called something else
         self._file = file
 
+    def _not_found(self, parameter: str) -> SafeprojError:
+        return SafeprojError(
+            f"{self._file.source}: holds nothing for {parameter}{self._closest(parameter)}; make a "
+            "file with its module among --targets, or use the checkpoints; if it is only named "
+            "otherwise there, say how with --map RUNTIME=CHECKPOINT"
+        )
+
     def layout(self, parameter: str) -> Layout | None:
         try:
             names = tuple(stored_names(self.find(parameter, lambda _: True)))
