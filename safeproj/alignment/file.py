@@ -187,9 +187,11 @@ class AlignmentFile:
 
     def _vector(self, name: str) -> tuple[float, ...]:
         found = numpy.frombuffer(self._bytes(name), "<f4")
-        if not bool(numpy.isfinite(found).all()) or bool((found <= 0.0).any()):
+        if not bool(numpy.isfinite(found).all()):
+            raise SafeprojError(f"{self.path}: {name} has NaN or Inf; the file is damaged")
+        if bool((found <= 0.0).any()):
             raise SafeprojError(
-                f"{self.path}: {name} has values that are no eigenvalues; the file is damaged"
+                f"{self.path}: {name} has values that are not positive; the file is damaged"
             )
         return tuple(found.tolist())
 
