@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safeproj.checkpoint import Checkpoint, open_checkpoint
+from safeproj.checkpoint import Checkpoint, Reader, open_checkpoint
 from safeproj.checkpoint.expression import (
     Chunk,
     Expression,
@@ -112,6 +112,35 @@ def test_rows_are_those_of_the_dense_tensors(checkpoint: Checkpoint, name: str, 
     assert dtype_and_shape(expression, checkpoint) == ("F32", tuple(expected.shape))
     assert torch.equal(read_matrix(found, rows), expected)
     assert found.weight.dtype == "F32"
+
+
+class Spy(Reader):
+    """Notes which bytes of which files are read and asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_read: list[tuple[Path, int]] = []
+        self.asked: list[tuple[Path, int]] = []
+
+    def read(self, label: str, path: Path, offset: int, out: memoryview) -> None:
+        super().read(label, path, offset, out)
+        self.was_read += [(path, offset + i) for i in range(len(out))]
+
+    def prefetch(self, path: Path, start: int, stop: int) -> None:
+        super().prefetch(path, start, stop)
+        self.asked += [(path, i) for i in range(start, stop)]
+
+
+@pytest.mark.parametrize("rows", BLOCKS)
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_what_is_asked_for_is_what_is_read(checkpoint: Checkpoint, name: str, rows: int) -> None:
+    weight = matrix(EXPRESSIONS[name], checkpoint).weight
+    buffer = torch.empty(rows * weight.row_bytes, dtype=torch.uint8)
+    for start in range(0, weight.shape[0], rows):
+        spy, stop = Spy(), min(start + rows, weight.shape[0])
+        weight.read_rows(spy, start, stop, buffer)
+        weight.prefetch(spy, start, stop)
+        assert spy.asked == spy.was_read
 
 
 @dataclass
