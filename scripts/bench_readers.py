@@ -1,7 +1,7 @@
 """Ways to read the weights that an adapter needs, side by side; on Linux 5.14 or later.
 
     python scripts/bench.py --skip-dense      # makes the pair of checkpoints, once: 8 GB
-    python scripts/bench_readers.py           # about five minutes on Linux; --runs 1 takes two
+    python scripts/bench_readers.py           # about ten minutes; --runs 1 takes four
 
 Prints a Markdown table for the adapter on all linear layers (3.9 GB of weights, bfloat16): seconds
 with the files in the page cache; the same, and the processor time, after they were dropped from it;
