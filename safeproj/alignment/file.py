@@ -260,6 +260,7 @@ def open_file(source: str, maps: Sequence[str] = ()) -> AlignmentFile:
         )
     try:
         document = json.loads(text, object_pairs_hook=unique)
+        json.dumps(document, allow_nan=False, ensure_ascii=False).encode()  # as it will be repeated
         if document["schema"] != SCHEMA:
             raise SafeprojError(
                 f"{source}: alignment file of schema {str(document['schema'])[:40]!a}, expected "
@@ -336,7 +337,7 @@ def _check(
         m, n = weight.shape
         entry = header.tensors[f"{key}.{weight.form}"]
         columns = {V_ITSELF: n, C_ITSELF: m, EIGENPAIRS: entry.shape[-1]}[weight.form]
-        if entry.dtype != "F32" or entry.shape != (m, columns):
+        if entry.dtype != "F32" or entry.shape != (m, columns) or columns < 1:
             raise ValueError(f"{key} is {entry.dtype} {list(entry.shape)}")
         if weight.form == EIGENPAIRS:
             values = header.tensors[f"{key}.{VALUES}"]

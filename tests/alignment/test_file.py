@@ -1210,6 +1210,19 @@ def a_tensor_without_dimensions(file: Content) -> tuple[str, ...]:
 
 
 @damage
+def no_columns(file: Content) -> tuple[str, ...]:
+    file.tensors[f"{KEY}.U"] = file.tensors[f"{KEY}.U"][:, :0].clone()
+    file.tensors[f"{KEY}.eigenvalues"] = file.tensors[f"{KEY}.eigenvalues"][:0].clone()
+    return "damaged", KEY
+
+
+@damage
+def digests_that_no_report_can_hold(file: Content) -> tuple[str, ...]:
+    file.document["inputs"]["base"]["sha256"]["tensors"]["x"] = float("nan")
+    return ("damaged",)
+
+
+@damage
 def no_eigenvalues(file: Content) -> tuple[str, ...]:
     del file.tensors[f"{KEY}.eigenvalues"]
     return "damaged", f"{KEY}.eigenvalues"
