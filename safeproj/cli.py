@@ -476,8 +476,3 @@ def _options(
     except ValueError as error:
         raise SafeprojError(f"--{error}") from error
     return Options(selection, chosen, device, workers, dtype, tuple(maps or ()))
-
-
-def main() -> None:
-    """Run the command."""
-    app()

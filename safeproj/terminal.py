@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from safeproj.__main__ import INTERRUPTED, end_at_once
 from safeproj.errors import SafeprojError, first_line, printable
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from safeproj.profile import Profile
     from safeproj.report import Report, Reports
 
-INTERRUPTED = "safeproj: interrupted; there is no partial output"
 WIDTH = 100
 """Columns of the report where no terminal says otherwise, so that logs look alike everywhere."""
 
@@ -45,7 +45,7 @@ def command(verbose: bool) -> Iterator[None]:
     A signal ends the process at once until `interruptible` is called: extension modules that are
     being imported can swallow the exception that a signal raises, or crash on it.
     """
-    _handle(_end_at_once)
+    _handle(end_at_once)
     if sys.stdout is not None:
         with suppress(AttributeError, ValueError):
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -84,12 +84,6 @@ def _handle(handler: Any) -> None:
     with suppress(ValueError):  # not in the main thread, as when embedded
         for number in _SIGNALS:
             signal.signal(number, handler)
-
-
-def _end_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler
-    with suppress(OSError):
-        os.write(2, f"{INTERRUPTED}\n".encode())
-    os._exit(128 + number)
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler

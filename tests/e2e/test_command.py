@@ -21,7 +21,7 @@ from tests.support import COMMAND, assert_refused, read_json, safeproj, save_ada
 def test_help_does_not_import_torch() -> None:
     program = (
         "import sys; sys.argv = ['safeproj', '--help']\n"
-        "from safeproj.cli import main\n"
+        "from safeproj.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
