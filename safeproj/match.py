@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.experts import StackLayout, resolve
 from safeproj.adapter.record import FullChange, Kind, TargetParameters
+from safeproj.checkpoint import Checkpoint
 from safeproj.checkpoint.expression import (
     Expression,
     Flat,
@@ -369,10 +370,15 @@ def _quantised(pairs: list[_Pair], sides: tuple[_Side, _Side]) -> Iterator[str]:
     parameters = {pair.module.parameter: pair.module for pair in pairs}.values()
     for role, side in zip(("aligned", "base"), sides, strict=True):
         wholes = (side.find(module)[0] for module in parameters)
-        infos = (side.checkpoint.describe(name) for whole in wholes for name in stored_names(whole))
-        dtypes = sorted({info.quantised for info in infos if info.quantised is not None})
+        dtypes = quantised_dtypes(wholes, side.checkpoint)
         if dtypes:
             yield quantised_warning(role, dtypes)
+
+
+def quantised_dtypes(weights: Iterable[Expression], checkpoint: Checkpoint) -> list[str]:
+    """Return the dtypes of the codes that weights are stored as, none where numbers are stored."""
+    infos = (checkpoint.describe(name) for weight in weights for name in stored_names(weight))
+    return sorted({info.quantised for info in infos if info.quantised is not None})
 
 
 def quantised_warning(role: str, dtypes: Iterable[str]) -> str:

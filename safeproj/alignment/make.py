@@ -27,10 +27,9 @@ from safeproj.alignment.file import (
 )
 from safeproj.alignment.pair import Pair
 from safeproj.alignment.targets import Target
-from safeproj.checkpoint.expression import stored_names
 from safeproj.errors import SafeprojError
 from safeproj.manifest import versions
-from safeproj.match import quantised_warning
+from safeproj.match import quantised_dtypes, quantised_warning
 from safeproj.tensorfile import write
 
 if TYPE_CHECKING:
@@ -257,9 +256,9 @@ def _published(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quantised(pair: Pair, targets: Sequence[Target]) -> dict[str, list[str]]:
     """Return for each role the dtypes of codes among the weights."""
-    found = {}
-    for role, checkpoint in pair.checkpoints.items():
-        sides = (target.aligned if role == "aligned" else target.base for target in targets)
-        infos = (checkpoint.describe(name) for side in sides for name in stored_names(side))
-        found[role] = sorted({info.quantised for info in infos if info.quantised is not None})
-    return found
+    return {
+        "base": quantised_dtypes((target.base for target in targets), pair.base.checkpoint),
+        "aligned": quantised_dtypes(
+            (target.aligned for target in targets), pair.aligned.checkpoint
+        ),
+    }
