@@ -8,12 +8,13 @@ from safeproj.errors import SafeprojError
 
 if TYPE_CHECKING:
     from safeproj.api import Form, Options, align, inspect, inspect_many, patch, patch_many
-    from safeproj.projection import Approx, Exact
+    from safeproj.projection import Approx, Complement, Exact
     from safeproj.select import Selection
 
 __version__ = "0.1.0"
 __all__ = [
     "Approx",
+    "Complement",
     "Exact",
     "Form",
     "Options",
@@ -29,6 +30,7 @@ __all__ = [
 
 _HOME = {
     "Approx": "projection",
+    "Complement": "projection",
     "Exact": "projection",
     "Form": "api",
     "Options": "api",

@@ -15,12 +15,15 @@ from safeproj.adapter.write import (
     check_parent,
     made_inside,
 )
-from safeproj.alignment.make import Form, Made, check_file, make_file
+from safeproj.against import Against
+from safeproj.alignment.file import KIND
+from safeproj.alignment.make import Form, Made, make_file
 from safeproj.alignment.pair import Pair
 from safeproj.alignment.targets import ALL_LINEAR, find_targets
 from safeproj.errors import SafeprojError
 from safeproj.job import Job, Observer, Options, Run
 from safeproj.profile import Profile
+from safeproj.recorded import check_file
 from safeproj.report.record import Failure, Report, Reports
 
 __all__ = [
@@ -62,10 +65,11 @@ def inspect(
     options: Options | None = None,
     *,
     alignment: str | None = None,
+    safety_module: str | None = None,
     observer: Observer | None = None,
     profile: Profile | None = None,
 ) -> Report:
-    """Score each adapted module by its similarity to its Safe LoRA projection.
+    """Score each adapted module by its similarity to its projection.
 
     Args:
         base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
@@ -73,13 +77,15 @@ def inspect(
         adapter: SRC of the LoRA adapter.
         options: projector, selection, device.
         alignment: SRC of an alignment file, in place of `base` and `aligned`, which are None then.
+        safety_module: SRC of a safety module, in place of all three: SaLoRA instead of Safe LoRA.
         observer: told about the progress.
         profile: filled in with where the time went.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
-    job = Job(base, aligned, alignment, options, observer, profile, digests=False)
+    against = Against(base, aligned, alignment, safety_module)
+    job = Job(against, options, observer, profile, digests=False)
     return job.one(adapter).report
 
 
@@ -91,6 +97,7 @@ def patch(
     options: Options | None = None,
     *,
     alignment: str | None = None,
+    safety_module: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     observer: Observer | None = None,
@@ -105,6 +112,7 @@ def patch(
         out: the directory to create; it appears complete or not at all.
         options: projector, selection, device, dtype.
         alignment: SRC of an alignment file, in place of `base` and `aligned`, which are None then.
+        safety_module: SRC of a safety module, in place of all three: SaLoRA instead of Safe LoRA.
         overwrite: replace an adapter that is at `out`.
         dry_run: do everything but the writing.
         observer: told about the progress.
@@ -113,9 +121,9 @@ def patch(
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
     """
-    out = Path(out)
-    check_out(out, overwrite, _inputs(base, aligned, alignment, [adapter]))
-    job = Job(base, aligned, alignment, options, observer, profile, digests=not dry_run)
+    out, against = Path(out), Against(base, aligned, alignment, safety_module)
+    check_out(out, overwrite, against.local_paths([adapter]))
+    job = Job(against, options, observer, profile, digests=not dry_run)
     return job.write(job.one(adapter), None if dry_run else out)
 
 
@@ -126,6 +134,7 @@ def inspect_many(
     options: Options | None = None,
     *,
     alignment: str | None = None,
+    safety_module: str | None = None,
     observer: Observer | None = None,
     profile: Profile | None = None,
 ) -> list[Outcome]:
@@ -138,6 +147,7 @@ def inspect_many(
             text file (`.txt`) for the SRC in its lines.
         options: as for `inspect`.
         alignment: as for `inspect`.
+        safety_module: as for `inspect`.
         observer: as for `inspect`.
         profile: as for `inspect`.
 
@@ -147,8 +157,9 @@ def inspect_many(
     Raises:
         SafeprojError: something that all of them need cannot be used.
     """
+    against = Against(base, aligned, alignment, safety_module)
     members = collect(adapters).members
-    job = Job(base, aligned, alignment, options, observer, profile, digests=False)
+    job = Job(against, options, observer, profile, digests=False)
     found = list(job.many([member.source for member in members], lambda run, _: run.report))
     return _outcomes(members, found)
 
@@ -161,6 +172,7 @@ def patch_many(
     options: Options | None = None,
     *,
     alignment: str | None = None,
+    safety_module: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     observer: Observer | None = None,
@@ -175,6 +187,7 @@ def patch_many(
         out: the directory in which one directory per adapter is created, by the adapter's name.
         options: as for `patch`.
         alignment: as for `patch`.
+        safety_module: as for `patch`.
         overwrite: replace adapters that are there.
         dry_run: do everything but the writing.
         observer: as for `patch`.
@@ -186,11 +199,12 @@ def patch_many(
     Raises:
         SafeprojError: something that all of them need cannot be used.
     """
+    against = Against(base, aligned, alignment, safety_module)
     out, given = Path(out), list(adapters)
     members = collect(given).members
     sources = [*given, *(member.source for member in members)]
-    check_apart(out, _inputs(base, aligned, alignment, sources))
-    job = Job(base, aligned, alignment, options, observer, profile, digests=not dry_run)
+    check_apart(out, against.local_paths(sources))
+    job = Job(against, options, observer, profile, digests=not dry_run)
     check_parent(out)
     refused: dict[int, SafeprojError] = {}
     for number, member in enumerate(members):
@@ -238,7 +252,7 @@ def align(
     """
     out, form, options = Path(out), form or Form(rank=64), options or Options()
     profile = profile or Profile()
-    check_file(out, overwrite)
+    check_file(out, overwrite, KIND)
     with profile.phase("match"):
         pair = Pair(aligned, base, options.maps)
         found = find_targets(pair.aligned, pair.base, targets)
@@ -280,17 +294,3 @@ def _outcomes(members: Sequence[Member], found: Sequence[Report | SafeprojError]
         else Outcome(member.source, member.name, each, None)
         for member, each in zip(members, found, strict=True)
     ]
-
-
-def _inputs(
-    base: str | None, aligned: str | None, alignment: str | None, adapters: Sequence[str]
-) -> list[tuple[str, Path | None]]:
-    """Return option names and the local paths that are read, None for the Hub."""
-    given = [("--base", base), ("--aligned", aligned), ("--alignment", alignment)]
-    given += [("--adapter", adapter) for adapter in adapters]
-    return [(option, _local_path(source)) for option, source in given if source is not None]
-
-
-def _local_path(source: str) -> Path | None:
-    path = Path(source).expanduser()
-    return path if path.exists() else None

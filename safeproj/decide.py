@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from safeproj.adapter.write import copied_adapters
 from safeproj.engine import Score
 from safeproj.errors import SafeprojError, shorten
 from safeproj.match import Plan
-from safeproj.projection import Projector, pdst
-from safeproj.report.record import ModuleReport, Report, Unprojected, place
+from safeproj.projection import Complement, Projector, pdst
+from safeproj.report.record import ModuleReport, Report, Safety, Unprojected, place
 from safeproj.select import Selection, natural_order
 from safeproj.source import identity
 
@@ -61,7 +61,7 @@ def decide(
 
     Args:
         adapter: the input.
-        inputs: role to the identity of what `V` comes from.
+        inputs: role to the identity of what the projectors come from.
         plan: what was scored.
         scores: module name to score.
         changes: key of a tensor that replaces a weight to the size of the change, relative to it.
@@ -96,7 +96,8 @@ def decide(
     unprojected = tuple(_unprojected(adapter, plan, scores, changes))
     report = Report(
         version=__version__,
-        projector=_describe(projector),
+        method=projector.method,
+        projector=_describe(projector, scores),
         selection=selection.to_dict(),
         inputs={
             **{role: dict(identity) for role, identity in inputs.items()},
@@ -105,6 +106,7 @@ def decide(
         modules=tuple(_module_reports(plan, scores, chosen, uncertain)),
         pdst=sum(distances) / len(distances) if distances else None,
         unprojected=unprojected,
+        safety_energy=_mean_energies([score.energies for score in scores.values()]),
         warnings=(
             *adapter.warnings,
             *plan.warnings,
@@ -173,12 +175,30 @@ def _relative_error(B_out: Tensor, CB: Tensor) -> float:
     return float((B_out.double() - CB.double()).norm()) / size if size else 0.0
 
 
-def _describe(projector: Projector) -> dict[str, object]:
+def _describe(projector: Projector, scores: Mapping[str, Score]) -> dict[str, object]:
+    if isinstance(projector, Complement):
+        ranks = [score.rank for score in scores.values() if score.rank is not None]
+        return {"kind": "safety-module", "rank": max(ranks)}
     found: dict[str, object] = {"kind": projector.kind}
     for name in ("rank", "energy"):
         if getattr(projector, name, None) is not None:
             found[name] = getattr(projector, name)
     return found
+
+
+def _mean_energies(energies: Sequence[tuple[float, ...]]) -> dict[int, float]:
+    """Return for ranks the mean share of the safety data's energy that so many directions hold.
+
+    The ranks are the powers of two up to the largest stored one, and that. A module that has fewer
+    directions counts with all of them.
+    """
+    largest = max(map(len, energies), default=0)
+    ranks = {1 << power for power in range(largest.bit_length())} | {largest}
+    return {
+        rank: sum(each[min(rank, len(each)) - 1] for each in energies) / len(energies)
+        for rank in sorted(ranks)
+        if largest
+    }
 
 
 def _module_reports(
@@ -191,9 +211,18 @@ def _module_reports(
     for planned in plan.modules:
         name = planned.module.name
         module = _module_report(planned.module, scores[name], name in chosen, planned.note)
-        found.append(replace(module, uncertain=name in uncertain))
-    found += [_module_report(module, None, False, None) for module in plan.excluded]
+        safety = _safety(scores[name])
+        found.append(replace(module, uncertain=name in uncertain, safety=safety))
+    unknown = Safety(None, None) if any(module.safety for module in found) else None
+    for excluded in plan.excluded:
+        found.append(replace(_module_report(excluded, None, False, None), safety=unknown))
     return sorted(found, key=lambda module: natural_order(module.name))
+
+
+def _safety(score: Score) -> Safety | None:
+    if score.rank is None or not score.energies:
+        return None
+    return Safety(score.safety_share, score.energies[score.rank - 1])
 
 
 def _module_report(

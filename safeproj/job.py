@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from safeproj import engine
 from safeproj.adapter import Adapter, card, read_adapter
 from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.write import write_adapter
+from safeproj.against import HOLDS_PROJECTOR, Against
 from safeproj.alignment.file import AlignmentFile, open_file
-from safeproj.alignment.interface import Alignment
 from safeproj.alignment.pair import Pair
 from safeproj.decide import DTYPES, Decision, decide
-from safeproj.engine import Difference, Kept, Progress, Score, Task, Update
+from safeproj.engine import Origin, Progress, Score, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.manifest import manifest
 from safeproj.match import Plan, PlannedModule
 from safeproj.names import parse_rules
 from safeproj.profile import Profile
-from safeproj.projection import Approx, Projector
+from safeproj.projection import Approx, Complement, Exact, Projector
 from safeproj.report.record import Report
+from safeproj.salora.file import open_safety_module
 from safeproj.select import Selection
-from safeproj.source import LocalFolder
+from safeproj.source import Folder, LocalFolder, read_json
+from safeproj.subspace import Subspace
 
 BATCH = 2 << 30
 """Bytes of adapters that are held at a time. Where there are more, the checkpoints are read once
@@ -39,8 +41,10 @@ class Options:
     """How a run is done.
 
     Attributes:
-        selection: which modules are projected.
-        projector: which `C`.
+        selection: which modules are projected; if it does not say how they are chosen, those with
+            `cos <= 0.35`, and with a safety module all.
+        projector: which `C`: with a safety module `Complement`, otherwise `Approx` or `Exact`. If
+            None, `Complement()` or `Approx()`.
         device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         workers: threads over modules on the CPU, None for one per core, at most 8. The result
             does not depend on it.
@@ -52,7 +56,7 @@ class Options:
     """
 
     selection: Selection = dataclasses.field(default_factory=Selection)
-    projector: Projector = dataclasses.field(default_factory=Approx)
+    projector: Projector | None = None
     device: str = "auto"
     workers: int | None = None
     dtype: str = "keep"
@@ -109,18 +113,27 @@ class _Group:
     """One weight, and the updates of it by adapter and module."""
 
     name: str
-    origin: Difference | Kept
+    origin: Origin
     updates: dict[tuple[int, str], Update] = dataclasses.field(default_factory=dict)
 
 
 class Job:
-    """What `inspect` and `patch` share, for one adapter or for many."""
+    """What `inspect` and `patch` share, for one adapter or for many.
+
+    Args:
+        against: what the adapters are scored against.
+        options: how.
+        observer: told about the progress.
+        profile: filled in with where the time went.
+        digests: whether `write` will be called, which records what was read.
+
+    Raises:
+        SafeprojError: the options do not go together.
+    """
 
     def __init__(
         self,
-        base: str | None,
-        aligned: str | None,
-        alignment: str | None,
+        against: Against,
         options: Options | None,
         observer: Observer | None,
         profile: Profile | None,
@@ -128,14 +141,18 @@ class Job:
         digests: bool,
     ) -> None:
         self._options = options or Options()
-        self._open = _opener(base, aligned, alignment, self._options)
+        self._against = against
+        self._projector = _projector(against, self._options.projector)
+        self._selection = self._options.selection
+        if against.safety_module is not None:  # published to remove it from every module
+            self._selection = self._selection.or_all()
         self._observer = observer
         self._profile = profile or Profile()
         self._digests = digests
 
     @cached_property
-    def _alignment(self) -> Alignment:
-        return self._open()
+    def _subspace(self) -> Subspace:
+        return _opened(self._against, self._projector, self._options.maps)
 
     def one(self, source: str) -> Run:
         """Read, match, score and decide one adapter."""
@@ -152,7 +169,7 @@ class Job:
         `use` is told which of the sources a run is of.
         """
         with self._profile.phase("match"):
-            _ = self._alignment  # what all need is looked at first
+            _ = self._subspace  # what all need is looked at first
         batch: list[_Loaded | SafeprojError] = []
         done = size = 0
         for source in sources:
@@ -175,28 +192,49 @@ class Job:
             else:
                 yield _caught(partial(use, run, number))
 
-    def write(self, run: Run, out: Path | None) -> Report:
-        """Write the patched adapter, if `out` is given, and return the report of `patch`."""
-        warnings = (*run.report.warnings, *_notes(run.adapter))
+    def write(
+        self, run: Run, out: Path | None, documents: Mapping[str, bytes | None] | None = None
+    ) -> Report:
+        """Write the patched adapter, if `out` is given, and return the report of `patch`.
+
+        Args:
+            run: what `one` or `many` made of the adapter.
+            out: the directory.
+            documents: as for `write_adapter`.
+
+        Raises:
+            SafeprojError: it cannot be written; nothing is left behind.
+        """
+        warnings = (*run.report.warnings, *_notes(run.adapter, self._projector))
         report = dataclasses.replace(run.report, warnings=warnings)
         if out is None:
             return report
+        with self._profile.phase("write"):
+            write_adapter(
+                run.adapter,
+                run.decision.replaced,
+                self.manifest(run, report),
+                card.section(report),
+                out,
+                documents,
+            )
+        return report
+
+    def manifest(self, run: Run, report: Report) -> dict[str, Any]:
+        """Return what `safeproj.json` says of a run, without the digests of what is written."""
         options = {
             "dtype": self._options.dtype,
             "device": str(engine.resolve_device(self._options.device)),
         }
-        with self._profile.phase("write"):
-            record = manifest(run.adapter, self._alignment, run.scores, report, options)
-            write_adapter(run.adapter, run.decision.replaced, record, card.section(report), out)
-        return report
+        return manifest(run.adapter, self._subspace, run.scores, report, options)
 
     def _load(self, source: str) -> _Loaded:
         with self._profile.phase("read adapter"):
             adapter = read_adapter(source)
         with self._profile.phase("match"):
-            alignment = self._alignment
-            adapter = adapter.fitted(alignment.names, alignment.config)
-            return _Loaded(adapter, alignment.plan(adapter, self._options.selection))
+            subspace = self._subspace
+            adapter = adapter.fitted(subspace.names, subspace.config)
+            return _Loaded(adapter, subspace.plan(adapter, self._selection))
 
     def _runs(self, loads: Sequence[_Loaded | SafeprojError]) -> Iterator[Run | SafeprojError]:
         """Score all updates of all adapters weight by weight, then decide adapter by adapter."""
@@ -229,7 +267,7 @@ class Job:
         for item in loaded.plan.modules:
             key = (item.aligned, item.base)
             if key not in groups:
-                groups[key] = _Group(item.module.name, self._alignment.origin(item))
+                groups[key] = _Group(item.module.name, self._subspace.origin(item))
             own.append((groups[key], item.module.name, update_of(loaded.adapter, item)))
         for group, name, update in own:  # only now that all of them are known to be there
             group.updates[number, name] = update
@@ -239,11 +277,11 @@ class Job:
     ) -> Iterator[tuple[tuple[int, str], Score | SafeprojError]]:
         tasks = [Task(g.name, g.origin, tuple(g.updates.values())) for g in groups]
         if self._observer is not None:
-            self._observer.start(len(tasks), sum(task.alignment.nbytes for task in tasks))
+            self._observer.start(len(tasks), sum(task.origin.nbytes for task in tasks))
         with self._profile.phase("score"):
             found = engine.run(
                 tasks,
-                self._options.projector,
+                self._projector,
                 device=self._options.device,
                 workers=self._options.workers,
                 digests=self._digests,
@@ -254,47 +292,62 @@ class Job:
             yield from zip(group.updates, scores, strict=True)
 
     def _decide(self, loaded: _Loaded, scores: dict[str, Score]) -> Run:
-        options = self._options
         scores = {item.module.name: scores[item.module.name] for item in loaded.plan.modules}
         with self._profile.phase("decide"):
             comparisons = {
                 item.change.key: comparison
                 for item in loaded.plan.changes
-                if (comparison := self._alignment.comparison(loaded.adapter, item)) is not None
+                if (comparison := self._subspace.comparison(loaded.adapter, item)) is not None
             }
             sizes = engine.relative_changes(list(comparisons.values()))
             decision = decide(
                 loaded.adapter,
-                self._alignment.inputs,
+                self._subspace.inputs,
                 loaded.plan,
                 scores,
                 dict(zip(comparisons, sizes, strict=True)),
-                options.selection,
-                options.projector,
-                options.dtype,
+                self._selection,
+                self._projector,
+                self._options.dtype,
             )
         return Run(loaded.adapter, scores, decision)
 
 
-def _opener(
-    base: str | None, aligned: str | None, alignment: str | None, options: Options
-) -> Callable[[], Alignment]:
-    """Return what opens the checkpoints or the alignment file; which of them is checked at once."""
-    if alignment is None and base is not None and aligned is not None:
-        return lambda: Pair(aligned, base, options.maps)
-    if alignment is None or base is not None or aligned is not None:
-        raise SafeprojError("give --base and --aligned, or --alignment in place of both")
+def _projector(against: Against, given: Projector | None) -> Projector:
+    """Return the projector that is asked for, or the default of what is scored against.
 
-    def opened() -> AlignmentFile:
-        file = open_file(alignment, options.maps)
-        if file.is_truncated and options.projector.kind == "exact":
-            raise SafeprojError(
-                f"{alignment}: holds the leading part of C alone, and --projector exact needs all "
-                "of V; make a file with `safeproj align --exact`, or use the checkpoints"
-            )
-        return file
+    Raises:
+        SafeprojError: it is the other method's.
+    """
+    default: Projector = Approx() if against.safety_module is None else Complement()
+    found = given or default
+    if isinstance(found, Exact | Approx) == (against.safety_module is None):
+        return found
+    if against.safety_module is None:
+        raise SafeprojError("the projector Complement needs a safety module; give --safety-module")
+    raise SafeprojError(HOLDS_PROJECTOR)
 
-    return opened
+
+def _opened(against: Against, projector: Projector, maps: tuple[str, ...]) -> Subspace:
+    """Open the checkpoints or the file that adapters are scored against."""
+    if isinstance(projector, Complement):
+        assert against.safety_module is not None
+        return open_safety_module(against.safety_module, maps, projector.rank)
+    if against.alignment is not None:
+        return _alignment_file(against.alignment, projector, maps)
+    assert against.aligned is not None
+    assert against.base is not None
+    return Pair(against.aligned, against.base, maps)
+
+
+def _alignment_file(source: str, projector: Projector, maps: tuple[str, ...]) -> AlignmentFile:
+    file = open_file(source, maps)
+    if file.is_truncated and projector.kind == "exact":
+        raise SafeprojError(
+            f"{source}: holds the leading part of C alone, and --projector exact needs all "
+            "of V; make a file with `safeproj align --exact`, or use the checkpoints"
+        )
+    return file
 
 
 def update_of(adapter: Adapter, item: PlannedModule) -> Update:
@@ -308,10 +361,12 @@ def update_of(adapter: Adapter, item: PlannedModule) -> Update:
     )
 
 
-def _notes(adapter: Adapter) -> Iterator[str]:
+def _notes(adapter: Adapter, projector: Projector) -> Iterator[str]:
     """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
     folder = adapter.folder
-    if MANIFEST in folder.files:
+    # C_S is an orthogonal projector: what it has removed once it does not find again.
+    others = [method for method in _methods_before(folder) if method != Complement.method]
+    if others and not isinstance(projector, Complement):
         yield (
             "the adapter was patched before: projecting again shrinks its updates further, "
             "since C is applied twice"
@@ -321,6 +376,15 @@ def _notes(adapter: Adapter) -> Iterator[str]:
             "the adapter comes from the local Hub cache (HF_HUB_OFFLINE is set): files of "
             "the adapter that are not in the cache are missing from the patched one too"
         )
+
+
+def _methods_before(folder: Folder) -> Iterator[str]:
+    """Yield the methods that an adapter was patched by, the last one first."""
+    found: Any = read_json(folder, MANIFEST) if MANIFEST in folder.files else None
+    while isinstance(found, dict):
+        yield str(found.get("method"))
+        for key in ("inputs", "adapter", "previous"):
+            found = found.get(key) if isinstance(found, dict) else None
 
 
 def _caught(step: Callable[[], T]) -> T | SafeprojError:

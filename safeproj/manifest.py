@@ -12,15 +12,15 @@ import torch
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import MANIFEST
-from safeproj.alignment.interface import Alignment
 from safeproj.engine import Score
 from safeproj.report.record import Report
 from safeproj.source import file_sha256, read_json
+from safeproj.subspace import Subspace
 
 
 def manifest(
     adapter: Adapter,
-    alignment: Alignment,
+    subspace: Subspace,
     scores: Mapping[str, Score],
     report: Report,
     options: Mapping[str, Any],
@@ -31,7 +31,7 @@ def manifest(
     of the files that were read, and for the checkpoints of the tensors: their bytes as stored.
     """
     found = report.to_dict()
-    for role, sha256 in alignment.digests(scores).items():
+    for role, sha256 in subspace.digests(scores).items():
         found["inputs"][role] |= {"sha256": sha256}
     read = (*adapter.format.documents, adapter.weights_file)
     files = {name: file_sha256(adapter.path(name)) for name in read}

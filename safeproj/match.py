@@ -312,11 +312,13 @@ def _planned(
     turned = _turned(adapter, sides, module, shape, votes)
     if shape != base_shape or turned is None:
         wanted = pair.module.weight_shape or (module.out_features, module.in_features)
+        shapes = (pair.aligned[1], pair.base[1])
+        found = [f"{list(s)} in {d.checkpoint.source}" for s, d in zip(shapes, sides, strict=True)]
+        places = list(dict.fromkeys(found))  # a file that stands for both is one place
         raise SafeprojError(
-            f"{module.name}: shapes do not fit: {list(pair.aligned[1])} in "
-            f"{sides[0].checkpoint.source}, {list(pair.base[1])} in {sides[1].checkpoint.source}, "
-            f"{list(wanted)} {'' if pair.module.weight_shape else '(out, in) '}in "
-            f"{adapter.source}; are all three of the same model?"
+            f"{module.name}: shapes do not fit: {', '.join(places)}, {list(wanted)} "
+            f"{'' if pair.module.weight_shape else '(out, in) '}in {adapter.source}; are "
+            f"{'both' if len(places) == 1 else 'all three'} of the same model?"
         )
     return PlannedModule(
         module, _oriented(module, aligned, turned), _oriented(module, base, turned), note

@@ -1,4 +1,4 @@
-"""The Safe LoRA formulas on tensors, and nothing else.
+"""The formulas of Safe LoRA and SaLoRA on tensors, and nothing else.
 
 Safe LoRA (Hsu et al., NeurIPS 2024, arXiv 2405.16833) projects a LoRA update onto the directions in
 which alignment moved the model. The names are the paper's:
@@ -8,6 +8,9 @@ which alignment moved the model. The names are the paper's:
 `A`, `B`       (r, n), (m, r)  LoRA factors; the update is `ΔW = s · B A`
 `C`            (m, m)  projector onto the safety-aligned subspace
 =============  ======  ==================================================================
+
+SaLoRA (Li et al., ICLR 2025, arXiv 2501.01765) projects it away from the directions `U` (m, k) in
+which a weight's outputs on safety data lie: `C_S = I - U Uᵀ`, in the place of `C`.
 
 Neither `C` nor `ΔW` is ever formed: everything follows from `T = Vᵀ B` (n, r), `P = C B` (m, r)
 and `G = A Aᵀ` (r, r). `V` arrives in blocks of rows, so that it need not fit in memory either.
@@ -27,6 +30,13 @@ Blocks = Iterable[Tensor]
 """`V` (m, n) as consecutive float32 row blocks. It can be iterated twice with the same result; a
 block may be overwritten as soon as the next one is asked for."""
 
+ORTHONORMAL = 1e-3
+"""Largest entry of `UᵀU - I` for columns that are orthonormal but for rounding."""
+
+
+class NotOrthonormalError(Exception):
+    """The columns of `U` are not orthonormal, so that `I - U Uᵀ` is no projector."""
+
 
 @dataclass(frozen=True)
 class Projected:
@@ -35,13 +45,13 @@ class Projected:
     Attributes:
         CB: `C B`, shape (m, r), float32; None where `V = 0`, which leaves `C` undefined. A column
             of `B` that is too large gives values that are not finite.
-        alignment_norm: `‖V‖_F`.
+        alignment_norm: `‖V‖_F`; None for SaLoRA, which has no `V`.
         rank: k of a truncated projector, None where the projector is not truncated.
-        UB: `Uᵀ B`, shape (k, r), where `C` is known by its eigenvectors `U`.
+        UB: `Uᵀ B`, shape (k, r), where `C` is known by orthonormal columns `U`.
     """
 
     CB: Tensor | None
-    alignment_norm: float
+    alignment_norm: float | None
     rank: int | None = None
     UB: Tensor | None = None
 
@@ -55,6 +65,7 @@ class Approx:
     """
 
     kind: ClassVar[str] = "approx"
+    method: ClassVar[str] = "safe-lora"
 
     def from_V(self, blocks: Blocks, B: Tensor) -> Projected:
         """Return `C B` for `B` (m, r), float32, in two passes over the blocks of `V` (m, n).
@@ -117,6 +128,7 @@ class Exact:
     rank: int | None = None
     energy: float | None = None
     kind: ClassVar[str] = "exact"
+    method: ClassVar[str] = "safe-lora"
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
@@ -176,7 +188,52 @@ class Exact:
         return min(int((share < wanted).sum()) + 1, numerical_rank)
 
 
-Projector = Approx | Exact
+@dataclass(frozen=True)
+class Complement:
+    """The orthogonal projector `C_S = I - U Uᵀ` of SaLoRA (section 3.2).
+
+    `U` (m, k) are the leading right singular vectors of the weight's outputs on safety data.
+
+    Attributes:
+        rank: use the first k columns of `U`; all of them if None.
+    """
+
+    rank: int | None = None
+    kind: ClassVar[str] = "complement"
+    method: ClassVar[str] = "salora"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, found {self.rank}")
+
+    def from_U(self, blocks: Blocks, rank: int, B: Tensor) -> Projected:
+        """Return `C_S B` and `Uᵀ B` for `B` (m, r), float32, in two passes over the rows of `U`.
+
+        Args:
+            blocks: row blocks of `U` (m, k).
+            rank: how many of the columns are used, at most k.
+            B: (m, r).
+
+        Raises:
+            FloatingPointError: `U` has a value that is not finite.
+            NotOrthonormalError: its columns are not orthonormal.
+        """
+        UB, overlap = B.new_zeros(rank, B.shape[1]), B.new_zeros(rank, rank)
+        for rows, U in _with_rows(blocks):
+            UB.addmm_(U[:, :rank].T, B[rows])
+            overlap.addmm_(U[:, :rank].T, U[:, :rank])
+        error = float((overlap - torch.eye(rank, device=B.device)).abs().max())
+        if error > ORTHONORMAL:
+            raise NotOrthonormalError(
+                f"its columns are not orthonormal, UᵀU is off by {error:.2g}; the file is damaged"
+            )
+        CB = torch.empty_like(B)
+        for rows, U in _with_rows(blocks):
+            torch.addmm(B[rows], U[:, :rank], UB, alpha=-1, out=CB[rows])
+        return Projected(CB, None, rank, UB)
+
+
+Projector = Approx | Exact | Complement
 
 
 def alignment(W_aligned: Tensor, W_base: Tensor, out: Tensor | None = None) -> Tensor:
@@ -220,14 +277,47 @@ def similarity(A: Tensor, B: Tensor, CB: Tensor) -> float | None:
     def inner(X: Tensor, Y: Tensor) -> float:
         return float(((X.T @ Y) * G).sum())
 
-    # What float64 can lose where the terms of ⟨B A, B A⟩ cancel.
-    rounding = B.shape[1] * torch.finfo(torch.float64).eps * float(((B.T @ B) * G).abs().sum())
     before, after = inner(B, B), inner(CB, CB)
-    if before <= rounding:
+    if before <= _cancelled(B, G):
         return None
     if after <= 0.0:
         return 0.0
     return min(max(inner(CB, B) / math.sqrt(after * before), 0.0), 1.0)
+
+
+def share(A: Tensor, B: Tensor, XB: Tensor) -> float | None:
+    """Return `‖X ΔW‖_F² / ‖ΔW‖_F²`, which lies in [0, 1] for `X = Uᵀ` or `X = I - U Uᵀ`.
+
+    For an orthogonal projector `C` it is the square of the cosine, since `⟨ΔW, C ΔW⟩ = ‖C ΔW‖²`;
+    and unlike that it is not noise where next to nothing of the update is left.
+
+    Args:
+        A: (r, n).
+        B: (m, r).
+        XB: `X B`, any number of rows.
+
+    Returns:
+        None where `ΔW = 0`.
+
+    >>> A, B = torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    >>> share(A, B, torch.tensor([[3.0, 0.0]]))
+    0.36
+    """
+    A, B, XB = A.double(), B.double(), XB.double()
+    G = A @ A.T
+
+    def square(X: Tensor) -> float:
+        return float(((X.T @ X) * G).sum())
+
+    before = square(B)
+    if before <= _cancelled(B, G):
+        return None
+    return min(max(square(XB) / before, 0.0), 1.0)
+
+
+def _cancelled(B: Tensor, G: Tensor) -> float:
+    """Return what float64 can lose where the terms of `⟨B A, B A⟩` cancel; `G = A Aᵀ`."""
+    return B.shape[1] * torch.finfo(torch.float64).eps * float(((B.T @ B) * G).abs().sum())
 
 
 def scale(B: Tensor, CB: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from safeproj.errors import SafeprojError
 
@@ -17,7 +17,8 @@ class Selection:
     """How modules are chosen for projection. At most one of the first three fields is given.
 
     Attributes:
-        threshold: project the modules with `cos <= threshold`, in [0, 1]; 0.35 if nothing is given.
+        threshold: project the modules with `cos <= threshold`, in [0, 1]; if none of the three is
+            given, those with `cos <= 0.35`.
         layers: project the N modules with the lowest cosine.
         all: project every module.
         include: consider only modules whose name matches one of these regular expressions.
@@ -45,8 +46,6 @@ class Selection:
         ]
         if len(given) > 1:
             raise SafeprojError(f"{' and '.join(given)} exclude each other: give one of them")
-        if not given:
-            object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise SafeprojError(f"--threshold must lie in [0, 1], found {self.threshold}")
         if self.layers is not None and self.layers < 0:
@@ -65,6 +64,16 @@ class Selection:
         """`threshold`, `layers` or `all`."""
         return "all" if self.all else "layers" if self.layers is not None else "threshold"
 
+    @property
+    def tau(self) -> float:
+        """The threshold, given or not."""
+        return DEFAULT_THRESHOLD if self.threshold is None else self.threshold
+
+    def or_all(self) -> Selection:
+        """Return the selection; if nothing says how modules are chosen, that of all modules."""
+        given = self.threshold is not None or self.layers is not None
+        return self if given else replace(self, all=True)
+
     def considers(self, name: str) -> bool:
         """Tell whether `--include` and `--exclude` let the module through."""
         if self.include and not any(re.search(pattern, name) for pattern in self.include):
@@ -80,8 +89,7 @@ class Selection:
             # Ties go to the earlier name, so that exactly N modules are chosen.
             ranked = sorted(scored, key=lambda name: (scored[name], natural_order(name)))
             return frozenset(ranked[: self.layers])
-        assert self.threshold is not None
-        return frozenset(name for name, cosine in scored.items() if cosine <= self.threshold)
+        return frozenset(name for name, cosine in scored.items() if cosine <= self.tau)
 
     def uncertain(
         self, cosines: Mapping[str, float | None], bounds: Mapping[str, tuple[float, float]]
@@ -97,9 +105,8 @@ class Selection:
         high = {name: bounds.get(name, (cosine, cosine))[1] for name, cosine in scored.items()}
         if self.all or not bounds:
             return frozenset()
-        if self.threshold is not None:
-            tau = self.threshold
-            return frozenset(name for name in scored if low[name] <= tau < high[name])
+        if self.mode == "threshold":
+            return frozenset(name for name in scored if low[name] <= self.tau < high[name])
         chosen = self.choose(cosines)
         others = scored.keys() - chosen
         if not chosen or not others:
@@ -115,8 +122,8 @@ class Selection:
     def to_dict(self) -> dict[str, object]:
         """Return the `selection` object of the JSON report."""
         found: dict[str, object] = {"mode": self.mode}
-        if self.threshold is not None:
-            found["threshold"] = self.threshold
+        if self.mode == "threshold":
+            found["threshold"] = self.tau
         if self.layers is not None:
             found["layers"] = self.layers
         if self.include:

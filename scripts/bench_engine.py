@@ -73,7 +73,7 @@ def shares(tasks: list[Task]) -> None:
     torch.set_num_threads(1)
     readers = (Reader(), Reader())
     buffers = [torch.empty(blocks.CPU_BLOCK, dtype=torch.uint8) for _ in readers]
-    pairs = [task.alignment for task in tasks if isinstance(task.alignment, Difference)]
+    pairs = [task.origin for task in tasks if isinstance(task.origin, Difference)]
     kept = torch.empty(max(math.prod(pair.aligned.weight.shape) for pair in pairs))
     spent: Counter[str] = Counter()
     clock = time.perf_counter_ns

@@ -171,3 +171,47 @@ def assert_complete(out: Path, adapter: Path) -> None:
     given, found = snapshot(adapter), snapshot(out)
     assert set(found) == {*given, MANIFEST}
     assert {n for n in given if found[n] != given[n]} == {FACTORS, "README.md"}
+
+
+def save_safety_module(
+    model: Any, path: Path, targets: tuple[str, ...] = ("q_proj", "v_proj"), rank: int = 6
+) -> Path:
+    """Write a safety module with random directions for layers of a model, by the end of a name.
+
+    The leading singular values of each layer hold four fifths of the energy.
+    """
+    from torch import nn
+
+    from safeproj.names.layout import CONV1D, LINEAR
+    from safeproj.recorded import recorded_parameters, write_recorded
+    from safeproj.salora.file import KIND, SCHEMA
+
+    generator = torch.Generator().manual_seed(3)
+    tensors, parameters, weights = {}, [], {}
+    for name, layer in model.named_modules():
+        if name.rpartition(".")[2] not in targets:
+            continue
+        linear = isinstance(layer, nn.Linear)
+        m, n = layer.weight.shape if linear else layer.weight.shape[::-1]
+        values = torch.rand(rank, generator=generator).add(0.5).sort(descending=True).values
+        U = torch.linalg.qr(torch.randn(m, rank, generator=generator, dtype=torch.float64))[0]
+        parameter = f"{name}.weight"
+        tensors[f"{parameter}.U"], tensors[f"{parameter}.singular_values"] = U.float(), values
+        parameters.append((parameter, tuple(layer.weight.shape), LINEAR if linear else CONV1D))
+        energy = 1.25 * float(values.double().square().sum())
+        weights[parameter] = {"shape": [m, n], "rank": rank, "energy": energy}
+    document = {
+        "schema": SCHEMA,
+        "tool": {"name": "safeproj", "version": "0"},
+        "versions": {},
+        "options": {"targets": list(targets), "rank": rank},
+        "inputs": {
+            "aligned": {"source": "org/aligned", "revision": "abc", "sha256": {"files": {}}},
+            "data": {"source": "safety.jsonl", "sha256": "0" * 64, "rows": 3, "positions": 70},
+        },
+        "config": model.config.to_dict(),
+        "parameters": recorded_parameters(parameters),
+        "weights": weights,
+    }
+    write_recorded(path, KIND, tensors.items(), lambda: document)
+    return path

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safeproj import projection, select
-from safeproj.projection import Approx, Exact, Projector, alignment, pdst, scale, similarity
+from safeproj.projection import (
+    Approx,
+    Complement,
+    Exact,
+    NotOrthonormalError,
+    alignment,
+    pdst,
+    scale,
+    share,
+    similarity,
+)
 from safeproj.report import record
 from tests.support import oracle_C, oracle_cosine
 
@@ -67,7 +77,7 @@ SHAPES = [(48, 80, 8), (80, 48, 8), (64, 64, 4), (8, 40, 8), (1, 7, 1), (7, 1, 1
 @pytest.mark.parametrize("projector", [Approx(), Exact(rank=1), Exact(rank=5)], ids=repr)
 @pytest.mark.parametrize("seed", range(3))
 def test_agrees_with_the_dense_oracle(
-    m: int, n: int, r: int, dtype: torch.dtype, projector: Projector, seed: int
+    m: int, n: int, r: int, dtype: torch.dtype, projector: Approx | Exact, seed: int
 ) -> None:
     W_aligned, W_base, A, B = case(m, n, r, dtype, seed)
 
@@ -163,7 +173,7 @@ def test_the_result_does_not_depend_on_the_scale_of_the_update() -> None:
 
 
 @pytest.mark.parametrize("projector", [Approx(), Exact(rank=2)], ids=repr)
-def test_no_alignment_leaves_C_undefined(projector: Projector) -> None:
+def test_no_alignment_leaves_C_undefined(projector: Approx | Exact) -> None:
     found = projector.from_V([torch.zeros(4, 6), torch.zeros(3, 6)], torch.ones(7, 2))
     assert found.CB is None
     assert found.alignment_norm == 0.0
@@ -171,7 +181,7 @@ def test_no_alignment_leaves_C_undefined(projector: Projector) -> None:
 
 @pytest.mark.parametrize("projector", [Approx(), Exact(rank=2)], ids=repr)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_values_that_are_not_finite_are_noticed(projector: Projector, bad: float) -> None:
+def test_values_that_are_not_finite_are_noticed(projector: Approx | Exact, bad: float) -> None:
     V = torch.ones(4, 6)
     V[2, 3] = bad
     with pytest.raises(FloatingPointError):
@@ -235,3 +245,81 @@ def test_the_examples_in_the_docstrings_hold(module: object) -> None:
     found = doctest.testmod(module)  # type: ignore[arg-type]
     assert found.attempted > 0
     assert found.failed == 0
+
+
+# SaLoRA
+
+
+def orthonormal(m: int, k: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    U: Tensor = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64))[0]
+    return U
+
+
+@relaxed
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 30),
+    r=st.integers(1, 8),
+    k=st.integers(1, 12),
+    cut=st.integers(0, 11),
+    rows=st.integers(1, 40),
+    seed=st.integers(0, 999),
+)
+def test_the_complement_of_the_safety_subspace(
+    m: int, n: int, r: int, k: int, cut: int, rows: int, seed: int
+) -> None:
+    U = orthonormal(m, min(k, m), seed)
+    rank = max(1, U.shape[1] - cut)
+    _, _, A, B = case(m, n, r, torch.float32, seed)
+
+    found = Complement().from_U(U.float().split(rows), rank, B)
+
+    C = torch.eye(m, dtype=torch.float64) - U[:, :rank] @ U[:, :rank].T
+    delta = B.double() @ A.double()
+    inside, outside = (float(X.square().sum()) for X in (U[:, :rank].T @ delta, C @ delta))
+    assert found.CB is not None
+    assert found.UB is not None
+    assert (found.rank, found.alignment_norm) == (rank, None)
+    error = float((found.CB.double() - C @ B.double()).norm() / B.double().norm())
+    assert error < RELATIVE
+    size = float(delta.square().sum())
+    assert share(A, B, found.UB) == pytest.approx(inside / size, abs=COSINE)
+    left = share(A, B, found.CB)
+    assert left is not None
+    # The definition of the cosine is noise where nothing is left of the update.
+    if outside / size > 1e-3:
+        assert math.sqrt(left) == pytest.approx(oracle_cosine(delta, C), abs=1e-5)
+    else:
+        assert math.sqrt(left) < 0.04
+
+
+def test_a_safety_subspace_that_is_everything_leaves_nothing() -> None:
+    U = orthonormal(6, 6, 1)
+    _, _, A, B = case(6, 5, 2, torch.float32, 1)
+    found = Complement().from_U([U.float()], 6, B)
+    assert found.CB is not None
+    assert found.UB is not None
+    left = share(A, B, found.CB)
+    assert left is not None
+    assert 0.0 <= left < 1e-12
+    assert share(A, B, found.UB) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_no_update_has_no_share() -> None:
+    assert share(torch.zeros(2, 3), torch.ones(4, 2), torch.ones(1, 2)) is None
+    assert share(torch.ones(2, 3), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2)) is None
+
+
+def test_columns_that_are_not_orthonormal_are_noticed() -> None:
+    B = torch.ones(8, 2)
+    U = orthonormal(8, 3, 1).float()
+    for wrong in (U * 1.001, U * 0.0, torch.cat([U[:, :2], U[:, :1]], dim=1)):
+        with pytest.raises(NotOrthonormalError, match="not orthonormal"):
+            Complement().from_U(wrong.split(3), 3, B)
+    Complement().from_U((U * 1.0001).split(3), 3, B)
+
+
+def test_a_rank_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank must be at least 1, found 0"):
+        Complement(0)

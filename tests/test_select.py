@@ -25,6 +25,13 @@ def test_the_default_is_tau_of_0_35_inclusive() -> None:
     assert Selection().choose(COSINES) == {"layers.10.q", "layers.2.q", "layers.3.q"}
 
 
+def test_another_default_is_for_those_who_give_none() -> None:
+    assert Selection().or_all() == Selection(all=True)
+    assert Selection(include=("q",)).or_all() == Selection(all=True, include=("q",))
+    for given_ in (Selection(threshold=0.0), Selection(layers=0), Selection(all=True)):
+        assert given_.or_all() == given_
+
+
 @pytest.mark.parametrize(
     ("tau", "expected"), [(0.0, set()), (0.2, {"layers.2.q", "layers.10.q"}), (1.0, None)]
 )

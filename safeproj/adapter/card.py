@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safeproj.adapter.record import Adapter
-from safeproj.report.markdown import describe, span
+from safeproj.report.markdown import describe, energy_lines, span
+from safeproj.report.methods import METHODS
 from safeproj.report.record import Report
 
 BEGIN, END = b"<!-- safeproj:begin -->", b"<!-- safeproj:end -->"
@@ -15,23 +16,43 @@ BEGIN, END = b"<!-- safeproj:begin -->", b"<!-- safeproj:end -->"
 
 def section(report: Report) -> str:
     """Return the Markdown that says what was done."""
-    base, aligned = (_published_name(report.inputs[role]) for role in ("base", "aligned"))
     lines = [
         "## Safety projection",
         "",
-        f"safeproj {report.version} projected the updates of "
-        f"{report.projected} of {len(report.modules)} adapted modules onto the subspace spanned by "
-        f"the difference of `{aligned}` and `{base}` (Safe LoRA, arXiv 2405.16833).",
+        f"safeproj {report.version} {_DONE[report.method](report)}.",
         "",
         f"- projector: {describe(report.projector)}",
         f"- selection: {describe(report.selection)}",
         f"- cosine of an update and its projection, before: {span(report.cosines)}",
-        f"- scale ‖CB‖/‖B‖: {span(report.scales)}",
+        f"- {METHODS[report.method].formula}: {span(report.measures)}",
+        *energy_lines(report),
         "- every module, its score and the digests of the inputs: `safeproj.json`",
         "",
         "Projection is no proof of safety: evaluate the patched adapter before you publish it.",
     ]
     return "\n".join([*lines, *(f"\n> Warning: {warning}" for warning in report.warnings)])
+
+
+def _safe_lora(report: Report) -> str:
+    base, aligned = (_published_name(report.inputs[role]) for role in ("base", "aligned"))
+    return (
+        f"projected the updates of {report.projected} of {len(report.modules)} adapted modules "
+        f"onto the subspace spanned by the difference of `{aligned}` and `{base}` (Safe LoRA, "
+        "arXiv 2405.16833)"
+    )
+
+
+def _salora(report: Report) -> str:
+    aligned, data = (_published_name(report.inputs[role]) for role in ("aligned", "data"))
+    return (
+        f"removed from the updates of {report.projected} of {len(report.modules)} adapted modules "
+        f"what lies in the safety subspace of `{aligned}`, found from its outputs on the safety "
+        f"data `{data}` (SaLoRA, arXiv 2501.01765)"
+    )
+
+
+_DONE: dict[str, Callable[[Report], str]] = {"safe-lora": _safe_lora, "salora": _salora}
+"""What was done, by method."""
 
 
 def with_section(card: bytes, text: str) -> bytes:

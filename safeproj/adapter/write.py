@@ -149,26 +149,38 @@ def write_adapter(
     manifest: Mapping[str, Any],
     section: str,
     out: Path,
+    documents: Mapping[str, bytes | None] | None = None,
 ) -> None:
     """Write the patched adapter to `out`, replacing a directory that is there.
 
     Args:
         adapter: the input.
-        replaced: the tensors that projection changed.
+        replaced: the tensors that differ from the input's, or that it does not have.
         manifest: what goes to `safeproj.json`; digests of the written tensors are added.
         section: Markdown for the model card.
         out: the directory.
+        documents: name to content of further files, or of files in place of the input's; None for a
+            file of the input that is left out.
 
     Raises:
         SafeprojError: it cannot be written; nothing is left behind.
     """
-    tensors = {name: replaced.get(name, tensor) for name, tensor in adapter.tensors.items()}
+    tensors = {**adapter.tensors, **replaced}
     try:
-        with _appears_at(out) as directory:
+        with appears_at(out) as directory:
+            given = documents or {}
             for name in _copied_files(adapter):
+                if name in given:
+                    continue
                 target = directory / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(_safe_path(adapter, name), target)
+            for name, content in given.items():
+                if content is None:
+                    continue
+                _require_inside(adapter, name)
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                (directory / name).write_bytes(content)
             digests = adapter.format.write(directory / adapter.format.output_file, tensors)
             card_path = directory / "README.md"
             old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
@@ -198,10 +210,15 @@ def _copied_files(adapter: Adapter) -> list[str]:
     return sorted(adapter.folder.files - adapter.format.replaced_files - {MANIFEST})
 
 
-def _safe_path(adapter: Adapter, name: str) -> Path:
-    """Return the path of a file to copy; a link must not bring in a file from elsewhere."""
+def _require_inside(adapter: Adapter, name: str) -> None:
+    """Refuse a file name that leads out of the adapter's directory."""
     if ".." in name.split("/") or name.startswith("/") or "\\" in name:
         raise SafeprojError(f"{adapter.source}: the file name {name!a} leads out of the adapter")
+
+
+def _safe_path(adapter: Adapter, name: str) -> Path:
+    """Return the path of a file to copy; a link must not bring in a file from elsewhere."""
+    _require_inside(adapter, name)
     path = adapter.path(name)
     if isinstance(adapter.folder, LocalFolder):
         root = adapter.folder.root.resolve()
@@ -221,8 +238,11 @@ def _safe_path(adapter: Adapter, name: str) -> Path:
 
 
 @contextmanager
-def _appears_at(out: Path) -> Iterator[Path]:
-    """Yield a hidden directory beside `out` that becomes `out` in one step at the end."""
+def appears_at(out: Path) -> Iterator[Path]:
+    """Yield a hidden directory beside `out` that becomes `out` in one step at the end.
+
+    Whatever happens, `out` is complete or as it was, and the hidden directory is gone.
+    """
     place = out.resolve()
     directory = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -7,36 +7,31 @@ rest is JSON under `safeproj` in the file's metadata; docs/formats.md describes 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import KeysView, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy
 
 from safeproj.adapter import Adapter
 from safeproj.alignment.targets import key_of
-from safeproj.checkpoint import Weight
-from safeproj.checkpoint.expression import Expression, Head, Swapped, stored_names
-from safeproj.checkpoint.interface import TensorInfo, as_matrix
-from safeproj.checkpoint.safetensors import SafetensorsWeight
+from safeproj.checkpoint.expression import stored_names
 from safeproj.engine import Comparison, Kept, Score
-from safeproj.errors import SafeprojError, first_line, shorten
+from safeproj.errors import SafeprojError, shorten
 from safeproj.match import Plan, PlannedChange, PlannedModule, plan, quantised_warning
-from safeproj.names import Layout, Names
+from safeproj.recorded import (
+    Content,
+    FileKind,
+    Parameters,
+    RecordedFile,
+    is_plain,
+    open_recorded,
+    require_plain,
+)
 from safeproj.select import Selection
-from safeproj.source import LocalFolder, identity, open_folder
-from safeproj.tensorfile import Header, read_header, require_printable, unique
+from safeproj.source import identity
 
 SCHEMA = "safeproj.alignment/1"
-SUFFIX = ".safealign.safetensors"
-METADATA = "safeproj"
-"""Key of the JSON text in the file's metadata."""
 
 VALUES = "eigenvalues"
 
@@ -73,87 +68,58 @@ class Recorded:
 class AlignmentFile:
     """An alignment file, in place of two checkpoints.
 
-    It is a checkpoint whose weights are those of the running model, as far as names and shapes go.
-
     Attributes:
-        source: the SRC as the user gave it.
-        revision: the commit, if it is on the Hub.
-        path: the local file.
-        header: where its tensors are.
-        document: the JSON object in its metadata.
-        parameters: the running model's weights: name to shape and layout.
-        weights: what is kept: key to record.
-        maps: `--map` rules.
+        file: what it holds.
     """
 
-    source: str
-    revision: str | None
-    path: Path
-    header: Header = field(repr=False)
-    document: dict[str, Any] = field(repr=False)
-    parameters: dict[str, tuple[tuple[int, ...], Layout]] = field(repr=False)
-    weights: dict[str, Recorded] = field(repr=False)
-    maps: tuple[str, ...] = ()
+    file: RecordedFile[Recorded]
 
     @property
     def is_truncated(self) -> bool:
         """Whether it holds eigenpairs of any weight, so that `C` is not exact."""
-        return any(weight.form == EIGENPAIRS for weight in self.weights.values())
+        return any(weight.form == EIGENPAIRS for weight in self.file.weights.values())
 
     @property
-    def config(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.document["config"]
-        return found
+    def config(self) -> Mapping[str, Any]:
+        return self.file.config
 
     @property
     def names(self) -> KeysView[str]:
-        return self.parameters.keys()
-
-    @property
-    def documents(self) -> tuple[Path, ...]:
-        return ()
-
-    def describe(self, name: str) -> TensorInfo:
-        return TensorInfo("F32", self.parameters[name][0])
-
-    def weight(self, name: str, columns: int | None = None) -> Weight:  # noqa: ARG002
-        raise SafeprojError(f"{self.source}: an alignment file, which does not hold {name} itself")
+        return self.file.names
 
     @property
     def inputs(self) -> dict[str, dict[str, Any]]:
+        document = self.file.document
         found: dict[str, dict[str, Any]] = {}
-        for role, recorded in self.document["inputs"].items():
+        for role, recorded in document["inputs"].items():
             found[role] = {name: recorded[name] for name in IDENTITY if name in recorded}
-        return {**found, "alignment": {**self.document["options"], **identity(self)}}
+        return {**found, "alignment": {**document["options"], **identity(self.file)}}
 
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
-        found = plan(adapter, self._names, self._names, selection)
+        found = plan(adapter, self.file.running, self.file.running, selection)
         quantised = tuple(
             quantised_warning(role, recorded["quantised"])
-            for role, recorded in self.document["inputs"].items()
+            for role, recorded in self.file.document["inputs"].items()
             if recorded["quantised"]
         )
         return replace(found, warnings=(*found.warnings, *quantised))
 
     def origin(self, item: PlannedModule) -> Kept:
-        key, rows = key_of(item.aligned), _rows(item.aligned)
-        names = tuple(stored_names(item.aligned))
-        kept = self.weights.get(key or "")
-        if key is None or kept is None or rows not in (None, self.parameters[names[0]][0][0]):
+        file, key = self.file, key_of(item.aligned)
+        kept = file.weights.get(key or "")
+        if key is None or kept is None or not file.is_whole(item.aligned):
             raise SafeprojError(
-                f"{self.source}: holds nothing for {item.module.name} as the adapter has it "
-                f"({key or shorten(names)}); make a file with it among --targets, with "
-                "transformers installed (safeproj[train]), or use the checkpoints"
+                f"{file.source}: holds nothing for {item.module.name} as the adapter has it "
+                f"({key or shorten(stored_names(item.aligned))}); make a file with it among "
+                "--targets, with transformers installed (safeproj[train]), or use the checkpoints"
             )
         if kept.form == ZERO:
             return Kept(kept.form, None, kept.alignment_norm)
-        weight = self._matrix(f"{key}.{kept.form}")
-        eigenvalues = self._vector(f"{key}.{VALUES}") if kept.form == EIGENPAIRS else ()
         return Kept(
             kept.form,
-            weight,
+            file.matrix(f"{key}.{kept.form}"),
             kept.alignment_norm,
-            eigenvalues,
+            file.vector(f"{key}.{VALUES}") if kept.form == EIGENPAIRS else (),
             kept.error,
             kept.residual,
             kept.leak,
@@ -163,74 +129,14 @@ class AlignmentFile:
         return None
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-        recorded = self.document["inputs"]
+        recorded = self.file.document["inputs"]
         read: dict[str, str] = {}
         for score in scores.values():
             read |= score.sha256[0] if score.sha256 is not None else {}
-        for name in [name for name in read if name.endswith(f".{EIGENPAIRS}")]:
-            values = f"{name.removesuffix(EIGENPAIRS)}{VALUES}"
-            read[values] = hashlib.sha256(self._bytes(values)).hexdigest()
-        text = self.header.metadata or {}
-        of_text = hashlib.sha256(text[METADATA].encode()).hexdigest()
         return {
             **{role: recorded[role]["sha256"] for role in ("base", "aligned")},
-            "alignment": {"tensors": read, "metadata": of_text},
+            "alignment": self.file.digests(read, {EIGENPAIRS: VALUES}),
         }
-
-    @cached_property
-    def _names(self) -> Names:
-        return _RecordedNames(self)
-
-    def _matrix(self, name: str) -> SafetensorsWeight:
-        entry = self.header.tensors[name]
-        return SafetensorsWeight(name, self.path, entry, as_matrix(entry.shape, None))
-
-    def _vector(self, name: str) -> tuple[float, ...]:
-        found = numpy.frombuffer(self._bytes(name), "<f4")
-        if not bool(numpy.isfinite(found).all()):
-            raise SafeprojError(f"{self.path}: {name} has NaN or Inf; the file is damaged")
-        if bool((found <= 0.0).any()):
-            raise SafeprojError(
-                f"{self.path}: {name} has values that are not positive; the file is damaged"
-            )
-        return tuple(found.tolist())
-
-    def _bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor."""
-        entry = self.header.tensors[name]
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            return file.read(entry.nbytes)
-
-
-class _RecordedNames(Names):
-    """Names that are the running model's own: nothing has to be asked but the file."""
-
-    def __init__(self, file: AlignmentFile) -> None:
-        super().__init__(file, file.maps, architecture=False)
-        self._types = frozenset()  # nothing is turned on disk or called something else
-        self._file = file
-
-    def _not_found(self, parameter: str) -> SafeprojError:
-        return SafeprojError(
-            f"{self._file.source}: holds nothing for {parameter}{self._closest(parameter)}; make a "
-            "file with its module among --targets, or use the checkpoints; if it is only named "
-            "otherwise there, say how with --map RUNTIME=CHECKPOINT"
-        )
-
-    def layout(self, parameter: str) -> Layout | None:
-        try:
-            names = tuple(stored_names(self.find(parameter, lambda _: True)))
-        except SafeprojError:
-            return None
-        return self._file.parameters[names[0]][1] if len(names) == 1 else None
-
-
-def _rows(expression: Expression) -> int | None:
-    """Return how many rows of a weight an expression is about, None for all."""
-    if isinstance(expression, Head):
-        return expression.rows
-    return _rows(expression.part) if isinstance(expression, Swapped) else None
 
 
 def open_file(source: str, maps: Sequence[str] = ()) -> AlignmentFile:
@@ -239,60 +145,38 @@ def open_file(source: str, maps: Sequence[str] = ()) -> AlignmentFile:
     Raises:
         SafeprojError: there is none, or it is damaged.
     """
-    folder = open_folder(source)
-    if isinstance(folder, LocalFolder) and folder.only is not None:
-        name = folder.only
-    else:
-        files = sorted(file for file in folder.files if file.endswith(SUFFIX))
-        if len(files) != 1:
-            raise SafeprojError(
-                f"{source}: {shorten(files) or 'no file'} ends in {SUFFIX}, expected one; pass the "
-                "file itself, as `safeproj align` wrote it"
-            )
-        name = files[0]
-    path = folder.path(name)
-    header = read_header(path)
-    text = (header.metadata or {}).get(METADATA)
-    if text is None:
-        raise SafeprojError(
-            f"{source}: no alignment file, its metadata has no {METADATA!r}; expected a file that "
-            "`safeproj align` wrote"
-        )
-    try:
-        document = json.loads(text, object_pairs_hook=unique)
-        json.dumps(document, allow_nan=False, ensure_ascii=False).encode()  # as it will be repeated
-        if document["schema"] != SCHEMA:
-            raise SafeprojError(
-                f"{source}: alignment file of schema {str(document['schema'])[:40]!a}, expected "
-                f"{SCHEMA}; use the version of safeproj that wrote it"
-            )
-        parameters = {name: _parameter(item) for name, item in document["parameters"].items()}
-        weights = {key: _recorded(item) for key, item in document["weights"].items()}
-        _check(document, header, parameters, weights)
-    except _DAMAGES as error:
-        raise SafeprojError(
-            f"{source}: damaged alignment file ({type(error).__name__}: {first_line(error)}); "
-            "fetch it again, or make it again with `safeproj align`"
-        ) from error
-    require_printable(source, [*parameters, *weights])
-    return AlignmentFile(
-        source, folder.revision, path, header, document, parameters, weights, tuple(maps)
-    )
+    return AlignmentFile(open_recorded(source, KIND, maps))
 
 
-_DAMAGES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
-"""What reading JSON of another form than expected raises."""
+def _read(content: Content) -> dict[str, Recorded]:
+    """Return the records of a file that fits together and cannot steer a report that shows it.
+
+    Raises:
+        LookupError, TypeError, ValueError: it does not, or could.
+    """
+    document = content.document
+    weights = {key: _recorded(item) for key, item in document["weights"].items()}
+    if set(document["inputs"]) != {"base", "aligned"}:
+        raise ValueError(f"inputs are {sorted(document['inputs'])}")
+    for role, recorded in document["inputs"].items():
+        shown = (recorded["source"], *recorded["quantised"], recorded.get("revision", ""))
+        require_plain(f"identity of {role}", *shown)
+        if not isinstance(recorded["sha256"]["tensors"], dict):
+            raise TypeError(f"digests of {role}")
+    _check_options(**document["options"])
+    for key, weight in weights.items():
+        _check_tensors(content, key, weight)
+    return weights
 
 
-def is_plain(text: str) -> bool:
-    """Tell whether a text from a file can be shown in a report or a model card as it is."""
-    return text.isprintable() and not set(text) & set("`<>|")
-
-
-def _parameter(item: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
-    shape = tuple(int(size) for size in item["shape"])
-    layout = Layout(item["kind"], item["out_first"], bool(item["marked_transposed"]))
-    return shape, layout
+KIND = FileKind(
+    name="alignment file",
+    schema=SCHEMA,
+    suffix=".safealign.safetensors",
+    command="safeproj align",
+    remedy="make a file with its module among --targets, or use the checkpoints",
+    read=_read,
+)
 
 
 def _recorded(item: Mapping[str, Any]) -> Recorded:
@@ -307,42 +191,25 @@ def _recorded(item: Mapping[str, Any]) -> Recorded:
     return Recorded(item["form"], (int(m), int(n)), **numbers)
 
 
-def _check(
-    document: Mapping[str, Any],
-    header: Header,
-    parameters: Mapping[str, tuple[tuple[int, ...], Layout]],
-    weights: Mapping[str, Recorded],
-) -> None:
-    """Refuse what does not fit together, and what could steer a report that shows it.
+def _check_tensors(content: Content, key: str, weight: Recorded) -> None:
+    """Refuse a weight whose tensors are not what is recorded.
 
     Raises:
-        LookupError, TypeError, ValueError: something does not.
+        LookupError, ValueError: they are not.
     """
-    if set(document["inputs"]) != {"base", "aligned"}:
-        raise ValueError(f"inputs are {sorted(document['inputs'])}")
-    for role, recorded in document["inputs"].items():
-        shown = [recorded["source"], *recorded["quantised"], recorded.get("revision", "")]
-        if not all(isinstance(text, str) and is_plain(text) for text in shown):
-            raise ValueError(f"identity of {role}")
-        if not isinstance(recorded["sha256"]["tensors"], dict):
-            raise TypeError(f"digests of {role}")
-    if not isinstance(document["config"], dict):
-        raise TypeError("config")
-    _check_options(**document["options"])
-    for key, weight in weights.items():
-        if weight.shape != _expected_shape(key, parameters):
-            raise ValueError(f"{key} has the shape {weight.shape}")
-        if weight.form == ZERO:
-            continue
-        m, n = weight.shape
-        entry = header.tensors[f"{key}.{weight.form}"]
-        columns = {V_ITSELF: n, C_ITSELF: m, EIGENPAIRS: entry.shape[-1]}[weight.form]
-        if entry.dtype != "F32" or entry.shape != (m, columns) or columns < 1:
-            raise ValueError(f"{key} is {entry.dtype} {list(entry.shape)}")
-        if weight.form == EIGENPAIRS:
-            values = header.tensors[f"{key}.{VALUES}"]
-            if values.dtype != "F32" or values.shape != (columns,):
-                raise ValueError(f"{key}.{VALUES} is {values.dtype} {list(values.shape)}")
+    if weight.shape != _expected_shape(key, content.parameters):
+        raise ValueError(f"{key} has the shape {weight.shape}")
+    if weight.form == ZERO:
+        return
+    tensors, (m, n) = content.header.tensors, weight.shape
+    entry = tensors[f"{key}.{weight.form}"]
+    columns = {V_ITSELF: n, C_ITSELF: m, EIGENPAIRS: entry.shape[-1]}[weight.form]
+    if entry.dtype != "F32" or entry.shape != (m, columns) or columns < 1:
+        raise ValueError(f"{key} is {entry.dtype} {list(entry.shape)}")
+    if weight.form == EIGENPAIRS:
+        values = tensors[f"{key}.{VALUES}"]
+        if values.dtype != "F32" or values.shape != (columns,):
+            raise ValueError(f"{key}.{VALUES} is {values.dtype} {list(values.shape)}")
 
 
 def _check_options(
@@ -358,9 +225,7 @@ def _check_options(
         raise ValueError("energy")
 
 
-def _expected_shape(
-    key: str, parameters: Mapping[str, tuple[tuple[int, ...], Layout]]
-) -> tuple[int, int]:
+def _expected_shape(key: str, parameters: Parameters) -> tuple[int, int]:
     """Return the (m, n) of what a key names.
 
     Raises:

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import secrets
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safeproj import __version__
-from safeproj.adapter.files import bytes_of
 from safeproj.alignment.decomposition import eigenpairs, smaller_form
-from safeproj.alignment.file import (
-    EIGENPAIRS,
-    METADATA,
-    SCHEMA,
-    VALUES,
-    ZERO,
-    Recorded,
-    is_plain,
-    open_file,
-)
+from safeproj.alignment.file import EIGENPAIRS, KIND, SCHEMA, VALUES, ZERO, Recorded
 from safeproj.alignment.pair import Pair
 from safeproj.alignment.targets import Target
 from safeproj.errors import SafeprojError
 from safeproj.manifest import versions
 from safeproj.match import quantised_dtypes, quantised_warning
-from safeproj.tensorfile import write
+from safeproj.recorded import published, recorded_parameters, without_paths, write_recorded
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CHUNK = 1 << 20
-"""Bytes that are copied at a time."""
 
 SQUARES = 1 << 22
 """Numbers whose squares are summed in float32, before float64 takes over."""
@@ -118,26 +101,6 @@ class Made:
         )
 
 
-def check_file(out: Path, overwrite: bool) -> None:
-    """Refuse an `--out` that cannot be written, before any weight is read.
-
-    Raises:
-        SafeprojError: it exists and is not to be replaced, or is in no directory.
-    """
-    if not out.name.endswith(".safetensors"):
-        raise SafeprojError(
-            f"--out {out}: expected a name such as model.safealign.safetensors for the file"
-        )
-    if not out.resolve().parent.is_dir():
-        raise SafeprojError(f"--out {out}: {out.resolve().parent} is no directory; create it")
-    if os.path.lexists(out):
-        if not overwrite:
-            raise SafeprojError(f"--out {out}: exists; give --overwrite to replace it")
-        if out.is_symlink() or not out.is_file():
-            raise SafeprojError(f"--out {out}: is no file; choose a name that does not exist")
-        open_file(str(out))  # nothing else is replaced
-
-
 def make_file(
     pair: Pair,
     targets: Sequence[Target],
@@ -149,9 +112,6 @@ def make_file(
 ) -> Made:
     """Write the file; it appears complete or not at all.
 
-    What is kept goes to a nameless file beside it first, since its header comes before the tensors
-    and says how large they are: for a moment the disk holds them twice.
-
     Args:
         pair: the two checkpoints.
         targets: the weights.
@@ -162,42 +122,24 @@ def make_file(
     Raises:
         SafeprojError: it cannot be written; nothing is left behind.
     """
-    place = out.resolve()
-    hidden = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     weights: dict[str, Recorded] = {}
-    layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
     digests = []
-    try:
-        with tempfile.TemporaryFile(dir=place.parent) as spool:
-            for target, ((record, tensors), sha256) in zip(targets, kept, strict=True):
-                weights[target.key] = record
-                digests.append(sha256)
-                for name, tensor in tensors.items():
-                    layout[f"{target.key}.{name}"] = ("F32", tuple(tensor.shape), tensor.nbytes)
-                    spool.write(bytes_of(tensor))
-            quantised = _quantised(pair, targets)
-            document = _document(pair, targets, weights, digests, wanted, quantised)
-            text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-            spool.seek(0)
-            try:
-                write(hidden, {"format": "pt", METADATA: text}, layout, _chunks(spool))
-                with hidden.open("rb+") as file:
-                    os.fsync(file.fileno())
-                open_file(str(hidden))
-                hidden.replace(place)
-            finally:
-                hidden.unlink(missing_ok=True)
-    except OSError as error:
-        raise SafeprojError(
-            f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
-        ) from error
+    quantised: dict[str, list[str]] = {}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for target, ((record, found), sha256) in zip(targets, kept, strict=True):
+            weights[target.key] = record
+            digests.append(sha256)
+            for name, tensor in found.items():
+                yield f"{target.key}.{name}", tensor
+
+    def document() -> dict[str, Any]:
+        quantised.update(_quantised(pair, targets))
+        return _document(pair, targets, weights, digests, wanted, quantised)
+
+    nbytes = write_recorded(out, KIND, tensors(), document)
     warnings = (quantised_warning(role, found) for role, found in quantised.items() if found)
-    return Made(weights, place.stat().st_size, tuple(warnings))
-
-
-def _chunks(file: IO[bytes]) -> Iterator[memoryview]:
-    while chunk := file.read(CHUNK):
-        yield memoryview(chunk)
+    return Made(weights, nbytes, tuple(warnings))
 
 
 def _document(
@@ -212,46 +154,25 @@ def _document(
     sha256 = pair.digests_of(digests)
     inputs = {
         role: {
-            **_published(identity),
+            **published(identity),
             "quantised": list(quantised[role]),
             "sha256": sha256[role],
         }
         for role, identity in pair.inputs.items()
     }
-    parameters = {
-        target.parameter: {"shape": list(target.stored_shape), **asdict(target.layout)}
-        for target in targets
-    }
+    parameters = recorded_parameters(
+        (target.parameter, target.stored_shape, target.layout) for target in targets
+    )
     return {
         "schema": SCHEMA,
         "tool": {"name": "safeproj", "version": __version__},
         "versions": versions(),
         "options": dict(wanted),
         "inputs": inputs,
-        "config": _without_paths(pair.config),
+        "config": without_paths(pair.config),
         "parameters": parameters,
         "weights": {key: asdict(record) for key, record in weights.items()},
     }
-
-
-def _without_paths(value: Any) -> Any:
-    """Return a config without the places on a machine that some keep, such as `_name_or_path`."""
-    if isinstance(value, Mapping):
-        return {key: _without_paths(each) for key, each in value.items() if not _is_path(each)}
-    return [_without_paths(each) for each in value] if isinstance(value, list) else value
-
-
-def _is_path(value: Any) -> bool:
-    absolute = (PurePosixPath, PureWindowsPath)
-    return isinstance(value, str) and any(kind(value).is_absolute() for kind in absolute)
-
-
-def _published(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity without the directories of the machine that the file is made on."""
-    if "revision" in identity:
-        return dict(identity)
-    name = Path(identity["source"]).expanduser().resolve().name
-    return {"source": "".join(each if is_plain(each) else "_" for each in name)}
 
 
 def _quantised(pair: Pair, targets: Sequence[Target]) -> dict[str, list[str]]:

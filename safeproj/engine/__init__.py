@@ -3,14 +3,26 @@
 from safeproj.engine.blocks import OnProgress
 from safeproj.engine.changes import relative_changes
 from safeproj.engine.local import differences, resolve_device, run
-from safeproj.engine.task import Comparison, Difference, Kept, Progress, Score, Task, Update
+from safeproj.engine.task import (
+    Comparison,
+    Difference,
+    Kept,
+    Origin,
+    Progress,
+    SafetyBasis,
+    Score,
+    Task,
+    Update,
+)
 
 __all__ = [
     "Comparison",
     "Difference",
     "Kept",
     "OnProgress",
+    "Origin",
     "Progress",
+    "SafetyBasis",
     "Score",
     "Task",
     "Update",

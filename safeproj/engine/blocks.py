@@ -1,4 +1,4 @@
-"""`V`, or what an alignment file keeps of it, as blocks of rows on the device."""
+"""`V`, or what a file keeps in its place, as blocks of rows on the device."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class AlignmentBlocks:
 
 
 class KeptBlocks:
-    """The matrix of an alignment file as float32 row blocks that can be iterated again.
+    """A matrix of a file as float32 row blocks that can be iterated again.
 
     Args:
         name: of the module, for progress.
@@ -219,7 +219,7 @@ class KeptBlocks:
         for start, stop in buffers.starts(rows, weight):
             block = staging.load(weight, reader, start, stop)
             if not bool(block.isfinite().all()):
-                raise FloatingPointError("the alignment file has a value that is not finite")
+                raise FloatingPointError(f"{weight.label} has a value that is not finite")
             if first:
                 buffers.advance(self._name, (stop - start) * weight.row_bytes)
             yield block

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -29,10 +30,28 @@ from safeproj.engine.blocks import (
     row_width,
     rows_per_block,
 )
-from safeproj.engine.task import Difference, Kept, Progress, Score, Task, Update
+from safeproj.engine.task import (
+    Difference,
+    Kept,
+    Origin,
+    Progress,
+    SafetyBasis,
+    Score,
+    Task,
+    Update,
+)
 from safeproj.errors import SafeprojError
 from safeproj.profile import Usage
-from safeproj.projection import Approx, Projected, Projector, scale, similarity
+from safeproj.projection import (
+    Approx,
+    Complement,
+    NotOrthonormalError,
+    Projected,
+    Projector,
+    scale,
+    share,
+    similarity,
+)
 
 MAX_WORKERS = 8
 """Default bound on worker threads: each holds up to `CPU_HOLD` bytes, and disks saturate early."""
@@ -104,14 +123,14 @@ def differences(
     """
 
     def work(buffers: Buffers, task: Task) -> tuple[T, tuple[dict[str, str], dict[str, str]]]:
-        assert isinstance(task.alignment, Difference)
-        blocks = AlignmentBlocks(task.name, task.alignment, buffers, digests=True, keep=True)
+        assert isinstance(task.origin, Difference)
+        blocks = AlignmentBlocks(task.name, task.origin, buffers, digests=True, keep=True)
         V = blocks.whole()
         assert blocks.sha256 is not None
         try:
             return use(V), blocks.sha256
         except FloatingPointError as error:
-            message = _diagnosis(task.name, task.alignment, buffers)
+            message = _diagnosis(task.name, task.origin, buffers)
             raise SafeprojError(message) from error
 
     where = _device(device, "exact")
@@ -153,7 +172,7 @@ def _in_order(
         start = time.perf_counter()
         try:
             for other in following:
-                local.buffers.prefetch(other.alignment.weights)
+                local.buffers.prefetch(other.origin.weights)
             found = work(local.buffers, task)
         except Exception as error:
             if not isinstance(error, StoppedError):
@@ -223,7 +242,10 @@ def _score(
     try:
         found, sha256 = _project(task, projector, buffers, B, digests)
     except FloatingPointError as error:
-        raise SafeprojError(_diagnosis(task.name, task.alignment, buffers)) from error
+        raise SafeprojError(_diagnosis(task.name, task.origin, buffers)) from error
+    except NotOrthonormalError as error:
+        (weight,) = task.origin.weights
+        raise SafeprojError(f"{weight.source}: {weight.label}: {error}") from error
     widths = [factor.shape[1] for factor in factors]
     CBs, UBs = (
         [None] * len(widths) if each is None else each.cpu().split(widths, dim=1)
@@ -245,7 +267,12 @@ def _project(
     task: Task, projector: Projector, buffers: Buffers, B: Tensor, digests: bool
 ) -> tuple[Projected, tuple[dict[str, str], dict[str, str]] | None]:
     """Return `C B` and the digests of what was read for it."""
-    source = task.alignment
+    source = task.origin
+    if isinstance(source, SafetyBasis):
+        assert isinstance(projector, Complement)  # `job` has it so
+        U = KeptBlocks(task.name, source.weight, buffers, digests=digests)
+        return projector.from_U(U, source.rank, B), U.sha256
+    assert not isinstance(projector, Complement)
     if isinstance(source, Difference):
         V = AlignmentBlocks(task.name, source, buffers, digests=digests)
         return projector.from_V(V, B), V.sha256
@@ -280,30 +307,43 @@ def _update_score(
     rank = update.B.shape[1]
     Cb = None if update.bias is None else CB[:, rank:].clone()
     CB = CB[:, :rank].clone()  # the others' may be let go
-    cosine = similarity(update.A, update.B, CB)
-    if cosine is not None and not math.isfinite(cosine):
+    UB = None if UB is None else UB[:, :rank]
+    score = _measured(task.origin, update, CB, UB)
+    if score.cosine is not None and not math.isfinite(score.cosine):
         return SafeprojError(
             f"{task.name}: the cosine is not finite; the adapter's factors are too large"
         )
-    bounds, truncation = None, 0.0
-    if isinstance(task.alignment, Kept) and UB is not None:
-        source = task.alignment
-        truncation = source.error
-        bounds = cosine_bounds(update.A, update.B, CB, UB[:, :rank], source.residual, source.leak)
-    return Score(
+    return replace(
+        score,
         alignment_norm=found.alignment_norm,
-        CB=CB,
         Cb=Cb,
-        cosine=cosine,
-        scale=None if cosine is None else scale(update.B, CB),
+        scale=None if score.cosine is None else scale(update.B, CB),
         rank=found.rank,
         sha256=sha256,
-        bounds=bounds,
-        truncation=truncation,
     )
 
 
-def _diagnosis(name: str, source: Difference | Kept, buffers: Buffers) -> str:
+def _measured(origin: Origin, update: Update, CB: Tensor, UB: Tensor | None) -> Score:
+    """Return the score of an update as far as its cosine, and what is known of that, go."""
+    A, B = update.A, update.B
+    score = Score(None, CB, None, None, None, None, None)
+    if isinstance(origin, SafetyBasis):
+        assert UB is not None
+        left = share(A, B, CB)  # C is an orthogonal projector: ⟨ΔW, C ΔW⟩ = ‖C ΔW‖²
+        return replace(
+            score,
+            cosine=None if left is None else math.sqrt(left),
+            safety_share=share(A, B, UB),
+            energies=origin.energies,
+        )
+    score = replace(score, cosine=similarity(A, B, CB))
+    if isinstance(origin, Kept) and UB is not None:
+        bounds = cosine_bounds(A, B, CB, UB, origin.residual, origin.leak)
+        return replace(score, bounds=bounds, truncation=origin.error)
+    return score
+
+
+def _diagnosis(name: str, source: Origin, buffers: Buffers) -> str:
     """Name the tensor that has NaN or Inf, by reading all again."""
     for weight in source.weights:
         rows = rows_per_block(buffers.device, weight)

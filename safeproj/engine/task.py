@@ -70,6 +70,36 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class SafetyBasis:
+    """What a safety module holds of one weight.
+
+    Attributes:
+        weight: `U` (m, k), float32, orthonormal columns, the most important first.
+        rank: how many of the columns are used.
+        energies: for each of the k columns the share of the safety data's output energy that it
+            and those before it hold.
+    """
+
+    weight: Weight
+    rank: int
+    energies: tuple[float, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return self.weight.shape[0] * self.weight.row_bytes
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """What is read."""
+        return (self.weight,)
+
+
+Origin = Difference | Kept | SafetyBasis
+"""What the projector of one weight follows from."""
+
+
+@dataclass(frozen=True)
 class Update:
     """One low-rank update of a weight.
 
@@ -90,12 +120,12 @@ class Task:
 
     Attributes:
         name: of the module, for messages.
-        alignment: where `V`, or what is kept of it, comes from.
+        origin: what the projector follows from.
         updates: the updates, of one adapter or of many.
     """
 
     name: str
-    alignment: Difference | Kept
+    origin: Origin
     updates: tuple[Update, ...]
 
 
@@ -121,19 +151,21 @@ class Score:
     """What the engine found out about one update.
 
     Attributes:
-        alignment_norm: `‖V‖_F`.
+        alignment_norm: `‖V‖_F`; None for SaLoRA, which has no `V`.
         CB: `C B`, (m, r) float32 on the CPU; None where `V = 0`.
         Cb: `C b` (m, 1) for the bias of `lora_B`, if there is one.
         cosine: similarity of `ΔW` and `C ΔW`; None where `V = 0` or `ΔW = 0`.
         bounds: between which that cosine lies where `C` is truncated; None where it is not.
         truncation: upper bound of `‖C - C_K‖_F / ‖C‖_F`, 0 where `C` is not truncated.
         scale: `‖C B‖_F / ‖B‖_F`; None where it is undefined.
-        rank: k of a truncated projector.
+        rank: k of a truncated projector, or of the basis of a safety subspace.
         sha256: for the aligned and the base checkpoint, label of each tensor read to the digest of
-            its bytes, if wanted; from an alignment file they are the first of the two.
+            its bytes, if wanted; from a file that stands for them they are the first of the two.
+        safety_share: `‖Uᵀ ΔW‖_F² / ‖ΔW‖_F²`, for SaLoRA; None where it is undefined.
+        energies: those of the `SafetyBasis`, for SaLoRA.
     """
 
-    alignment_norm: float
+    alignment_norm: float | None
     CB: Tensor | None
     Cb: Tensor | None
     cosine: float | None
@@ -142,6 +174,8 @@ class Score:
     sha256: tuple[dict[str, str], dict[str, str]] | None
     bounds: tuple[float, float] | None = None
     truncation: float = 0.0
+    safety_share: float | None = None
+    energies: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from safeproj.errors import printable
+from safeproj.report.methods import METHODS
 from safeproj.report.record import ModuleReport, Report, Reports, spread
 
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return the report as Markdown."""
-    return "\n".join(["## Safe LoRA report", "", *_body(report)]) + "\n"
+    title = METHODS[report.method].title
+    return "\n".join([f"## {title} report", "", *_body(report)]) + "\n"
 
 
 def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: ARG001
     """Return a table of the adapters, and the report of each below it."""
+    words = METHODS[reports.method]
     lines = [
-        "## Safe LoRA reports",
+        f"## {words.title} reports",
         "",
-        "| adapter | modules | projected | cosine | scale | warnings |",
+        f"| adapter | modules | projected | cosine | {words.measure} | warnings |",
         "|---|---:|---:|---|---|---:|",
     ]
     for name, report in reports.reports.items():
@@ -25,7 +28,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
             str(len(report.modules)),
             str(report.projected),
             span(report.cosines),
-            span(report.scales),
+            span(report.measures),
             str(len(report.warnings)),
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -49,21 +52,24 @@ def _summary(report: Report) -> list[str]:
     lines = [
         f"- adapter: `{report.inputs['adapter']['source']}`",
         *(
-            f"- {role}: `{report.inputs[role]['source']}`"
-            for role in ("aligned", "base", "alignment")
+            f"- {role.replace('_', ' ')}: `{report.inputs[role]['source']}`"
+            for role in ("aligned", "base", "alignment", "data", "safety_module")
             if role in report.inputs
         ),
         f"- projector: {describe(report.projector)}; selection: {describe(report.selection)}",
         f"- projected: {report.projected} of {len(report.modules)} modules",
         f"- cosine: {span(report.cosines)}",
-        f"- scale ‖CB‖/‖B‖: {span(report.scales)}",
+        f"- {METHODS[report.method].formula}: {span(report.measures)}",
+        *energy_lines(report),
     ]
     return lines + [f"- warning: {warning}" for warning in report.warnings]
 
 
 def _modules(report: Report) -> list[str]:
+    measure = METHODS[report.method].measure
+    further = "energy" if report.safety_energy else "‖V‖"
     lines = [
-        "| module | shape | r | cosine | scale | ‖V‖ | projected | note |",
+        f"| module | shape | r | cosine | {measure} | {further} | projected | note |",
         "|---|---|---:|---:|---:|---:|---|---|",
     ]
     for module in report.modules:
@@ -72,8 +78,8 @@ def _modules(report: Report) -> list[str]:
             f"{module.shape[0]}×{module.shape[1]}",
             str(module.rank),
             _cosine(module),
-            _number(module.scale),
-            "" if module.alignment_norm is None else f"{module.alignment_norm:.4g}",
+            _number(module.measure),
+            _further(module),
             "yes" if module.projected else "",
             module.note or "",
         )
@@ -88,6 +94,12 @@ def _cosine(module: ModuleReport) -> str:
     return f"{_number(module.cosine)}{mark} [{module.bounds[0]:.4f}, {module.bounds[1]:.4f}]"
 
 
+def _further(module: ModuleReport) -> str:
+    if module.safety is not None:
+        return _number(module.safety.energy)
+    return "" if module.alignment_norm is None else f"{module.alignment_norm:.4g}"
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
@@ -98,6 +110,14 @@ def describe(options: dict[str, object]) -> str:
     kind = str(items.pop("kind", items.pop("mode", "")))
     head = f"{kind} {items.pop(kind)}" if kind in items else kind
     return ", ".join([head, *(f"{name} {value}" for name, value in items.items())])
+
+
+def energy_lines(report: Report) -> list[str]:
+    """Return the line that says how much of the safety data directions hold, for SaLoRA."""
+    if not report.safety_energy:
+        return []
+    energies = ", ".join(f"{rank}: {share:.2f}" for rank, share in report.safety_energy.items())
+    return [f"- share of the safety data's output energy by rank, mean over modules: {energies}"]
 
 
 def span(values: list[float]) -> str:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA = "safeproj.report/1"
 SCHEMA_MANY = "safeproj.reports/1"
 TAUS = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The thresholds for which the table says how many modules they would project."""
+
+
+@dataclass(frozen=True)
+class Safety:
+    """What SaLoRA says of one module.
+
+    Attributes:
+        share: share of `‖ΔW‖_F²` that lies in the safety subspace, None where it is undefined.
+        energy: share of the safety data's output energy that the directions in use hold.
+    """
+
+    share: float | None
+    energy: float | None
 
 
 @dataclass(frozen=True)
@@ -27,10 +40,11 @@ class ModuleReport:
         scale: `‖C B‖_F / ‖B‖_F`.
         projected: whether the module is (or would be) projected.
         note: why there is no cosine, or what is special.
-        projector_rank: k of the exact projector.
+        projector_rank: k of the exact projector, or how many directions SaLoRA uses.
         bounds: between which the cosine lies, where `C` is truncated.
         truncation: upper bound of `‖C - C_K‖_F / ‖C‖_F`, where `C` is truncated.
         uncertain: a cosine within these bounds might be decided otherwise.
+        safety: what SaLoRA says of the module, None for Safe LoRA.
     """
 
     name: str
@@ -48,6 +62,12 @@ class ModuleReport:
     bounds: tuple[float, float] | None = None
     truncation: float | None = None
     uncertain: bool = False
+    safety: Safety | None = None
+
+    @property
+    def measure(self) -> float | None:
+        """What is shown beside the cosine: the scale, or for SaLoRA the safety share."""
+        return self.scale if self.safety is None else self.safety.share
 
     def to_dict(self) -> dict[str, Any]:
         """Return one item of `modules` in the JSON report."""
@@ -69,6 +89,9 @@ class ModuleReport:
             found["cosine_bounds"] = list(self.bounds)
             found["truncation_error"] = self.truncation
             found["uncertain"] = self.uncertain
+        if self.safety is not None:
+            found["safety_share"] = self.safety.share
+            found["safety_energy"] = self.safety.energy
         return found
 
 
@@ -104,17 +127,22 @@ class Report:
 
     Attributes:
         version: of safeproj.
+        method: `safe-lora` or `salora`.
         projector: the `projector` object of the JSON report.
         selection: the `selection` object of the JSON report.
-        inputs: `base`, `aligned` and `adapter`, and `alignment` where an alignment file was used:
-            each with `source`, and `revision` from the Hub.
+        inputs: `base`, `aligned` and `adapter`, and `alignment` where an alignment file was used;
+            for SaLoRA `aligned`, `data`, `safety_module` and `adapter`: each with `source`, and
+            `revision` from the Hub.
         modules: in natural order.
         pdst: mean of `1 / (1 + ‖B_out - C B‖_F)`, None where no module was scored.
         unprojected: what the adapter changes past every projection.
         warnings: what the user should know.
+        safety_energy: for SaLoRA, rank to the share of the safety data's output energy that so many
+            directions hold, mean over modules.
     """
 
     version: str
+    method: str
     projector: dict[str, Any]
     selection: dict[str, Any]
     inputs: dict[str, dict[str, Any]]
@@ -122,6 +150,7 @@ class Report:
     pdst: float | None
     unprojected: tuple[Unprojected, ...]
     warnings: tuple[str, ...]
+    safety_energy: dict[int, float] = field(default_factory=dict)
 
     @property
     def cosines(self) -> list[float]:
@@ -132,6 +161,11 @@ class Report:
     def scales(self) -> list[float]:
         """The scales that are defined, in the order of the modules."""
         return [module.scale for module in self.modules if module.scale is not None]
+
+    @property
+    def measures(self) -> list[float]:
+        """What is shown beside the cosines, where it is defined, in the order of the modules."""
+        return [module.measure for module in self.modules if module.measure is not None]
 
     @property
     def projected(self) -> int:
@@ -147,21 +181,28 @@ class Report:
         return {
             "schema": SCHEMA,
             "tool": {"name": "safeproj", "version": self.version},
-            "method": "safe-lora",
+            "method": self.method,
             "projector": self.projector,
             "selection": self.selection,
             "inputs": {role: dict(identity) for role, identity in self.inputs.items()},
-            "summary": {
-                "modules": len(self.modules),
-                "projected": self.projected,
-                "cosine": spread(self.cosines),
-                "scale": spread(self.scales),
-                "pdst": self.pdst,
-            },
+            "summary": self._summary(),
             "modules": [module.to_dict() for module in self.modules],
             "unprojected": [item.to_dict() for item in self.unprojected],
             "warnings": list(self.warnings),
         }
+
+    def _summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "modules": len(self.modules),
+            "projected": self.projected,
+            "cosine": spread(self.cosines),
+            "scale": spread(self.scales),
+            "pdst": self.pdst,
+        }
+        if self.safety_energy:
+            found["safety_share"] = spread(self.measures)
+            found["safety_energy"] = {str(k): share for k, share in self.safety_energy.items()}
+        return found
 
 
 @dataclass(frozen=True)
@@ -185,6 +226,11 @@ class Reports:
     version: str
     reports: dict[str, Report]
     failures: dict[str, Failure]
+
+    @property
+    def method(self) -> str:
+        """The method of the run, which is one for all adapters."""
+        return next((report.method for report in self.reports.values()), "safe-lora")
 
     @property
     def warnings(self) -> tuple[str, ...]:

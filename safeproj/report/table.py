@@ -12,10 +12,11 @@ from rich.text import Text
 
 from safeproj.errors import printable, shorten
 from safeproj.report.markdown import describe
+from safeproj.report.methods import METHODS
 from safeproj.report.record import ModuleReport, Report, Reports, spread
 
 CELL = 13
-"""Columns of one cell: cosine, scale, the mark, and a space."""
+"""Columns of one cell: cosine, scale or share, the mark, and a space."""
 
 
 def render(report: Report, *, width: int, color: bool) -> str:
@@ -40,11 +41,12 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("adapter", overflow="fold")
-    for heading in ("modules", "projected", "cosine min", "mean", "max", "scale mean", "warnings"):
+    measure = f"{METHODS[reports.method].measure} mean"
+    for heading in ("modules", "projected", "cosine min", "mean", "max", measure, "warnings"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.reports.items():
-        cosine, scale = spread(report.cosines), spread(report.scales)
-        values = (cosine["min"], cosine["mean"], cosine["max"], scale["mean"])
+        cosine, beside = spread(report.cosines), spread(report.measures)
+        values = (cosine["min"], cosine["mean"], cosine["max"], beside["mean"])
         numbers = ("n/a" if value is None else f"{value:.3f}" for value in values)
         counts = (str(len(report.modules)), str(report.projected))
         table.add_row(Text(printable(name)), *counts, *numbers, str(len(report.warnings)))
@@ -105,23 +107,27 @@ def _cell(modules: list[ModuleReport]) -> Text:
     """Return one cell: a module, or of a stack of experts the one with the lowest cosine."""
     if not modules:
         return Text("")
-    scored = [(m.cosine, m.scale) for m in modules if m.cosine is not None and m.scale is not None]
+    both = [(module.cosine, module.measure) for module in modules]
+    scored = [(c, measure) for c, measure in both if c is not None and measure is not None]
     if not scored:
         return Text("n/a", style="dim")
-    cosine, scale = min(scored)
+    cosine, measure = min(scored)
     style = "red" if cosine < 0.35 else "yellow" if cosine < 0.6 else "green"
     projected = sum(module.projected for module in modules)
     mark = "*" if projected == len(modules) else "+" if projected else " "
     if any(module.uncertain for module in modules):
         mark = "?"
-    return Text.assemble((f"{cosine:.3f}", style), (f" {scale:.3f}", "dim"), (mark, "bold"))
+    return Text.assemble((f"{cosine:.3f}", style), (f" {measure:.3f}", "dim"), (mark, "bold"))
 
 
 def _legend(report: Report) -> Text:
-    text = (
-        "each cell: cosine of the update and its projection, then scale = ‖CB‖/‖B‖, the share of "
-        "the\nfactor that projection leaves (near 0: it all but removes the update); * = projected"
-    )
+    legend = METHODS[report.method].legend
+    text = f"each cell: cosine of the update and its projection, {legend}"
+    if report.safety_energy:
+        text += (
+            "\nenergy by rank = how much of the safety data's output energy so many directions "
+            "hold, mean over modules"
+        )
     if any(module.uncertain for module in report.modules):
         text += (
             "\n? = the alignment file keeps too little of C to be certain whether it is to be "
@@ -142,12 +148,16 @@ def _summary(report: Report) -> Table:
     counts = f"{report.projected} of {len(report.modules)} modules"
     table.add_row("projected", f"{counts} ({describe(report.selection)})")
     table.add_row("projector", describe(report.projector))
-    for label, values in (("cosine", report.cosines), ("scale", report.scales)):
+    measure = METHODS[report.method].measure
+    for label, values in (("cosine", report.cosines), (measure, report.measures)):
         found = spread(values)
         if found["mean"] is not None:
             table.add_row(
                 label, f"min {found['min']:.3f}  mean {found['mean']:.3f}  max {found['max']:.3f}"
             )
+    if report.safety_energy:
+        energies = "  ".join(f"{k}:{share:.2f}" for k, share in report.safety_energy.items())
+        table.add_row("energy by rank", energies)
     truncations = [each.truncation for each in report.modules if each.truncation is not None]
     if truncations:
         widths = [each.bounds[1] - each.bounds[0] for each in report.modules if each.bounds]

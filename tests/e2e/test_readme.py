@@ -87,6 +87,7 @@ def test_every_option_of_the_contract_is_in_the_help() -> None:
             "--base", "--aligned", "--adapter", "--threshold", "--layers", "--all", "--include",
             "--exclude", "--projector", "--rank", "--energy", "--device", "--format", "--output",
             "--quiet", "--verbose", "--help", "--alignment", "--profile", "--workers",
+            "--safety-module",
         ):  # fmt: skip
             assert option in text, (command, option)
     for option in ("--out", "--dtype", "--overwrite", "--dry-run"):

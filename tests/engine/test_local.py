@@ -129,14 +129,14 @@ def test_progress_covers_all_bytes_and_all_modules(tmp_path: Path) -> None:
     task = task_of(tmp_path, *pair(600, 1100))
     events: list[Progress] = []
     engine.run([task] * 3, Approx(), device="cpu", on_progress=events.append)
-    assert sum(event.nbytes for event in events) == 3 * task.alignment.nbytes
+    assert sum(event.nbytes for event in events) == 3 * task.origin.nbytes
     assert sum(event.finished for event in events) == 3
 
 
 def test_usage_counts_the_bytes_and_the_time_of_all_workers(tmp_path: Path) -> None:
     task, usage = task_of(tmp_path, *pair(600, 1100)), Usage()
     engine.run([task] * 4, Approx(), device="cpu", workers=2, usage=usage)
-    assert usage.read_bytes == 4 * task.alignment.nbytes
+    assert usage.read_bytes == 4 * task.origin.nbytes
     assert 1 <= usage.workers <= 2
     assert 0 < usage.read_seconds < usage.busy_seconds <= usage.workers * usage.wall_seconds
 
@@ -219,8 +219,8 @@ def test_what_is_read_was_asked_for_before(tmp_path: Path, monkeypatch: pytest.M
     task = task_of(tmp_path, *pair(600, 1100))
     plain = run_one(task)
     engine.run([task] * 3, Approx(), device="cpu", workers=1)
-    assert isinstance(task.alignment, Difference)
-    for matrix in (task.alignment.aligned, task.alignment.base):
+    assert isinstance(task.origin, Difference)
+    for matrix in (task.origin.aligned, task.origin.base):
         weight = matrix.weight
         assert isinstance(weight, SafetensorsWeight)
         start, nbytes = weight.entry.start, weight.entry.nbytes

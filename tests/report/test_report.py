@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from safeproj.report import FORMATS, ModuleReport, Report, render
-from safeproj.report.record import Unprojected, place
+from safeproj.report.record import Safety, Unprojected, place
 
 
 def module(
@@ -33,6 +34,7 @@ def module(
 def report(*modules: ModuleReport, warnings: tuple[str, ...] = ()) -> Report:
     return Report(
         version="1.2.3",
+        method="safe-lora",
         projector={"kind": "approx"},
         selection={"mode": "threshold", "threshold": 0.35},
         inputs={
@@ -157,3 +159,60 @@ def test_markdown_has_one_row_per_module() -> None:
 @pytest.mark.parametrize("format_", FORMATS)
 def test_a_report_without_any_cosine_is_rendered(format_: str) -> None:
     assert render(report(module("lm_head", None, note="empty update")), format_).endswith("\n")
+
+
+SALORA = replace(
+    EXAMPLE,
+    method="salora",
+    projector={"kind": "safety-module", "rank": 4},
+    inputs={
+        "aligned": {"source": "aligned"},
+        "data": {"source": "safety.jsonl"},
+        "safety_module": {"source": "a.safety.safetensors"},
+        "adapter": {"source": "adapter"},
+    },
+    modules=tuple(
+        replace(
+            each,
+            alignment_norm=None,
+            projector_rank=4,
+            safety=Safety(None if each.cosine is None else 1 - each.cosine**2, 0.75),
+        )
+        for each in EXAMPLE.modules
+    ),
+    safety_energy={1: 0.25, 2: 0.5, 4: 0.75},
+)
+
+
+def test_json_of_salora_has_its_own_fields() -> None:
+    found = json.loads(render(SALORA, "json"))
+    assert found["method"] == "salora"
+    assert found["summary"]["safety_energy"] == {"1": 0.25, "2": 0.5, "4": 0.75}
+    assert found["summary"]["safety_share"]["max"] == 1 - 0.125**2
+    first, _, third, _ = found["modules"]
+    assert (first["alignment_norm"], first["projector_rank"]) == (None, 4)
+    assert (first["safety_share"], first["safety_energy"]) == (1 - 0.125**2, 0.75)
+    assert third["safety_share"] is None
+    other = json.loads(render(EXAMPLE, "json"))
+    assert "safety_share" not in other["modules"][0]
+    assert not {"safety_share", "safety_energy"} & other["summary"].keys()
+
+
+def test_the_table_of_salora_shows_shares_and_what_they_mean() -> None:
+    text = render(SALORA, "table")
+    assert re.search(r"^ +2 +0\.125 0\.984\* +0\.875 0\.234$", text, re.MULTILINE)
+    assert re.search(r"^ +10 +n/a$", text, re.MULTILINE)
+    assert re.search(r"^ energy by rank +1:0\.25  2:0\.50  4:0\.75$", text, re.MULTILINE)
+    assert re.search(r"^ share +min 0\.234  mean", text, re.MULTILINE)
+    assert "share = ‖UᵀΔW‖²/‖ΔW‖²" in text
+    assert "scale" not in text
+    assert "energy by rank" not in render(EXAMPLE, "table")
+
+
+def test_markdown_of_salora_has_shares_and_energies() -> None:
+    text = render(SALORA, "markdown")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows[0].split("|")[4:7] == [" 0.1250 ", " 0.9844 ", " 0.7500 "]
+    assert "## SaLoRA report" in text
+    assert "- safety module: `a.safety.safetensors`" in text
+    assert "mean over modules: 1: 0.25, 2: 0.50, 4: 0.75" in text

@@ -1,4 +1,4 @@
-"""What the rest of safeproj sees of where `V` comes from."""
+"""What updates are projected onto, or away from: of every weight of a model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from safeproj.adapter import Adapter
-from safeproj.engine import Comparison, Difference, Kept, Score
+from safeproj.engine import Comparison, Origin, Score
 from safeproj.match import Plan, PlannedChange, PlannedModule
 from safeproj.select import Selection
 
 
-class Alignment(Protocol):
-    """`V` of every weight of a model, or what is kept of it."""
+class Subspace(Protocol):
+    """The subspace of every weight of a model, or what it follows from.
+
+    Two checkpoints, an alignment file that stands for them, or a safety module.
+    """
 
     @property
     def names(self) -> Collection[str]:
@@ -33,7 +36,7 @@ class Alignment(Protocol):
             SafeprojError: see `safeproj.match.plan`.
         """
 
-    def origin(self, item: PlannedModule) -> Difference | Kept:
+    def origin(self, item: PlannedModule) -> Origin:
         """Return what the engine reads for an update, downloading the files that hold it."""
 
     def comparison(self, adapter: Adapter, item: PlannedChange) -> Comparison | None:

@@ -1,0 +1,101 @@
+"""`safeproj align`: make an alignment file of two checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeproj import terminal
+from safeproj.cli.options import (
+    Device,
+    Map,
+    Quiet,
+    ShowProfile,
+    Verbose,
+    Workers,
+    options_of,
+)
+from safeproj.profile import Profile
+
+
+def align_command(
+    base: Annotated[
+        str, typer.Option("--base", metavar="SRC", help="Checkpoint of the unaligned base model.")
+    ],
+    aligned: Annotated[
+        str, typer.Option("--aligned", metavar="SRC", help="Checkpoint of the aligned model.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="The file, such as model.safealign.safetensors."
+        ),
+    ],
+    targets: Annotated[
+        str,
+        typer.Option(
+            "--targets",
+            metavar="NAMES",
+            help="Modules to keep, by name or last part of it, separated by commas; or all-linear.",
+        ),
+    ] = "all-linear",
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank", metavar="K", help="Keep the K leading eigenpairs of each C.  [default: 64]"
+        ),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            "--energy",
+            metavar="E",
+            help="Keep the fewest eigenpairs that hold this share of |V|_F^2, 0 < E <= 1.",
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Keep all: C or V, whichever is smaller.")
+    ] = False,
+    map_: Map = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an alignment file that is at FILE.")
+    ] = False,
+    show_profile: ShowProfile = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make an alignment file, which stands for two checkpoints.
+
+    Keeps of every weight what the projection needs, so that adapters can be inspected and patched
+    with --alignment, without downloading two models.
+    """
+    with terminal.command(verbose):
+        profile = Profile()
+        with profile.phase("import"):
+            options = options_of(device=device, workers=workers, maps=map_)
+            from safeproj import api
+
+        form = api.Form(
+            64 if rank is None and energy is None and not exact else rank, energy, exact
+        )
+        names = [name.strip() for name in targets.split(",") if name.strip()]
+        terminal.interruptible()
+        with terminal.observer(quiet) as observer:
+            made = api.align(
+                base,
+                aligned,
+                out,
+                form,
+                names,
+                options,
+                overwrite=overwrite,
+                observer=observer,
+                profile=profile,
+            )
+        terminal.done()
+        result = f"wrote {out} ({made.describe()})"
+        terminal.closing(made.warnings, quiet, result, profile if show_profile else None)

@@ -1,0 +1,241 @@
+"""The options that commands share, and what they make together. Heavy imports happen inside."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safeproj.against import HOLDS_PROJECTOR
+from safeproj.errors import SafeprojError
+
+if TYPE_CHECKING:
+    from safeproj.api import Options
+    from safeproj.projection import Projector as ProjectorOf
+    from safeproj.select import Selection
+
+
+class ProjectorKind(str, Enum):
+    """Choices of `--projector`."""
+
+    approx = "approx"
+    exact = "exact"
+
+
+class Dtype(str, Enum):
+    """Choices of `--dtype`."""
+
+    keep = "keep"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class ReportFormat(str, Enum):
+    """Choices of `--format`."""
+
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+
+
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="SRC", help="Checkpoint of the unaligned base model."),
+]
+Aligned = Annotated[
+    str | None, typer.Option("--aligned", metavar="SRC", help="Checkpoint of the aligned model.")
+]
+AlignmentSource = Annotated[
+    str | None,
+    typer.Option(
+        "--alignment",
+        metavar="SRC",
+        help="Alignment file that align made of both, in place of --base and --aligned.",
+    ),
+]
+SafetyModuleSource = Annotated[
+    str | None,
+    typer.Option(
+        "--safety-module",
+        metavar="SRC",
+        help="Safety module that salora made, in place of all three: removes from the updates what "
+        "lies in its subspace; --all is the default.",
+    ),
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        "--adapter",
+        metavar="SRC",
+        help="LoRA adapter trained on it: PEFT, MLX or GGUF. Repeatable; a directory of adapters "
+        "or a .txt file with one SRC per line stands for many.",
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        metavar="T",
+        help="Project the modules whose cosine is at most T, 0 <= T <= 1.  [default: 0.35]",
+    ),
+]
+Layers = Annotated[
+    int | None,
+    typer.Option("--layers", metavar="N", help="Project the N modules with the lowest cosine."),
+]
+All = Annotated[bool, typer.Option("--all", help="Project every module.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="RE",
+        help="Only the modules whose name matches this regular expression; repeatable.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="RE",
+        help="Not the modules whose name matches this regular expression; repeatable.",
+    ),
+]
+Projector = Annotated[
+    ProjectorKind | None,
+    typer.Option(
+        "--projector",
+        help="C = V V^T / |V|_F of the paper (approx), or the orthogonal projector onto the top "
+        "left singular vectors of V (exact).  [default: approx]",
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        metavar="K",
+        help="Rank of the exact projector; of a safety module, how many of its directions.",
+    ),
+]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        "--energy",
+        metavar="E",
+        help="Smallest rank that holds this share of |V|_F^2, 0 < E <= 1, for exact.",
+    ),
+]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="RUNTIME=CHECKPOINT",
+        help="Where the checkpoints keep a module or parameter that they call something else; "
+        "* stands for any text; repeatable.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where the arithmetic runs: auto, cpu, cuda, cuda:N or mps.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        help="Threads over modules on the CPU; the result does not depend on it.  "
+        "[default: one per core, at most 8]",
+    ),
+]
+Format = Annotated[ReportFormat, typer.Option("--format", help="What the report looks like.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="FILE", help="Write the report to FILE instead of stdout."),
+]
+ShowProfile = Annotated[
+    bool, typer.Option("--profile", help="Say on stderr where time and memory went.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warnings.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback on errors.")]
+
+
+def selection_of(
+    threshold: float | None,
+    layers: int | None,
+    all_modules: bool,
+    include: list[str] | None,
+    exclude: list[str] | None,
+) -> Selection:
+    """Return the selection that the options say.
+
+    Raises:
+        SafeprojError: they exclude each other, or a value is out of range.
+    """
+    from safeproj.select import Selection
+
+    return Selection(threshold, layers, all_modules, tuple(include or ()), tuple(exclude or ()))
+
+
+def options_of(
+    selection: Selection | None = None,
+    projector: ProjectorOf | None = None,
+    *,
+    device: str,
+    workers: int | None,
+    maps: list[str] | None,
+    dtype: str = "keep",
+) -> Options:
+    """Return how a run is done; imports torch."""
+    from safeproj.api import Options
+    from safeproj.select import Selection
+
+    chosen = Selection() if selection is None else selection
+    return Options(chosen, projector, device, workers, dtype, tuple(maps or ()))
+
+
+def check_projector(
+    safety_module: str | None,
+    projector: ProjectorKind | None,
+    rank: int | None,
+    energy: float | None,
+) -> None:
+    """Refuse options that do not go together before torch is imported, which takes a second.
+
+    Raises:
+        SafeprojError: they do not.
+    """
+    if safety_module is not None:
+        if projector is not None or energy is not None:
+            raise SafeprojError(HOLDS_PROJECTOR)
+    elif projector is ProjectorKind.exact:
+        if (rank is None) == (energy is None):
+            raise SafeprojError("--projector exact needs either --rank or --energy")
+    elif rank is not None or energy is not None:
+        raise SafeprojError("--rank and --energy need --projector exact")
+
+
+def projector_of(
+    safety_module: str | None,
+    projector: ProjectorKind | None,
+    rank: int | None,
+    energy: float | None,
+) -> ProjectorOf:
+    """Return the projector that options which go together say; imports torch.
+
+    Raises:
+        SafeprojError: a value is out of range.
+    """
+    from safeproj.projection import Approx, Complement, Exact
+
+    try:
+        if safety_module is not None:
+            return Complement(rank)
+        return Exact(rank, energy) if projector is ProjectorKind.exact else Approx()
+    except ValueError as error:
+        raise SafeprojError(f"--{error}") from error

@@ -1,0 +1,154 @@
+"""`safeproj patch`: score adapters, project, and write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safeproj import terminal
+from safeproj.against import Against
+from safeproj.cli.options import (
+    Adapters,
+    Aligned,
+    AlignmentSource,
+    All,
+    Base,
+    Device,
+    Dtype,
+    Energy,
+    Exclude,
+    Format,
+    Include,
+    Layers,
+    Map,
+    Output,
+    Projector,
+    Quiet,
+    Rank,
+    ReportFormat,
+    SafetyModuleSource,
+    ShowProfile,
+    Threshold,
+    Verbose,
+    Workers,
+    check_projector,
+    options_of,
+    projector_of,
+    selection_of,
+)
+from safeproj.profile import Profile
+
+if TYPE_CHECKING:
+    from safeproj.report import Report, Reports
+
+
+def patch_command(
+    adapter: Adapters,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Directory of the patched adapter; of many, the directory that gets one for each.",
+        ),
+    ],
+    base: Base = None,
+    aligned: Aligned = None,
+    alignment: AlignmentSource = None,
+    safety_module: SafetyModuleSource = None,
+    threshold: Threshold = None,
+    layers: Layers = None,
+    all_modules: All = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    map_: Map = None,
+    projector: Projector = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="Dtype of the projected tensors that are written.")
+    ] = Dtype.keep,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an adapter that is at DIR.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but the writing.")
+    ] = False,
+    format_: Format = ReportFormat.table,
+    output: Output = None,
+    show_profile: ShowProfile = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Project selected updates and write the adapter.
+
+    Scores every adapted module as inspect does, projects the selected ones, and writes a
+    PEFT adapter directory that loads as before. It appears complete or not at all.
+    """
+    with terminal.command(verbose):
+        against = Against(base, aligned, alignment, safety_module)
+        terminal.check_output(output, out, against.inputs(adapter))
+        selection = selection_of(threshold, layers, all_modules, include, exclude)
+        check_projector(safety_module, projector, rank, energy)
+        profile = Profile()
+        with profile.phase("import"):
+            chosen = projector_of(safety_module, projector, rank, energy)
+            options = options_of(
+                selection,
+                chosen,
+                device=device,
+                workers=workers,
+                maps=map_,
+                dtype=dtype.value,
+            )
+            from safeproj import api
+            from safeproj.adapter.collection import collect
+
+        terminal.interruptible()
+        report: Report | Reports
+        adapters = collect(adapter)
+        terminal.check_output(
+            output, out, [("--adapter", each.source) for each in adapters.members]
+        )
+        with terminal.observer(quiet) as observer:
+            if adapters.many:
+                found = api.patch_many(
+                    base,
+                    aligned,
+                    adapter,
+                    out,
+                    options,
+                    alignment=alignment,
+                    safety_module=safety_module,
+                    overwrite=overwrite,
+                    dry_run=dry_run,
+                    observer=observer,
+                    profile=profile,
+                )
+                report = api.reports(found)
+                what = f"{len(report.reports)} of {len(found)} adapters"
+                written = bool(report.reports) and not dry_run
+            else:
+                report = api.patch(
+                    base,
+                    aligned,
+                    adapter[0],
+                    out,
+                    options,
+                    alignment=alignment,
+                    safety_module=safety_module,
+                    overwrite=overwrite,
+                    dry_run=dry_run,
+                    observer=observer,
+                    profile=profile,
+                )
+                what = f"{report.projected} modules projected"
+                written = not dry_run
+        result = f"wrote {out}" if written else "nothing written"
+        result = f"dry run: {result}" if dry_run else result
+        shown = profile if show_profile else None
+        terminal.finish(report, format_.value, output, quiet, f"{result} ({what})", shown)
