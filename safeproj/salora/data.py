@@ -1,0 +1,216 @@
+"""Prompt/response data in JSON lines, as batches of tokens in which the responses are labelled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeproj.errors import SafeprojError, first_line
+from safeproj.salora.directions import IGNORED
+from safeproj.source import file_sha256
+from safeproj.tensorfile import unique
+
+MAX_LENGTH = 2048
+"""Default bound on the tokens of one sample; what is beyond is cut off."""
+
+BATCH_SIZE = 8
+"""Default number of samples in a batch."""
+
+EXPECTED = '{"prompt": "…", "response": "…"} or {"messages": [{"role": "…", "content": "…"}, …]}'
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The tokens of one prompt and its response; the response begins at `start`."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data file.
+
+    Attributes:
+        source: its path as it was given.
+        sha256: of the file.
+        samples: one for each line.
+        cut: how many of them were cut to the greatest length.
+    """
+
+    source: str
+    sha256: str
+    samples: tuple[Sample, ...]
+    cut: int
+
+    @property
+    def positions(self) -> int:
+        """The number of response positions."""
+        return sum(len(sample.tokens) - sample.start for sample in self.samples)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know about the file."""
+        if not self.cut:
+            return ()
+        return (f"--data {self.source}: {self.cut} samples were cut off; see --max-length",)
+
+    def rows(self) -> list[dict[str, list[int]]]:
+        """Return the samples in order, as `Trainer` takes them for a data set.
+
+        Each has `input_ids`, `attention_mask`, and `labels` that are -100 outside of the response.
+        """
+        return [
+            {
+                "input_ids": list(sample.tokens),
+                "attention_mask": [1] * len(sample.tokens),
+                "labels": [IGNORED] * sample.start + list(sample.tokens[sample.start :]),
+            }
+            for sample in self.samples
+        ]
+
+    def batches(self, size: int = BATCH_SIZE) -> list[dict[str, Tensor]]:
+        """Return the samples in batches, the longest first, padded on the right.
+
+        Returns:
+            Dictionaries as transformers models take them: `input_ids`, `attention_mask`, and
+            `labels` that are -100 outside of the response; each (batch, positions).
+
+        Raises:
+            SafeprojError: `size` is not positive.
+        """
+        if size < 1:
+            raise SafeprojError(f"--batch-size must be 1 or more, found {size}")
+        ordered = sorted(self.samples, key=lambda sample: -len(sample.tokens))
+        return [_batch(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+
+
+def read_data(path: str | Path, tokenizer: Any, *, max_length: int = MAX_LENGTH) -> Data:
+    """Return the samples of a JSON lines file.
+
+    A line is an object with `prompt` and `response`, which are put together as they are, with the
+    tokenizer's special tokens in front and its end-of-sequence token behind; or with `messages`
+    that end with an assistant's, which go through the model's chat template, and whose last message
+    is the response. Other fields are ignored, and so are empty lines.
+
+    Args:
+        path: the file.
+        tokenizer: the model's.
+        max_length: tokens of a sample.
+
+    Raises:
+        SafeprojError: the file cannot be read, or a line cannot be used; it is named.
+    """
+    place = Path(path).expanduser()
+    try:
+        lines = place.read_text("utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise SafeprojError(f"--data {path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SafeprojError(
+            f"--data {path}: cannot be read ({first_line(error)}); expected JSON lines in UTF-8"
+        ) from error
+    samples, cut = [], 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"--data {path}:{number}"
+        sample = _sample(where, _object(where, line), tokenizer)
+        if len(sample.tokens) > max_length:
+            cut += 1
+            sample = Sample(sample.tokens[:max_length], sample.start)
+        if sample.start >= len(sample.tokens):
+            raise SafeprojError(
+                f"{where}: no token of the response is within the first {max_length}; expected a "
+                "response, shorten the prompt or raise --max-length"
+            )
+        samples.append(sample)
+    if not samples:
+        raise SafeprojError(f"--data {path}: no lines; expected {EXPECTED} in each")
+    return Data(str(path), file_sha256(place), tuple(samples), cut)
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line, object_pairs_hook=unique)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise SafeprojError(f"{where}: not JSON ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise SafeprojError(f"{where}: a {type(found).__name__}, expected {EXPECTED}")
+    return found
+
+
+def _sample(where: str, row: dict[str, Any], tokenizer: Any) -> Sample:
+    if "messages" in row:
+        return _chat(where, row["messages"], tokenizer)
+    texts = [row.get(name) for name in ("prompt", "response")]
+    for name, text in zip(("prompt", "response"), texts, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            found = "is missing" if text is None else "is no text, or empty"
+            raise SafeprojError(f"{where}: {name!r} {found}; expected {EXPECTED}")
+    prompt = list(tokenizer(texts[0])["input_ids"])
+    if prompt and prompt[-1] == tokenizer.eos_token_id:
+        prompt.pop()  # some tokenizers end every text
+    response = list(tokenizer(texts[1], add_special_tokens=False)["input_ids"])
+    if tokenizer.eos_token_id is not None:
+        response.append(tokenizer.eos_token_id)
+    return Sample((*prompt, *response), len(prompt))
+
+
+def _chat(where: str, messages: Any, tokenizer: Any) -> Sample:
+    fits = isinstance(messages, list) and all(
+        isinstance(each, dict)
+        and isinstance(each.get("role"), str)
+        and isinstance(each.get("content"), str)
+        for each in messages
+    )
+    if (
+        not fits
+        or len(messages) < 2
+        or messages[-1]["role"] != "assistant"
+        or not messages[-1]["content"].strip()
+    ):
+        raise SafeprojError(
+            f"{where}: 'messages' must be two or more objects with 'role' and 'content', the last "
+            "of the role 'assistant' and not empty"
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise SafeprojError(
+            f"{where}: 'messages', but the model's tokenizer has no chat template; give 'prompt' "
+            "and 'response'"
+        )
+    try:
+        before, whole = (
+            tokenizer.apply_chat_template(part, add_generation_prompt=prompt, return_dict=True)
+            for part, prompt in ((messages[:-1], True), (messages, False))
+        )
+    except Exception as error:  # a template may raise whatever it likes
+        raise SafeprojError(
+            f"{where}: the model's chat template does not take it ({first_line(error)})"
+        ) from error
+    start, tokens = len(before["input_ids"]), tuple(whole["input_ids"])
+    if tokens[:start] != tuple(before["input_ids"]):
+        raise SafeprojError(
+            f"{where}: the chat template writes the prompt otherwise once there is a response, so "
+            "nothing tells where that begins; give 'prompt' and 'response'"
+        )
+    return Sample(tokens, start)
+
+
+def _batch(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    width = max(len(sample.tokens) for sample in samples)
+    ids = torch.zeros(len(samples), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, sample in enumerate(samples):
+        length = len(sample.tokens)
+        ids[row, :length] = torch.tensor(sample.tokens)
+        mask[row, :length] = 1
+        labels[row, sample.start : length] = ids[row, sample.start : length]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -1,0 +1,156 @@
+"""The aligned model itself, loaded with transformers, and what it is called in reports."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from safeproj.engine import resolve_device
+from safeproj.errors import SafeprojError, first_line, shorten
+from safeproj.recorded import published
+from safeproj.salora.data import Data
+from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256, identity, open_folder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""`--dtype` of a model that is run: `auto` is what it is stored in."""
+
+READ = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+"""Ends of the names of files that make up a model and its tokenizer."""
+
+
+def require_extra() -> None:
+    """Refuse to go on without transformers and PEFT.
+
+    Raises:
+        SafeprojError: one of them is not installed.
+    """
+    for package in ("transformers", "peft"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise SafeprojError(
+                f"{package} is not installed, which runs the model; install safeproj[train]"
+            ) from error
+
+
+def load_tokenizer(source: str) -> Any:
+    """Return the tokenizer of the model that SRC names.
+
+    Raises:
+        SafeprojError: it cannot be loaded.
+    """
+    place, options = _place(open_folder(source))
+    from transformers import AutoTokenizer
+
+    with quietly(), _errors(source):
+        return AutoTokenizer.from_pretrained(place, **options)
+
+
+def load_model(source: str, device: str = "auto", dtype: str = "auto") -> Any:
+    """Return the model that SRC names.
+
+    Code that comes with a checkpoint is not run, and a checkpoint that lacks weights of its
+    architecture is refused. With several GPUs and accelerate the model is spread over them.
+
+    Args:
+        source: SRC, a directory or a Hub repository.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        SafeprojError: it cannot be loaded.
+    """
+    if dtype not in DTYPES:
+        raise SafeprojError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
+    where = resolve_device(device)
+    place, options = _place(open_folder(source))
+    from transformers import AutoModelForCausalLM
+
+    if device == "auto" and where.type == "cuda" and _has_accelerate():
+        options["device_map"] = "auto"
+    with quietly(), _errors(source):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, output_loading_info=True, **options
+        )
+    model, info = found
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise SafeprojError(
+            f"{source}: has no weights for {shorten(missing)}; expected a complete causal language "
+            "model"
+        )
+    return model if "device_map" in options else model.to(where)
+
+
+def model_identity(source: str) -> dict[str, Any]:
+    """Return what SRC names: with its commit from the Hub, and of local files their SHA-256."""
+    folder = open_folder(source)
+    files = {}
+    if isinstance(folder, LocalFolder):
+        names = sorted(name for name in folder.files if "/" not in name and name.endswith(READ))
+        files = {name: file_sha256(folder.path(name)) for name in names}
+    return {**identity(folder), "sha256": {"files": files}}
+
+
+def recorded_inputs(source: str, data: Data) -> dict[str, dict[str, Any]]:
+    """Return the identities of a model and of the data that it was run on, for a file's record."""
+    found = model_identity(source)
+    return {
+        "aligned": {**published(found), "sha256": found["sha256"]},
+        "data": {
+            **published({"source": data.source}),
+            "sha256": data.sha256,
+            "rows": len(data.samples),
+            "positions": data.positions,
+        },
+    }
+
+
+def _place(folder: Folder) -> tuple[str, dict[str, Any]]:
+    """Return what transformers is given for a folder."""
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if isinstance(folder, HubFolder):
+        return folder.repo, {**options, "revision": folder.revision}
+    assert isinstance(folder, LocalFolder)
+    if folder.only is not None:
+        raise SafeprojError(f"{folder.source}: is a file, expected the model's directory")
+    return str(folder.root), {**options, "local_files_only": True}
+
+
+def _has_accelerate() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("accelerate") is not None
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the progress bars, hints and warnings of transformers and PEFT off the terminal."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _errors(source: str) -> Iterator[None]:
+    """Turn whatever transformers raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise SafeprojError(
+            f"{source}: transformers cannot load it ({type(error).__name__}: "
+            f"{first_line(error)}); expected a causal language model with its tokenizer"
+        ) from error
