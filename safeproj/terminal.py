@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -217,6 +217,30 @@ def observer(quiet: bool) -> Iterator[Observer | None]:
         transient=True,
     ) as bars:
         yield _Bar(bars)
+
+
+@contextmanager
+def steps(quiet: bool, what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a progress bar over steps on stderr, if that is a terminal.
+
+    Yields what is told how many steps are done and how many there are.
+    """
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    with progress.Progress(
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bars:
+        bar = bars.add_task("", total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
 class _Bar:

@@ -1,0 +1,275 @@
+"""`safeproj salora`: make a safety module, start an adapter for training, fold a trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeproj import terminal
+from safeproj.cli.options import Device, Quiet, Verbose
+from safeproj.errors import SafeprojError
+
+app = typer.Typer(
+    help="Train adapters that keep clear of safety features (SaLoRA).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Aligned = Annotated[
+    str, typer.Option("--aligned", metavar="SRC", help="The aligned model, which is run.")
+]
+Module = Annotated[
+    str, typer.Option("--module", metavar="SRC", help="Safety module that salora module made.")
+]
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="JSON lines with prompt and response, or chat messages for the model's template.",
+    ),
+]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        "--targets",
+        metavar="NAMES",
+        help="Layers, by name or last part of it, separated by commas; or all-linear.",
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", metavar="N", help="Samples that run at a time.")
+]
+MaxLength = Annotated[
+    int, typer.Option("--max-length", metavar="N", help="Tokens of a sample; the rest is cut off.")
+]
+Memory = Annotated[
+    float,
+    typer.Option(
+        "--memory",
+        metavar="GB",
+        help="Sums held at a time; the model runs over the data once for each group of layers "
+        "that fits.",
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="DTYPE", help="What the model runs in; auto: as stored.")
+]
+SafetyRank = Annotated[
+    int | None,
+    typer.Option(
+        "--safety-rank",
+        metavar="K",
+        help="Use the first K directions of the safety module.  [default: all]",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")]
+
+
+@app.command("module")
+def module_command(
+    aligned: Aligned,
+    data: Data,
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", help="The file, such as model.safety.safetensors."),
+    ],
+    rank: Annotated[
+        int, typer.Option("--rank", metavar="K", help="Directions of each layer that are kept.")
+    ] = 32,
+    targets: Targets = "all-linear",
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 2048,
+    memory: Memory = 4.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Find in which directions the outputs of layers lie on safety data.
+
+    Runs the aligned model over harmful prompts with safe responses and keeps, for each layer, the
+    leading directions of its outputs at the responses. Training, or patch --safety-module, keeps
+    updates out of them.
+    """
+    with terminal.command(verbose):
+        _require_positive(
+            ("--rank", rank), ("--batch-size", batch_size), ("--max-length", max_length)
+        )
+        bound = _bytes(memory)
+        from safeproj.salora import models
+
+        models.require_extra()
+        from safeproj.recorded import check_file
+        from safeproj.salora.data import read_data
+        from safeproj.salora.file import KIND
+        from safeproj.salora.module import safety_module
+
+        terminal.interruptible()
+        check_file(out, overwrite, KIND)
+        samples = read_data(data, models.load_tokenizer(aligned), max_length=max_length)
+        batches = samples.batches(batch_size)
+        model = models.load_model(aligned, device, dtype)
+        with terminal.steps(quiet, "batches") as step:
+            found = safety_module(
+                model,
+                batches,
+                _names(targets),
+                rank,
+                memory=bound,
+                on_batch=step,
+                inputs=models.recorded_inputs(aligned, samples),
+            )
+        nbytes = found.save(out, overwrite=overwrite)
+        terminal.done()
+        shares = found.captured().values()
+        result = (
+            f"wrote {out} ({len(found.directions)} layers, {found.rank} directions, "
+            f"{nbytes / 1e6:.1f} MB, {min(shares):.1%} to {max(shares):.1%} of the energy)"
+        )
+        terminal.closing(samples.warnings, quiet, result)
+
+
+@app.command("init")
+def init_command(
+    aligned: Aligned,
+    module: Module,
+    data: Data,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Directory of the adapter to train from.")
+    ],
+    rank: Annotated[int, typer.Option("--rank", metavar="R", help="Rank of the adapter.")] = 16,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", metavar="A", help="lora_alpha.  [default: the rank]"),
+    ] = None,
+    task_rank: Annotated[
+        int,
+        typer.Option(
+            "--task-rank", metavar="K", help="Directions of the task's outputs that B starts in."
+        ),
+    ] = 32,
+    safety_rank: SafetyRank = None,
+    targets: Targets = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 2048,
+    memory: Memory = 4.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write an adapter with the task-specific initialisation.
+
+    It belongs to changed frozen weights, which safeproj.salora.attach sets when training begins;
+    salora fold makes of the trained adapter one for the unmodified model.
+    """
+    with terminal.command(verbose):
+        _require_positive(
+            ("--rank", rank),
+            ("--task-rank", task_rank),
+            ("--batch-size", batch_size),
+            ("--max-length", max_length),
+        )
+        bound = _bytes(memory)
+        from safeproj.salora import models
+
+        models.require_extra()
+        from safeproj.adapter.write import check_out
+        from safeproj.against import local_path
+        from safeproj.salora.data import read_data
+        from safeproj.salora.module import SafetyModule
+        from safeproj.salora.start import write_start
+
+        terminal.interruptible()
+        given = [("--aligned", aligned), ("--module", module), ("--data", str(data))]
+        check_out(out, overwrite, [(option, local_path(source)) for option, source in given])
+        found = SafetyModule.load(module).cut(safety_rank)
+        samples = read_data(data, models.load_tokenizer(aligned), max_length=max_length)
+        batches = samples.batches(batch_size)
+        model = models.load_model(aligned, device, dtype)
+        with models.quietly(), terminal.steps(quiet, "batches") as step:
+            initial = write_start(
+                model,
+                found,
+                batches,
+                out,
+                rank=rank,
+                alpha=alpha,
+                task_rank=task_rank,
+                targets=() if targets is None else _names(targets),
+                base_model=aligned,
+                inputs=models.recorded_inputs(aligned, samples),
+                memory=bound,
+                on_batch=step,
+            )
+        terminal.done()
+        result = f"wrote {out} ({len(initial.A)} layers, rank {rank})"
+        terminal.closing(samples.warnings, quiet, result)
+
+
+@app.command("fold")
+def fold_command(
+    adapter: Annotated[
+        str, typer.Option("--adapter", metavar="DIR", help="PEFT adapter that was trained.")
+    ],
+    module: Module,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Directory of the adapter to serve.")
+    ],
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            "--init",
+            metavar="DIR",
+            help="What salora init wrote, where the initial factors are not beside the adapter.",
+        ),
+    ] = None,
+    safety_rank: SafetyRank = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make of a trained adapter a plain one that serves on the unmodified model.
+
+    Removes the safety subspace from its updates, and subtracts the initial factors where it was
+    trained from them, which doubles its rank.
+    """
+    with terminal.command(verbose):
+        from safeproj.salora.folding import fold
+        from safeproj.salora.initialisation import Initial
+        from safeproj.salora.module import SafetyModule
+
+        terminal.interruptible()
+        folded = fold(
+            adapter,
+            SafetyModule.load(module),
+            out,
+            rank=safety_rank,
+            initial=None if init is None else Initial.load(init),
+            overwrite=overwrite,
+        )
+        terminal.done()
+        result = f"wrote {out} ({folded.describe()})"
+        terminal.closing(folded.warnings, quiet, result)
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _require_positive(*options: tuple[str, int]) -> None:
+    for option, value in options:
+        if value < 1:
+            raise SafeprojError(f"{option} must be 1 or more, found {value}")
+
+
+def _bytes(gigabytes: float) -> int:
+    if not gigabytes > 0.0:
+        raise SafeprojError(f"--memory must be more than 0, found {gigabytes:g}")
+    return int(gigabytes * 1e9)
