@@ -418,7 +418,13 @@ def _without_trailing(text: str, suffix: str) -> str:
 def _warnings(config: dict[str, Any], found: _Classifier) -> Iterator[str]:
     yield from dora_warnings(found.modules)
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in CONVERTED_INITIALISATIONS:
+    if init == "salora":
+        yield (
+            "the adapter was trained from the task-specific initialisation of SaLoRA, so it "
+            "belongs to changed weights and the scores are wrong; fold it first with `safeproj "
+            "salora fold`"
+        )
+    elif isinstance(init, str) and init.lower() not in CONVERTED_INITIALISATIONS:
         yield (
             f"init_lora_weights is {init!r}: such adapters belong to a changed base weight, so "
             "B A is the update of the stored weight only if it was converted on saving "

@@ -291,10 +291,11 @@ def _outputs(layer: nn.Module, rows: Tensor, output: Tensor, mask: Tensor, name:
     """Return `Y` without the bias."""
     if layer.bias is None:
         return _at(name, output, mask)
-    weight, bias = plain_weight(layer), layer.bias
-    assert isinstance(bias, Tensor)
+    weight = plain_weight(layer)
     if weight is None:
-        return _at(name, output, mask) - bias.detach()
+        # Wherever the bias is kept, it is what the layer makes of zeros.
+        bias: Tensor = layer.forward(rows.new_zeros(1, rows.shape[1]))
+        return _at(name, output, mask) - bias
     # Not the output less the bias: that may be much larger, and has rounded what is wanted.
     return rows @ weight.T
 

@@ -26,7 +26,7 @@ from safeproj.salora.constraint import active_adapter, saved_in
 from safeproj.salora.formulas import without
 from safeproj.salora.initialisation import INITIAL, METHOD, Initial
 from safeproj.salora.module import SafetyModule, shape_of
-from safeproj.source import LocalFolder, file_sha256, identity
+from safeproj.source import file_sha256, identity
 
 SCHEMA = "safeproj.fold/1"
 
@@ -140,9 +140,8 @@ def _fold(source: str, module: SafetyModule, out: Path, initial: Initial | None)
 
 def _check(adapter: Adapter, module: SafetyModule, initial: Initial | None) -> None:
     source, modules = adapter.source, adapter.modules
-    alone = isinstance(adapter.folder, LocalFolder) and adapter.folder.only is not None
-    if alone or not isinstance(adapter.format, Peft):
-        raise SafeprojError(f"{source}: no PEFT adapter directory; only such are folded")
+    if not isinstance(adapter.format, Peft):
+        raise SafeprojError(f"{source}: no PEFT adapter; only such are folded")
     others = [item.name for item in modules if item.kind is not Kind.linear]
     others += [target.module for target in adapter.targets]
     if others:

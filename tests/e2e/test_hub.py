@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests import hub_server
 from tests.conftest import Trio
@@ -440,3 +442,23 @@ def test_a_relative_path_is_never_taken_for_a_hub_id(
     result = user.inspect(adapter=source, HF_HUB_OFFLINE=offline)
     assert_refused(result, source, "no such file or directory")
     assert hub.requests == []
+
+
+def test_a_safety_module_of_a_model_on_the_hub_is_that_of_its_directory(
+    hub: Hub, user: User, tmp_path: Path
+) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
+    commit = hub.publish("org/model", example / "aligned")
+    given = ("--data", example / "data" / "safety.jsonl", "--targets", "q_proj", "--rank", "2")
+    remote, local = tmp_path / "remote.safetensors", tmp_path / "local.safetensors"
+    for aligned, out in ((f"org/model@{commit}", remote), (str(example / "aligned"), local)):
+        result = user._run(
+            "salora", "module", "--aligned", aligned, *map(str, given), "--out", str(out)
+        )
+        assert result.returncode == 0, result.stderr
+    with safe_open(remote, framework="pt") as file:
+        identity = json.loads(file.metadata()["safeproj"])["inputs"]["aligned"]
+    assert {"source": f"org/model@{commit}", "revision": commit}.items() <= identity.items()
+    one, two = load_file(remote), load_file(local)
+    assert one.keys() == two.keys()
+    assert all(tensor.equal(two[key]) for key, tensor in one.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +108,21 @@ def test_the_model_runs_over_the_data_once_for_each_group_of_layers(groups: int)
     whole = directions(model, layers, 4)
     for name in layers:
         assert torch.equal(found[name].U, whole[name].U)
+
+
+def test_a_model_that_is_spread_over_devices_gives_the_same(tmp_path: Path) -> None:
+    """With layers on the disk, whose weights are in memory only while they run."""
+    from accelerate import dispatch_model  # type: ignore[import-untyped]
+
+    model = build("qwen2")
+    whole = directions(model, find_layers(model, ["all-linear"]), 4)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cpu")
+    places |= {"model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    spread = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    assert spread.model.layers[1].self_attn.q_proj.weight.is_meta
+    found = directions(spread, find_layers(spread, ["all-linear"]), 4)
+    for name, each in whole.items():
+        assert (span(found[name].U) - span(each.U)).norm() < 1e-3
 
 
 def test_the_head_is_run_only_where_it_is_wanted() -> None:
