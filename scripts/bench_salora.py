@@ -14,6 +14,8 @@ It ends with exit code 1 if the two do not span the same subspaces.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import resource
 import subprocess
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from torch import Tensor
 RANK = 32
 TARGETS = {"q+v": ["q_proj", "v_proj"], "all linear": ["all-linear"]}
 WAYS = ("safeproj", "svd_lowrank", "svd")
+MODEL = "model"
 SAME = 1e-3
 """How far the spans of two ways may be apart, in the norm of the difference of their projectors."""
 
@@ -37,7 +41,9 @@ SAME = 1e-3
 def build(arguments: argparse.Namespace) -> Any:
     """Return the model."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8000,
@@ -125,8 +131,21 @@ def whole(Y: Tensor) -> Tensor:
     return found
 
 
+def forget_peak() -> None:
+    """Let the peak memory start again from what is held now, where the system can."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is still counted otherwise
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak() -> float:
     """Return the peak memory of this process in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what `forget_peak` resets
+        line = next(each for each in status.read_text().splitlines() if "VmHWM" in each)
+        return int(line.split()[1]) / 1024
     unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -134,9 +153,15 @@ def peak() -> float:
 def work(arguments: argparse.Namespace) -> None:
     """Search in one way and write what was found and measured."""
     torch.set_num_threads(arguments.threads)
-    model, batches = build(arguments), data(arguments)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    batches = data(arguments)
     targets = TARGETS[arguments.targets]
     model.model(batches[0]["input_ids"])  # what is allocated once
+    forget_peak()
     before, start = peak(), time.perf_counter()
     if arguments.way == "safeproj":
         found = one_pass(model, batches, targets)
@@ -152,6 +177,7 @@ def measured(arguments: argparse.Namespace, way: str, targets: str, result: Path
     """Run one way in a process of its own."""
     options = ("hidden", "layers", "samples", "tokens", "threads")
     given = [part for name in options for part in (f"--{name}", str(getattr(arguments, name)))]
+    given += ["--model", str(result.parent / MODEL)]
     command = [sys.executable, __file__, *given, "--way", way, "--targets", targets]
     done = subprocess.run(
         [*command, "--result", str(result)], stdout=subprocess.PIPE, encoding="utf-8", check=True
@@ -172,11 +198,12 @@ def distance(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
 def main() -> int:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--hidden", type=int, default=384, help="default: %(default)s")
     parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--samples", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--samples", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=128, help="of a sample; default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--targets", choices=list(TARGETS), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -192,6 +219,7 @@ def main() -> int:
     print("|---|---|---:|---:|---:|---:|")
     worst = 0.0
     with tempfile.TemporaryDirectory() as directory:
+        build(arguments).save_pretrained(Path(directory) / MODEL)
         for targets in TARGETS:
             results = {way: Path(directory) / f"{way}.pt" for way in WAYS}
             runs = {way: measured(arguments, way, targets, results[way]) for way in WAYS}

@@ -42,7 +42,7 @@ def assert_same_but_for_rounding(found: str, shown: str) -> None:
 def test_commands_print_what_the_readme_shows(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shown = list(consoles())
-    assert len(shown) == 6
+    assert len(shown) == 8
     for arguments, output in shown:  # in order: one uses the file that another writes
         result = safeproj(*shlex.split(arguments), cwd=tmp_path)
         assert result.returncode == 0, (arguments, result.stderr)
@@ -92,6 +92,14 @@ def test_every_option_of_the_contract_is_in_the_help() -> None:
             assert option in text, (command, option)
     for option in ("--out", "--dtype", "--overwrite", "--dry-run"):
         assert option in safeproj("patch", "--help").stdout
+    options = {
+        "module": ("--aligned", "--data", "--out", "--rank", "--targets", "--memory"),
+        "init": ("--aligned", "--module", "--data", "--rank", "--task-rank", "--out"),
+        "fold": ("--adapter", "--module", "--out", "--init"),
+    }
+    for command, names in options.items():
+        text = safeproj("salora", command, "--help").stdout
+        assert not [name for name in names if name not in text], command
     text = safeproj("align", "--help").stdout
     for option in ("--out", "--targets", "--rank", "--energy", "--exact", "--overwrite"):
         assert option in text, option
