@@ -85,7 +85,7 @@ class SafetyModule:
                 f"{self.rank}"
             )
         found = {name: each.cut(rank) for name, each in self.directions.items()}
-        return replace(self, directions=found)
+        return replace(self, directions=found, options={**self.options, "rank": rank})
 
     def require(self, names: Iterable[str]) -> None:
         """Refuse layers that it does not hold.

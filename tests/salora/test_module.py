@@ -78,7 +78,8 @@ def test_a_file_is_replaced_only_when_that_is_wanted(made: SafetyModule, tmp_pat
         made.cut(2).save(path)
     assert path.read_bytes() == before
     made.cut(2).save(path, overwrite=True)
-    assert SafetyModule.load(path).rank == 2
+    cut = SafetyModule.load(path)
+    assert (cut.rank, cut.options["rank"]) == (2, 2)
 
 
 def test_a_cut_has_the_first_directions_and_says_how_many_there_are(made: SafetyModule) -> None:
