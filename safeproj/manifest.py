@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy
@@ -33,12 +33,26 @@ def manifest(
     found = report.to_dict()
     for role, sha256 in subspace.digests(scores).items():
         found["inputs"][role] |= {"sha256": sha256}
-    read = (*adapter.format.documents, adapter.weights_file)
-    files = {name: file_sha256(adapter.path(name)) for name in read}
-    found["inputs"]["adapter"] |= {"sha256": {"files": files}}
-    if MANIFEST in adapter.folder.files:
-        found["inputs"]["adapter"] |= {"previous": read_json(adapter.folder, MANIFEST)}
+    found["inputs"]["adapter"] |= adapter_record(adapter)
     return {**found, "options": dict(options), "versions": versions()}
+
+
+def adapter_record(adapter: Adapter, further: Collection[str] = ()) -> dict[str, Any]:
+    """Return the digests of the files that were read of an adapter, and its own `safeproj.json`.
+
+    Args:
+        adapter: the adapter.
+        further: files that were read if they are there.
+
+    Raises:
+        SafeprojError: its `safeproj.json` is no JSON object.
+    """
+    present = [name for name in further if name in adapter.folder.files]
+    read = (*adapter.format.documents, adapter.weights_file, *present)
+    found: dict[str, Any] = {"sha256": {"files": {n: file_sha256(adapter.path(n)) for n in read}}}
+    if MANIFEST in adapter.folder.files:
+        found["previous"] = read_json(adapter.folder, MANIFEST)
+    return found
 
 
 def versions() -> dict[str, str]:

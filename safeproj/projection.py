@@ -222,11 +222,7 @@ class Complement:
         for rows, U in _with_rows(blocks):
             UB.addmm_(U[:, :rank].T, B[rows])
             overlap.addmm_(U[:, :rank].T, U[:, :rank])
-        error = float((overlap - torch.eye(rank, device=B.device)).abs().max())
-        if error > ORTHONORMAL:
-            raise NotOrthonormalError(
-                f"its columns are not orthonormal, UᵀU is off by {error:.2g}; the file is damaged"
-            )
+        require_orthonormal(overlap)
         CB = torch.empty_like(B)
         for rows, U in _with_rows(blocks):
             torch.addmm(B[rows], U[:, :rank], UB, alpha=-1, out=CB[rows])
@@ -328,6 +324,19 @@ def scale(B: Tensor, CB: Tensor) -> float:
 def pdst(B_out: Tensor, CB: Tensor) -> float:
     """Return `1 / (1 + ‖B_out - C B‖_F)` of one module; the reference code prints the mean."""
     return 1.0 / (1.0 + float((B_out.double() - CB.double()).norm()))
+
+
+def require_orthonormal(overlap: Tensor) -> None:
+    """Refuse columns `U` whose products `UᵀU` (k, k) are not those of orthonormal ones.
+
+    Raises:
+        NotOrthonormalError: they are not.
+    """
+    error = float((overlap - torch.eye(len(overlap), device=overlap.device)).abs().max())
+    if error > ORTHONORMAL:
+        raise NotOrthonormalError(
+            f"its columns are not orthonormal, UᵀU is off by {error:.2g}; the file is damaged"
+        )
 
 
 def _with_rows(blocks: Blocks) -> Iterable[tuple[slice, Tensor]]:

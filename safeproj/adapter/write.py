@@ -166,32 +166,27 @@ def write_adapter(
         SafeprojError: it cannot be written; nothing is left behind.
     """
     tensors = {**adapter.tensors, **replaced}
-    try:
-        with appears_at(out) as directory:
-            given = documents or {}
-            for name in _copied_files(adapter):
-                if name in given:
-                    continue
-                target = directory / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(_safe_path(adapter, name), target)
-            for name, content in given.items():
-                if content is None:
-                    continue
-                _require_inside(adapter, name)
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                (directory / name).write_bytes(content)
-            digests = adapter.format.write(directory / adapter.format.output_file, tensors)
-            card_path = directory / "README.md"
-            old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
-            card_path.write_bytes(card.with_section(old_card, section))
-            output = {"projected": sorted(replaced), "tensors": digests}
-            text = json.dumps({**manifest, "output": output}, indent=2, ensure_ascii=False) + "\n"
-            (directory / MANIFEST).write_bytes(text.encode())
-    except OSError as error:
-        raise SafeprojError(
-            f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
-        ) from error
+    with appears_at(out) as directory:
+        given = documents or {}
+        for name in _copied_files(adapter):
+            if name in given:
+                continue
+            target = directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(_safe_path(adapter, name), target)
+        for name, content in given.items():
+            if content is None:
+                continue
+            _require_inside(adapter, name)
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content)
+        digests = adapter.format.write(directory / adapter.format.output_file, tensors)
+        card_path = directory / "README.md"
+        old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
+        card_path.write_bytes(card.with_section(old_card, section))
+        output = {"projected": sorted(replaced), "tensors": digests}
+        text = json.dumps({**manifest, "output": output}, indent=2, ensure_ascii=False) + "\n"
+        (directory / MANIFEST).write_bytes(text.encode())
 
 
 def copied_adapters(adapter: Adapter) -> tuple[str, ...]:
@@ -242,6 +237,9 @@ def appears_at(out: Path) -> Iterator[Path]:
     """Yield a hidden directory beside `out` that becomes `out` in one step at the end.
 
     Whatever happens, `out` is complete or as it was, and the hidden directory is gone.
+
+    Raises:
+        SafeprojError: a file cannot be written, or what is copied to it not be read.
     """
     place = out.resolve()
     directory = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
@@ -254,10 +252,14 @@ def appears_at(out: Path) -> Iterator[Path]:
             _move(directory, place)
             _sync(place.parent)
             shutil.rmtree(directory, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         with _uninterrupted():
             shutil.rmtree(directory, ignore_errors=True)
-        raise
+        if not isinstance(error, OSError):
+            raise
+        raise SafeprojError(
+            f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
+        ) from error
 
 
 @contextmanager

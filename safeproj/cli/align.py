@@ -15,6 +15,7 @@ from safeproj.cli.options import (
     ShowProfile,
     Verbose,
     Workers,
+    names_of,
     options_of,
 )
 from safeproj.profile import Profile
@@ -82,7 +83,7 @@ def align_command(
         form = api.Form(
             64 if rank is None and energy is None and not exact else rank, energy, exact
         )
-        names = [name.strip() for name in targets.split(",") if name.strip()]
+        names = names_of(targets)
         terminal.interruptible()
         with terminal.observer(quiet) as observer:
             made = api.align(

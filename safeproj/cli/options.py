@@ -165,6 +165,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warn
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback on errors.")]
 
 
+def names_of(text: str) -> list[str]:
+    """Return the names in a list that is separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def selection_of(
     threshold: float | None,
     layers: int | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from safeproj import terminal
-from safeproj.cli.options import Device, Quiet, Verbose
+from safeproj.cli.options import Device, Quiet, Verbose, names_of
 from safeproj.errors import SafeprojError
 
 app = typer.Typer(
@@ -108,21 +108,23 @@ def module_command(
         from safeproj.salora.data import read_data
         from safeproj.salora.file import KIND
         from safeproj.salora.module import safety_module
+        from safeproj.source import open_folder
 
         terminal.interruptible()
         check_file(out, overwrite, KIND)
-        samples = read_data(data, models.load_tokenizer(aligned), max_length=max_length)
+        folder = open_folder(aligned)
+        samples = read_data(data, models.load_tokenizer(folder), max_length=max_length)
         batches = samples.batches(batch_size)
-        model = models.load_model(aligned, device, dtype)
+        model = models.load_model(folder, device, dtype)
         with terminal.steps(quiet, "batches") as step:
             found = safety_module(
                 model,
                 batches,
-                _names(targets),
+                names_of(targets or ""),
                 rank,
                 memory=bound,
                 on_batch=step,
-                inputs=models.recorded_inputs(aligned, samples),
+                inputs=models.recorded_inputs(folder, samples),
             )
         nbytes = found.save(out, overwrite=overwrite)
         terminal.done()
@@ -185,14 +187,16 @@ def init_command(
         from safeproj.salora.data import read_data
         from safeproj.salora.module import SafetyModule
         from safeproj.salora.start import write_start
+        from safeproj.source import open_folder
 
         terminal.interruptible()
         given = [("--aligned", aligned), ("--module", module), ("--data", str(data))]
         check_out(out, overwrite, [(option, local_path(source)) for option, source in given])
         found = SafetyModule.load(module).cut(safety_rank)
-        samples = read_data(data, models.load_tokenizer(aligned), max_length=max_length)
+        folder = open_folder(aligned)
+        samples = read_data(data, models.load_tokenizer(folder), max_length=max_length)
         batches = samples.batches(batch_size)
-        model = models.load_model(aligned, device, dtype)
+        model = models.load_model(folder, device, dtype)
         with models.quietly(), terminal.steps(quiet, "batches") as step:
             initial = write_start(
                 model,
@@ -202,9 +206,9 @@ def init_command(
                 rank=rank,
                 alpha=alpha,
                 task_rank=task_rank,
-                targets=() if targets is None else _names(targets),
+                targets=() if targets is None else names_of(targets),
                 base_model=aligned,
-                inputs=models.recorded_inputs(aligned, samples),
+                inputs=models.recorded_inputs(folder, samples),
                 memory=bound,
                 on_batch=step,
             )
@@ -257,10 +261,6 @@ def fold_command(
         terminal.done()
         result = f"wrote {out} ({folded.describe()})"
         terminal.closing(folded.warnings, quiet, result)
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _require_positive(*options: tuple[str, int]) -> None:

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from safeproj.errors import SafeprojError, shorten
 from safeproj.salora.formulas import without
-from safeproj.salora.module import SafetyModule, shape_of
+from safeproj.salora.module import SafetyModule
 
 
 class WithoutSafety(nn.Module):
@@ -96,14 +96,7 @@ def constrain(
     """
     module = module.cut(rank)
     layers = dict(lora_layers(peft_model, adapter_name))
-    module.require(layers)
-    for name, layer in layers.items():
-        m, n = shape_of(module, name)
-        if (layer.out_features, layer.in_features) != (m, n):
-            raise SafeprojError(
-                f"{name}: is {layer.out_features} × {layer.in_features} (out, in), and "
-                f"{m} × {n} in the safety module; is that of another model?"
-            )
+    module.require({n: (each.out_features, each.in_features) for n, each in layers.items()})
     adapter = adapter_name or active_adapter(peft_model)
     found = {name: layer.lora_B[adapter] for name, layer in layers.items()}
     for name, lora_B in found.items():

@@ -16,17 +16,18 @@ from torch import Tensor
 
 from safeproj import __version__
 from safeproj.adapter import Adapter, read_adapter
-from safeproj.adapter.interface import CONFIG, MANIFEST
+from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.peft import Peft
 from safeproj.adapter.record import Kind
 from safeproj.adapter.write import check_out, write_adapter
+from safeproj.against import local_path
 from safeproj.errors import SafeprojError, shorten
-from safeproj.manifest import versions
+from safeproj.manifest import adapter_record, versions
 from safeproj.salora.constraint import active_adapter, saved_in
 from safeproj.salora.formulas import without
 from safeproj.salora.initialisation import INITIAL, METHOD, Initial
-from safeproj.salora.module import SafetyModule, shape_of
-from safeproj.source import file_sha256, identity
+from safeproj.salora.module import SafetyModule
+from safeproj.source import identity
 
 SCHEMA = "safeproj.fold/1"
 
@@ -107,9 +108,7 @@ def fold(
         SafeprojError: it cannot be folded, or `out` cannot be written; nothing is written.
     """
     if isinstance(adapter, str | Path):
-        place = Path(adapter).expanduser()
-        given = [("--adapter", place if place.exists() else None)]
-        check_out(Path(out), overwrite, given)
+        check_out(Path(out), overwrite, [("--adapter", local_path(str(adapter)))])
         return _fold(str(adapter), module.cut(rank), Path(out), initial)
     check_out(Path(out), overwrite, [])
     with tempfile.TemporaryDirectory() as directory:
@@ -148,14 +147,7 @@ def _check(adapter: Adapter, module: SafetyModule, initial: Initial | None) -> N
         raise SafeprojError(
             f"{source}: {shorten(others)} is no linear layer, and SaLoRA is for linear layers"
         )
-    module.require(item.name for item in modules)
-    for item in modules:
-        if shape_of(module, item.name) != (item.out_features, item.in_features):
-            raise SafeprojError(
-                f"{source}: {item.name} is {item.out_features} × {item.in_features} (out, in), "
-                f"and {' × '.join(map(str, shape_of(module, item.name)))} in the safety module; "
-                "are both of the same model?"
-            )
+    module.require({item.name: (item.out_features, item.in_features) for item in modules})
     wanted = adapter.config.get("init_lora_weights") == METHOD
     if wanted and initial is None:
         raise SafeprojError(
@@ -229,21 +221,13 @@ def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _record(adapter: Adapter, module: SafetyModule, folded: Folded) -> dict[str, Any]:
-    read = (CONFIG, adapter.weights_file, INITIAL)
-    files = {name: file_sha256(adapter.path(name)) for name in read if name in adapter.folder.files}
-    previous = (
-        json.loads(adapter.path(MANIFEST).read_text("utf-8"))
-        if (MANIFEST in adapter.folder.files)
-        else None
-    )
     return {
         "schema": SCHEMA,
         "tool": {"name": "safeproj", "version": __version__},
         "method": METHOD,
         "inputs": {
             **module.inputs,
-            "adapter": {**identity(adapter.folder), "sha256": {"files": files}}
-            | ({"previous": previous} if previous is not None else {}),
+            "adapter": {**identity(adapter.folder), **adapter_record(adapter, [INITIAL])},
         },
         "summary": dataclasses.asdict(folded),
         "options": module.options,

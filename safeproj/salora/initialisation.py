@@ -117,7 +117,7 @@ def initialise(
     """
     adapter = adapter_name or active_adapter(peft_model)
     layers = dict(lora_layers(peft_model, adapter))
-    module.require(layers)
+    module.require({n: (each.out_features, each.in_features) for n, each in layers.items()})
     _check(peft_model, layers, adapter)
     with peft_model.disable_adapter():
         found = output_directions(

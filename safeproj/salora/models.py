@@ -11,7 +11,7 @@ from safeproj.engine import resolve_device
 from safeproj.errors import SafeprojError, first_line, shorten
 from safeproj.recorded import published
 from safeproj.salora.data import Data
-from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256, identity, open_folder
+from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256, identity
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """`--dtype` of a model that is run: `auto` is what it is stored in."""
@@ -35,27 +35,27 @@ def require_extra() -> None:
             ) from error
 
 
-def load_tokenizer(source: str) -> Any:
-    """Return the tokenizer of the model that SRC names.
+def load_tokenizer(folder: Folder) -> Any:
+    """Return the tokenizer of the model in a folder.
 
     Raises:
         SafeprojError: it cannot be loaded.
     """
-    place, options = _place(open_folder(source))
+    place, options = _place(folder)
     from transformers import AutoTokenizer
 
-    with quietly(), _errors(source):
+    with quietly(), _errors(folder.source):
         return AutoTokenizer.from_pretrained(place, **options)
 
 
-def load_model(source: str, device: str = "auto", dtype: str = "auto") -> Any:
-    """Return the model that SRC names.
+def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any:
+    """Return the model in a folder.
 
     Code that comes with a checkpoint is not run, and a checkpoint that lacks weights of its
     architecture is refused. With several GPUs and accelerate the model is spread over them.
 
     Args:
-        source: SRC, a directory or a Hub repository.
+        folder: of SRC, a directory or a Hub repository.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: one of `DTYPES`.
 
@@ -65,12 +65,12 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> Any:
     if dtype not in DTYPES:
         raise SafeprojError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     where = resolve_device(device)
-    place, options = _place(open_folder(source))
+    place, options = _place(folder)
     from transformers import AutoModelForCausalLM
 
     if device == "auto" and where.type == "cuda" and _has_accelerate():
         options["device_map"] = "auto"
-    with quietly(), _errors(source):
+    with quietly(), _errors(folder.source):
         found: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, output_loading_info=True, **options
         )
@@ -78,15 +78,14 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> Any:
     missing = sorted(info["missing_keys"])
     if missing:
         raise SafeprojError(
-            f"{source}: has no weights for {shorten(missing)}; expected a complete causal language "
-            "model"
+            f"{folder.source}: has no weights for {shorten(missing)}; expected a complete causal "
+            "language model"
         )
     return model if "device_map" in options else model.to(where)
 
 
-def model_identity(source: str) -> dict[str, Any]:
-    """Return what SRC names: with its commit from the Hub, and of local files their SHA-256."""
-    folder = open_folder(source)
+def model_identity(folder: Folder) -> dict[str, Any]:
+    """Return a folder's SRC: with its commit from the Hub, and of local files their SHA-256."""
     files = {}
     if isinstance(folder, LocalFolder):
         names = sorted(name for name in folder.files if "/" not in name and name.endswith(READ))
@@ -94,9 +93,9 @@ def model_identity(source: str) -> dict[str, Any]:
     return {**identity(folder), "sha256": {"files": files}}
 
 
-def recorded_inputs(source: str, data: Data) -> dict[str, dict[str, Any]]:
+def recorded_inputs(folder: Folder, data: Data) -> dict[str, dict[str, Any]]:
     """Return the identities of a model and of the data that it was run on, for a file's record."""
-    found = model_identity(source)
+    found = model_identity(folder)
     return {
         "aligned": {**published(found), "sha256": found["sha256"]},
         "data": {

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from safeproj import __version__
@@ -16,6 +15,7 @@ from safeproj.adapter.files import check_values, read_safetensors
 from safeproj.errors import SafeprojError, shorten
 from safeproj.manifest import versions
 from safeproj.names.layout import CONV1D, LINEAR, Layout
+from safeproj.projection import NotOrthonormalError, require_orthonormal
 from safeproj.recorded import (
     check_file,
     published,
@@ -38,9 +38,6 @@ from safeproj.select import natural_order
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head, as PEFT means it."""
-
-ORTHONORMAL = 1e-3
-"""How far `Uᵀ U` of a file may be from the identity."""
 
 RANK = 32
 """Default `r_s` and `d_s`, the authors' own."""
@@ -87,18 +84,32 @@ class SafetyModule:
         found = {name: each.cut(rank) for name, each in self.directions.items()}
         return replace(self, directions=found, options={**self.options, "rank": rank})
 
-    def require(self, names: Iterable[str]) -> None:
-        """Refuse layers that it does not hold.
+    def shape(self, name: str) -> tuple[int, int]:
+        """Return the (m, n) of a layer."""
+        return self.directions[name].U.shape[0], self.in_features[name]
+
+    def require(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse layers that it does not hold, or not in the same shape.
+
+        Args:
+            shapes: path of a layer to its (m, n).
 
         Raises:
             SafeprojError: there are some.
         """
-        missing = [name for name in names if name not in self.directions]
+        missing = [name for name in shapes if name not in self.directions]
         if missing:
             raise SafeprojError(
                 f"the safety module holds nothing for {shorten(missing)}; make one with these "
                 "layers among its targets"
             )
+        for name, shape in shapes.items():
+            if self.shape(name) != shape:
+                found, own = (" × ".join(map(str, each)) for each in (shape, self.shape(name)))
+                raise SafeprojError(
+                    f"{name}: is {found} (out, in), and {own} in the safety module; is that of "
+                    "another model?"
+                )
 
     def captured(self) -> dict[str, float]:
         """Return for each layer the share of its outputs' energy that the directions hold."""
@@ -123,7 +134,7 @@ class SafetyModule:
 
     def _document(self) -> dict[str, Any]:
         """Return the record: no time and no host, so that the same run gives the same file."""
-        shapes = {name: shape_of(self, name) for name in self.directions}
+        shapes = {name: self.shape(name) for name in self.directions}
         return {
             "schema": SCHEMA,
             "tool": {"name": "safeproj", "version": __version__},
@@ -156,31 +167,20 @@ class SafetyModule:
         _, tensors = read_safetensors(file.path)
         check_values(str(source), tensors)
         positions = int(file.document["inputs"]["data"]["positions"])
-        directions = {}
+        directions, layouts, columns = {}, {}, {}
         for key, recorded in file.weights.items():
-            U = tensors[f"{key}.{BASIS}"]
-            off = float((U.T @ U - torch.eye(U.shape[1])).abs().max())
-            if off > ORTHONORMAL:
-                raise SafeprojError(
-                    f"{file.path}: {key}.{BASIS} has columns that are not orthonormal (off by "
-                    f"{off:.2g}); the file is damaged"
-                )
+            name, U = key.removesuffix(".weight"), tensors[f"{key}.{BASIS}"]
+            try:
+                require_orthonormal(U.T @ U)
+            except NotOrthonormalError as error:
+                raise SafeprojError(f"{file.path}: {key}.{BASIS}: {error}") from error
             values = tensors[f"{key}.{VALUES}"]
-            directions[key.removesuffix(".weight")] = Directions(
-                U, values, recorded.energy, positions
-            )
-        layouts = {
-            key.removesuffix(".weight"): file.content.parameters[key][1] for key in file.weights
-        }
-        shapes = {key.removesuffix(".weight"): each.shape for key, each in file.weights.items()}
-        return SafetyModule(
-            directions,
-            layouts,
-            {name: n for name, (_, n) in shapes.items()},
-            dict(file.document["inputs"]),
-            dict(file.document["options"]),
-            file.config,
-        )
+            directions[name] = Directions(U, values, recorded.energy, positions)
+            layouts[name] = file.content.parameters[key][1]
+            columns[name] = recorded.shape[1]
+        document = file.document
+        inputs, options = dict(document["inputs"]), dict(document["options"])
+        return SafetyModule(directions, layouts, columns, inputs, options, file.config)
 
 
 def safety_module(
@@ -275,8 +275,3 @@ def _inputs(
         },
     }
     return {role: {**each, **given.get(role, {})} for role, each in inputs.items()}
-
-
-def shape_of(module: SafetyModule, name: str) -> tuple[int, int]:
-    """Return the (m, n) of a layer."""
-    return module.directions[name].U.shape[0], module.in_features[name]

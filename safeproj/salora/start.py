@@ -10,7 +10,6 @@ from typing import Any
 from safeproj import __version__
 from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.write import appears_at
-from safeproj.errors import SafeprojError
 from safeproj.manifest import versions
 from safeproj.salora.directions import MEMORY, Batch, OnBatch
 from safeproj.salora.initialisation import Initial, initialise
@@ -90,17 +89,12 @@ def write_start(
         "inputs": dict(inputs or {}),
         "versions": versions(),
     }
-    try:
-        with appears_at(out) as directory:
-            peft_model.save_pretrained(str(directory))
-            initial.save(directory)
-            (directory / "README.md").write_text(CARD.format(version=__version__), "utf-8")
-            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-            (directory / MANIFEST).write_text(text, "utf-8")
-    except OSError as error:
-        raise SafeprojError(
-            f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
-        ) from error
+    with appears_at(out) as directory:
+        peft_model.save_pretrained(str(directory))
+        initial.save(directory)
+        (directory / "README.md").write_text(CARD.format(version=__version__), "utf-8")
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        (directory / MANIFEST).write_text(text, "utf-8")
     return initial
 
 

@@ -224,6 +224,24 @@ def test_initial_factors_of_something_else_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_broken_record_of_an_earlier_run_is_refused(
+    llama: Any, module: SafetyModule, tmp_path: Path
+) -> None:
+    trained(llama, module, ["q_proj"]).save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / MANIFEST).write_text("{", "utf-8")
+    with pytest.raises(SafeprojError, match=f"{MANIFEST} is not JSON"):
+        fold(tmp_path / "a", module, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_module_of_another_model_is_refused(module: SafetyModule, tmp_path: Path) -> None:
+    other = build("llama", hidden_size=64)
+    own = salora.safety_module(other, SAFETY, ["q_proj"], 2)
+    trained(other, own, ["q_proj"]).save_pretrained(tmp_path / "a")
+    with pytest.raises(SafeprojError, match=r"q_proj: is 64 × 64 .* 32 × 32 in the safety module"):
+        fold(tmp_path / "a", module, tmp_path / "out")
+
+
 def test_layers_that_the_module_does_not_hold_are_refused(llama: Any, tmp_path: Path) -> None:
     some = salora.safety_module(llama, SAFETY, ["q_proj"], 2)
     both = salora.safety_module(llama, SAFETY, ["q_proj", "v_proj"], 2)

@@ -208,6 +208,15 @@ def test_what_cannot_be_initialised_is_refused_before_anything_is_changed(
     assert unchanged(peft_model, before)
 
 
+def test_the_module_of_another_model_is_refused_before_anything_is_changed() -> None:
+    module = salora.safety_module(build("llama"), SAFETY, ["q_proj"], 6)
+    peft_model = fresh(build("llama", hidden_size=64), ["q_proj"])
+    before = {key: tensor.clone() for key, tensor in peft_model.state_dict().items()}
+    with pytest.raises(SafeprojError, match=r"is 64 × 64 .* 32 × 32 in the safety module"):
+        initialise(peft_model, module, TASK)
+    assert unchanged(peft_model, before)
+
+
 def test_a_second_initialisation_is_refused() -> None:
     model = build("llama")
     module = salora.safety_module(model, SAFETY, ["q_proj"], 6)
