@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
-from safeproj.adapter.peft import PREFIX
+from safeproj.adapter.peft_config import PREFIX
 from safeproj.adapter.write import copied_adapters
 from safeproj.engine import Score
 from safeproj.errors import SafeprojError, shorten

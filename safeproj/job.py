@@ -99,6 +99,7 @@ class Run:
     """What was read of one adapter, scored and decided."""
 
     adapter: Adapter
+    plan: Plan
     scores: dict[str, Score]
     decision: Decision
 
@@ -125,7 +126,10 @@ class Job:
         options: how.
         observer: told about the progress.
         profile: filled in with where the time went.
-        digests: whether `write` will be called, which records what was read.
+        digests: whether the SHA-256 of all that is read is wanted, which `write` records; if None,
+            where an adapter has such a record already.
+        lenient: whether to go on where tensors are unknown or modules have no weight: they are in
+            the adapter and the plan then, and not in the scores.
 
     Raises:
         SafeprojError: the options do not go together.
@@ -138,7 +142,8 @@ class Job:
         observer: Observer | None,
         profile: Profile | None,
         *,
-        digests: bool,
+        digests: bool | None,
+        lenient: bool = False,
     ) -> None:
         self._options = options or Options()
         self._against = against
@@ -149,9 +154,11 @@ class Job:
         self._observer = observer
         self._profile = profile or Profile()
         self._digests = digests
+        self._lenient = lenient
 
     @cached_property
-    def _subspace(self) -> Subspace:
+    def subspace(self) -> Subspace:
+        """What the adapters are scored against, opened."""
         return _opened(self._against, self._projector, self._options.maps)
 
     def one(self, source: str) -> Run:
@@ -169,7 +176,7 @@ class Job:
         `use` is told which of the sources a run is of.
         """
         with self._profile.phase("match"):
-            _ = self._subspace  # what all need is looked at first
+            _ = self.subspace  # what all need is looked at first
         batch: list[_Loaded | SafeprojError] = []
         done = size = 0
         for source in sources:
@@ -226,15 +233,30 @@ class Job:
             "dtype": self._options.dtype,
             "device": str(engine.resolve_device(self._options.device)),
         }
-        return manifest(run.adapter, self._subspace, run.scores, report, options)
+        return manifest(run.adapter, self.subspace, run.scores, report, options)
 
     def _load(self, source: str) -> _Loaded:
         with self._profile.phase("read adapter"):
-            adapter = read_adapter(source)
+            adapter = read_adapter(source, unknown=self._lenient)
         with self._profile.phase("match"):
-            subspace = self._subspace
+            subspace = self.subspace
             adapter = adapter.fitted(subspace.names, subspace.config)
-            return _Loaded(adapter, subspace.plan(adapter, self._selection))
+            plan = subspace.plan(adapter, self._selection)
+        if self._lenient:
+            plan = self._without_unheld(plan)
+        for _, error in () if self._lenient else plan.unmatched:
+            raise error
+        return _Loaded(adapter, plan)
+
+    def _without_unheld(self, plan: Plan) -> Plan:
+        """Return the plan with those modules unmatched that a file does not hold as they are."""
+        origins = [_caught(partial(self.subspace.origin, item)) for item in plan.modules]
+        pairs = list(zip(plan.modules, origins, strict=True))
+        held = [item for item, found in pairs if not isinstance(found, SafeprojError)]
+        errors = [(item.module, e) for item, e in pairs if isinstance(e, SafeprojError)]
+        if not held:
+            raise errors[0][1]
+        return dataclasses.replace(plan, modules=tuple(held), unmatched=(*plan.unmatched, *errors))
 
     def _runs(self, loads: Sequence[_Loaded | SafeprojError]) -> Iterator[Run | SafeprojError]:
         """Score all updates of all adapters weight by weight, then decide adapter by adapter."""
@@ -249,7 +271,8 @@ class Job:
                 except SafeprojError as error:
                     failed[number] = error
         scores: list[dict[str, Score]] = [{} for _ in loads]
-        for (number, name), score in self._scored([g for g in groups.values() if g.updates]):
+        wanted = [group for group in groups.values() if group.updates]
+        for (number, name), score in self._scored(wanted, self._wants_digests(loads)):
             if isinstance(score, SafeprojError):
                 failed.setdefault(number, score)
             else:
@@ -267,13 +290,19 @@ class Job:
         for item in loaded.plan.modules:
             key = (item.aligned, item.base)
             if key not in groups:
-                groups[key] = _Group(item.module.name, self._subspace.origin(item))
+                groups[key] = _Group(item.module.name, self.subspace.origin(item))
             own.append((groups[key], item.module.name, update_of(loaded.adapter, item)))
         for group, name, update in own:  # only now that all of them are known to be there
             group.updates[number, name] = update
 
+    def _wants_digests(self, loads: Sequence[_Loaded | SafeprojError]) -> bool:
+        if self._digests is not None:
+            return self._digests
+        adapters = [each.adapter for each in loads if isinstance(each, _Loaded)]
+        return any(MANIFEST in adapter.folder.files for adapter in adapters)
+
     def _scored(
-        self, groups: Sequence[_Group]
+        self, groups: Sequence[_Group], digests: bool
     ) -> Iterator[tuple[tuple[int, str], Score | SafeprojError]]:
         tasks = [Task(g.name, g.origin, tuple(g.updates.values())) for g in groups]
         if self._observer is not None:
@@ -284,7 +313,7 @@ class Job:
                 self._projector,
                 device=self._options.device,
                 workers=self._options.workers,
-                digests=self._digests,
+                digests=digests,
                 on_progress=self._observer.progress if self._observer is not None else None,
                 usage=self._profile.usage,
             )
@@ -297,12 +326,12 @@ class Job:
             comparisons = {
                 item.change.key: comparison
                 for item in loaded.plan.changes
-                if (comparison := self._subspace.comparison(loaded.adapter, item)) is not None
+                if (comparison := self.subspace.comparison(loaded.adapter, item)) is not None
             }
             sizes = engine.relative_changes(list(comparisons.values()))
             decision = decide(
                 loaded.adapter,
-                self._subspace.inputs,
+                self.subspace.inputs,
                 loaded.plan,
                 scores,
                 dict(zip(comparisons, sizes, strict=True)),
@@ -310,7 +339,7 @@ class Job:
                 self._projector,
                 self._options.dtype,
             )
-        return Run(loaded.adapter, scores, decision)
+        return Run(loaded.adapter, loaded.plan, scores, decision)
 
 
 def _projector(against: Against, given: Projector | None) -> Projector:

@@ -6,6 +6,7 @@ Only names, shapes and dtypes are looked at: a plan is complete before the first
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -74,12 +75,14 @@ class Plan:
         excluded: the updates that `--include` and `--exclude` leave out.
         changes: whole weights that the adapter replaces.
         warnings: what the user should know about the checkpoints.
+        unmatched: the updates that have no weight, or none that fits, with the reason.
     """
 
     modules: tuple[PlannedModule, ...]
     excluded: tuple[AdaptedModule, ...]
     changes: tuple[PlannedChange, ...]
     warnings: tuple[str, ...]
+    unmatched: tuple[tuple[AdaptedModule, SafeprojError], ...] = ()
 
 
 def plan(adapter: Adapter, aligned: Names, base: Names, selection: Selection) -> Plan:
@@ -91,13 +94,23 @@ def plan(adapter: Adapter, aligned: Names, base: Names, selection: Selection) ->
         base: the weights of the base checkpoint.
         selection: which modules are considered.
 
+    Returns:
+        The plan. A module that has no weight in one of the checkpoints, or whose shape or dtype
+        does not fit, is `unmatched`: the caller decides whether it can go on without it.
+
     Raises:
-        SafeprojError: a module has no weight in one of the checkpoints, shapes or dtypes do not
-            fit, or nothing is left to score.
+        SafeprojError: nothing is left to score.
     """
     sides = (_Side(adapter, aligned), _Side(adapter, base))
     modules = [*adapter.modules, *_target_modules(adapter, sides[0])]
     modules.sort(key=lambda module: natural_order(module.name))
+    names = Counter(module.name for module in modules)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise SafeprojError(
+            f"{adapter.source}: {shorten(twice)} has more than one pair of factors; loaders take "
+            "one or the other"
+        )
     considered = [m for m in modules if selection.considers(m.name)]
     excluded = tuple(m for m in modules if not selection.considers(m.name))
     if not considered:
@@ -105,13 +118,27 @@ def plan(adapter: Adapter, aligned: Names, base: Names, selection: Selection) ->
             f"--include/--exclude leave none of the {len(modules)} adapted modules; their "
             f"names look like {modules[0].name}"
         )
-    pairs = [_Pair(module, *(side.find(module) for side in sides)) for module in considered]
+    unmatched: list[tuple[AdaptedModule, SafeprojError]] = []
+    pairs, planned = [], []
+    for module in considered:
+        try:
+            pairs.append(_Pair(module, *(side.find(module) for side in sides)))
+        except SafeprojError as error:
+            unmatched.append((module, error))
     votes = {pair.vote for pair in pairs} - {None}
+    for pair in pairs:
+        try:
+            planned.append(_planned(adapter, sides, pair, votes))
+        except SafeprojError as error:
+            unmatched.append((pair.module, error))
+    if not planned:
+        raise unmatched[0][1]
     return Plan(
-        tuple(_planned(adapter, sides, pair, votes) for pair in pairs),
+        tuple(planned),
         excluded,
         tuple(_planned_change(adapter, change, sides[0]) for change in adapter.full_changes),
         tuple(_quantised(pairs, sides)),
+        tuple(unmatched),
     )
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from safeproj.errors import SafeprojError, first_line
+from safeproj.errors import SafeprojError, first_line, printable
 from safeproj.tensorfile import Header, TensorEntry, read_header, unique
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
@@ -87,7 +87,13 @@ class LocalFolder:
         return "fetch it again"
 
     def path(self, name: str) -> Path:
-        return self.root / name
+        path = self.root / name
+        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+            raise SafeprojError(
+                f"{self.source}: {printable(name)} is no regular file, or a link that leads to "
+                "none; remove it"
+            )
+        return path
 
     def header(self, name: str) -> Header:
         return read_header(self.path(name))

@@ -17,8 +17,12 @@ FORMATS: tuple[type[Format], ...] = (Mlx, Gguf, Peft)
 name and a converted GGUF file may lie beside any of them."""
 
 
-def read_adapter(source: str) -> Adapter:
+def read_adapter(source: str, *, unknown: bool = False) -> Adapter:
     """Return the LoRA adapter that SRC names, checked.
+
+    Args:
+        source: the SRC.
+        unknown: whether it may have tensors that belong to no update and no known change.
 
     Raises:
         SafeprojError: it is missing, damaged, has a value that is not finite, or is of a kind
@@ -30,6 +34,8 @@ def read_adapter(source: str) -> Adapter:
     for kind in FORMATS:
         adapter = kind.read(folder)
         if adapter is not None:
+            for message in () if unknown else adapter.unknown.values():
+                raise SafeprojError(f"{source}: {message}")
             return adapter
     raise SafeprojError(
         f"{source}: {CONFIG} not found; expected a PEFT adapter directory, as save_pretrained "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +92,23 @@ def check_values(
             raise SafeprojError(
                 f"{source}: {key} has NaN or Inf; the adapter is damaged or its training diverged"
             )
+
+
+def finite_number(what: str, value: object) -> float:
+    """Return a number that a file holds.
+
+    Raises:
+        SafeprojError: it is none, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SafeprojError(f"{what} is {value!r}; expected a number")
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        found = math.inf
+    if not math.isfinite(found):
+        raise SafeprojError(f"{what} is not finite; expected a number")
+    return found
 
 
 def dora_warnings(modules: Iterable[AdaptedModule]) -> Iterator[str]:

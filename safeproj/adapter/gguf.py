@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import ggufile
-from safeproj.adapter.files import bytes_of, check_values
+from safeproj.adapter.files import bytes_of, check_values, finite_number
 from safeproj.adapter.interface import MANIFEST, Format
 from safeproj.adapter.peft import BIN, SAFETENSORS
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, FullChange, Kind
@@ -119,6 +119,17 @@ class Gguf(Format):
         }
         return replace(adapter, tensors=tensors, format=replace(self, heads=heads))
 
+    def scalings(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> dict[str, float]:
+        del adapter
+        alpha = finite_number("adapter.lora.alpha", self.header.values.get("adapter.lora.alpha"))
+        return {module.name: alpha / module.rank for module in modules}
+
+    def digests(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        return super().digests({key: self._stored(key, t) for key, t in tensors.items()})
+
+    def _stored(self, key: str, tensor: Tensor) -> Tensor:
+        return _permuted(tensor, self.heads[key]) if key in self.heads else tensor
+
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         numbers = {torch_name: number for number, (torch_name, _) in ggufile.DTYPES.items()}
         types = [numbers[str(t.dtype).removeprefix("torch.")] for t in tensors.values()]
@@ -126,8 +137,9 @@ class Gguf(Format):
 
         def data() -> Iterator[memoryview]:
             for key, tensor in tensors.items():
-                stored = _permuted(tensor, self.heads[key]) if key in self.heads else tensor
-                digests[key] = hashlib.sha256(view := bytes_of(stored)).hexdigest()
+                digests[key] = hashlib.sha256(
+                    view := bytes_of(self._stored(key, tensor))
+                ).hexdigest()
                 yield view
 
         ggufile.write(path, self.header, types, data())

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safeproj.adapter.files import bytes_of
 from safeproj.source import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safeproj.adapter.record import Adapter
+    from safeproj.adapter.record import AdaptedModule, Adapter
 
 CONFIG = "adapter_config.json"
 MANIFEST = "safeproj.json"
+SIGNATURE = "model.sig"
+"""Name of the signature in a directory, which is the default of model-signing."""
 
 
 class Format(ABC):
@@ -78,6 +82,40 @@ class Format(ABC):
         """
         del config  # most formats store them so
         return adapter
+
+    def scalings(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> dict[str, float]:
+        """Return `s` of each module by name, by which loaders multiply `B A`.
+
+        Args:
+            adapter: the adapter.
+            modules: its updates, those of target parameters too.
+
+        Raises:
+            SafeprojError: the adapter's files do not tell.
+        """
+        raise NotImplementedError
+
+    def changed_base(self, adapter: Adapter) -> str | None:
+        """Return the initialisation that changed the base weights, if one did."""
+        del adapter
+        return None
+
+    def disagreements(self, adapter: Adapter, names: Collection[str]) -> Iterator[str]:
+        """Yield where the adapter's files differ about which modules are adapted.
+
+        Args:
+            adapter: the adapter.
+            names: of the model's weights.
+
+        Raises:
+            SafeprojError: they do not say which modules are adapted.
+        """
+        del adapter, names  # where nothing but the tensors says so
+        yield from ()
+
+    def digests(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return the SHA-256 of each tensor's bytes as `write` stores them."""
+        return {name: sha256(bytes_of(each)).hexdigest() for name, each in tensors.items()}
 
     @abstractmethod
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:

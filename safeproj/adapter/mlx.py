@@ -8,7 +8,7 @@ not turned. The scale does not matter here: projection is linear.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safeproj.adapter.files import (
     check_values,
     dora_warnings,
+    finite_number,
     read_safetensors,
     write_safetensors,
 )
@@ -105,6 +106,13 @@ class Mlx(Format):
     @property
     def replaced_files(self) -> frozenset[str]:
         return frozenset({WEIGHTS, OLD_WEIGHTS})
+
+    def scalings(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> dict[str, float]:
+        parameters = adapter.config.get("lora_parameters")
+        scale = parameters.get("scale") if isinstance(parameters, dict) else None
+        return dict.fromkeys(
+            (m.name for m in modules), finite_number("lora_parameters.scale", scale)
+        )
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         return write_safetensors(path, self.metadata, tensors)

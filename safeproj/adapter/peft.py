@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,7 @@ from safeproj.adapter.files import (
     write_safetensors,
 )
 from safeproj.adapter.interface import CONFIG, Format
+from safeproj.adapter.peft_config import PREFIX, changed_base, disagreements, scalings
 from safeproj.adapter.record import (
     AdaptedModule,
     Adapter,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 SAFETENSORS = "adapter_model.safetensors"
 BIN = "adapter_model.bin"
-PREFIX = "base_model.model."
-
 SUPPORTED_TYPES = ("LORA", "ADALORA")
 """The `peft_type`s whose update is a product of two factors."""
 
@@ -52,9 +51,6 @@ SUPPORTED = (
     "supported are LoRA, rsLoRA, DoRA and AdaLoRA on linear layers, embeddings, convolutions, "
     "attention and expert stacks"
 )
-
-CONVERTED_INITIALISATIONS = ("gaussian", "orthogonal", "eva")
-"""Named initialisations that leave the base weight as it was."""
 
 MAX_TARGETS = 6
 """Target parameters of one module: all orders are tried, and the list comes from the file."""
@@ -78,14 +74,17 @@ _FORMS = (
 )
 _BIAS = ".lora_B.bias"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-_TRAINING_STATE = (
-    ".lora_velora_embed",
-    ".lora_monteclora_sampler.expert_weights",
-    ".lora_monteclora_sampler.expert_weights_prior",
-    ".lora_monteclora_sampler.gaussian_var_prior",
-    ".lora_monteclora_sampler.std_prior",
-)
-"""What VeLoRA and MonteCLoRA keep for training; the update is still that of the two factors."""
+_TRAINING_STATE = {
+    "velora_config": (".lora_velora_embed",),
+    "monteclora_config": (
+        ".lora_monteclora_sampler.expert_weights",
+        ".lora_monteclora_sampler.expert_weights_prior",
+        ".lora_monteclora_sampler.gaussian_var_prior",
+        ".lora_monteclora_sampler.std_prior",
+    ),
+}
+"""What VeLoRA and MonteCLoRA keep for training, by the setting that makes them; the update is still
+that of the two factors."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Peft(Format):
             )
         metadata, tensors = _read_tensors(folder.path(weights_file))
         found = _Classifier(source, config, tensors)
-        check_values(source, tensors, {change.key for change in found.full_changes})
+        check_values(source, tensors, {c.key for c in found.full_changes} | found.unknown.keys())
         return Adapter(
             folder,
             weights_file,
@@ -127,6 +126,7 @@ class Peft(Format):
             found.full_changes,
             tuple(_warnings(config, found)),
             cls(metadata),
+            found.unknown,
         )
 
     @classmethod
@@ -140,6 +140,15 @@ class Peft(Format):
     @property
     def replaced_files(self) -> frozenset[str]:
         return frozenset({SAFETENSORS, BIN})  # a `.bin` beside them would still be unpatched
+
+    def scalings(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> dict[str, float]:
+        return scalings(adapter.config, modules)
+
+    def changed_base(self, adapter: Adapter) -> str | None:
+        return changed_base(adapter.config)
+
+    def disagreements(self, adapter: Adapter, names: Collection[str]) -> Iterator[str]:
+        yield from disagreements(adapter, names)
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         metadata = {"format": "pt"} if self.metadata is None else self.metadata
@@ -167,8 +176,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]
 class _Classifier:
     """Sorts the tensors of an adapter: updates, target parameters, changes of whole weights.
 
+    Those that belong to none of these are `unknown`, each with what is said of it.
+
     Raises:
-        SafeprojError: a tensor belongs to none of these, or has no counterpart.
+        SafeprojError: a tensor has no counterpart, or belongs to a kind that is refused.
     """
 
     def __init__(
@@ -194,9 +205,9 @@ class _Classifier:
         self._check_ranks()
         if config.get("use_dora") and not all(module.dora for module in self.modules):
             raise SafeprojError(f"{source}: {CONFIG} sets use_dora, but modules have no magnitude")
-        self.full_changes = tuple(
-            self._full_change(key) for key in tensors if key not in self._known
-        )
+        self.unknown: dict[str, str] = {}
+        rest = [self._full_change(key) for key in tensors if key not in self._known]
+        self.full_changes = tuple(change for change in rest if change is not None)
 
     def _forms(self) -> dict[str, _Suffixes]:
         """Return the adapted modules' names as the keys have them, and how each is stored."""
@@ -275,7 +286,13 @@ class _Classifier:
         if A.shape[0] == 0 and gain_key is None:
             raise SafeprojError(f"{self._source}: {a_key} has rank 0, expected (r, in), r > 0")
         kind = form.kind if A.dim() == 2 else Kind.convolution
-        self._known |= {a_key, b_key, *(PREFIX + name + suffix for suffix in _TRAINING_STATE)}
+        kept = [
+            s
+            for setting, ends in _TRAINING_STATE.items()
+            if self._config.get(setting)
+            for s in ends
+        ]
+        self._known |= {a_key, b_key, *(PREFIX + name + suffix for suffix in kept)}
         self._expect(gain_key, A.shape[0], f"{name} as AdaLoRA's singular values", required=True)
         magnitude = next((k for s in _MAGNITUDES if (k := PREFIX + name + s) in self._tensors), "")
         self._expect(magnitude, B.shape[0], f"{name} as its DoRA magnitude")
@@ -356,7 +373,7 @@ class _Classifier:
                     f"{shorten(map(str, allowed))}; PEFT would not load it"
                 )
 
-    def _full_change(self, key: str) -> FullChange:
+    def _full_change(self, key: str) -> FullChange | None:
         """Accept a tensor that is not part of an update only where the config accounts for it."""
         for suffix, meaning in REFUSED_TENSORS.items():
             if key.endswith(suffix):
@@ -383,15 +400,17 @@ class _Classifier:
         if path.endswith(".base_layer.bias"):
             return FullChange(key, plain, "copy of the base layer's bias")
         if any(suffix in key for suffix in (".lora_", ".trainable_tokens_")):
-            raise SafeprojError(
-                f"{self._source}: {key} has no lora_A and lora_B beside it, or belongs to a kind "
-                f"of adapter that is not known; {SUPPORTED}"
+            self.unknown[key] = (
+                f"{key} has no lora_A and lora_B beside it, or belongs to a kind of adapter that "
+                f"is not known; {SUPPORTED}"
             )
-        raise SafeprojError(
-            f"{self._source}: {key} is no tensor of a supported adapter; expected "
-            f"{PREFIX}<module>{_LINEAR.A} and {_LINEAR.B}, or a weight that {CONFIG} accounts for "
-            "(modules_to_save, bias)"
-        )
+        else:
+            self.unknown[key] = (
+                f"{key} is no tensor of a supported adapter; expected "
+                f"{PREFIX}<module>{_LINEAR.A} and {_LINEAR.B}, or a weight that {CONFIG} accounts "
+                "for (modules_to_save, bias)"
+            )
+        return None
 
     def _token_rows(self, key: str, module: str) -> tuple[int, ...]:
         """Return the rows that trainable tokens replace: only the config knows them."""
@@ -417,14 +436,14 @@ def _without_trailing(text: str, suffix: str) -> str:
 
 def _warnings(config: dict[str, Any], found: _Classifier) -> Iterator[str]:
     yield from dora_warnings(found.modules)
-    init = config.get("init_lora_weights")
+    init = changed_base(config)
     if init == "salora":
         yield (
             "the adapter was trained from the task-specific initialisation of SaLoRA, so it "
             "belongs to changed weights and the scores are wrong; fold it first with `safeproj "
             "salora fold`"
         )
-    elif isinstance(init, str) and init.lower() not in CONVERTED_INITIALISATIONS:
+    elif init is not None:
         yield (
             f"init_lora_weights is {init!r}: such adapters belong to a changed base weight, so "
             "B A is the update of the stored weight only if it was converted on saving "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,6 +183,7 @@ class Adapter:
         modules: the updates, in natural order, without those of target parameters.
         targets: parameters that are adapted directly, in natural order.
         full_changes: tensors that change whole weights.
+        unknown: tensors that belong to neither, each with what is said of it.
         warnings: what the user should know about the adapter.
         format: how it is stored, for writing it back.
     """
@@ -196,6 +197,7 @@ class Adapter:
     full_changes: tuple[FullChange, ...]
     warnings: tuple[str, ...]
     format: Format
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def source(self) -> str:

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import FORMATS, card
-from safeproj.adapter.interface import CONFIG, MANIFEST
+from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.record import Adapter
 from safeproj.errors import SafeprojError, printable
 from safeproj.source import LocalFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+CARD = "README.md"
+"""The model card."""
 
 
 def check_out(out: Path, overwrite: bool, inputs: Sequence[tuple[str, Path | None]]) -> None:
@@ -181,7 +184,7 @@ def write_adapter(
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
         digests = adapter.format.write(directory / adapter.format.output_file, tensors)
-        card_path = directory / "README.md"
+        card_path = directory / CARD
         old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
         card_path.write_bytes(card.with_section(old_card, section))
         output = {"projected": sorted(replaced), "tensors": digests}
@@ -199,10 +202,10 @@ def copied_adapters(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _copied_files(adapter: Adapter) -> list[str]:
-    """Return every file but the weights; none where SRC names one file."""
+    """Return every file but those that are written; none where SRC names one file."""
     if isinstance(adapter.folder, LocalFolder) and adapter.folder.only is not None:
         return []
-    return sorted(adapter.folder.files - adapter.format.replaced_files - {MANIFEST})
+    return sorted(adapter.folder.files - adapter.format.replaced_files - {MANIFEST, SIGNATURE})
 
 
 def _require_inside(adapter: Adapter, name: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safeproj.adapter.files import check_values, read_safetensors, write_safetensors
-from safeproj.adapter.peft import PREFIX
+from safeproj.adapter.peft_config import PREFIX
 from safeproj.errors import SafeprojError
 from safeproj.salora.constraint import (
     active_adapter,
