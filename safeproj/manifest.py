@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -64,4 +66,18 @@ def versions() -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "machine": platform.machine(),
         "system": platform.system(),
+        "processor": _processor(),
     }
+
+
+def _processor() -> str:
+    """Return which processor the arithmetic ran on, and with which of its instructions.
+
+    Both decide in which order sums are taken, and so about their last bits.
+    """
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = next(iter(models), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
