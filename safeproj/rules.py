@@ -1,0 +1,268 @@
+"""What the gate can find: every finding's id, name, meaning and remedy. docs/gate.md repeats it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Level(str, Enum):
+    """What a finding does to the outcome.
+
+    `fail`: the adapter does not pass. `undecided`: it cannot be told, so it does not pass either.
+    `note`: it is only reported.
+    """
+
+    fail = "fail"
+    undecided = "undecided"
+    note = "note"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of finding.
+
+    Attributes:
+        id: stable, `SP001`.
+        name: stable, in words with hyphens.
+        level: what it does to the outcome unless the policy allows it.
+        meaning: what was found, in general.
+        remedy: what to do about it.
+        can_be_ignored: whether `--ignore` takes it; what cannot be read is never a pass.
+    """
+
+    id: str
+    name: str
+    level: Level
+    meaning: str
+    remedy: str
+    can_be_ignored: bool = True
+
+
+UNUSABLE = "SP090"
+"""The rule of what cannot be read."""
+
+_RULES = (
+    Rule(
+        "SP001",
+        "module-below-threshold",
+        Level.fail,
+        "The cosine of a module's update and its projection is at or below the threshold, and "
+        "nothing shows that the module was projected: the update points away from alignment.",
+        "Patch the adapter with `safeproj patch`, train again, or raise `max-below` or lower the "
+        "threshold if an evaluation of the adapter justifies it.",
+    ),
+    Rule(
+        "SP002",
+        "module-uncertain",
+        Level.undecided,
+        "The alignment file keeps part of C, and within the bound of that error the module's "
+        "cosine may lie on either side of the threshold.",
+        "Check against the two checkpoints, or against an alignment file that keeps more of C.",
+    ),
+    Rule(
+        "SP003",
+        "module-not-scored",
+        Level.fail,
+        "Less of the adapter was scored than the policy requires: base and aligned are equal at "
+        "a module, it has no weight in what is checked against, or only part of it has one.",
+        "Check against the checkpoints that the adapter was trained on, or an alignment file with "
+        "all of its modules; lower `coverage` only for modules that you judge otherwise.",
+    ),
+    Rule(
+        "SP004",
+        "full-weight-change",
+        Level.fail,
+        "A tensor replaces a weight or bias, or rows of one (modules_to_save, trainable tokens, a "
+        "copy of a base layer), and is not equal to the aligned model's, or cannot be compared: no "
+        "score covers it and no projection touches it.",
+        "Train without modules_to_save and biases, or judge these tensors by an evaluation and "
+        "set `allow.full-weight-changes`.",
+    ),
+    Rule(
+        "SP005",
+        "unknown-tensor",
+        Level.fail,
+        "A tensor belongs to no update and to nothing that the config accounts for: some loader "
+        "may use it, and nothing can be said of it.",
+        "Remove the tensor, or save the adapter again with PEFT.",
+    ),
+    Rule(
+        "SP006",
+        "unmatched-module",
+        Level.fail,
+        "An adapted module has no weight, or none that fits, in what is checked against: it "
+        "cannot be scored, and is either for another model or under a name made to look alike.",
+        "Check against the model that the adapter was trained on; `--map` gives names that the "
+        "checkpoint has in another form.",
+    ),
+    Rule(
+        "SP007",
+        "dora-magnitude",
+        Level.fail,
+        "A module has a DoRA magnitude, which scales every output of the weight and which no "
+        "score covers.",
+        "Judge the adapter by an evaluation and set `allow.dora-magnitudes`, or train without "
+        "DoRA.",
+    ),
+    Rule(
+        "SP008",
+        "empty-update",
+        Level.fail,
+        "The update of a module is zero: it was not trained, or was projected away entirely.",
+        "Find out why; a module that is not to be trained does not belong to `target_modules`.",
+    ),
+    Rule(
+        "SP009",
+        "lora-bias",
+        Level.fail,
+        "The bias of a lora_B shifts the module's output; the cosine does not cover it and it was "
+        "not projected.",
+        "Project the module (`safeproj patch --all`), or train without lora_bias.",
+    ),
+    Rule(
+        "SP010",
+        "changed-base-weights",
+        Level.fail,
+        "The adapter was trained from an initialisation that changes the base weights, so that "
+        "its tensors are not the update of the weights that it was checked against.",
+        "Convert it on saving (save_pretrained with path_initial_model_for_weight_conversion), or "
+        "fold it with `safeproj salora fold`.",
+    ),
+    Rule(
+        "SP011",
+        "config-mismatch",
+        Level.fail,
+        "The config and the tensors do not agree about which modules are adapted: loaders would "
+        "differ in what they load.",
+        "Save the adapter again with PEFT from the model that it was trained on.",
+    ),
+    Rule(
+        "SP012",
+        "large-update",
+        Level.fail,
+        "An update is scaled by more, or is larger relative to alignment, than the policy allows: "
+        "cosines say where updates point, not how far they go.",
+        "Check lora_alpha and the rank; raise `max-scaling` or `max-size` if the adapter is meant "
+        "to be so strong.",
+    ),
+    Rule(
+        "SP013",
+        "rank-above-dimensions",
+        Level.fail,
+        "The rank of a module is larger than a dimension of its weight, which no training needs.",
+        "Save the adapter with a rank that fits, or find out what the further rows are for.",
+    ),
+    Rule(
+        "SP014",
+        "other-weights",
+        Level.fail,
+        "The directory holds further files with weights, which were not checked and which another "
+        "loader may prefer.",
+        "Remove them: checkpoints of the training, converted copies, embeddings.",
+    ),
+    Rule(
+        "SP015",
+        "unsafe-path",
+        Level.fail,
+        "A file of the adapter is a link, no regular file, or has a name that leads out of the "
+        "directory: what is published may be something else than what was checked.",
+        "Replace the link by the file it should be; rename the file.",
+    ),
+    Rule(
+        "SP016",
+        "confusable-names",
+        Level.fail,
+        "Names of tensors differ only in case or in characters that look alike: one of them is "
+        "made to be taken for the other.",
+        "Find out where the second one comes from, and remove it.",
+    ),
+    Rule(
+        "SP017",
+        "unjudged-file",
+        Level.note,
+        "The directory holds files that can change what a model is given or what is run: code, a "
+        "tokenizer, a chat template. Scores of weights say nothing of them.",
+        "Review them as you review code.",
+    ),
+    Rule(
+        "SP020",
+        "missing-provenance",
+        Level.fail,
+        "The adapter has no safeproj.json, so nothing says what was done to it and from what.",
+        "Patch it with `safeproj patch`, which writes one.",
+    ),
+    Rule(
+        "SP021",
+        "manifest-mismatch",
+        Level.fail,
+        "safeproj.json does not describe this adapter: digests of tensors or of the config, the "
+        "modules or their shapes are others than recorded.",
+        "Restore the directory that `safeproj patch` wrote, or patch the adapter again.",
+    ),
+    Rule(
+        "SP022",
+        "other-projection",
+        Level.fail,
+        "safeproj.json says that modules were projected with another method, another projector "
+        "or against other models than this check uses: that does not answer for them.",
+        "Check with the method, projector and models of the policy, and patch with the same.",
+    ),
+    Rule(
+        "SP023",
+        "weak-evidence",
+        Level.fail,
+        "A module counts as projected on the word of safeproj.json alone, and the policy wants it "
+        "recomputed or signed.",
+        "Give `--original` with the adapter before patching, or `--public-key` with a signed "
+        "directory.",
+    ),
+    Rule(
+        "SP024",
+        "projection-mismatch",
+        Level.fail,
+        "A tensor is not what projecting the original adapter gives.",
+        "Patch the original again with this version, and find out who changed the tensor.",
+    ),
+    Rule(
+        "SP025",
+        "changed-since-original",
+        Level.fail,
+        "A tensor, the config or another file that patching leaves alone differs from the original "
+        "adapter's.",
+        "Find out what was changed and why, and patch the original again.",
+    ),
+    Rule(
+        "SP030",
+        "identity-mismatch",
+        Level.fail,
+        "What was checked against is not what the policy pins.",
+        "Give the pinned model or file, or update the policy after a review.",
+    ),
+    Rule(
+        "SP031",
+        "identity-unknown",
+        Level.undecided,
+        "The policy pins something whose identity this check cannot see.",
+        "Pin it in the form that is at hand: org/name@commit on the Hub, sha256:... for files.",
+    ),
+    Rule(
+        "SP032",
+        "bad-signature",
+        Level.fail,
+        "The policy wants a signature by its public key, and there is none, or it is not of these "
+        "files.",
+        "Sign the directory as it is published with `safeproj sign`, last of all steps.",
+    ),
+    Rule(
+        UNUSABLE,
+        "unusable-input",
+        Level.undecided,
+        "The adapter cannot be read or scored, so nothing can be said of it.",
+        "The message says what is wrong with it.",
+        can_be_ignored=False,
+    ),
+)
+
+RULES = {rule.id: rule for rule in _RULES}
+"""Every rule by its id."""
