@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 from safeproj.errors import SafeprojError
 
 if TYPE_CHECKING:
-    from safeproj.api import Form, Options, align, inspect, inspect_many, patch, patch_many
+    from safeproj.api import (
+        Form,
+        Options,
+        align,
+        check,
+        inspect,
+        inspect_many,
+        patch,
+        patch_many,
+        verify,
+    )
+    from safeproj.gate.policy import Policy
     from safeproj.projection import Approx, Complement, Exact
     from safeproj.select import Selection
 
@@ -18,14 +29,17 @@ __all__ = [
     "Exact",
     "Form",
     "Options",
+    "Policy",
     "SafeprojError",
     "Selection",
     "__version__",
     "align",
+    "check",
     "inspect",
     "inspect_many",
     "patch",
     "patch_many",
+    "verify",
 ]
 
 _HOME = {
@@ -34,12 +48,15 @@ _HOME = {
     "Exact": "projection",
     "Form": "api",
     "Options": "api",
+    "Policy": "gate.policy",
     "Selection": "select",
     "align": "api",
+    "check": "api",
     "inspect": "api",
     "inspect_many": "api",
     "patch": "api",
     "patch_many": "api",
+    "verify": "api",
 }
 
 

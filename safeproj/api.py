@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safeproj import __version__, engine
+from safeproj.adapter import read_adapter
 from safeproj.adapter.collection import Member, collect
 from safeproj.adapter.write import (
     check_apart,
@@ -23,8 +25,15 @@ from safeproj.alignment.targets import ALL_LINEAR, find_targets
 from safeproj.errors import SafeprojError
 from safeproj.job import Job, Observer, Options, Run
 from safeproj.profile import Profile
+from safeproj.projection import Projector
 from safeproj.recorded import check_file
+from safeproj.report.check import Check, Checks
 from safeproj.report.record import Failure, Report, Reports
+from safeproj.select import Selection
+
+if TYPE_CHECKING:
+    from safeproj.gate.check import Original
+    from safeproj.gate.policy import Policy
 
 __all__ = [
     "Form",
@@ -33,11 +42,13 @@ __all__ = [
     "Options",
     "Outcome",
     "align",
+    "check",
     "inspect",
     "inspect_many",
     "patch",
     "patch_many",
     "reports",
+    "verify",
 ]
 
 
@@ -220,6 +231,125 @@ def patch_many(
     done = job.many([member.source for member in free], use)
     found = [refused[n] if n in refused else next(done) for n in range(len(members))]
     return _outcomes(members, found)
+
+
+def check(
+    base: str | None,
+    aligned: str | None,
+    adapters: Iterable[str],
+    policy: Policy | None = None,
+    options: Options | None = None,
+    *,
+    alignment: str | None = None,
+    safety_module: str | None = None,
+    original: str | None = None,
+    observer: Observer | None = None,
+    profile: Profile | None = None,
+) -> Checks:
+    """Tell which adapters pass a policy; nothing is changed or written.
+
+    Args:
+        base: as for `inspect`.
+        aligned: as for `inspect`.
+        adapters: as for `inspect_many`.
+        policy: what passes; the default is that of `safeproj check --init`.
+        options: device, workers and maps; selection and projector are the policy's.
+        alignment: as for `inspect`.
+        safety_module: as for `inspect`.
+        original: SRC of the adapter before patching, where one adapter is checked: its projection
+            is computed again.
+        observer: as for `inspect`.
+        profile: as for `inspect`.
+
+    Raises:
+        SafeprojError: something that all of them need cannot be used. An adapter that cannot be
+            used is undecided instead.
+    """
+    from safeproj.gate.check import judged, unusable
+    from safeproj.gate.policy import Policy
+
+    policy, options = policy or Policy(), options or Options()
+    against = Against(base, aligned, alignment, safety_module)
+    members = collect(adapters).members
+    if original is not None and len(members) != 1:
+        raise SafeprojError(f"--original goes with one adapter, found {len(members)}")
+    projector = policy.projector_for(against)
+    options = dataclasses.replace(
+        options, selection=Selection(threshold=policy.threshold), projector=projector
+    )
+    job = Job(against, options, observer, profile, digests=None, lenient=True)
+    before = None
+    if original is not None:
+        before = _original(against, original, projector, options, observer, profile)
+
+    def use(run: Run, number: int) -> Check:
+        return judged(members[number], run, against, job.subspace, policy, before)
+
+    found = job.many([member.source for member in members], use)
+    checks = [
+        unusable(member, each) if isinstance(each, SafeprojError) else each
+        for member, each in zip(members, found, strict=True)
+    ]
+    return Checks(__version__, policy.to_dict(), tuple(checks))
+
+
+def verify(
+    base: str | None,
+    aligned: str | None,
+    patched: str,
+    original: str,
+    options: Options | None = None,
+    *,
+    alignment: str | None = None,
+    safety_module: str | None = None,
+    observer: Observer | None = None,
+    profile: Profile | None = None,
+) -> Checks:
+    """Tell whether an adapter is what patching another one gives.
+
+    Args:
+        base: as for `inspect`.
+        aligned: as for `inspect`.
+        patched: SRC of the adapter that was patched.
+        original: SRC of the adapter before that.
+        options: projector, by default that in safeproj.json; device, workers and maps.
+        alignment: as for `inspect`.
+        safety_module: as for `inspect`.
+        observer: as for `inspect`.
+        profile: as for `inspect`.
+
+    Raises:
+        SafeprojError: an input cannot be used.
+    """
+    from safeproj.gate.check import recorded_projector, verified
+    from safeproj.gate.policy import Policy
+
+    against, options = Against(base, aligned, alignment, safety_module), options or Options()
+    (member,) = collect([patched]).members
+    adapter = read_adapter(patched, unknown=True)
+    projector = options.projector or recorded_projector(adapter)
+    before = _original(against, original, projector, options, observer, profile)
+    subspace = before.subspace
+    adapter = adapter.fitted(subspace.names, subspace.config)
+    found = verified(member, adapter, before)
+    return Checks(__version__, Policy().to_dict(), (found,))
+
+
+def _original(
+    against: Against,
+    source: str,
+    projector: Projector | None,
+    options: Options,
+    observer: Observer | None,
+    profile: Profile | None,
+) -> Original:
+    """Return an adapter before patching, with the projection of every module."""
+    from safeproj.gate.check import Original
+
+    options = dataclasses.replace(options, selection=Selection(all=True), projector=projector)
+    job = Job(against, options, observer, profile, digests=False)
+    device = str(engine.resolve_device(options.device))
+    return Original(job.one(source), device, job.subspace)
 
 
 def align(

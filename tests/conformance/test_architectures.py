@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.conformance import oracle
 from tests.conformance.architectures import ARCHITECTURES, Architecture, build
+from tests.conformance.gate import check_gate
 
 Variant = Callable[[Architecture, Any], Any]
 
@@ -88,6 +89,7 @@ def test_what_is_written_is_what_the_formula_says(
 
     manifest = oracle.check(pair, adapter, tmp_path / "out", in_first=architecture.in_first)
     assert manifest["summary"]["projected"] == len(manifest["modules"]) > 0
+    check_gate(pair, adapter, tmp_path / "out", manifest)
 
 
 SOME = [

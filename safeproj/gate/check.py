@@ -1,0 +1,193 @@
+"""One adapter against a policy: every rule, the evidence, the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safeproj.adapter import Adapter
+from safeproj.adapter.collection import Member
+from safeproj.adapter.interface import MANIFEST
+from safeproj.against import Against
+from safeproj.errors import SafeprojError, printable
+from safeproj.gate.evidence import about_manifest, recorded
+from safeproj.gate.files import about_files, about_paths
+from safeproj.gate.identity import about_identities
+from safeproj.gate.policy import Policy
+from safeproj.gate.recompute import Recomputed, recomputed
+from safeproj.gate.signing import verify_signature
+from safeproj.gate.weights import Context, about_weights, found
+from safeproj.job import Run
+from safeproj.projection import Approx, Complement, Exact, Projector
+from safeproj.report.check import Check, Evidence, Finding
+from safeproj.source import LocalFolder, read_json
+from safeproj.subspace import Subspace
+
+STRENGTH = {kind: number for number, kind in enumerate(Evidence)}
+
+
+@dataclass(frozen=True)
+class Original:
+    """The adapter before patching, of which every module was scored, on what and against what."""
+
+    run: Run
+    device: str
+    subspace: Subspace
+
+
+def judged(
+    member: Member,
+    run: Run,
+    against: Against,
+    subspace: Subspace,
+    policy: Policy,
+    original: Original | None,
+) -> Check:
+    """Return what there is to say about one adapter.
+
+    Args:
+        member: its name and SRC.
+        run: its plan and its scores.
+        against: what it was scored against, as the user gave it.
+        subspace: the same, opened.
+        policy: what passes.
+        original: the adapter before patching, if it is at hand.
+
+    Raises:
+        SafeprojError: the policy's key cannot be used.
+    """
+    adapter, remarks = run.adapter, []
+    patched = MANIFEST in adapter.folder.files
+    digests = subspace.digests(run.scores) if patched else {}
+    evidence, findings = recorded(run, digests, policy)
+    if policy.public_key is not None:
+        reason = _unsigned(adapter, Path(policy.public_key))
+        if reason is None:
+            evidence = dict.fromkeys(evidence, Evidence.signed)
+            remarks.append("the signature is valid")
+        else:
+            findings.append(found("SP032", reason))
+    if original is not None:
+        result = recomputed(original.run, adapter, original.device)
+        findings += [*result.findings, *_contradicted(evidence, result)]
+        evidence = result.evidence
+        remarks.append(result.remark)
+    context = Context(run, policy, frozenset(subspace.names), evidence)
+    findings += [
+        *about_weights(context),
+        *_weak(context),
+        *about_files(adapter, policy),
+        *about_identities(policy, against, run.report.inputs),
+    ]
+    return _check(member, adapter, findings, policy, evidence, run, tuple(remarks))
+
+
+def unusable(member: Member, error: SafeprojError) -> Check:
+    """Return the check of an adapter of which nothing can be said."""
+    finding = found("SP090", " ".join(str(error).split()))
+    return Check(printable(member.name), printable(member.source), None, (finding,))
+
+
+def recorded_projector(patched: Adapter) -> Projector | None:
+    """Return the projector that safeproj.json names, None where there is none.
+
+    Raises:
+        SafeprojError: it names none that there is.
+    """
+    if MANIFEST not in patched.folder.files:
+        return None
+    found = read_json(patched.folder, MANIFEST).get("projector")
+    given = dict(found) if isinstance(found, dict) else {}
+    kind, rank, energy = (given.pop(name, None) for name in ("kind", "rank", "energy"))
+    whole = rank is None or type(rank) is int
+    number = energy is None or isinstance(energy, int | float)
+    try:
+        if not given and whole and number:
+            if kind == "exact":
+                return Exact(rank, energy)
+            if kind == "safety-module" and energy is None:
+                return Complement(rank)
+            if kind == "approx" and rank is energy is None:
+                return Approx()
+    except ValueError:
+        pass
+    raise SafeprojError(
+        f"{patched.source}: {MANIFEST} names no projector that there is; give --projector"
+    )
+
+
+def verified(member: Member, patched: Adapter, original: Original) -> Check:
+    """Return whether an adapter is what patching its original gives, whatever a policy says."""
+    result = recomputed(original.run, patched, original.device)
+    findings = [*result.findings, *about_paths(patched)]
+    if MANIFEST in patched.folder.files:
+        findings += about_manifest(patched)
+        claimed = dict.fromkeys(_claimed(patched), Evidence.recorded)
+        findings += _contradicted(claimed, result)
+    else:
+        findings.append(found("SP020", f"there is no {MANIFEST}"))
+    remarks = (result.remark,)
+    return _check(member, patched, findings, Policy(), result.evidence, original.run, remarks)
+
+
+def _check(
+    member: Member,
+    adapter: Adapter,
+    findings: list[Finding],
+    policy: Policy,
+    evidence: Mapping[str, Evidence],
+    run: Run,
+    remarks: tuple[str, ...],
+) -> Check:
+    ordered = sorted(findings, key=lambda finding: finding.id)
+    return Check(
+        name=printable(member.name),
+        source=printable(member.source),
+        weights_file=printable(adapter.weights_file),
+        findings=tuple(each for each in ordered if each.id not in policy.ignore),
+        ignored=tuple(each for each in ordered if each.id in policy.ignore),
+        evidence=dict(evidence),
+        report=run.report,
+        remarks=remarks,
+    )
+
+
+def _unsigned(adapter: Adapter, key: Path) -> str | None:
+    """Return why an adapter is not signed by a key, None if it is."""
+    folder = adapter.folder
+    if not isinstance(folder, LocalFolder) or folder.only is not None:
+        return "only a local directory has a signature that can be checked; download the adapter"
+    return verify_signature(folder.root, key)
+
+
+def _claimed(patched: Adapter) -> Iterator[str]:
+    """Yield the modules that safeproj.json says are projected."""
+    document: dict[str, Any] = read_json(patched.folder, MANIFEST)
+    modules = document.get("modules")
+    for item in modules if isinstance(modules, list) else ():
+        if isinstance(item, dict) and item.get("projected") is True:
+            yield str(item.get("name"))
+
+
+def _contradicted(claimed: Mapping[str, Evidence], result: Recomputed) -> Iterator[Finding]:
+    """Yield modules that are projected by record alone: their factors are the original's."""
+    said = {finding.module for finding in result.findings}
+    for name in claimed:
+        if name not in result.evidence and name not in said:
+            text = f"{name}: {MANIFEST} says it is projected, and its factors are the original's"
+            yield found("SP024", text, module=name)
+
+
+def _weak(context: Context) -> Iterator[Finding]:
+    """Yield the low modules whose evidence is weaker than the policy wants."""
+    policy, wanted = context.policy, context.policy.evidence
+    for _, module in context.modules:
+        kind = context.evidence.get(module.name)
+        if kind is None or STRENGTH[kind] >= STRENGTH[wanted] or module.cosine is None:
+            continue
+        least = module.bounds[0] if module.bounds else module.cosine
+        if not least > policy.threshold_of(module.name):
+            text = f"{module.name}: projected ({kind.value}); the policy wants {wanted.value}"
+            yield found("SP023", text, module=module.name)

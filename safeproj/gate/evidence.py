@@ -1,0 +1,209 @@
+"""What safeproj.json shows about the tensors beside it, without the adapter before patching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from safeproj.adapter import Adapter
+from safeproj.adapter.interface import MANIFEST
+from safeproj.checkpoint.expression import stored_names
+from safeproj.errors import SafeprojError, shorten
+from safeproj.gate.policy import Policy
+from safeproj.gate.weights import found
+from safeproj.job import Run
+from safeproj.report.check import Evidence, Finding
+from safeproj.report.record import SCHEMA, ModuleReport
+from safeproj.source import file_sha256, read_json
+
+NORM_ROUNDING = 1e-4
+"""How far two computations of `‖V‖_F` may lie apart, relative to it."""
+
+SCALE_ROUNDING = 0.05
+"""The same of `‖C B‖_F / ‖B‖_F`: what is scored again was rounded to the stored dtype, in which
+float16 may have lost a few hundredths of it."""
+
+
+class _MismatchError(Exception):
+    """safeproj.json does not describe the adapter: the rule, and what is said of it."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+
+
+def recorded(
+    run: Run, digests: Mapping[str, Any], policy: Policy
+) -> tuple[dict[str, Evidence], list[Finding]]:
+    """Return the modules that safeproj.json shows to be projected, and where it does not fit.
+
+    It counts only as a whole: if one thing in it is not so, nothing it says is taken.
+
+    Args:
+        run: the patched adapter, its plan and its scores.
+        digests: role to the SHA-256 of what the scores were computed from.
+        policy: whether an adapter may be without one.
+    """
+    adapter = run.adapter
+    if MANIFEST not in adapter.folder.files:
+        text = f"there is no {MANIFEST}"
+        return {}, [found("SP020", text, policy=policy)]
+    projected: dict[str, Evidence] = {}
+
+    def look() -> None:
+        document = read_json(adapter.folder, MANIFEST)
+        _require_tensors(adapter, document)
+        if document.get("schema") != SCHEMA:
+            return  # made by `salora fold`: no module of it claims to be projected
+        _require_documents(adapter, document)
+        _require_same_projection(run, document)
+        claimed = list(_projected(run, document))
+        _require_same_models(run, digests, document, claimed)
+        projected.update(dict.fromkeys(claimed, Evidence.recorded))
+
+    findings = _mismatches(look)
+    return projected, findings
+
+
+def about_manifest(adapter: Adapter) -> list[Finding]:
+    """Return where safeproj.json does not fit the adapter's files, whatever they were made from."""
+
+    def look() -> None:
+        document = read_json(adapter.folder, MANIFEST)
+        _require_tensors(adapter, document)
+        _require_documents(adapter, document)
+
+    return _mismatches(look)
+
+
+def _mismatches(look: Callable[[], None]) -> list[Finding]:
+    """Return what a look at safeproj.json, of which nothing is certain, comes upon."""
+    try:
+        look()
+    except _MismatchError as error:
+        return [found(error.rule, str(error), file=MANIFEST)]
+    except SafeprojError as error:
+        return [found("SP021", str(error), file=MANIFEST)]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        text = f"{MANIFEST} is not as `safeproj patch` writes it ({type(error).__name__}: {error})"
+        return [found("SP021", text, file=MANIFEST)]
+    return []
+
+
+def _require_tensors(adapter: Adapter, document: Mapping[str, Any]) -> None:
+    """Compare the digests of all tensors with those that were written."""
+    written = document["output"]["tensors"]
+    actual = adapter.format.digests(adapter.tensors)
+    if not isinstance(written, dict) or written.keys() != actual.keys():
+        other = sorted(set(written) ^ set(actual))
+        raise _MismatchError(
+            "SP021",
+            f"{MANIFEST} and the adapter have other tensors: {shorten(other)} in one of them",
+        )
+    changed = [name for name in actual if written[name] != actual[name]]
+    if changed:
+        raise _MismatchError(
+            "SP021",
+            f"{len(changed)} tensors are not those that {MANIFEST} records: {shorten(changed)}",
+        )
+
+
+def _require_documents(adapter: Adapter, document: Mapping[str, Any]) -> None:
+    """Compare the config, which patching copies: `lora_alpha` could undo what projection did."""
+    read = document["inputs"]["adapter"]["sha256"]["files"]
+    for name in adapter.format.documents:
+        if read[name] != file_sha256(adapter.path(name)):
+            raise _MismatchError("SP021", f"{name} is not the one that {MANIFEST} records")
+    weights = file_sha256(adapter.path(adapter.weights_file))
+    if document["output"]["projected"] and weights in read.values():
+        raise _MismatchError(
+            "SP021",
+            f"{adapter.weights_file} is the file from before patching, says {MANIFEST}",
+        )
+
+
+def _require_same_projection(run: Run, document: Mapping[str, Any]) -> None:
+    """Compare method and projector with those of this check."""
+    report = run.report
+    for what, recorded, own in (
+        ("method", document["method"], report.method),
+        ("projector", document["projector"], report.projector),
+    ):
+        if recorded != own:
+            raise _MismatchError(
+                "SP022", f"the {what} in {MANIFEST} is {recorded}; this check uses {own}"
+            )
+
+
+def _require_same_models(
+    run: Run, digests: Mapping[str, Any], document: Mapping[str, Any], claimed: list[str]
+) -> None:
+    """Compare the models with those of this check, weight by weight."""
+    used = (item.aligned for item in run.plan.modules if item.module.name in claimed)
+    weights = {name for weight in used for name in stored_names(weight)}
+    compared = 0
+    for role in ("base", "aligned", "safety_module"):
+        own = digests.get(role, {}).get("tensors", {})  # of a model that was run, its files alone
+        if not own:
+            continue
+        recorded = document["inputs"][role]["sha256"]["tensors"]
+        both = own.keys() & recorded.keys()
+        compared += 1
+        if len(both) < len(weights):
+            raise _MismatchError(
+                "SP022",
+                f"{MANIFEST} has the digests of {len(both)} weights of the "
+                f"{role.replace('_', ' ')} that this check uses; expected at least {len(weights)}",
+            )
+        other = sorted(name for name in both if own[name] != recorded[name])
+        if other:
+            raise _MismatchError(
+                "SP022",
+                f"the {role.replace('_', ' ')} in {MANIFEST} is another one than this check uses: "
+                f"{shorten(other)} has another digest",
+            )
+    if not compared:
+        raise _MismatchError(
+            "SP022", f"{MANIFEST} does not say what the modules were projected onto"
+        )
+
+
+def _projected(run: Run, document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the modules that were projected, if all that is said of them fits.
+
+    Raises:
+        _MismatchError: something does not.
+    """
+    claims = {item["name"]: item for item in document["modules"]}
+    written = set(document["output"]["projected"])
+    reports = {module.name: module for module in run.report.modules}
+    for item in run.plan.modules:
+        name = item.module.name
+        claim = claims.get(name)
+        if claim is None or claim["projected"] is not True:
+            continue
+        missing = [factor.key for factor in item.module.written if factor.key not in written]
+        if missing:
+            raise _MismatchError(
+                "SP021", f"{MANIFEST} says that {name} is projected, and not {shorten(missing)}"
+            )
+        _require_possible(claim, reports[name])
+        yield name
+
+
+def _require_possible(claim: Mapping[str, Any], module: ModuleReport) -> None:
+    """Refuse a record of a module that cannot have led to what is there."""
+    if claim["shape"] != list(module.shape) or claim["rank"] != module.rank:
+        raise _MismatchError("SP021", f"{MANIFEST} has {module.name} with another shape or rank")
+    norm = claim["alignment_norm"]
+    own = module.alignment_norm
+    if norm is not None and own is not None and not abs(norm - own) <= NORM_ROUNDING * own:
+        raise _MismatchError("SP022", f"{MANIFEST} has {module.name} with another ‖V‖")
+    # C is positive semidefinite, so ‖C² B‖/‖C B‖ is at least ‖C B‖/‖B‖ (log-convex moments).
+    before, after = claim["scale"], module.scale
+    if before is not None and after is not None and after < before * (1 - SCALE_ROUNDING) - 1e-6:
+        raise _MismatchError(
+            "SP021",
+            f"{MANIFEST} says that projection left {before:.4f} of the factor of {module.name}; "
+            f"projecting what is there would leave {after:.4f}, which cannot be less",
+        )

@@ -1,0 +1,487 @@
+"""The policy of the gate: what passes. Read from safeproj.toml, pyproject.toml, and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safeproj.adapter.interface import CONFIG
+from safeproj.against import HOLDS_PROJECTOR, Against
+from safeproj.errors import SafeprojError, first_line
+from safeproj.report.check import Evidence
+from safeproj.rules import RULES
+from safeproj.select import DEFAULT_THRESHOLD
+
+if TYPE_CHECKING:
+    from safeproj.projection import Projector
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+POLICY_FILE = "safeproj.toml"
+PYPROJECT = "pyproject.toml"
+
+ALLOWANCES = {
+    "full-weight-changes": "SP004",
+    "unknown-tensors": "SP005",
+    "unmatched-modules": "SP006",
+    "dora-magnitudes": "SP007",
+    "empty-updates": "SP008",
+    "other-weights": "SP014",
+    "missing-provenance": "SP020",
+}
+"""What a policy may allow, and the rule that it turns into a note."""
+
+ROLES = ("base", "aligned", "alignment", "safety-module")
+"""What a policy may pin."""
+
+PROJECTORS = ("approx", "exact")
+
+_IDENTITY = re.compile(r"sha256:[0-9a-f]{64}|[^@\s]+@[^@\s]+", re.ASCII)
+_PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?)%", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """Another threshold for some modules.
+
+    Attributes:
+        modules: regular expression, searched for in the module's name.
+        threshold: theirs.
+    """
+
+    modules: str
+    threshold: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What passes. Every field is one of safeproj.toml, with hyphens for underscores.
+
+    Attributes:
+        threshold: a module at or below it, and not projected, counts against the adapter.
+        max_below: how many modules may do so: a number, or a share of the scored ones (`"10%"`).
+        overrides: thresholds for modules by name; the last that matches counts.
+        coverage: the share of the adapted modules that must have been scored.
+        max_scaling: largest `s` by which the config may scale an update.
+        max_size: largest `‖ΔW‖_F / ‖V‖_F`: the update relative to what alignment moved.
+        evidence: the least that shows that a module was projected.
+        projector: which `C` is scored with, `approx` or `exact`; not for a safety module.
+        rank: of the exact projector, or how many directions of a safety module are used.
+        energy: of the exact projector, in place of a rank.
+        allow: names of `ALLOWANCES` that are allowed.
+        ignore: ids of rules that are left out.
+        identities: role to what must be checked against: `org/name@commit`, or `sha256:` with the
+            digest that `safeproj check` names.
+        public_key: file with the key that the directory must be signed by.
+        file: where the policy came from, None for the defaults.
+
+    Raises:
+        SafeprojError: a value is out of range.
+    """
+
+    threshold: float = DEFAULT_THRESHOLD
+    max_below: int | str = 0
+    overrides: tuple[Override, ...] = ()
+    coverage: float = 1.0
+    max_scaling: float = 64.0
+    max_size: float = 100.0
+    evidence: Evidence = Evidence.recorded
+    projector: str = "approx"
+    rank: int | None = None
+    energy: float | None = None
+    allow: frozenset[str] = frozenset({"empty-updates", "missing-provenance"})
+    ignore: frozenset[str] = frozenset()
+    identities: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    public_key: str | None = None
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_share("threshold", self.threshold)
+        _require_share("coverage", self.coverage)
+        for name, value in (("max-scaling", self.max_scaling), ("max-size", self.max_size)):
+            if not 0.0 < value < math.inf:
+                raise SafeprojError(f"{name} must be a number of more than 0, found {value}")
+        _below(self.max_below)
+        for override in self.overrides:
+            _require_share(
+                f"the threshold of the override {override.modules!r}", override.threshold
+            )
+            try:
+                re.compile(override.modules)
+            except re.error as error:
+                raise SafeprojError(
+                    f"the override {override.modules!r} is not a regular expression: {error}"
+                ) from error
+        _require_known("allow", self.allow, ALLOWANCES)
+        _require_known("ignore", self.ignore, RULES)
+        for id_ in self.ignore:
+            if not RULES[id_].can_be_ignored:
+                raise SafeprojError(f"ignore: {id_} {RULES[id_].name} is never a pass")
+        _require_known("projector", [self.projector], PROJECTORS)
+        _require_known("identities", self.identities, ROLES)
+        for role, identity in self.identities.items():
+            if not _IDENTITY.fullmatch(identity):
+                raise SafeprojError(
+                    f"identities: {role} is {identity!r}; expected org/name@commit or sha256: and "
+                    "64 hexadecimal digits"
+                )
+
+    def projector_for(self, against: Against) -> Projector:
+        """Return the projector to score with; imports torch.
+
+        Raises:
+            SafeprojError: rank and energy do not go with it.
+        """
+        from safeproj.projection import Approx, Complement, Exact
+
+        if against.safety_module is not None:
+            if self.energy is not None or self.projector != "approx":
+                raise SafeprojError(HOLDS_PROJECTOR)
+            return Complement(self.rank)
+        if self.projector == "approx" and self.rank is self.energy is None:
+            return Approx()
+        if self.projector == "approx" or (self.rank is None) == (self.energy is None):
+            raise SafeprojError(
+                "rank and energy: the projector exact needs one of them, approx none"
+            )
+        try:
+            return Exact(self.rank, self.energy)
+        except ValueError as error:
+            raise SafeprojError(str(error)) from error
+
+    def threshold_of(self, module: str) -> float:
+        """Return the threshold of a module."""
+        found = [o.threshold for o in self.overrides if re.search(o.modules, module)]
+        return found[-1] if found else self.threshold
+
+    def may_be_below(self, scored: int) -> int:
+        """Return how many of so many scored modules may be at or below their threshold."""
+        count, share = _below(self.max_below)
+        return count if share is None else math.floor(share * scored + 1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the policy as safeproj.toml has it, and `file`."""
+        return {
+            "file": self.file,
+            "threshold": self.threshold,
+            "max-below": self.max_below,
+            "overrides": [dataclasses.asdict(override) for override in self.overrides],
+            "coverage": self.coverage,
+            "max-scaling": self.max_scaling,
+            "max-size": self.max_size,
+            "evidence": self.evidence.value,
+            "projector": self.projector,
+            "rank": self.rank,
+            "energy": self.energy,
+            "allow": {name: name in self.allow for name in ALLOWANCES},
+            "ignore": sorted(self.ignore),
+            "identities": dict(self.identities),
+            "public-key": self.public_key,
+        }
+
+
+def find_policy(given: Path | None, adapters: Sequence[str] = ()) -> Policy:
+    """Return the policy of a file, or of the current directory's, or the default.
+
+    Args:
+        given: the file; if None, `safeproj.toml`, or a `pyproject.toml` with `[tool.safeproj]`.
+        adapters: what is to be checked: a policy that lies in one of them is read only if given.
+
+    Raises:
+        SafeprojError: it cannot be read, has a field or value that is none of a policy, or lies in
+            an adapter without having been given.
+    """
+    for path in [Path(POLICY_FILE), Path(PYPROJECT)] if given is None else [given]:
+        if given is None and not path.is_file():
+            continue
+        table = _table(path, required=given is not None)
+        if table is not None:
+            if given is None:
+                _require_outside(path, adapters)
+            return _parsed(path, table)
+    return Policy()
+
+
+def _require_outside(path: Path, adapters: Sequence[str]) -> None:
+    """Refuse a policy that an adapter brings along: it would let itself pass."""
+    ways = {*path.absolute().parents, *path.resolve().parents}  # it may be a link out of it
+    for adapter in adapters:
+        given = Path(adapter).expanduser()
+        given = given.parent if given.is_file() else given
+        if (given / CONFIG).is_file() and ways & {given.absolute(), given.resolve()}:
+            raise SafeprojError(
+                f"{path}: lies in the adapter {adapter}, which cannot say what passes; give "
+                "--policy, with this file if you trust it"
+            )
+
+
+def _table(path: Path, *, required: bool) -> dict[str, Any] | None:
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SafeprojError(f"{path}: cannot be read as a policy ({first_line(error)})") from error
+    if path.name != PYPROJECT:
+        return document
+    table = document.get("tool", {}).get("safeproj")
+    if table is None and required:
+        raise SafeprojError(f"{path}: has no [tool.safeproj]")
+    if table is not None and not isinstance(table, dict):
+        raise SafeprojError(f"{path}: tool.safeproj is no table")
+    return table
+
+
+def _parsed(path: Path, table: Mapping[str, Any]) -> Policy:
+    """Return the policy that a table holds: no field is skipped, since a typo would open a gate."""
+    readers = {
+        "threshold": _number,
+        "max-below": _count_or_share,
+        "overrides": _overrides,
+        "coverage": _number,
+        "max-scaling": _number,
+        "max-size": _number,
+        "evidence": _evidence,
+        "projector": _string,
+        "rank": _count,
+        "energy": _number,
+        "ignore": _names,
+        "identities": _strings,
+        "public-key": _string,
+    }
+    try:
+        _require_known("the policy", table, (*readers, "allow"))
+        found: dict[str, Any] = {
+            name.replace("-", "_"): readers[name](name, table[name])
+            for name in table
+            if name != "allow"
+        }
+        if "allow" in table:
+            found["allow"] = _allowed(table["allow"], Policy().allow)
+        if "public_key" in found:
+            found["public_key"] = (path.parent / found["public_key"]).as_posix()
+        return Policy(**found, file=path.as_posix())
+    except SafeprojError as error:
+        raise SafeprojError(f"{path}: {error}") from error
+
+
+def _allowed(table: object, allowed: frozenset[str]) -> frozenset[str]:
+    if not isinstance(table, dict) or not all(type(value) is bool for value in table.values()):
+        raise SafeprojError("allow: expected a table of names with true or false")
+    _require_known("allow", table, ALLOWANCES)
+    return frozenset(name for name in ALLOWANCES if table.get(name, name in allowed))
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SafeprojError(f"{name} is {value!r}; expected a number")
+    return float(value)
+
+
+def _count(name: str, value: object) -> int:
+    if type(value) is not int:
+        raise SafeprojError(f"{name} is {value!r}; expected a whole number")
+    return value
+
+
+def _string(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise SafeprojError(f"{name} is {value!r}; expected text")
+    return value
+
+
+def _names(name: str, value: object) -> frozenset[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise SafeprojError(f"{name} is {value!r}; expected a list of text")
+    return frozenset(value)
+
+
+def _strings(name: str, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise SafeprojError(f"{name} is {value!r}; expected a table of text")
+    return value
+
+
+def _evidence(name: str, value: object) -> Evidence:
+    kinds = [kind.value for kind in Evidence]
+    if value not in kinds:
+        raise SafeprojError(f"{name} is {value!r}; expected {', '.join(kinds)}")
+    return Evidence(value)
+
+
+def _count_or_share(name: str, value: object) -> int | str:
+    if type(value) is not int and not isinstance(value, str):
+        raise SafeprojError(f'{name} is {value!r}; expected a whole number or a share like "10%"')
+    return value
+
+
+def _overrides(name: str, value: object) -> tuple[Override, ...]:
+    fields = {"modules", "threshold"}
+    if not isinstance(value, list) or not all(
+        isinstance(item, dict) and item.keys() == fields for item in value
+    ):
+        raise SafeprojError(f"{name}: expected tables with `modules` and `threshold`, and no more")
+    return tuple(
+        Override(_string("modules", item["modules"]), _number("threshold", item["threshold"]))
+        for item in value
+    )
+
+
+def changed(policy: Policy, given: Mapping[str, Any]) -> Policy:
+    """Return the policy with what options say in place of its own.
+
+    Args:
+        policy: of a file, or the default.
+        given: option without dashes to its value, None or empty where it is not given.
+
+    Raises:
+        SafeprojError: an option is none that a policy can have.
+    """
+    plain = ("threshold", "coverage", "max-scaling", "max-size", "projector", "rank", "energy")
+    options = {name: value for name, value in given.items() if value}
+    options |= {name: given[name] for name in plain if given.get(name) is not None}
+    found: dict[str, Any] = {n.replace("-", "_"): options[n] for n in plain if n in options}
+    if "projector" in options and not {"rank", "energy"} & options.keys():
+        found |= {"rank": None, "energy": None}  # the file's belong to the file's projector
+    if "max-below" in options:
+        text = options["max-below"]
+        found["max_below"] = int(text) if text.isascii() and text.isdigit() else text
+    if "override" in options:
+        found["overrides"] = (*policy.overrides, *map(_override, options["override"]))
+    if "pin" in options:
+        found["identities"] = {**policy.identities, **dict(map(_pin, options["pin"]))}
+    if "evidence" in options:
+        found["evidence"] = _evidence("evidence", options["evidence"])
+    if "public-key" in options:
+        found["public_key"] = str(options["public-key"])
+    for name, names in (("allow", "allow"), ("forbid", "allow"), ("ignore", "ignore")):
+        _require_known(
+            f"--{name}", options.get(name, ()), RULES if names == "ignore" else ALLOWANCES
+        )
+    found["allow"] = policy.allow.union(options.get("allow", ())) - set(options.get("forbid", ()))
+    found["ignore"] = policy.ignore.union(options.get("ignore", ()))
+    return dataclasses.replace(policy, **found)
+
+
+def _override(text: str) -> Override:
+    """Return the override that `RE=T` says."""
+    modules, equals, threshold = text.rpartition("=")
+    try:
+        return Override(modules, float(threshold if equals and modules else "?"))
+    except ValueError:
+        raise SafeprojError(
+            f"--override {text}: expected RE=T, a pattern and a threshold"
+        ) from None
+
+
+def _pin(text: str) -> tuple[str, str]:
+    """Return role and identity that `ROLE=IDENTITY` says."""
+    role, equals, identity = text.partition("=")
+    if not equals:
+        raise SafeprojError(f"--pin {text}: expected ROLE=IDENTITY, such as base=org/name@commit")
+    return role, identity
+
+
+def _below(value: int | str) -> tuple[int, float | None]:
+    """Return the number, or the share, of modules that may be at or below their threshold."""
+    if isinstance(value, int):
+        if value < 0:
+            raise SafeprojError(f"max-below must be 0 or more, found {value}")
+        return value, None
+    match = _PERCENT.fullmatch(value)
+    if match is None or float(match[1]) > 100.0:
+        raise SafeprojError(f"max-below is {value!r}; expected a number or a share like 10%")
+    return 0, float(match[1]) / 100.0
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise SafeprojError(f"{name} must lie in [0, 1], found {value}")
+
+
+def _require_known(what: str, given: Any, known: Any) -> None:
+    names: Sequence[str] = list(known)
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {close[0]}" if close else f"known are {', '.join(names)}"
+            raise SafeprojError(f"{what}: {name!r} is not known; {hint}")
+
+
+def write_template(path: Path) -> None:
+    """Write a policy with every field, its default and what it means.
+
+    Raises:
+        SafeprojError: the file exists, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(TEMPLATE)
+    except FileExistsError:
+        raise SafeprojError(f"{path}: exists; edit it, or remove it first") from None
+    except OSError as error:
+        raise SafeprojError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+TEMPLATE = """\
+# What `safeproj check` lets pass. Every field is shown with its default; each is an option too.
+# docs/gate.md explains the findings by their ids.
+
+# A module whose update has this cosine or less with its projection counts against the adapter,
+# unless it was projected (SP001).
+threshold = 0.35
+
+# How many modules may do so: a number, or a share of the scored modules such as "10%".
+max-below = 0
+
+# The share of the adapted modules that must have been scored (SP003).
+coverage = 1.0
+
+# Limits to how far updates go: the scaling s that the config sets, and the norm of an update
+# relative to that of aligned - base (SP012).
+max-scaling = 64.0
+max-size = 100.0
+
+# What must show that a module was projected: "recorded" takes the word of safeproj.json for
+# tensors with the digests it names, "signed" wants that signed by public-key as well, and
+# "recomputed" wants it computed again from the adapter before patching (--original).
+evidence = "recorded"
+
+# Which projector is scored with. "exact" needs rank or energy.
+projector = "approx"
+# rank = 64
+# energy = 0.9
+
+# Ids of findings to leave out, such as "SP013".
+ignore = []
+
+# The key that the directory must be signed by, relative to this file (SP032).
+# public-key = "release.pub.pem"
+
+[allow]
+full-weight-changes = false  # SP004: modules_to_save, biases, trainable tokens
+unknown-tensors = false      # SP005
+unmatched-modules = false    # SP006: adapted modules that the model does not have
+dora-magnitudes = false      # SP007
+empty-updates = true         # SP008
+other-weights = false        # SP014: further weights in the directory
+missing-provenance = true    # SP020: no safeproj.json
+
+# What must be checked against (SP030): org/name@commit on the Hub; for local directories and files
+# sha256: and the digest that the finding names.
+[identities]
+# base = "org/base@0123456789abcdef0123456789abcdef01234567"
+# aligned = "sha256:..."
+
+# Another threshold for modules whose name matches; the last one that matches counts.
+# [[overrides]]
+# modules = 'layers\\.[01]\\.'
+# threshold = 0.2
+"""

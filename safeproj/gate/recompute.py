@@ -1,0 +1,185 @@
+"""Recomputing what patching an adapter gives, and comparing it with what is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safeproj import __version__
+from safeproj.adapter import AdaptedModule, Adapter
+from safeproj.adapter.interface import MANIFEST, SIGNATURE
+from safeproj.adapter.record import Factor
+from safeproj.adapter.write import CARD
+from safeproj.errors import SafeprojError, shorten
+from safeproj.gate.weights import found
+from safeproj.job import Run
+from safeproj.manifest import versions
+from safeproj.report.check import Evidence, Finding
+from safeproj.source import file_sha256, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT32 = 2.0**-24
+"""Unit roundoff of the arithmetic."""
+
+
+@dataclass
+class Recomputed:
+    """What the comparison found.
+
+    Attributes:
+        evidence: the modules that were projected.
+        findings: what is not as patching would have left it.
+        equal: projected tensors that are equal bit for bit.
+        close: those that are within the tolerance.
+        error: the largest relative error among the latter.
+        same: whether the same hardware and versions are recorded, so that nothing else will do.
+    """
+
+    same: bool
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    equal: int = 0
+    close: int = 0
+    error: float = 0.0
+
+    @property
+    def remark(self) -> str:
+        """What was compared, in words."""
+        why = "the same hardware and versions are recorded"
+        if not self.same:
+            why = "other or no hardware and versions are recorded"
+        text = f"{self.equal} projected factors are equal bit for bit"
+        if self.close:
+            text += f", {self.close} within rounding (relative error at most {self.error:.1e})"
+        return f"recomputed from the original: {text}; {why}"
+
+
+def recomputed(original: Run, patched: Adapter, device: str) -> Recomputed:
+    """Compare a patched adapter with its original, of which every module was scored.
+
+    What is projected is told from the tensors alone: those that differ from the original's.
+
+    Args:
+        original: the run over the adapter before patching.
+        patched: the adapter after it.
+        device: where the arithmetic ran, as safeproj.json records it.
+    """
+    result = Recomputed(same=_same_hardware(patched, device))
+    before = original.adapter
+    result.findings += _other_tensors(original, patched)
+    if before.tensors.keys() != patched.tensors.keys():
+        return result
+    for item in original.plan.modules:
+        _compare(result, original, patched, item.module)
+    result.findings += _other_files(before, patched)
+    return result
+
+
+def _same_hardware(patched: Adapter, device: str) -> bool:
+    """Tell whether safeproj.json records what this comparison runs on."""
+    if MANIFEST not in patched.folder.files:
+        return False
+    try:
+        document: dict[str, Any] = read_json(patched.folder, MANIFEST)
+        recorded = document["options"]["device"], document["versions"], document["tool"]["version"]
+    except (SafeprojError, LookupError, TypeError):
+        return False
+    return bool(recorded == (device, versions(), __version__))
+
+
+def _other_tensors(original: Run, patched: Adapter) -> Iterator[Finding]:
+    """Yield what differs in tensors that patching copies."""
+    before = original.adapter.tensors
+    other = sorted(before.keys() ^ patched.tensors.keys())
+    if other:
+        yield found("SP025", f"the tensors are not those of the original: {shorten(other)}")
+    written = {f.key for item in original.plan.modules for f in item.module.written}
+    for key in [key for key in before if key in patched.tensors and key not in written]:
+        if not _identical(before[key], patched.tensors[key]):
+            yield found("SP025", f"{key} differs from the original's", tensor=key)
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bool(torch.equal(one, other))
+
+
+def _compare(result: Recomputed, run: Run, patched: Adapter, module: AdaptedModule) -> None:
+    """Compare the factors of one module: all kept, or all projected."""
+    states = [_state(result, run, patched, module, factor) for factor in module.written]
+    if None in states:
+        return  # said already
+    if len(set(states)) > 1:
+        text = f"{module.name}: some of its factors are projected and some are not"
+        result.findings.append(found("SP024", text, module=module.name))
+    elif states[0]:
+        result.evidence[module.name] = Evidence.recomputed
+
+
+def _state(
+    result: Recomputed, run: Run, patched: Adapter, module: AdaptedModule, factor: Factor
+) -> bool | None:
+    """Tell whether a factor is projected (True) or kept (False); None if it is neither."""
+    score = run.scores[module.name]
+    before, after = run.adapter.tensors[factor.key], patched.tensors[factor.key]
+    if before.shape != after.shape:
+        text = f"{factor.key} has shape {list(after.shape)}; expected {list(before.shape)}"
+        result.findings.append(found("SP024", text, module=module.name, tensor=factor.key))
+        return None
+    B, there = factor.view(run.adapter.tensors), factor.view(patched.tensors)
+    if bool((there.double() == B.double()).all()):
+        return False
+    expected = score.Cb if factor == module.bias else score.CB
+    if expected is not None and bool((there == expected.to(there.dtype)).all()):
+        result.equal += 1
+        return True
+    text = f"{factor.key} is neither the original's nor its projection"
+    if expected is not None:
+        norm = float(expected.double().norm())
+        error = float((there.double() - expected.double()).norm())
+        length = module.out_features + module.in_features
+        if error <= _tolerance(there, expected, B, score.alignment_norm, length):
+            if not result.same:
+                result.close += 1
+                result.error = max(result.error, error / norm if norm else 0.0)
+                return True
+            text += ": it is within rounding, but the same hardware and versions are recorded"
+        else:
+            text += f": it differs by {error / norm if norm else math.inf:.2g} of its norm"
+    result.findings.append(found("SP024", text, module=module.name, tensor=factor.key))
+    return None
+
+
+def _tolerance(
+    there: Tensor, expected: Tensor, B: Tensor, alignment_norm: float | None, length: int
+) -> float:
+    """Return how far a stored `C B` may lie from one that is computed elsewhere, in `‖·‖_F`.
+
+    Rounding to the stored dtype, half a unit in the last place or of the smallest number; and the
+    errors of sums in float32, which grow like the root of their length where products cancel, once
+    for each computation, relative to `‖C‖ ‖B‖`. `‖C‖` is at most `‖V‖_F`, and 1 for SaLoRA.
+    """
+    info = torch.finfo(there.dtype)
+    rounding = info.eps / 2 * float(expected.double().norm())
+    smallest = info.smallest_normal * info.eps / 2 * math.sqrt(there.numel())
+    bound = 1.0 if alignment_norm is None else max(alignment_norm, 1.0)
+    sums = 2 * math.sqrt(length + 4) * FLOAT32 * bound * float(B.double().norm())
+    return rounding + smallest + sums
+
+
+def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
+    """Yield files that patching copies and that are not what they were."""
+    own = before.format.replaced_files | {before.weights_file, patched.weights_file}
+    skipped = own | {MANIFEST, CARD, SIGNATURE}
+    given, there = before.folder.files - skipped, patched.folder.files - skipped
+    for name in sorted(given ^ there):
+        where = "the original" if name in given else "the patched adapter"
+        yield found("SP025", f"{name} is in {where} alone", file=name)
+    for name in sorted(given & there):
+        if file_sha256(before.path(name)) != file_sha256(patched.path(name)):
+            yield found("SP025", f"{name} differs from the original's", file=name)
