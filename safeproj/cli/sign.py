@@ -1,0 +1,60 @@
+"""`safeproj sign`: sign an adapter directory with a private key."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeproj import terminal
+from safeproj.cli.options import Quiet, Verbose
+from safeproj.errors import SafeprojError
+
+
+def sign_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The adapter directory.")],
+    private_key: Annotated[
+        Path,
+        typer.Option(
+            "--private-key",
+            metavar="FILE",
+            help="PEM file with an elliptic curve key: P-256, P-384 or P-521.",
+        ),
+    ],
+    password_env: Annotated[
+        str | None,
+        typer.Option(
+            "--password-env",
+            metavar="NAME",
+            help="Environment variable that holds the password of an encrypted key.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a signature that is there.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Sign an adapter directory.
+
+    Writes model.sig in it, which covers every file, so that check --public-key can tell whether the
+    directory is as whoever holds the key left it.
+    """
+    with terminal.command(verbose):
+        password = None if password_env is None else os.environ.get(password_env)
+        if password_env is not None and not password:
+            raise SafeprojError(
+                f"--password-env {password_env}: no such environment variable, or an empty one; "
+                "expected the password of the key"
+            )
+        from safeproj.gate import signing
+
+        signing.require_library()
+        terminal.interruptible()
+        place = signing.sign(directory, private_key, password, overwrite)
+        number = len(signing.covered_files(directory))
+        terminal.done()
+        files = "1 file" if number == 1 else f"{number} files"
+        terminal.closing((), quiet, f"signed {directory} ({files}, {place.name})")
