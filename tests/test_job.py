@@ -21,7 +21,7 @@ from safeproj import api, job
 from safeproj.engine import Progress
 from safeproj.errors import SafeprojError
 from safeproj.profile import Profile
-from safeproj.report import Report, render_many
+from safeproj.report import Report, render
 from safeproj.select import Selection
 from tests.conftest import Trio
 from tests.support import (
@@ -333,7 +333,7 @@ def test_an_input_factor_too_large_for_its_square_fails_alone(
     save_file(large, path / FACTORS, metadata={"format": "pt"})
     given = [str(path), adapters[1]]
     outcomes = api.inspect_many(str(trio.base), str(trio.aligned), given, ALL)
-    found = json.loads(render_many(api.reports(outcomes), "json"))
+    found = json.loads(render(api.reports(outcomes), "json"))
     assert "rank-5" in found["reports"]
     assert all(m["cosine"] <= 1 for report in found["reports"].values() for m in report["modules"])
 

@@ -1,40 +1,71 @@
-"""Output formats: one file each, with `render` for one report and `render_many` for several."""
+"""Output formats: one file each behind one interface."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Protocol, cast
 
+from safeproj.report.check import Check, Checks, Evidence, Finding, Outcome
 from safeproj.report.record import Failure, ModuleReport, Report, Reports
 
-__all__ = ["FORMATS", "Failure", "ModuleReport", "Report", "Reports", "render", "render_many"]
+__all__ = [
+    "CHECK_FORMATS",
+    "FORMATS",
+    "Check",
+    "Checks",
+    "Evidence",
+    "Failure",
+    "Finding",
+    "ModuleReport",
+    "Outcome",
+    "Record",
+    "Report",
+    "Reports",
+    "render",
+]
 
-FORMATS = ("table", "json", "markdown")
+Record = Report | Reports | Checks
+"""What can be rendered: the scores of one adapter or of many, or what a gate found."""
+
+FORMATS = ("table", "json", "markdown", "html")
+"""Formats of every record."""
+
+CHECK_FORMATS = (*FORMATS, "sarif", "junit", "github")
+"""Formats of what a gate found: the last three know only findings."""
 
 
-class Format(Protocol):
-    """What a module of this package offers."""
+class CheckFormat(Protocol):
+    """What every module of a format offers."""
 
-    def render(self, report: Report, *, width: int, color: bool) -> str:
-        """Return the report as text, with a newline at its end.
+    def render_checks(self, checks: Checks, *, width: int, color: bool) -> str:
+        """Return what a gate found as text, with a newline at its end.
 
         Args:
-            report: the run.
+            checks: the run.
             width: columns of the terminal, for formats that care.
             color: whether terminal colours may be used.
         """
 
+
+class Format(CheckFormat, Protocol):
+    """What the modules of `FORMATS` offer beside that."""
+
+    def render(self, report: Report, *, width: int, color: bool) -> str:
+        """Return the scores of one adapter as text."""
+
     def render_many(self, reports: Reports, *, width: int, color: bool) -> str:
-        """Return the reports of several adapters as one text."""
+        """Return the scores of several adapters as one text."""
 
 
-def render(report: Report, format: str, *, width: int = 100, color: bool = False) -> str:  # noqa: A002
-    """Return the report in one of `FORMATS`."""
+def render(record: Record, format: str, *, width: int = 100, color: bool = False) -> str:  # noqa: A002
+    """Return a record in one of `CHECK_FORMATS`; scores in one of `FORMATS`.
+
+    Raises:
+        SafeprojError: the format needs an extra that is not installed.
+    """
     module = cast(Format, import_module(f"safeproj.report.{format}"))
-    return module.render(report, width=width, color=color)
-
-
-def render_many(reports: Reports, format: str, *, width: int = 100, color: bool = False) -> str:  # noqa: A002
-    """Return the reports of several adapters in one of `FORMATS`."""
-    module = cast(Format, import_module(f"safeproj.report.{format}"))
-    return module.render_many(reports, width=width, color=color)
+    if isinstance(record, Checks):
+        return module.render_checks(record, width=width, color=color)
+    if isinstance(record, Reports):
+        return module.render_many(record, width=width, color=color)
+    return module.render(record, width=width, color=color)

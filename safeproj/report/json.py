@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from safeproj.report.check import Checks
 from safeproj.report.record import Report, Reports
 
 
@@ -16,6 +17,11 @@ def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 -
 def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return the reports as one JSON object."""
     return _text(reports.to_dict())
+
+
+def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
+    """Return what a gate found as one JSON object."""
+    return _text(checks.to_dict())
 
 
 def _text(found: dict[str, Any]) -> str:

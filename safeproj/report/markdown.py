@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 from safeproj.errors import printable
+from safeproj.report.check import Check, Checks, Evidence
 from safeproj.report.methods import METHODS
 from safeproj.report.record import ModuleReport, Report, Reports, spread
+from safeproj.report.text import Subject, subjects
+from safeproj.rules import RULES, Level
 
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
@@ -37,6 +43,61 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
     for name, report in reports.reports.items():
         lines += ["", f"### {_code(name)}", "", *_body(report)]
     return "\n".join(lines) + "\n"
+
+
+def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001
+    """Return the outcome, the findings with what to do, and the scores below them."""
+    lines = [f"## safeproj check: {checks.outcome.value}", ""]
+    if len(checks.checks) > 1:
+        lines += [
+            "| adapter | outcome | findings | projected, with evidence |",
+            "|---|---|---|---|",
+        ]
+        for check in checks.checks:
+            cells = (_code(check.name), check.outcome.value, tally(check), evidence(check))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    for subject in subjects(checks):
+        check = subject.check
+        lines += [f"### {_code(check.name)}: {check.outcome.value}", "", *_check(subject), ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _check(subject: Subject) -> list[str]:
+    check = subject.check
+    lines = [f"- projected, with evidence: {evidence(check)}"]
+    lines += [f"- {escaped(remark)}" for remark in check.remarks]
+    if check.findings or check.ignored:
+        lines += ["", "| finding | level | what was found |", "|---|---|---|"]
+    for findings, level in ((check.findings, None), (check.ignored, "ignored")):
+        for each in findings:
+            text = escaped(subject.describe(each))
+            lines.append(f"| {each.id} {each.name} | {level or each.level.value} | {text} |")
+    rules = dict.fromkeys(each.id for each in check.at(Level.fail, Level.undecided))
+    if rules:
+        lines += ["", *(f"- **{id_}** {RULES[id_].remedy}" for id_ in rules)]
+    if check.report is not None:
+        lines += ["", *_body(check.report)]
+    return lines
+
+
+def tally(check: Check) -> str:
+    """Return how many findings there are of each level in words."""
+    counts = [(len(check.at(level)), level.value) for level in Level]
+    counts.append((len(check.ignored), "ignored"))
+    return ", ".join(f"{count} {word}" for count, word in counts if count) or "none"
+
+
+def evidence(check: Check) -> str:
+    """Return how many modules are shown to be projected, by what, in words."""
+    counts = Counter(check.evidence.values())
+    return ", ".join(f"{counts[kind]} {kind.value}" for kind in Evidence if counts[kind]) or "none"
+
+
+def escaped(text: str) -> str:
+    """Return a line of text that comes from files, so that it can be nothing but text."""
+    plain = " ".join(printable(text).split())
+    return re.sub(r"([\\`*_\[\]<>|#!&~])", r"\\\1", plain)
 
 
 def _code(name: str) -> str:

@@ -11,9 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from safeproj.errors import printable, shorten
-from safeproj.report.markdown import describe
+from safeproj.report.check import Checks, Finding, Outcome
+from safeproj.report.markdown import describe, evidence, tally
 from safeproj.report.methods import METHODS
 from safeproj.report.record import ModuleReport, Report, Reports, spread
+from safeproj.rules import RULES, Level
 
 CELL = 13
 """Columns of one cell: cosine, scale or share, the mark, and a space."""
@@ -55,6 +57,49 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
         failed = f"failed: {printable(name)}: {' '.join(printable(failure.error).split())}"
         console.print(Text(failed, style="red"), soft_wrap=True)
     return _lines(console)
+
+
+def render_checks(checks: Checks, *, width: int, color: bool) -> str:
+    """Return the findings of each adapter, what to do, and the outcome, as text."""
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
+    )
+    for check in checks.checks:
+        for finding in check.findings:
+            _print_finding(console, finding, check.name if len(checks.checks) > 1 else None)
+        for id_ in dict.fromkeys(each.id for each in check.at(Level.fail, Level.undecided)):
+            console.print(Text(f"{id_}: {RULES[id_].remedy}", style="dim"))
+        if check.findings:
+            console.print()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("adapter", overflow="fold")
+    for heading in ("outcome", "findings", "modules", "cosine min", "projected, with evidence"):
+        table.add_column(heading, overflow="fold")
+    for check in checks.checks:
+        cosines = check.report.cosines if check.report is not None else []
+        table.add_row(
+            Text(check.name),
+            Text(check.outcome.value, style=_OUTCOMES[check.outcome]),
+            tally(check),
+            str(len(check.report.modules)) if check.report is not None else "n/a",
+            f"{min(cosines):.3f}" if cosines else "n/a",
+            evidence(check),
+        )
+    console.print(table)
+    for check in checks.checks:
+        for remark in check.remarks:
+            console.print(Text(f"{check.name}: {remark}", style="dim"))
+    return _lines(console)
+
+
+_OUTCOMES = {Outcome.passed: "green", Outcome.failed: "red", Outcome.undecided: "yellow"}
+
+
+def _print_finding(console: Console, finding: Finding, adapter: str | None) -> None:
+    where = "" if adapter is None else f"{adapter}: "
+    styles = {Level.fail: "red", Level.undecided: "yellow", Level.note: "dim"}
+    head = (f"{finding.level.value:9s} {finding.id} {finding.name}", styles[finding.level])
+    console.print(Text.assemble(head, f"  {where}{finding.message}"), soft_wrap=True)
 
 
 def _lines(console: Console) -> str:
