@@ -1,0 +1,457 @@
+"""The report as one HTML page that opens offline: charts, tables, inputs, and the gate's result."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+from safeproj.errors import printable
+from safeproj.report.check import Check, Checks, Finding, Outcome
+from safeproj.report.html_page.document import document, text
+from safeproj.report.html_page.figures import Chart, curve, heatmap, libraries, measure
+from safeproj.report.html_page.tables import Cell, Row, number, pairs, table
+from safeproj.report.markdown import describe, span
+from safeproj.report.methods import METHODS
+from safeproj.report.record import ModuleReport, Report, Reports, spread
+from safeproj.rules import RULES, Level
+
+DEFAULT_TAU = 0.35
+"""Where the slider starts if neither a selection nor a policy gives a threshold: the paper's."""
+
+_SIDE_BY_SIDE = 6
+"""Adapters whose cosines fit beside each other in one table."""
+
+_CURVE = (
+    "Cosine of each module's update and its projection, in ascending order. Filled and larger: at "
+    "or below tau, so it would be projected."
+)
+_NO_SCRIPT = (
+    "<noscript><p>Charts, sorting and the slider need JavaScript; every number is in the tables."
+    "</p></noscript>"
+)
+_HEATMAP = (
+    "Cosine of each module's update and its projection; a white square marks what the chosen tau "
+    "would project; n/a: no cosine, the table says why."
+)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One adapter: its scores, what a gate found, or why there is neither."""
+
+    name: str
+    report: Report | None
+    check: Check | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Page:
+    """What the page shows: the adapters, and the gate's run where there was one."""
+
+    title: str
+    version: str
+    tau: float
+    entries: tuple[_Entry, ...]
+    checks: Checks | None = None
+
+    @property
+    def scored(self) -> dict[str, Report]:
+        """Return the adapters that have scores, by name."""
+        return {each.name: each.report for each in self.entries if each.report is not None}
+
+
+def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
+    """Return the page of one adapter."""
+    name = str(report.inputs["adapter"]["source"])
+    title = f"{METHODS[report.method].title} report: {name}"
+    return _render(_Page(title, report.version, _tau([report]), (_Entry(name, report),)))
+
+
+def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: ARG001
+    """Return the page of several adapters, beside each other."""
+    good = (_Entry(name, report) for name, report in reports.reports.items())
+    bad = (_Entry(name, None, error=each.error) for name, each in reports.failures.items())
+    title = f"{METHODS[reports.method].title} reports: {len(reports.reports)} adapters"
+    return _render(_Page(title, reports.version, _tau(reports.reports.values()), (*good, *bad)))
+
+
+def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001
+    """Return the page of what a gate found."""
+    entries = tuple(_Entry(each.name, each.report, each) for each in checks.checks)
+    tau = _number(checks.policy.get("threshold"))
+    if tau is None:
+        tau = _tau(each.report for each in checks.checks if each.report is not None)
+    title = f"safeproj check: {checks.outcome.value}"
+    return _render(_Page(title, checks.version, tau, entries, checks))
+
+
+def _tau(reports: Iterable[Report]) -> float:
+    found = (_number(report.selection.get("threshold")) for report in reports)
+    return next((tau for tau in found if tau is not None), DEFAULT_TAU)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+class _Canvas:
+    """Draws charts, and keeps what page.js draws them from."""
+
+    def __init__(self, graphs: Any) -> None:
+        self.graphs = graphs
+        self.figures: list[dict[str, Any]] = []
+
+    def place(self, chart: Chart, key: str, caption: str) -> str:
+        """Return the element that a chart is drawn in."""
+        self.figures.append({"id": key, "kind": chart.kind, **chart.figure})
+        return _figure(chart, key, caption)
+
+
+def _render(page: _Page) -> str:
+    graphs, plotly = libraries()
+    canvas = _Canvas(graphs)
+    parts = [
+        f"<header>\n<h1>{text(page.title)}</h1>\n</header>",
+        '<main id="main" tabindex="-1">',
+        _NO_SCRIPT,
+    ]
+    if page.checks is not None:
+        parts.append(_banner(page.checks))
+    if len(page.entries) > 1:
+        parts.append(_section("Adapters", _overview(page)))
+    if page.scored:
+        drawn = canvas.place(curve(graphs, page.scored, page.tau), "curve", _CURVE)
+        parts.append(_section("Similarity and threshold", _slider(page), drawn))
+    if len(page.entries) > 1:
+        parts.append(_selector(page))
+    parts += [_adapter(page, i, canvas) for i in range(len(page.entries))]
+    if 2 <= len(page.scored) <= _SIDE_BY_SIDE:
+        parts.append(_section("Cosines side by side", _compared(page.scored)))
+    if page.checks is not None:
+        parts.append(_section("Policy", _policy(page.checks.policy)))
+    parts.append(f"</main>\n<footer>safeproj {text(page.version)}</footer>")
+    record = {"tau": page.tau, "adapters": _cosines(page.scored), "figures": canvas.figures}
+    return document(page.title, page.version, "\n".join(parts), record, [plotly])
+
+
+def _section(heading: str, *parts: str) -> str:
+    return "\n".join(["<section>", f"<h2>{text(heading)}</h2>", *parts, "</section>"])
+
+
+def _figure(chart: Chart, key: str, caption: str) -> str:
+    """Return the place of a chart: what it shows is said to those who do not see it, too."""
+    return (
+        f'<figure>\n<div id="{key}" class="plot" role="img" aria-label="{text(chart.alternative)}">'
+        f"</div>\n<figcaption>{text(caption)} <span>{text(chart.alternative)}</span></figcaption>\n"
+        "</figure>"
+    )
+
+
+def _banner(checks: Checks) -> str:
+    said = {
+        Outcome.passed: "Passed: nothing was found that the policy does not allow.",
+        Outcome.failed: "Failed: the policy does not allow what was found.",
+        Outcome.undecided: "Undecided: it cannot be told, so it is no pass.",
+    }[checks.outcome]
+    counts = ", ".join(f"{checks.count(each)} {each.value}" for each in Outcome)
+    found = Counter(each.id for check in checks.checks for each in check.findings)
+    rules = ", ".join(f"{key} {RULES[key].name} ({found[key]})" for key in sorted(found))
+    return (
+        f'<p class="banner {checks.outcome.value}"><strong>{text(said)}</strong> '
+        f"Adapters: {counts}. Findings: {text(rules or 'none')}.</p>"
+    )
+
+
+def _slider(page: _Page) -> str:
+    """Return the slider for tau, and how many modules of each adapter it would project."""
+    at = min(max(page.tau, 0.0), 1.0)
+    lines = (
+        f"<span>{text(line)}</span>"
+        for line in (
+            _would_project(name if len(page.entries) > 1 else "", report.cosines, page.tau)
+            for name, report in page.scored.items()
+        )
+    )
+    return (
+        '<p class="control"><label for="tau">Threshold tau: modules with a cosine at or below it '
+        'are projected</label>\n<input type="range" id="tau" min="0" max="1" step="0.01" '
+        f'value="{at:g}"></p>\n<p><output id="tau-output" for="tau">'
+        f"<strong>tau {page.tau:g}</strong> {' '.join(lines)}</output></p>"
+    )
+
+
+def _would_project(name: str, cosines: list[float], tau: float) -> str:
+    count = sum(cosine <= tau for cosine in cosines)
+    head = f"{name}: " if name else ""
+    return f"{head}would project {count} of {len(cosines)} modules with a cosine"
+
+
+def _cosines(scored: dict[str, Report]) -> list[dict[str, Any]]:
+    """Return what page.js counts for the slider."""
+    return [{"name": printable(name), "cosines": each.cosines} for name, each in scored.items()]
+
+
+def _overview(page: _Page) -> str:
+    """Return one row per adapter."""
+    method = next((each.method for each in page.scored.values()), "safe-lora")
+    beside = f"{METHODS[method].measure} mean"
+    headings = ["adapter", "modules", "projected", "cosine min", "mean", "max", beside, "warnings"]
+    if page.checks is not None:
+        headings[1:1] = ["outcome", "findings"]
+        headings[4] = "to project"
+    failed = any(each.error is not None for each in page.entries)
+    rows = [_overview_row(each, failed) for each in page.entries]
+    return table("adapters", "The adapters", headings + ["error"] * failed, rows, tools=True)
+
+
+def _overview_row(entry: _Entry, failed: bool) -> Row:
+    cells = [Cell(entry.name)]
+    if entry.check is not None:
+        outcome = entry.check.outcome.value
+        cells += [Cell(outcome, mark=outcome), _count(len(entry.check.findings))]
+    report = entry.report
+    if report is None:
+        cells += [number(None)] * 7
+    else:
+        cosine = spread(report.cosines)
+        cells += [_count(len(report.modules)), _count(report.projected)]
+        cells += [number(cosine[each]) for each in ("min", "mean", "max")]
+        cells += [number(spread(report.measures)["mean"]), _count(len(report.warnings))]
+    return Row(cells + [Cell(entry.error or "")] * failed)
+
+
+def _count(value: int) -> Cell:
+    return number(value, "d")
+
+
+def _selector(page: _Page) -> str:
+    options = (
+        f'<option value="{i}">{text(entry.name)}</option>' for i, entry in enumerate(page.entries)
+    )
+    return (
+        '<p class="control"><label for="adapter">Adapter shown below</label>\n'
+        f'<select id="adapter">{"".join(options)}</select></p>'
+    )
+
+
+def _adapter(page: _Page, i: int, canvas: _Canvas) -> str:
+    """Return everything about one adapter."""
+    entry = page.entries[i]
+    parts = [f'<section class="adapter" id="adapter-{i}">', f"<h2>{text(entry.name)}</h2>"]
+    if entry.error is not None:
+        parts.append(f'<p class="banner failed"><strong>Failed:</strong> {text(entry.error)}</p>')
+    if entry.check is not None:
+        parts.append(_found(entry.check, i))
+    if entry.report is not None:
+        parts.append(_summary(entry.report))
+        if entry.report.modules:
+            parts += _charts(entry.report, i, page.tau, canvas)
+        parts += [_modules(entry.report, i, page.tau, entry.check), *_rest(entry.report, i)]
+    return "\n".join([*parts, "</section>"])
+
+
+def _charts(report: Report, i: int, tau: float, canvas: _Canvas) -> list[str]:
+    words = METHODS[report.method]
+    # The legend is written for a table, whose cells hold the cosine first and then the measure.
+    legend = " ".join(words.legend.partition(";")[0].removeprefix("then ").split())
+    return [
+        "<h3>Cosine by layer and kind</h3>",
+        canvas.place(heatmap(canvas.graphs, report, tau), f"heatmap-{i}", _HEATMAP),
+        f"<h3>What projection removes: {text(words.measure)}</h3>",
+        canvas.place(measure(canvas.graphs, report), f"measure-{i}", f"{legend}."),
+    ]
+
+
+def _found(check: Check, i: int) -> str:
+    """Return the outcome of one adapter and its findings."""
+    outcome = check.outcome.value
+    parts = [f'<p class="banner {outcome}"><strong>Outcome: {outcome}.</strong></p>']
+    source = [("checked", check.source), ("weights", check.weights_file or "could not be read")]
+    parts += ["<h3>Findings</h3>", pairs(source)]
+    for key, caption, found in (
+        (f"findings-{i}", "What counts", check.findings),
+        (f"ignored-{i}", "What the policy or --ignore left out", check.ignored),
+    ):
+        if found:
+            parts.append(_findings(key, caption, found))
+    if not check.findings:
+        parts.append("<p>Nothing was found.</p>")
+    return "\n".join(parts)
+
+
+def _findings(key: str, caption: str, findings: Iterable[Finding]) -> str:
+    listed = list(findings)
+    mark = {Level.fail: "failed", Level.undecided: "undecided", Level.note: ""}
+    columns = {
+        "id": [Cell(each.id, mark="short") for each in listed],
+        "level": [Cell(each.level.value, mark=mark[each.level]) for each in listed],
+        "name": [Cell(each.name) for each in listed],
+        "message": [Cell(each.message) for each in listed],
+        "module": [Cell(each.module or "") for each in listed],
+        "tensor": [Cell(each.tensor or "") for each in listed],
+        "file": [Cell(each.file or "") for each in listed],
+        "remedy": [Cell(RULES[each.id].remedy) for each in listed],
+    }
+    return _filled(key, caption, columns)
+
+
+def _filled(
+    key: str,
+    caption: str,
+    columns: dict[str, list[Cell]],
+    *keep: str,
+    cosines: Iterable[float | None] = repeat(None),
+) -> str:
+    """Return a table without the columns in which nothing stands, but for those to keep."""
+    used = {
+        name: cells
+        for name, cells in columns.items()
+        if name in keep or any(cell.shown for cell in cells)
+    }
+    rows = (Row(cells, cosine) for *cells, cosine in zip(*used.values(), cosines, strict=False))
+    return table(key, caption, list(used), rows, tools=True)
+
+
+def _summary(report: Report) -> str:
+    """Return the facts about all modules together."""
+    items = [
+        ("projected, or would be", f"{report.projected} of {len(report.modules)} modules"),
+        ("selection", describe(report.selection)),
+        ("projector", describe(report.projector)),
+        ("cosine", span(report.cosines)),
+        (METHODS[report.method].formula, span(report.measures)),
+    ]
+    if report.pdst is not None:
+        items.append(("pdst", f"{report.pdst:.4f}"))
+    if report.safety_energy:
+        energies = (f"{rank}: {share:.2f}" for rank, share in report.safety_energy.items())
+        items.append(("share of the safety data's output energy by rank", ", ".join(energies)))
+    truncations = [each.truncation for each in report.modules if each.truncation is not None]
+    if truncations:
+        items.append(("relative error of the truncated C", f"up to {max(truncations):.3f}"))
+    return f"<h3>Summary</h3>\n{pairs(items)}"
+
+
+def _modules(report: Report, i: int, tau: float, check: Check | None) -> str:
+    """Return the table of modules, which holds every number of the charts."""
+    listed = report.modules
+    evidence = (
+        {} if check is None else {k: f"projected ({v.value})" for k, v in check.evidence.items()}
+    )
+    measure_name = METHODS[report.method].measure
+    columns = {
+        "module": [Cell(each.name, float(place)) for place, each in enumerate(listed)],
+        "shape": [_shape(each) for each in listed],
+        "rank": [_count(each.rank) for each in listed],
+        "cosine": [number(each.cosine) for each in listed],
+        measure_name: [number(each.measure) for each in listed],
+        "energy" if report.safety_energy else "‖V‖": [_further(each) for each in listed],
+        "at or below tau": [_below(each, tau) for each in listed],
+        "projected" if check is None else "to project": [
+            Cell("yes" if each.projected else "") for each in listed
+        ],
+        "evidence": [Cell(evidence.get(each.name, "")) for each in listed],
+        "bounds of the cosine": [_bounds(each) for each in listed],
+        "relative error of C": [number(each.truncation, ".3f") for each in listed],
+        "rank of C": [number(each.projector_rank, "d") for each in listed],
+        "note": [Cell(each.note or "") for each in listed],
+    }
+    always = ("cosine", measure_name, "at or below tau", "projected", "to project")
+    caption = "Every module, with the numbers of the charts"
+    cosines = [each.cosine for each in listed]
+    shown = _filled(f"modules-{i}", caption, columns, *always, cosines=cosines)
+    return f"<h3>Modules</h3>\n{shown}"
+
+
+def _shape(module: ModuleReport) -> Cell:
+    rows, columns = module.shape
+    return Cell(f"{rows}×{columns}", float(rows * columns), mark="short")
+
+
+def _below(module: ModuleReport, tau: float) -> Cell:
+    below = module.cosine is not None and module.cosine <= tau
+    return Cell("yes" if below else "", mark="tau")
+
+
+def _bounds(module: ModuleReport) -> Cell:
+    if module.bounds is None:
+        return Cell("")
+    unsure = " uncertain" if module.uncertain else ""
+    return Cell(f"{module.bounds[0]:.4f} to {module.bounds[1]:.4f}{unsure}", module.bounds[0])
+
+
+def _further(module: ModuleReport) -> Cell:
+    if module.safety is not None:
+        return number(module.safety.energy)
+    return number(module.alignment_norm, ".4g")
+
+
+def _rest(report: Report, i: int) -> list[str]:
+    """Return what the scores were computed from, and what they do not cover."""
+    parts = ["<h3>Inputs</h3>", _inputs(report, i)]
+    if report.unprojected:
+        rows = (
+            Row(
+                [
+                    Cell(each.parameter), Cell(each.tensor), Cell(each.kind),
+                    number(each.relative_change, ".2g"),
+                ]
+            )
+            for each in report.unprojected
+        )  # fmt: skip
+        headings = ("parameter", "tensor", "kind", "relative change")
+        caption = "What the adapter changes past every projection"
+        parts.append("<h3>Changes that no score covers</h3>")
+        parts.append(table(f"unprojected-{i}", caption, headings, rows, tools=True))
+    if report.warnings:
+        listed = "\n".join(f"<li>{text(warning)}</li>" for warning in report.warnings)
+        parts += ["<h3>Warnings</h3>", f"<ul>\n{listed}\n</ul>"]
+    return parts
+
+
+def _inputs(report: Report, i: int) -> str:
+    further = any(identity.keys() - {"source", "revision"} for identity in report.inputs.values())
+    rows = []
+    for role, identity in report.inputs.items():
+        known = dict(identity)
+        cells = [Cell(str(known.pop(key, None) or "")) for key in ("source", "revision")]
+        more = ", ".join(f"{key} {_plain(value)}" for key, value in known.items())
+        rows.append(Row([Cell(role.replace("_", " ")), *cells, *[Cell(more)] * further]))
+    headings = ["input", "source", "revision", *["further"] * further]
+    return table(f"inputs-{i}", "What was scored, and against what", headings, rows)
+
+
+def _compared(scored: dict[str, Report]) -> str:
+    """Return the cosines of all adapters by module."""
+    by_adapter = [{each.name: each.cosine for each in report.modules} for report in scored.values()]
+    names = dict.fromkeys(name for cosines in by_adapter for name in cosines)
+    rows = (
+        Row([Cell(name, float(i)), *(number(cosines.get(name)) for cosines in by_adapter)])
+        for i, name in enumerate(names)
+    )
+    caption = "Cosine of each module by adapter"
+    return table("compared", caption, ["module", *scored], rows, tools=True)
+
+
+def _policy(policy: dict[str, Any]) -> str:
+    rows = (Row([Cell(name), Cell(_plain(value))]) for name, value in _flat(policy))
+    return table("policy", "What the check was held to", ("field", "value"), rows)
+
+
+def _flat(options: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", each) for inner, each in _flat(value))
+        else:
+            yield name, value
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "not set"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
