@@ -18,12 +18,13 @@ import typer
 
 from safeproj.__main__ import INTERRUPTED, end_at_once
 from safeproj.errors import SafeprojError, first_line, printable
+from safeproj.rules import UNUSABLE
 
 if TYPE_CHECKING:
     from safeproj.api import Observer
     from safeproj.engine import Progress
     from safeproj.profile import Profile
-    from safeproj.report import Report, Reports
+    from safeproj.report import Checks, Record
 
 WIDTH = 100
 """Columns of the report where no terminal says otherwise, so that logs look alike everywhere."""
@@ -90,76 +91,90 @@ def _unwind(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a s
     raise KeyboardInterrupt(number)
 
 
-def check_output(
-    output: Path | None, out: Path | None, inputs: Sequence[tuple[str, str | None]]
+def check_outputs(
+    outputs: Iterable[tuple[str, Path | None]],
+    out: Path | None,
+    inputs: Sequence[tuple[str, str | None]],
 ) -> None:
     """Refuse an `--output` that cannot be written or that would replace something else.
 
     Args:
-        output: the file for the report.
+        outputs: formats and the files for them, None for stdout.
         out: the directory for the adapter, if one is written.
         inputs: option names and SRC; the files of an input are never changed.
 
     Raises:
         SafeprojError: it is a directory, in no directory, `--out` itself, or a file of an input.
     """
-    if output is None:
-        return
-    if output.is_dir() or not output.parent.is_dir():
-        raise SafeprojError(f"--output {output}: not a file in an existing directory")
-    place = output.resolve()
-    if out is not None and place == out.resolve():
-        raise SafeprojError(f"--output {output}: is --out; choose another name")
-    for option, source in inputs:
-        if source is None:
-            continue
-        given = Path(source).expanduser().resolve()
-        if place == given or (place.exists() and given in place.parents):
-            raise SafeprojError(f"--output {output}: is a file of {option} {source}")
+    for output in (path for _, path in outputs if path is not None):
+        if output.is_dir() or not output.parent.is_dir():
+            raise SafeprojError(f"--output {output}: not a file in an existing directory")
+        place = output.resolve()
+        if out is not None and place == out.resolve():
+            raise SafeprojError(f"--output {output}: is --out; choose another name")
+        for option, source in inputs:
+            if source is None:
+                continue
+            given = Path(source).expanduser().resolve()
+            if place == given or (place.exists() and given in place.parents):
+                raise SafeprojError(f"--output {output}: is a file of {option} {source}")
 
 
 def finish(
-    report: Report | Reports,
-    format_: str,
-    output: Path | None,
+    record: Record,
+    outputs: Sequence[tuple[str, Path | None]],
     quiet: bool,
     result: str,
     profile: Profile | None = None,
 ) -> None:
-    """Send the report where it was asked for, the warnings, the result and a profile to stderr.
+    """Send the reports where they were asked for, the warnings, result and profile to stderr.
 
     Args:
-        report: the record of the run, on one adapter or on many.
-        format_: one of `safeproj.report.FORMATS`.
-        output: the file for the report; stdout if None.
+        record: of the run: scores of one adapter or of many, or what a gate found.
+        outputs: formats and the files for them, None for stdout.
         quiet: leave out warnings and result.
         result: what was written, for the last line and for errors; empty if nothing was.
         profile: where the time went, if that was asked for.
 
     Raises:
-        SafeprojError: the report cannot be written.
-        Exit: with exit code 1, if one of many adapters failed.
+        SafeprojError: a report cannot be written.
+        Exit: with exit code 1, if one of many adapters failed or a gate did; with 2, if a gate
+            could not decide.
     """
-    from safeproj.report import Reports
+    from safeproj.report import Checks, Reports
 
     done()
-    try:
-        _send(report, format_, output)
-    except BrokenPipeError:
-        # The reader has gone. Python would report that again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(141) from None
-    except OSError as error:
-        where = "stdout" if output is None else f"--output {output}"
-        reason = error.strerror or str(error)
-        raise SafeprojError(
-            f"{where}: the report cannot be written ({reason})" + (f"; {result}" if result else "")
-        ) from error
-    closing(report.warnings, quiet, result, profile)
-    if isinstance(report, Reports) and report.failures:
-        for name, failure in report.failures.items():
+    for format_, output in outputs:
+        try:
+            _send(record, format_, output)
+        except BrokenPipeError:
+            # The reader has gone. Python would report that again when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+        except OSError as error:
+            where = "stdout" if output is None else f"--output {output}"
+            reason = error.strerror or str(error)
+            written = f"; {result}" if result else ""
+            raise SafeprojError(
+                f"{where}: the report cannot be written ({reason}){written}"
+            ) from error
+    closing(record.warnings, quiet, result, profile)
+    if isinstance(record, Reports) and record.failures:
+        for name, failure in record.failures.items():
             say(f"safeproj: error: {name}: {' '.join(failure.error.split())}")
         raise typer.Exit(1)
+    if isinstance(record, Checks):
+        _end(record)
+
+
+def _end(checks: Checks) -> None:
+    """End a gate; why an adapter cannot be read is also said on stderr."""
+    for check in checks.checks:
+        for finding in check.findings:
+            if finding.id == UNUSABLE:
+                say(f"safeproj: error: {finding.message}")
+    if checks.outcome.exit_code:
+        raise typer.Exit(checks.outcome.exit_code)
 
 
 def closing(
@@ -176,23 +191,48 @@ def closing(
             say(line)
 
 
-def _send(report: Report | Reports, format_: str, output: Path | None) -> None:
-    from safeproj.report import Reports, render, render_many
-
-    def text(width: int, color: bool) -> str:
-        if isinstance(report, Reports):
-            return render_many(report, format_, width=width, color=color)
-        return render(report, format_, width=width, color=color)
+def _send(record: Record, format_: str, output: Path | None) -> None:
+    from safeproj.report import render
 
     if output is not None:
-        output.write_bytes(text(WIDTH, False).encode())
+        text = render(record, format_, width=WIDTH)
+        _replace(output.resolve(), text.encode())
     elif sys.stdout is None:
         raise OSError("it is closed")
     else:
         terminal = sys.stdout.isatty()
         width = shutil.get_terminal_size().columns if terminal else WIDTH
-        sys.stdout.write(text(width, terminal))
+        sys.stdout.write(render(record, format_, width=width, color=terminal))
         sys.stdout.flush()
+    if format_ == "github":
+        _send_summary(record)
+
+
+def _replace(place: Path, content: bytes) -> None:
+    """Write a file in one step: it is complete, or as it was."""
+    if place.exists() and not place.is_file():  # such as /dev/null or a pipe
+        place.write_bytes(content)
+        return
+    partial = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(content)
+        partial.replace(place)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _send_summary(record: Record) -> None:
+    """Add the summary of a GitHub Actions step, where one runs this."""
+    from safeproj.report import Checks
+    from safeproj.report.github import SUMMARY_LIMIT, summary
+
+    place = os.environ.get("GITHUB_STEP_SUMMARY")
+    if place and isinstance(record, Checks):
+        with Path(place).open("a", encoding="utf-8", newline="\n") as file:
+            left = SUMMARY_LIMIT - file.tell()  # the limit is that of the whole file
+            file.write(summary(record, left))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from safeproj import __version__
-from safeproj.cli import align, inspect, patch, salora
+from safeproj.cli import align, check, inspect, patch, salora, sign, verify
 
 app = typer.Typer(
     name="safeproj",
@@ -42,4 +42,7 @@ def _common(
 app.command("inspect")(inspect.inspect_command)
 app.command("patch")(patch.patch_command)
 app.command("align")(align.align_command)
+app.command("check")(check.check_command)
+app.command("verify")(verify.verify_command)
+app.command("sign")(sign.sign_command)
 app.add_typer(salora.app, name="salora")

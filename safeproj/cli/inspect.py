@@ -23,7 +23,6 @@ from safeproj.cli.options import (
     Projector,
     Quiet,
     Rank,
-    ReportFormat,
     SafetyModuleSource,
     ShowProfile,
     Threshold,
@@ -31,6 +30,7 @@ from safeproj.cli.options import (
     Workers,
     check_projector,
     options_of,
+    outputs_of,
     projector_of,
     selection_of,
 )
@@ -57,7 +57,7 @@ def inspect_command(
     energy: Energy = None,
     device: Device = "auto",
     workers: Workers = None,
-    format_: Format = ReportFormat.table,
+    format_: Format = None,
     output: Output = None,
     show_profile: ShowProfile = False,
     quiet: Quiet = False,
@@ -71,7 +71,8 @@ def inspect_command(
     """
     with terminal.command(verbose):
         against = Against(base, aligned, alignment, safety_module)
-        terminal.check_output(output, None, against.inputs(adapter))
+        outputs = outputs_of(format_, output)
+        terminal.check_outputs(outputs, None, against.inputs(adapter))
         selection = selection_of(threshold, layers, all_modules, include, exclude)
         check_projector(safety_module, projector, rank, energy)
         profile = Profile()
@@ -84,8 +85,8 @@ def inspect_command(
         terminal.interruptible()
         report: Report | Reports
         adapters = collect(adapter)
-        terminal.check_output(
-            output, None, [("--adapter", each.source) for each in adapters.members]
+        terminal.check_outputs(
+            outputs, None, [("--adapter", each.source) for each in adapters.members]
         )
         with terminal.observer(quiet) as observer:
             if adapters.many:
@@ -111,4 +112,4 @@ def inspect_command(
                     observer=observer,
                     profile=profile,
                 )
-        terminal.finish(report, format_.value, output, quiet, "", profile if show_profile else None)
+        terminal.finish(report, outputs, quiet, "", profile if show_profile else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,6 +40,19 @@ class ReportFormat(str, Enum):
     table = "table"
     json = "json"
     markdown = "markdown"
+    html = "html"
+
+
+class CheckFormat(str, Enum):
+    """Choices of `--format` for gates."""
+
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+    html = "html"
+    sarif = "sarif"
+    junit = "junit"
+    github = "github"
 
 
 Base = Annotated[
@@ -153,10 +167,19 @@ Workers = Annotated[
         "[default: one per core, at most 8]",
     ),
 ]
-Format = Annotated[ReportFormat, typer.Option("--format", help="What the report looks like.")]
+_FORMAT = typer.Option(
+    "--format",
+    help="What the report looks like; repeatable, with one --output for each.  [default: table]",
+)
+Format = Annotated[list[ReportFormat] | None, _FORMAT]
+GateFormat = Annotated[list[CheckFormat] | None, _FORMAT]
 Output = Annotated[
-    Path | None,
-    typer.Option("--output", metavar="FILE", help="Write the report to FILE instead of stdout."),
+    list[Path] | None,
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="Write the report to FILE instead of stdout, which is -; repeatable.",
+    ),
 ]
 ShowProfile = Annotated[
     bool, typer.Option("--profile", help="Say on stderr where time and memory went.")
@@ -168,6 +191,28 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback
 def names_of(text: str) -> list[str]:
     """Return the names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def outputs_of(
+    formats: Sequence[ReportFormat] | Sequence[CheckFormat] | None, outputs: list[Path] | None
+) -> list[tuple[str, Path | None]]:
+    """Return which report goes where: None is stdout.
+
+    Raises:
+        SafeprojError: there are not as many places as formats, or two reports for one place.
+    """
+    kinds = [kind.value for kind in formats or ()] or ["table"]
+    places = [None if place == Path("-") else place for place in outputs or ()]
+    if not places and len(kinds) == 1:
+        places = [None]
+    if len(places) != len(kinds):
+        raise SafeprojError(
+            f"{len(kinds)} --format and {len(places)} --output; expected one --output for each "
+            "--format (- is stdout)"
+        )
+    if len({None if p is None else p.resolve() for p in places}) < len(places):
+        raise SafeprojError("two reports for the same --output; expected another place for each")
+    return list(zip(kinds, places, strict=True))
 
 
 def selection_of(

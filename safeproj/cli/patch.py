@@ -27,7 +27,6 @@ from safeproj.cli.options import (
     Projector,
     Quiet,
     Rank,
-    ReportFormat,
     SafetyModuleSource,
     ShowProfile,
     Threshold,
@@ -35,6 +34,7 @@ from safeproj.cli.options import (
     Workers,
     check_projector,
     options_of,
+    outputs_of,
     projector_of,
     selection_of,
 )
@@ -78,7 +78,7 @@ def patch_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but the writing.")
     ] = False,
-    format_: Format = ReportFormat.table,
+    format_: Format = None,
     output: Output = None,
     show_profile: ShowProfile = False,
     quiet: Quiet = False,
@@ -91,7 +91,8 @@ def patch_command(
     """
     with terminal.command(verbose):
         against = Against(base, aligned, alignment, safety_module)
-        terminal.check_output(output, out, against.inputs(adapter))
+        outputs = outputs_of(format_, output)
+        terminal.check_outputs(outputs, out, against.inputs(adapter))
         selection = selection_of(threshold, layers, all_modules, include, exclude)
         check_projector(safety_module, projector, rank, energy)
         profile = Profile()
@@ -111,8 +112,8 @@ def patch_command(
         terminal.interruptible()
         report: Report | Reports
         adapters = collect(adapter)
-        terminal.check_output(
-            output, out, [("--adapter", each.source) for each in adapters.members]
+        terminal.check_outputs(
+            outputs, out, [("--adapter", each.source) for each in adapters.members]
         )
         with terminal.observer(quiet) as observer:
             if adapters.many:
@@ -151,4 +152,4 @@ def patch_command(
         result = f"wrote {out}" if written else "nothing written"
         result = f"dry run: {result}" if dry_run else result
         shown = profile if show_profile else None
-        terminal.finish(report, format_.value, output, quiet, f"{result} ({what})", shown)
+        terminal.finish(report, outputs, quiet, f"{result} ({what})", shown)

@@ -1,0 +1,207 @@
+"""`safeproj check`: the gate before publishing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeproj import terminal
+from safeproj.against import Against
+from safeproj.cli.options import (
+    Aligned,
+    AlignmentSource,
+    Base,
+    Device,
+    Energy,
+    GateFormat,
+    Map,
+    Output,
+    Projector,
+    Quiet,
+    Rank,
+    SafetyModuleSource,
+    ShowProfile,
+    Verbose,
+    Workers,
+    options_of,
+    outputs_of,
+)
+from safeproj.errors import SafeprojError
+from safeproj.gate.policy import POLICY_FILE, changed, find_policy, write_template
+from safeproj.profile import Profile
+
+
+def check_command(
+    adapter: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTER]...",
+            help="SRC of the adapters; a directory of adapters stands for all of them.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Base = None,
+    aligned: Aligned = None,
+    alignment: AlignmentSource = None,
+    safety_module: SafetyModuleSource = None,
+    original: Annotated[
+        str | None,
+        typer.Option(
+            "--original",
+            metavar="SRC",
+            help="The adapter before patching: its projection is computed again and compared.",
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            "--policy",
+            metavar="FILE",
+            help=f"The policy.  [default: {POLICY_FILE}, or tool.safeproj in pyproject.toml, of "
+            "the current directory]",
+        ),
+    ] = None,
+    init: Annotated[
+        bool, typer.Option("--init", help=f"Write a commented policy to {POLICY_FILE} and end.")
+    ] = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="T",
+            help="A module whose cosine is at most T counts against the adapter, unless it was "
+            "projected.",
+        ),
+    ] = None,
+    max_below: Annotated[
+        str | None,
+        typer.Option(
+            "--max-below", metavar="N|P%", help="How many modules may do so, or what share."
+        ),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--override",
+            metavar="RE=T",
+            help="Another threshold for modules whose name matches; repeatable.",
+        ),
+    ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            "--coverage", metavar="S", help="Share of the adapted modules that must have a score."
+        ),
+    ] = None,
+    max_scaling: Annotated[
+        float | None,
+        typer.Option("--max-scaling", metavar="S", help="Largest scaling s of an update."),
+    ] = None,
+    max_size: Annotated[
+        float | None,
+        typer.Option(
+            "--max-size", metavar="X", help="Largest norm of an update, relative to aligned - base."
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", metavar="NAME", help="Allow what the policy names so; repeatable."),
+    ] = None,
+    forbid: Annotated[
+        list[str] | None, typer.Option("--forbid", metavar="NAME", help="Forbid it; repeatable.")
+    ] = None,
+    evidence: Annotated[
+        str | None,
+        typer.Option(
+            "--evidence",
+            metavar="KIND",
+            help="What must show that a module was projected: recorded, signed or recomputed.",
+        ),
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pin",
+            metavar="ROLE=IDENTITY",
+            help="What base, aligned, alignment or safety-module must be: org/name@commit or "
+            "sha256:DIGEST; repeatable.",
+        ),
+    ] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--public-key", metavar="FILE", help="The key that the directory must be signed by."
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="ID", help="Leave a finding out; repeatable."),
+    ] = None,
+    projector: Projector = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    map_: Map = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    format_: GateFormat = None,
+    output: Output = None,
+    show_profile: ShowProfile = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Tell whether adapters pass a policy: the gate before publishing.
+
+    Reads and changes nothing. Exit code 0: passed. 1: failed. 2: could not be decided, which is
+    never a pass.
+    """
+    with terminal.command(verbose):
+        if init:
+            place = policy or Path(POLICY_FILE)
+            write_template(place)
+            terminal.closing((), quiet, f"wrote {place}")
+            return
+        if not adapter:
+            raise SafeprojError("no ADAPTER; expected the SRC of one or more")
+        against = Against(base, aligned, alignment, safety_module)
+        outputs = outputs_of(format_, output)
+        terminal.check_outputs(outputs, None, against.inputs(adapter))
+        given = {
+            "threshold": threshold,
+            "max-below": max_below,
+            "override": override,
+            "coverage": coverage,
+            "max-scaling": max_scaling,
+            "max-size": max_size,
+            "allow": allow,
+            "forbid": forbid,
+            "evidence": evidence,
+            "pin": pin,
+            "public-key": public_key,
+            "ignore": ignore,
+            "projector": None if projector is None else projector.value,
+            "rank": rank,
+            "energy": energy,
+        }
+        chosen = changed(find_policy(policy, adapter), given)
+        profile = Profile()
+        with profile.phase("import"):
+            options = options_of(device=device, workers=workers, maps=map_)
+            from safeproj import api
+
+        terminal.interruptible()
+        with terminal.observer(quiet) as observer:
+            checks = api.check(
+                base,
+                aligned,
+                adapter,
+                chosen,
+                options,
+                alignment=alignment,
+                safety_module=safety_module,
+                original=original,
+                observer=observer,
+                profile=profile,
+            )
+        terminal.finish(checks, outputs, quiet, "", profile if show_profile else None)
