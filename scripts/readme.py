@@ -1,4 +1,4 @@
-"""Put the real output of the README's commands into the README: `make readme`."""
+"""Put what the commands print into README.md and docs/gate.md, and the rules: `make readme`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ import sys
 import tempfile
 from pathlib import Path
 
+from safeproj.rules import RULES, Level
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).parent / "safeproj"
+PAGES = ("README.md", "docs/gate.md")
+"""The pages with console blocks: each `$ safeproj` line is run, in order, in one directory."""
+
+LEVELS = {
+    Level.fail: "fails",
+    Level.undecided: "leaves undecided",
+    Level.note: "is a note",
+}
 
 
 def output(command: list[str], cwd: str) -> str:
-    """Return what a command prints on both streams."""
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        check=True,
-    ).stdout
+    """Return what a command prints on both streams; gates end with 1 where they fail."""
+    done = subprocess.run(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
+    if done.returncode not in (0, 1):
+        raise SystemExit(done.stdout)
+    return done.stdout
 
 
-def main() -> None:
-    """Rewrite README.md."""
-    readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
+def with_consoles(text: str) -> str:
+    """Return a page with the real output in its console blocks."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "examples").symlink_to(ROOT / "examples")
 
@@ -37,13 +43,43 @@ def main() -> None:
             printed = output([str(COMMAND), *shlex.split(shown)[2:]], directory)
             return f"```console\n{shown}\n{printed}```"
 
-        text = re.sub(r"```console\n(\$ safeproj .*)\n(?:.*\n)*?```", console, text)
+        return re.sub(r"```console\n(\$ safeproj .*)\n(?:.*\n)*?```", console, text)
+
+
+def with_demo(text: str) -> str:
+    """Return the README with the demonstration's table."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "examples").symlink_to(ROOT / "examples")
         demo = output([sys.executable, str(ROOT / "scripts" / "demo.py")], directory)
     (table,) = re.findall(r"^ +complies(?:.*\n)*.*B merely scaled.*\n", demo, re.MULTILINE)
-    text = re.sub(
+    return re.sub(
         r"(<!-- example: demo -->\n```text\n)(?:.*\n)*?```", lambda m: f"{m[1]}{table}```", text
     )
-    readme.write_text(text, "utf-8")
+
+
+def rules() -> str:
+    """Return the section about every finding."""
+    parts = [
+        f"### {rule.id} {rule.name}\n\n{rule.meaning} It {LEVELS[rule.level]}.\n\n"
+        f"*What to do:* {rule.remedy}\n"
+        for rule in RULES.values()
+    ]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Rewrite the pages."""
+    for name in PAGES:
+        page = ROOT / name
+        text = with_consoles(page.read_text("utf-8"))
+        if name == "README.md":
+            text = with_demo(text)
+        text = re.sub(
+            r"(<!-- findings: [^>]*-->\n)(?:.*\n)*?(<!-- end -->)",
+            lambda m: f"{m[1]}\n{rules()}\n{m[2]}",
+            text,
+        )
+        page.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
