@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Installs safeproj into an environment of its own and tells where the command is.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+. "$here/common.sh"
+
+if [ "$INPUT_INSTALL" = false ]; then
+  found=$(command -v safeproj) || fail "install is false, and there is no safeproj on the PATH"
+  output command "$found"
+  exit
+fi
+
+python=$(find_python) || fail "there is no Python ${INPUT_PYTHON:-(python3 or python)}"
+environment=$(mktemp -d "$RUNNER_TEMP/safeproj-venv.XXXXXX")
+"$python" -m venv "$environment"
+bin=$environment/bin
+[ -d "$bin" ] || bin=$environment/Scripts # on Windows
+
+pip=("$bin/python" -m pip install --quiet --disable-pip-version-check)
+if [ -n "$INPUT_TORCH_INDEX" ]; then
+  "${pip[@]}" "--index-url=$INPUT_TORCH_INDEX" 'torch>=2.6'
+fi
+
+extras=$INPUT_EXTRAS
+[ -z "$INPUT_REPORT" ] || extras=${extras:+$extras,}report
+extras=${extras:+[$extras]}
+if [ -n "$INPUT_VERSION" ]; then
+  "${pip[@]}" "safeproj$extras==$INPUT_VERSION"
+else
+  "${pip[@]}" "$(dirname "$(dirname "$here")")$extras"
+fi
+"$bin/safeproj" --version
+output command "$bin/safeproj"
