@@ -270,7 +270,7 @@ def check(
 
     policy, options = policy or Policy(), options or Options()
     against = Against(base, aligned, alignment, safety_module)
-    members = collect(adapters).members
+    members = collect(adapters, written=False).members
     if original is not None and len(members) != 1:
         raise SafeprojError(f"--original goes with one adapter, found {len(members)}")
     projector = policy.projector_for(against)

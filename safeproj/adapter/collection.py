@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -43,11 +44,16 @@ class Collection:
     many: bool
 
 
-def collect(sources: Iterable[str]) -> Collection:
+def collect(sources: Iterable[str], *, written: bool = True) -> Collection:
     """Return the adapters that the values of `--adapter` name, without reading any.
 
+    Args:
+        sources: the values.
+        written: whether each gets a place of its name below `--out`. If not, what is named twice
+            counts once, and adapters of the same name are told apart by their SRC.
+
     Raises:
-        SafeprojError: a list cannot be read, names nothing, or two adapters would get one name.
+        SafeprojError: a list cannot be read, names nothing, or two adapters would get one place.
     """
     if isinstance(sources, str):
         raise TypeError("expected the SRC of several adapters, found one string")
@@ -59,9 +65,28 @@ def collect(sources: Iterable[str]) -> Collection:
             found = list(_below(each))
             many = many or each != source or bool(found)
             members += found or [Member(each, _name(each))]
-    if many:
+    if not written:
+        members = _told_apart(members)
+    elif many:
         _require_apart(members)
     return Collection(tuple(members), many)
+
+
+def _told_apart(members: Sequence[Member]) -> list[Member]:
+    """Return each adapter once, under a name that no other has."""
+    places = {_place(member.source): member for member in reversed(members)}
+    found = [member for member in members if places[_place(member.source)] is member]
+    counts = Counter(member.name for member in found)
+    return [m if counts[m.name] == 1 else Member(m.source, m.source) for m in found]
+
+
+def _place(source: str) -> str:
+    """Return what two SRC of the same adapter have in common."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return source
+    stands_in = path.is_file() and any(path.name in kind.stand_ins for kind in FORMATS)
+    return os.path.realpath(path.parent if stands_in else path)
 
 
 def _require_apart(members: Sequence[Member]) -> None:

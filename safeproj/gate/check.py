@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,8 @@ def _check(
         findings=tuple(each for each in ordered if each.id not in policy.ignore),
         ignored=tuple(each for each in ordered if each.id in policy.ignore),
         evidence=dict(evidence),
-        report=run.report,
+        # What would be projected, and how well, is not what a gate is asked.
+        report=dataclasses.replace(run.report, warnings=(*adapter.warnings, *run.plan.warnings)),
         remarks=remarks,
     )
 

@@ -355,3 +355,20 @@ def test_names_that_begin_alike_do_not_clash(tmp_path: Path) -> None:
 
 def test_no_value_names_no_adapter() -> None:
     assert collect([]) == Collection((), many=False)
+
+
+# --- what is read only
+
+
+def test_one_adapter_named_twice_is_checked_once(tmp_path: Path) -> None:
+    place = adapter(tmp_path / "alpha")
+    given = sources(place / CONFIG, place / FACTORS, place)
+    found = collect(given, written=False)
+    assert found.members == (Member(given[0], "alpha"),)
+
+
+def test_adapters_of_one_name_are_told_apart_by_their_source(tmp_path: Path) -> None:
+    given = sources(*(adapter(tmp_path / name / "final") for name in "ab"))
+    other = str(adapter(tmp_path / "other"))
+    found = collect([*given, other, "org/final", "org/final"], written=False)
+    assert names(found) == [*given, "other", "org/final"]
