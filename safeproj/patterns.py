@@ -19,7 +19,7 @@ _SCRIPT = """\
 import json, re, sys
 prefix, pattern, names = json.load(sys.stdin)
 re.compile(pattern)  # by itself: it must not close the group that it is put into
-compiled = re.compile(f"{prefix}({pattern})")
+compiled = re.compile(f"{prefix}({pattern})" if prefix else pattern)
 json.dump([name for name in names if compiled.fullmatch(name)], sys.stdout)
 """
 

@@ -50,7 +50,8 @@ def collect(sources: Iterable[str], *, written: bool = True) -> Collection:
     Args:
         sources: the values.
         written: whether each gets a place of its name below `--out`. If not, what is named twice
-            counts once, and adapters of the same name are told apart by their SRC.
+            counts once, adapters of the same name are told apart by their SRC, and hidden
+            directories are looked into.
 
     Raises:
         SafeprojError: a list cannot be read, names nothing, or two adapters would get one place.
@@ -62,7 +63,7 @@ def collect(sources: Iterable[str], *, written: bool = True) -> Collection:
     many = len(sources) > 1
     for source in sources:
         for each in _listed(source):
-            found = list(_below(each))
+            found = list(_below(each, hidden=not written))
             many = many or each != source or bool(found)
             members += found or [Member(each, _name(each))]
     if not written:
@@ -128,7 +129,7 @@ def _listed(source: str) -> Iterator[str]:
     yield from found
 
 
-def _below(source: str) -> Iterator[Member]:
+def _below(source: str, *, hidden: bool) -> Iterator[Member]:
     """Yield the adapters below a directory that is none itself."""
     root = Path(source).expanduser()
     if not source.strip() or not root.is_dir():
@@ -148,7 +149,11 @@ def _below(source: str) -> Iterator[Member]:
             subdirectories.clear()  # such as checkpoints of its training
             found.append((place.relative_to(root).as_posix(), place))
             continue
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+        subdirectories[:] = [
+            name
+            for name in subdirectories
+            if name not in (".git", ".cache") and (hidden or not name.startswith("."))
+        ]
         for name in single:
             path = place / name
             found.append((path.relative_to(root).with_suffix("").as_posix(), path))

@@ -9,7 +9,7 @@ from typing import Any
 
 from safeproj.adapter.files import finite_number
 from safeproj.adapter.interface import CONFIG
-from safeproj.adapter.record import AdaptedModule, Adapter, Kind
+from safeproj.adapter.record import AdaptedModule, Adapter
 from safeproj.errors import SafeprojError, shorten
 from safeproj.patterns import fullmatches
 
@@ -30,28 +30,25 @@ def changed_base(config: Mapping[str, Any]) -> str | None:
 
 
 def scalings(config: Mapping[str, Any], modules: Sequence[AdaptedModule]) -> dict[str, float]:
-    """Return `s` of each module, by which PEFT multiplies `B A`.
+    """Return `s` of each module, by which PEFT multiplies `B A`; the largest that it may be.
 
     Raises:
         SafeprojError: the config does not have the numbers for it.
     """
-    alpha = finite_number("lora_alpha", config.get("lora_alpha"))
-    alphas = {module.name: alpha for module in modules}
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise SafeprojError("alpha_pattern does not map names to numbers")
-    # PEFT matches what is adapted: of a stack of experts the parameter, of a layer the module.
-    keys = {
-        m.name: m.parameter.removesuffix(".weight") if m.kind is Kind.parameter else m.name
-        for m in modules
-    }
+    # PEFT matches what is adapted: a module, or with `target_parameters` a parameter of it.
+    keys = {m.name: (m.name, m.parameter, m.parameter.removesuffix(".weight")) for m in modules}
+    names = sorted({key for forms in keys.values() for key in forms})
+    alphas = dict.fromkeys(names, finite_number("lora_alpha", config.get("lora_alpha")))
     for pattern in reversed(patterns):  # the first that matches counts
         alpha = finite_number("alpha_pattern", patterns[pattern])
-        matched = fullmatches(pattern, sorted(set(keys.values())), prefix=r"(.*\.)?")
-        alphas |= {name: alpha for name, key in keys.items() if key in matched}
+        alphas |= dict.fromkeys(fullmatches(pattern, names, prefix=r"(.*\.)?"), alpha)
+    largest = {name: max((alphas[key] for key in forms), key=abs) for name, forms in keys.items()}
     root = bool(config.get("use_rslora"))
     return {
-        m.name: alphas[m.name] / (math.sqrt(m.rank) if root else m.rank)
+        m.name: largest[m.name] / (math.sqrt(m.rank) if root else m.rank)
         for m in modules
         if m.rank  # AdaLoRA may have pruned a module away
     }

@@ -184,7 +184,7 @@ def check_command(
             "rank": rank,
             "energy": energy,
         }
-        chosen = changed(find_policy(policy, adapter), given)
+        chosen = changed(find_policy(policy), given)
         profile = Profile()
         with profile.phase("import"):
             options = options_of(device=device, workers=workers, maps=map_)

@@ -189,16 +189,15 @@ class Policy:
         }
 
 
-def find_policy(given: Path | None, adapters: Sequence[str] = ()) -> Policy:
+def find_policy(given: Path | None) -> Policy:
     """Return the policy of a file, or of the current directory's, or the default.
 
     Args:
         given: the file; if None, `safeproj.toml`, or a `pyproject.toml` with `[tool.safeproj]`.
-        adapters: what is to be checked: a policy that lies in one of them is read only if given.
 
     Raises:
         SafeprojError: it cannot be read, has a field or value that is none of a policy, or lies in
-            an adapter without having been given.
+            an adapter's directory without having been given.
     """
     for path in [Path(POLICY_FILE), Path(PYPROJECT)] if given is None else [given]:
         if given is None and not path.is_file():
@@ -206,22 +205,25 @@ def find_policy(given: Path | None, adapters: Sequence[str] = ()) -> Policy:
         table = _table(path, required=given is not None)
         if table is not None:
             if given is None:
-                _require_outside(path, adapters)
+                _require_outside(path)
             return _parsed(path, table)
     return Policy()
 
 
-def _require_outside(path: Path, adapters: Sequence[str]) -> None:
-    """Refuse a policy that an adapter brings along: it would let itself pass."""
-    ways = {*path.absolute().parents, *path.resolve().parents}  # it may be a link out of it
-    for adapter in adapters:
-        given = Path(adapter).expanduser()
-        given = given.parent if given.is_file() else given
-        if (given / CONFIG).is_file() and ways & {given.absolute(), given.resolve()}:
-            raise SafeprojError(
-                f"{path}: lies in the adapter {adapter}, which cannot say what passes; give "
-                "--policy, with this file if you trust it"
-            )
+def _require_outside(path: Path) -> None:
+    """Refuse a policy that an adapter brings along: it would let itself pass, or others."""
+    from safeproj.adapter import FORMATS
+
+    beside = [each.name for each in path.absolute().parent.iterdir()]
+    places = (*path.absolute().parents, *path.resolve().parents)  # it may be a link out of it
+    inside = next((place for place in places if (place / CONFIG).is_file()), None)
+    if inside is None and any(kind.is_weights(name) for kind in FORMATS for name in beside):
+        inside = path.absolute().parent
+    if inside is not None:
+        raise SafeprojError(
+            f"{path}: lies in the adapter {inside.name}, which cannot say what passes; give "
+            "--policy, with this file if you trust it"
+        )
 
 
 def _table(path: Path, *, required: bool) -> dict[str, Any] | None:

@@ -367,6 +367,13 @@ def test_one_adapter_named_twice_is_checked_once(tmp_path: Path) -> None:
     assert found.members == (Member(given[0], "alpha"),)
 
 
+def test_a_hidden_directory_is_looked_into(tmp_path: Path) -> None:
+    adapter(tmp_path / ".hidden" / "beta")
+    adapter(tmp_path / "alpha")
+    assert names(collect([str(tmp_path)])) == ["alpha"]
+    assert names(collect([str(tmp_path)], written=False)) == [".hidden/beta", "alpha"]
+
+
 def test_adapters_of_one_name_are_told_apart_by_their_source(tmp_path: Path) -> None:
     given = sources(*(adapter(tmp_path / name / "final") for name in "ab"))
     other = str(adapter(tmp_path / "other"))

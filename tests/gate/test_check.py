@@ -139,7 +139,15 @@ def test_projection_by_another_projector_does_not_count(
     trio: Trio, tmp_path: Path, check: Callable[..., Check]
 ) -> None:
     """At almost full rank nearly everything is kept: `projected` says nothing by itself."""
-    arguments = ["--projector", "exact", "--rank", "31", "--all", "--out", tmp_path / "out"]
+    arguments: list[str | Path] = [
+        "--projector",
+        "exact",
+        "--rank",
+        "31",
+        "--all",
+        "--out",
+        tmp_path / "out",
+    ]
     assert safeproj("patch", *trio.arguments, *arguments).returncode == 0
     assert ids(check(tmp_path / "out", NEVER), Level.fail) == {"SP022"}
     policy = Policy(threshold=0.0, projector="exact", rank=31)

@@ -23,10 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from safeproj.adapter.interface import SIGNATURE
 from safeproj.cli.sign import sign_command
 from safeproj.errors import SafeprojError
 from safeproj.gate import signing
-from safeproj.gate.signing import SIGNATURE, sign, verify_signature
+from safeproj.gate.signing import sign, verify_signature
 from tests.conftest import Trio
 from tests.support import CONFIG, FACTORS, assert_refused, safeproj, snapshot
 

@@ -172,7 +172,7 @@ def cut_manifest(out: Path) -> None:
     change_json(out / MANIFEST, output={})
 
 
-EDITS = {
+EDITS: dict[Callable[[Path], None], set[str]] = {
     edit_config: {"SP021", "SP025"},
     edit_other_tensor: {"SP025"},
     drop_tensors: {"SP021", "SP024", "SP025"},
