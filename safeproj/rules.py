@@ -186,6 +186,21 @@ _RULES = (
         "Review them as you review code.",
     ),
     Rule(
+        "SP018",
+        "other-base-model",
+        Level.note,
+        "The config names another model to load the adapter on than the aligned one that it was "
+        "checked against. Its findings hold for the latter.",
+        "Check against the model that the config names, or correct the config.",
+    ),
+    Rule(
+        "SP019",
+        "imports",
+        Level.note,
+        "The config names a Python module outside the usual libraries that loaders may import.",
+        "Review the module, or take the setting out of the config.",
+    ),
+    Rule(
         "SP020",
         "missing-provenance",
         Level.fail,

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from safeproj.adapter.peft_config import paths
 from safeproj.adapter.record import AdaptedModule
@@ -16,6 +17,10 @@ from safeproj.match import PlannedModule
 from safeproj.report.check import Evidence, Finding
 from safeproj.report.record import ModuleReport
 from safeproj.rules import RULES, Level
+
+
+MODEL_LIBRARIES = ("transformers", "diffusers", "peft")
+"""Packages of which PEFT records the class that an adapter was trained on."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,7 @@ def _config(context: Context) -> Iterator[Finding]:
     if adapter.config.get("layer_replication"):
         text = "layer_replication puts layers of the model together anew"
         yield found("SP004", text, policy=context.policy)
+    yield from _loaded_around(context)
     init = adapter.format.changed_base(adapter)
     if init is not None:
         yield found("SP010", f"init_lora_weights is {init!r}")
@@ -215,6 +221,23 @@ def _config(context: Context) -> Iterator[Finding]:
             yield found("SP011", message)
     except SafeprojError as error:
         yield found("SP011", str(error))
+
+
+def _loaded_around(context: Context) -> Iterator[Finding]:
+    """Yield what the config says of the model and the code that the adapter is loaded with."""
+    config = context.run.adapter.config
+    named = config.get("base_model_name_or_path")
+    aligned = str(context.run.report.inputs["aligned"]["source"]).partition("@")[0]
+    if isinstance(named, str) and named and Path(named).name != Path(aligned).name:
+        text = f"the config names {named!r} as the base model; checked against {aligned!r}"
+        yield found("SP018", text)
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+    if library and str(library).partition(".")[0] not in MODEL_LIBRARIES:
+        yield found("SP019", f"auto_mapping names the module {str(library)[:200]!r}")
+    core = config.get("megatron_core")  # PEFT writes its default into every config
+    if core and config.get("megatron_config"):
+        yield found("SP019", f"megatron_core names the module {str(core)[:200]!r}")
 
 
 def _strength(context: Context) -> Iterator[Finding]:

@@ -19,8 +19,10 @@ from safeproj.report import Check, Checks, Evidence, Outcome
 from safeproj.rules import RULES, Level
 from tests.conftest import Trio
 from tests.support import (
+    CONFIG,
     FACTORS,
     MANIFEST,
+    change_json,
     read_json,
     safeproj,
     save_adapter,
@@ -378,3 +380,16 @@ def test_the_record_is_plain_data(trio: Trio) -> None:
     assert document["summary"] == {"adapters": 1, "passed": 1, "failed": 0, "undecided": 0}
     change = {**document["checks"][0]["report"]["summary"]}
     assert change["modules"] == 4
+
+
+def test_what_is_loaded_around_an_adapter_is_noted(
+    trio: Trio, tmp_path: Path, check: Callable[..., Check]
+) -> None:
+    shutil.copytree(trio.adapter, tmp_path / "a")
+    mapping = {"base_model_class": "Model", "parent_library": "some.module"}
+    change_json(tmp_path / "a" / CONFIG, base_model_name_or_path="org/else", auto_mapping=mapping)
+    result = check(tmp_path / "a", NEVER)
+    assert result.outcome is Outcome.passed
+    assert {"SP018", "SP019"} <= ids(result, Level.note)
+    change_json(tmp_path / "a" / CONFIG, base_model_name_or_path="org/aligned", auto_mapping=None)
+    assert not {"SP018", "SP019"} & ids(check(tmp_path / "a", NEVER), Level.note)
