@@ -18,7 +18,6 @@ from safeproj.report.check import Evidence, Finding
 from safeproj.report.record import ModuleReport
 from safeproj.rules import RULES, Level
 
-
 MODEL_LIBRARIES = ("transformers", "diffusers", "peft")
 """Packages of which PEFT records the class that an adapter was trained on."""
 
