@@ -267,8 +267,11 @@ def check(
     """
     from safeproj.gate.check import judged, unusable
     from safeproj.gate.policy import Policy
+    from safeproj.gate.signing import require_library
 
     policy, options = policy or Policy(), options or Options()
+    if policy.public_key is not None:
+        require_library()
     against = Against(base, aligned, alignment, safety_module)
     members = collect(adapters, written=False).members
     if original is not None and len(members) != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 
 from safeproj.against import HOLDS_PROJECTOR
 from safeproj.errors import SafeprojError
+from safeproj.report.html_page import NO_PLOTLY
 
 if TYPE_CHECKING:
     from safeproj.api import Options
@@ -199,9 +201,12 @@ def outputs_of(
     """Return which report goes where: None is stdout.
 
     Raises:
-        SafeprojError: there are not as many places as formats, or two reports for one place.
+        SafeprojError: there are not as many places as formats, two reports for one place, or an
+            extra is missing.
     """
     kinds = [kind.value for kind in formats or ()] or ["table"]
+    if "html" in kinds and find_spec("plotly") is None:  # said before anything is read
+        raise SafeprojError(NO_PLOTLY)
     places = [None if place == Path("-") else place for place in outputs or ()]
     if not places and len(kinds) == 1:
         places = [None]

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from safeproj.cli.options import ReportFormat, outputs_of
 from safeproj.errors import SafeprojError
 from safeproj.report import (
     Check,
@@ -36,7 +38,6 @@ from tests.report.test_report import EXAMPLE, SALORA, module, report
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytest.importorskip("plotly")
 
 SIZE = 6 * 2**20
 """Bytes of a report: plotly.js is 4.6 MiB of it."""
@@ -124,6 +125,12 @@ def test_a_report_has_the_same_bytes_again_and_a_bounded_size(record: Record) ->
     assert text == render(record, "html")
     assert text.endswith("</html>\n")
     assert len(text.encode()) < SIZE
+
+
+def test_without_plotly_nothing_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(SafeprojError, match=r"^plotly is not installed.*safeproj\[report\]$"):
+        outputs_of([ReportFormat.json, ReportFormat.html], [tmp_path / "a", tmp_path / "b"])
 
 
 def test_without_plotly_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

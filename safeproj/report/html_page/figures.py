@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from safeproj.errors import SafeprojError, printable
+from safeproj.report.html_page import NO_PLOTLY
 from safeproj.report.markdown import span
 from safeproj.report.methods import METHODS
 from safeproj.report.record import ModuleReport, Report
@@ -68,9 +69,7 @@ def libraries() -> tuple[Any, str]:
     try:
         graphs, offline = import_module("plotly.graph_objects"), import_module("plotly.offline")
     except ImportError:
-        raise SafeprojError(
-            "plotly is not installed, which draws the html report; install safeproj[report]"
-        ) from None
+        raise SafeprojError(NO_PLOTLY) from None
     return graphs, offline.get_plotlyjs()
 
 
