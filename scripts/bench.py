@@ -270,6 +270,10 @@ class Bench:
         command = [self.safeproj, "patch", *options, "--device", self.device, "--all"]
         return [*command, "--out", str(out), "--overwrite"]
 
+    def gate(self, command: str, adapter: Path, *options: str) -> list[str]:
+        shared = [*self.pair, "--device", self.device, "--format", "json"]
+        return [self.safeproj, command, str(adapter), *shared, *options]
+
     def adapter(self, label: str) -> list[str]:
         return ["--adapter", str(self.root / folder_of(label))]
 
@@ -540,6 +544,10 @@ def measure_cached(bench: Bench) -> dict[str, Reads]:
         report = ["--output", str(report_of(bench, label))]
         programs[f"inspect, {label}"] = bench.inspect(*sources, *report)
         programs[f"patch, {label}"] = bench.patch(patched(bench, label), *sources)
+        lenient = ("--threshold", "0", "--max-size", "1e9")  # random factors are no training
+        programs[f"check, {label}"] = bench.gate("check", patched(bench, label), *lenient)
+        original = ("--original", str(bench.root / folder_of(label)))
+        programs[f"verify, {label}"] = bench.gate("verify", patched(bench, label), *original)
         many = [bench.root / folder for folder in many_folders(label)]
         options = [option for path in many for option in ("--adapter", str(path))]
         programs[f"inspect, {MANY} adapters, {label}"] = bench.inspect(*bench.pair, *options)
@@ -712,6 +720,18 @@ def case_many(bench: Bench) -> list[Row]:
     return rows
 
 
+def case_gate(bench: Bench) -> list[Row]:
+    """The gate on a patched adapter next to inspect, whose scores it needs."""
+    rows = []
+    for label in KINDS:
+        for command in ("check", "verify"):
+            wall = bench.wall(f"{command}, {label}")
+            figure = f"`{command}` of a patched adapter / `inspect`, {label}"
+            rows.append(Row(figure, wall / bench.wall(f"inspect, {label}"), ".2f"))
+            rows.append(Row(f"`{command}`, {label}, s", wall, ".2f"))
+    return rows
+
+
 def case_alignment(bench: Bench) -> list[Row]:
     """Inspect with an alignment file next to inspect with the checkpoints."""
     rows = []
@@ -811,7 +831,7 @@ def measure_all(bench: Bench, skip_dense: bool) -> list[Row]:
     dense = [] if skip_dense else case_dense(bench)
     cold = case_cold(bench)
     memory = case_memory(bench)  # last: its files push others out of the page cache
-    many, alignment = case_many(bench), case_alignment(bench)
+    many, alignment = [*case_many(bench), *case_gate(bench)], case_alignment(bench)
     cached, workers = case_cached(bench, reads), case_workers(bench)
     return [*cached, *cold, *dense, *memory, *many, *aligns, *alignment, *workers, *helps]
 
