@@ -300,41 +300,52 @@ def verify(
     base: str | None,
     aligned: str | None,
     patched: str,
-    original: str,
+    original: str | None,
     options: Options | None = None,
     *,
     alignment: str | None = None,
     safety_module: str | None = None,
+    public_key: Path | None = None,
     observer: Observer | None = None,
     profile: Profile | None = None,
 ) -> Checks:
-    """Tell whether an adapter is what patching another one gives.
+    """Tell whether an adapter is what patching another one gives, or as it was signed, or both.
 
     Args:
-        base: as for `inspect`.
+        base: as for `inspect`; nothing is scored against without an original.
         aligned: as for `inspect`.
         patched: SRC of the adapter that was patched.
         original: SRC of the adapter before that.
         options: projector, by default that in safeproj.json; device, workers and maps.
         alignment: as for `inspect`.
         safety_module: as for `inspect`.
+        public_key: file with the key that the directory must be signed by.
         observer: as for `inspect`.
         profile: as for `inspect`.
 
     Raises:
-        SafeprojError: an input cannot be used.
+        SafeprojError: an input cannot be used, or there is nothing to compare with.
     """
     from safeproj.gate.check import recorded_projector, verified
     from safeproj.gate.policy import Policy
+    from safeproj.gate.signing import require_library
 
-    against, options = Against(base, aligned, alignment, safety_module), options or Options()
-    (member,) = collect([patched]).members
-    adapter = read_adapter(patched, unknown=True)
-    projector = options.projector or recorded_projector(adapter)
-    before = _original(against, original, projector, options, observer, profile)
-    subspace = before.subspace
-    adapter = adapter.fitted(subspace.names, subspace.config)
-    found = verified(member, adapter, before)
+    if original is None and public_key is None:
+        raise SafeprojError("nothing to compare with; give --original, --public-key, or both")
+    if public_key is not None:
+        require_library()
+    (member,) = collect([patched], written=False).members
+    adapter, before = read_adapter(patched, unknown=True), None
+    if original is not None:
+        against, options = Against(base, aligned, alignment, safety_module), options or Options()
+        projector = options.projector or recorded_projector(adapter)
+        before = _original(against, original, projector, options, observer, profile)
+        adapter = adapter.fitted(before.subspace.names, before.subspace.config)
+    elif base or aligned or alignment or safety_module:
+        raise SafeprojError(
+            "nothing is scored without --original; give it, or leave out the models"
+        )
+    found = verified(member, adapter, before, public_key)
     return Checks(__version__, Policy().to_dict(), (found,))
 
 

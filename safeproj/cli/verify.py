@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,8 +38,15 @@ def verify_command(
         str, typer.Argument(metavar="PATCHED", help="SRC of the adapter that patch wrote.")
     ],
     original: Annotated[
-        str, typer.Option("--original", metavar="SRC", help="The adapter that was patched.")
-    ],
+        str | None,
+        typer.Option("--original", metavar="SRC", help="The adapter that was patched."),
+    ] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--public-key", metavar="FILE", help="The key that the directory must be signed by."
+        ),
+    ] = None,
     base: Base = None,
     aligned: Aligned = None,
     alignment: AlignmentSource = None,
@@ -55,24 +63,27 @@ def verify_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Tell whether an adapter is what patching another one gives.
+    """Tell whether an adapter is what patching another one gives, or as it was signed.
 
     Projects every module of the original again and compares what was written: bit for bit where
     safeproj.json records the same hardware and versions, within rounding elsewhere. Everything else
-    must be the original's. The projector is the recorded one unless options say otherwise. Exit
-    code 0: it is. 1: it is not. 2: that could not be decided.
+    must be the original's. The projector is the recorded one unless options say otherwise. With
+    --public-key alone the files are compared with the signature and safeproj.json, and no model is
+    read. Exit code 0: it is. 1: it is not. 2: that could not be decided.
     """
     with terminal.command(verbose):
-        against = Against(base, aligned, alignment, safety_module)
+        given = [("--base", base), ("--aligned", aligned), ("--alignment", alignment)]
+        given += [("--safety-module", safety_module), ("--original", original)]
         outputs = outputs_of(format_, output)
-        terminal.check_outputs(
-            outputs, None, [*against.inputs([patched]), ("--original", original)]
-        )
+        terminal.check_outputs(outputs, None, [*given, ("--adapter", patched)])
+        if original is not None:
+            Against(base, aligned, alignment, safety_module)
         check_projector(safety_module, projector, rank, energy)
         profile = Profile()
         with profile.phase("import"):
-            given = projector is not None or rank is not None
-            chosen = projector_of(safety_module, projector, rank, energy) if given else None
+            chosen = None
+            if projector is not None or rank is not None:
+                chosen = projector_of(safety_module, projector, rank, energy)
             options = options_of(None, chosen, device=device, workers=workers, maps=map_)
             from safeproj import api
 
@@ -86,6 +97,7 @@ def verify_command(
                 options,
                 alignment=alignment,
                 safety_module=safety_module,
+                public_key=public_key,
                 observer=observer,
                 profile=profile,
             )

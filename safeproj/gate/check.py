@@ -59,17 +59,15 @@ def judged(
     Raises:
         SafeprojError: the policy's key cannot be used.
     """
-    adapter, remarks = run.adapter, []
+    adapter = run.adapter
+    remarks: list[str] = []
     patched = MANIFEST in adapter.folder.files
     digests = subspace.digests(run.scores) if patched else {}
     evidence, findings = recorded(run, digests, policy)
     if policy.public_key is not None:
-        reason = _unsigned(adapter, Path(policy.public_key))
-        if reason is None:
-            evidence = dict.fromkeys(evidence, Evidence.signed)
-            remarks.append("the signature is valid")
-        else:
-            findings.append(found("SP032", reason))
+        unsigned = _about_signature(adapter, Path(policy.public_key), remarks)
+        evidence = evidence if unsigned else dict.fromkeys(evidence, Evidence.signed)
+        findings += unsigned
     if original is not None:
         result = recomputed(original.run, adapter, original.device)
         findings += [*result.findings, *_contradicted(evidence, result)]
@@ -119,18 +117,37 @@ def recorded_projector(patched: Adapter) -> Projector | None:
     )
 
 
-def verified(member: Member, patched: Adapter, original: Original) -> Check:
-    """Return whether an adapter is what patching its original gives, whatever a policy says."""
-    result = recomputed(original.run, patched, original.device)
-    findings = [*result.findings, *about_paths(patched)]
+def verified(
+    member: Member, patched: Adapter, original: Original | None, public_key: Path | None
+) -> Check:
+    """Return whether an adapter is as it was patched, and signed, whatever a policy says.
+
+    Args:
+        member: its name and SRC.
+        patched: the adapter.
+        original: the adapter before patching: its projection must be what is there.
+        public_key: whose signature the directory must have.
+
+    Raises:
+        SafeprojError: the key cannot be used, or safeproj.json not be read.
+    """
+    findings = list(about_paths(patched))
+    remarks: list[str] = []
     if MANIFEST in patched.folder.files:
         findings += about_manifest(patched)
-        claimed = dict.fromkeys(_claimed(patched), Evidence.recorded)
-        findings += _contradicted(claimed, result)
     else:
         findings.append(found("SP020", f"there is no {MANIFEST}"))
-    remarks = (result.remark,)
-    return _check(member, patched, findings, Policy(), result.evidence, original.run, remarks)
+    evidence: dict[str, Evidence] = {}
+    if public_key is not None:
+        findings += _about_signature(patched, public_key, remarks)
+    if original is not None:
+        result = recomputed(original.run, patched, original.device)
+        claimed = dict.fromkeys(_claimed(patched), Evidence.recorded)
+        findings += [*result.findings, *_contradicted(claimed, result)]
+        evidence = result.evidence
+        remarks.append(result.remark)
+    run = None if original is None else original.run
+    return _check(member, patched, findings, Policy(), evidence, run, tuple(remarks))
 
 
 def _check(
@@ -139,9 +156,14 @@ def _check(
     findings: list[Finding],
     policy: Policy,
     evidence: Mapping[str, Evidence],
-    run: Run,
+    run: Run | None,
     remarks: tuple[str, ...],
 ) -> Check:
+    # What would be projected, and how well, is not what a gate is asked.
+    report = None
+    if run is not None:
+        warnings = (*adapter.warnings, *run.plan.warnings)
+        report = dataclasses.replace(run.report, warnings=warnings)
     ordered = sorted(findings, key=lambda finding: finding.id)
     return Check(
         name=printable(member.name),
@@ -150,18 +172,21 @@ def _check(
         findings=tuple(each for each in ordered if each.id not in policy.ignore),
         ignored=tuple(each for each in ordered if each.id in policy.ignore),
         evidence=dict(evidence),
-        # What would be projected, and how well, is not what a gate is asked.
-        report=dataclasses.replace(run.report, warnings=(*adapter.warnings, *run.plan.warnings)),
+        report=report,
         remarks=remarks,
     )
 
 
-def _unsigned(adapter: Adapter, key: Path) -> str | None:
-    """Return why an adapter is not signed by a key, None if it is."""
+def _about_signature(adapter: Adapter, key: Path, remarks: list[str]) -> list[Finding]:
+    """Return why an adapter is not signed by a key; if it is, remark on that."""
     folder = adapter.folder
-    if not isinstance(folder, LocalFolder) or folder.only is not None:
-        return "only a local directory has a signature that can be checked; download the adapter"
-    return verify_signature(folder.root, key)
+    reason: str | None = "the signature of a local directory can be checked; download the adapter"
+    if isinstance(folder, LocalFolder) and folder.only is None:
+        reason = verify_signature(folder.root, key)
+    if reason is not None:
+        return [found("SP032", reason)]
+    remarks.append("the signature is valid for every file")
+    return []
 
 
 def _claimed(patched: Adapter) -> Iterator[str]:

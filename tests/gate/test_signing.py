@@ -829,3 +829,25 @@ def test_the_installed_command_signs(adapter: Path, keys: Keys) -> None:
     assert verify_signature(adapter, keys.public) is None
     again = safeproj("sign", adapter, "--private-key", keys.private)
     assert_refused(again, "model.sig: exists", "--overwrite")
+
+
+def test_verify_needs_no_model_for_a_signature(trio: Trio, tmp_path: Path, keys: Keys) -> None:
+    out = tmp_path / "out"
+    assert safeproj("patch", *trio.arguments, "--all", "--out", out).returncode == 0
+    unsigned = safeproj("verify", out, "--public-key", keys.public)
+    assert (unsigned.returncode, unsigned.stderr) == (1, "")
+    assert "SP032 bad-signature" in unsigned.stdout
+
+    sign(out, keys.private)
+    done = safeproj("verify", out, "--public-key", keys.public)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the signature is valid for every file" in done.stdout
+    pair = ("--base", trio.base, "--aligned", trio.aligned)
+    both = ("--original", trio.adapter, "--public-key", keys.public, *pair)
+    assert safeproj("verify", out, *both).returncode == 0  # the original has no signature
+
+    (out / "added").touch()
+    assert safeproj("verify", out, "--public-key", keys.public).returncode == 1
+    refused = safeproj("verify", out, "--public-key", keys.public, *pair)
+    assert refused.returncode == 2
+    assert "nothing is scored without --original" in refused.stderr

@@ -237,6 +237,9 @@ def test_the_command(trio: Trio, out: Path, tmp_path: Path) -> None:
     done = safeproj("verify", out, *pair)
     assert (done.returncode, done.stderr) == (1, "")
     assert "SP024 projection-mismatch" in done.stdout
+    done = safeproj("verify", out)
+    assert done.returncode == 2
+    assert "give --original, --public-key, or both" in done.stderr
     done = safeproj("verify", tmp_path / "nowhere", *pair)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
