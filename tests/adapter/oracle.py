@@ -11,12 +11,13 @@ import pytest
 from torch import Tensor
 
 from tests.conftest import Trio
-from tests.support import oracle_C, oracle_cosine, safeproj
+from tests.forks import forked
+from tests.support import oracle_C, oracle_cosine
 
 
 def scores(base: Path, aligned: Path, adapter: Path) -> dict[str, float]:
     """Return the cosine and the scale of each module, as the command reports them."""
-    result = safeproj(
+    result = forked(
         "inspect", "--base", base, "--aligned", aligned, "--adapter", adapter, "--format", "json"
     )
     assert result.returncode == 0, result.stderr
@@ -26,7 +27,7 @@ def scores(base: Path, aligned: Path, adapter: Path) -> dict[str, float]:
 
 def patch(trio: Trio, adapter: Path, out: Path, *options: str) -> dict[str, Any]:
     """Patch an adapter of the trio's models, and return the manifest."""
-    result = safeproj(
+    result = forked(
         "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
         "--out", out, *options,
     )  # fmt: skip

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.conformance.architectures import Built
-from tests.support import FACTORS, MANIFEST, oracle_C, oracle_cosine, read_json, safeproj
+from tests.forks import forked
+from tests.support import FACTORS, MANIFEST, oracle_C, oracle_cosine, read_json
 
 PREFIX = "base_model.model."
 
@@ -293,7 +294,7 @@ def relative_change(
 
 def patch(pair: Built, adapter: Path, out: Path, *options: str) -> Any:
     """Run the command, which must succeed."""
-    result = safeproj(
+    result = forked(
         "patch", "--base", pair.base, "--aligned", pair.aligned, "--adapter", adapter,
         "--out", out, *options,
     )  # fmt: skip
