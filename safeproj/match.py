@@ -202,7 +202,7 @@ def _replication(adapter: Adapter) -> list[int] | None:
     )
     if not fits or any(not 0 <= start <= stop for start, stop in given):
         raise SafeprojError(
-            f"{adapter.source}: layer_replication is {shorten(map(str, given))}; expected pairs of "
+            f"{adapter.source}: layer_replication is {str(given)[:80]!a}; expected pairs of "
             "layer numbers"
         )
     count = sum(stop - start for start, stop in given)

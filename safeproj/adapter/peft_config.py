@@ -120,13 +120,14 @@ def _targeted(config: Mapping[str, Any], names: Sequence[str]) -> frozenset[str]
     everything = targets == ALL_LINEAR
     found = frozenset(names) if everything else _named("target_modules", targets, names)
     found -= _named("exclude_modules", config.get("exclude_modules"), names)
-    saved = _list("modules_to_save", config.get("modules_to_save") or [])
+    given = config.get("modules_to_save") or []
+    saved = [given] if isinstance(given, str) else _list("modules_to_save", given)
     found -= {name for name in found if any(_is_within(name, str(each)) for each in saved)}
     layers = config.get("layers_to_transform")
     if layers is None or layers == [] or isinstance(targets, str):
         return found
     whole = _list("target_modules", targets or [])  # a path that is named whole counts anyway
-    wanted = {layers} if isinstance(layers, int) else set(_list("layers_to_transform", layers))
+    wanted = [layers] if isinstance(layers, int) else _list("layers_to_transform", layers)
     given = config.get("layers_pattern") or []
     patterns = [given] if isinstance(given, str) else _list("layers_pattern", given)
     return frozenset(n for n in found if n in whole or _layer(n, patterns) in wanted)

@@ -72,7 +72,8 @@ def _names(folder: Folder) -> list[str]:
 
 
 def _about_path(adapter: Adapter, name: str) -> Iterator[Finding]:
-    if ".." in name.split("/") or name.startswith("/") or "\\" in name or ":" in name:
+    drive = name[1:2] == ":"
+    if ".." in name.split("/") or name.startswith("/") or "\\" in name or drive:
         yield found("SP015", f"the file name {name!a} can lead out of the adapter", file=name)
         return
     # In the Hub's cache every file is a link to a blob of the same repository.

@@ -393,3 +393,31 @@ def test_what_is_loaded_around_an_adapter_is_noted(
     assert {"SP018", "SP019"} <= ids(result, Level.note)
     change_json(tmp_path / "a" / CONFIG, base_model_name_or_path="org/aligned", auto_mapping=None)
     assert not {"SP018", "SP019"} & ids(check(tmp_path / "a", NEVER), Level.note)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("layer_replication", True),
+        ("layer_replication", -1),
+        ("layers_to_transform", [[0]]),
+        ("layers_pattern", 3),
+        ("modules_to_save", "q_proj"),
+        ("exclude_modules", 1),
+        ("target_modules", {}),
+        ("target_parameters", "q_proj"),
+        ("alpha_pattern", ["q_proj"]),
+        ("lora_alpha", None),
+        ("r", "4"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_kind_do_not_pass(
+    trio: Trio, tmp_path: Path, check: Callable[..., Check], setting: str, value: object
+) -> None:
+    shutil.copytree(trio.adapter, tmp_path / "a")
+    change_json(tmp_path / "a" / CONFIG, layers_to_transform=[0, 1])
+    change_json(tmp_path / "a" / CONFIG, **{setting: value})
+    result = check(tmp_path / "a", NEVER)
+    assert result.outcome is not Outcome.passed
+    assert all("\n" not in finding.message for finding in result.findings)
