@@ -272,6 +272,7 @@ def _found(check: Check, i: int) -> str:
     outcome = check.outcome.value
     parts = [f'<p class="banner {outcome}"><strong>Outcome: {outcome}.</strong></p>']
     source = [("checked", check.source), ("weights", check.weights_file or "could not be read")]
+    source += [("remark", remark) for remark in check.remarks]
     parts += ["<h3>Findings</h3>", pairs(source)]
     for key, caption, found in (
         (f"findings-{i}", "What counts", check.findings),

@@ -78,6 +78,7 @@ CHECKS = Checks(
             (Finding("SP017", Level.note, "a tokenizer", file="tokenizer.json"),),
             {BEFORE.modules[0].name: Evidence.signed},
             BEFORE,
+            ("the signature is valid for every file",),
         ),
         Check(
             "gone", "adapters/gone", None, (Finding("SP090", Level.undecided, "no such adapter"),)
@@ -112,6 +113,7 @@ HOSTILE_CHECKS = Checks(
             (Finding("SP014", Level.fail, EVIL, file=EVIL),),
             {HOSTILE.modules[0].name: Evidence.recorded},
             HOSTILE,
+            (EVIL,),
         ),
     ),
 )
@@ -125,6 +127,10 @@ def test_a_report_has_the_same_bytes_again_and_a_bounded_size(record: Record) ->
     assert text == render(record, "html")
     assert text.endswith("</html>\n")
     assert len(text.encode()) < SIZE
+
+
+def test_a_check_says_what_else_was_looked_at() -> None:
+    assert "the signature is valid for every file" in render(CHECKS, "html")
 
 
 def test_without_plotly_nothing_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
