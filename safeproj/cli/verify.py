@@ -63,7 +63,7 @@ def verify_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Tell whether an adapter is what patching another one gives, or as it was signed.
+    """Compare a patched adapter with its original, or its signature.
 
     Projects every module of the original again and compares what was written: bit for bit where
     safeproj.json records the same hardware and versions, within rounding elsewhere. Everything else

@@ -190,7 +190,9 @@ def _about_signature(adapter: Adapter, key: Path, remarks: list[str]) -> list[Fi
 
 
 def _claimed(patched: Adapter) -> Iterator[str]:
-    """Yield the modules that safeproj.json says are projected."""
+    """Yield the modules that safeproj.json, if there is one, says are projected."""
+    if MANIFEST not in patched.folder.files:
+        return
     document: dict[str, Any] = read_json(patched.folder, MANIFEST)
     modules = document.get("modules")
     for item in modules if isinstance(modules, list) else ():
