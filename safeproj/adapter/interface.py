@@ -83,6 +83,7 @@ class Format(ABC):
         del config  # most formats store them so
         return adapter
 
+    @abstractmethod
     def scalings(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> dict[str, float]:
         """Return `s` of each module by name, by which loaders multiply `B A`.
 
@@ -93,7 +94,6 @@ class Format(ABC):
         Raises:
             SafeprojError: the adapter's files do not tell.
         """
-        raise NotImplementedError
 
     def changed_base(self, adapter: Adapter) -> str | None:
         """Return the initialisation that changed the base weights, if one did."""
