@@ -19,6 +19,7 @@ import typer
 from safeproj.__main__ import INTERRUPTED, end_at_once
 from safeproj.errors import SafeprojError, first_line, printable
 from safeproj.rules import UNUSABLE
+from safeproj.wholefile import replace_file
 
 if TYPE_CHECKING:
     from safeproj.api import Observer
@@ -196,7 +197,11 @@ def _send(record: Record, format_: str, output: Path | None) -> None:
 
     if output is not None:
         text = render(record, format_, width=WIDTH)
-        _replace(output.resolve(), text.encode())
+        place = output.resolve()
+        if place.exists() and not place.is_file():  # such as /dev/null or a pipe
+            place.write_bytes(text.encode())
+        else:
+            replace_file(place, text.encode())
     elif sys.stdout is None:
         raise OSError("it is closed")
     else:
@@ -206,21 +211,6 @@ def _send(record: Record, format_: str, output: Path | None) -> None:
         sys.stdout.flush()
     if format_ == "github":
         _send_summary(record)
-
-
-def _replace(place: Path, content: bytes) -> None:
-    """Write a file in one step: it is complete, or as it was."""
-    if place.exists() and not place.is_file():  # such as /dev/null or a pipe
-        place.write_bytes(content)
-        return
-    partial = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(content)
-        partial.replace(place)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def _send_summary(record: Record) -> None:

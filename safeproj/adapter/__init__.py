@@ -10,11 +10,16 @@ from safeproj.adapter.record import AdaptedModule, Adapter, FullChange
 from safeproj.errors import SafeprojError
 from safeproj.source import LocalFolder, open_folder
 
-__all__ = ["FORMATS", "AdaptedModule", "Adapter", "FullChange", "read_adapter"]
+__all__ = ["FORMATS", "AdaptedModule", "Adapter", "FullChange", "read_adapter", "stands_for_folder"]
 
 FORMATS: tuple[type[Format], ...] = (Mlx, Gguf, Peft)
 """Each looks at the names of a folder's files; PEFT comes last, since MLX has a config of the same
 name and a converted GGUF file may lie beside any of them."""
+
+
+def stands_for_folder(name: str | None) -> bool:
+    """Tell whether a file of this name, given as a SRC, stands for the folder that it is in."""
+    return any(name in kind.stand_ins for kind in FORMATS)
 
 
 def read_adapter(source: str, *, unknown: bool = False) -> Adapter:
@@ -29,7 +34,7 @@ def read_adapter(source: str, *, unknown: bool = False) -> Adapter:
             that is not supported.
     """
     folder = open_folder(source)
-    if isinstance(folder, LocalFolder) and any(folder.only in f.stand_ins for f in FORMATS):
+    if isinstance(folder, LocalFolder) and stands_for_folder(folder.only):
         folder = LocalFolder(folder.root, source)
     for kind in FORMATS:
         adapter = kind.read(folder)

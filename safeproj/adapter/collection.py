@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from safeproj.adapter import FORMATS
+from safeproj.adapter import FORMATS, stands_for_folder
 from safeproj.adapter.interface import CONFIG
 from safeproj.errors import SafeprojError, first_line
 from safeproj.select import natural_order
@@ -86,7 +86,7 @@ def _place(source: str) -> str:
     path = Path(source).expanduser()
     if not path.exists():
         return source
-    stands_in = path.is_file() and any(path.name in kind.stand_ins for kind in FORMATS)
+    stands_in = path.is_file() and stands_for_folder(path.name)
     return os.path.realpath(path.parent if stands_in else path)
 
 
@@ -180,6 +180,5 @@ def _name(source: str) -> str:
     if path.exists():
         given = PurePosixPath(Path(os.path.normpath(path.absolute())).as_posix())
         if path.is_file():
-            stands_in = any(path.name in kind.stand_ins for kind in FORMATS)
-            given = given.parent if stands_in else given.with_suffix("")
+            given = given.parent if stands_for_folder(path.name) else given.with_suffix("")
     return given.name if given.name not in ("", ".", "..") else "adapter"

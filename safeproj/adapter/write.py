@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeproj.adapter import FORMATS, card
+from safeproj.adapter import FORMATS, card, stands_for_folder
 from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.record import Adapter
 from safeproj.errors import SafeprojError, printable
@@ -54,7 +54,7 @@ def check_apart(out: Path, inputs: Sequence[tuple[str, Path | None]]) -> None:
         if path is None:
             continue
         given = path.resolve()
-        if option == "--adapter" and any(given.name in kind.stand_ins for kind in FORMATS):
+        if option == "--adapter" and stands_for_folder(given.name):
             given = given.parent if given.is_file() else given
         if place == given or place in given.parents or given in place.parents:
             raise SafeprojError(
@@ -208,9 +208,14 @@ def _copied_files(adapter: Adapter) -> list[str]:
     return sorted(adapter.folder.files - adapter.format.replaced_files - {MANIFEST, SIGNATURE})
 
 
+def leads_out(name: str) -> bool:
+    """Tell whether a file name, with `/` between its parts, leads out of a directory somewhere."""
+    return ".." in name.split("/") or name.startswith("/") or "\\" in name
+
+
 def _require_inside(adapter: Adapter, name: str) -> None:
     """Refuse a file name that leads out of the adapter's directory."""
-    if ".." in name.split("/") or name.startswith("/") or "\\" in name:
+    if leads_out(name):
         raise SafeprojError(f"{adapter.source}: the file name {name!a} leads out of the adapter")
 
 

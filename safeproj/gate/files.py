@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import MANIFEST
+from safeproj.adapter.write import leads_out
 from safeproj.gate.policy import Policy
 from safeproj.gate.weights import found
 from safeproj.report.check import Finding
@@ -73,7 +74,7 @@ def _names(folder: Folder) -> list[str]:
 
 def _about_path(adapter: Adapter, name: str) -> Iterator[Finding]:
     drive = name[1:2] == ":"
-    if ".." in name.split("/") or name.startswith("/") or "\\" in name or drive:
+    if leads_out(name) or drive:
         yield found("SP015", f"the file name {name!a} can lead out of the adapter", file=name)
         return
     # In the Hub's cache every file is a link to a blob of the same repository.

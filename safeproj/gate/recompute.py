@@ -162,7 +162,8 @@ def _tolerance(
 
     Rounding to the stored dtype, half a unit in the last place or of the smallest number; and the
     errors of sums in float32, which grow like the root of their length where products cancel, once
-    for each computation, relative to `‖C‖ ‖B‖`. `‖C‖` is at most `‖V‖_F`, and 1 for SaLoRA.
+    for each computation, relative to `‖C‖ ‖B‖`. `‖C‖` is at most `‖V‖_F`, and 1 where `C`
+    is an orthogonal projector.
     """
     info = torch.finfo(there.dtype)
     rounding = info.eps / 2 * float(expected.double().norm())

@@ -12,7 +12,6 @@ import base64
 import hashlib
 import json
 import os
-import secrets
 import stat
 import tempfile
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safeproj.adapter import FORMATS
 from safeproj.adapter.interface import CONFIG, SIGNATURE
 from safeproj.errors import SafeprojError, first_line, printable, shorten
+from safeproj.wholefile import replace_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -103,7 +103,7 @@ def sign(
     # The library hands the password on as it is, and cryptography takes only bytes.
     secret: Any = _encoded(password)
     try:
-        signer = signing.Config()  # type: ignore[no-untyped-call]
+        signer = signing.Config()
         signer.use_elliptic_key_signer(private_key=private_key, password=secret)
         signer.set_hashing_config(_hashing_of_all_files())
         # Made elsewhere: a file in the directory would be signed, or be left behind by a crash.
@@ -111,7 +111,7 @@ def sign(
             made = Path(scratch) / SIGNATURE
             signer.sign(root, made)
             content = made.read_bytes()
-        _replace(place, content)
+        replace_file(place, content)
     except (_InvalidError, ValueError) as error:
         raise SafeprojError(f"{directory}: cannot be signed: {first_line(error)}") from error
     except OSError as error:
@@ -155,7 +155,7 @@ def _verify(root: Path, public_key: Path, key: EllipticCurvePublicKey) -> None:
     document = _document(root / SIGNATURE)
     _check_signer(document, key)
     files = _hashing_of_all_files()
-    verifier = verifying.Config()  # type: ignore[no-untyped-call]
+    verifier = verifying.Config()
     verifier.use_elliptic_key_verifier(public_key=public_key).set_hashing_config(files)
     try:
         verifier.verify(root, root / SIGNATURE)
@@ -398,19 +398,6 @@ def _kind(key: object) -> str:
     """Return what kind of key it is: RSA, Ed25519, DSA and so on."""
     name = type(key).__name__.removesuffix("PublicKey").removesuffix("PrivateKey")
     return f"an {name} key" if name[:1] in "AEIORX" else f"a {name} key"
-
-
-def _replace(place: Path, content: bytes) -> None:
-    """Write the signature in one step: it is complete, or as it was."""
-    hidden = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with hidden.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        hidden.replace(place)
-    finally:
-        hidden.unlink(missing_ok=True)
 
 
 def _unreadable(error: OSError) -> str:
