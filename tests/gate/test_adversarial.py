@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
+import tests.gate.attacks  # noqa: F401 - each file there adds to the table
 from safeproj import patterns
 from safeproj.cli import app
 from tests.conftest import Trio
@@ -281,6 +282,24 @@ def test_no_attack_passes(
     if attack.installed:
         assert_caught(attack, as_installed(*arguments))
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
+def test_no_attack_passes_beside_the_original(
+    attack: Attack, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    start = ground.starts[attack.start]
+    adapter = Path(shutil.copytree(start.adapter, tmp_path / "adapter"))
+    further = attack.edit(adapter, ground) or ()
+    if "--original" in further or any(path.is_fifo() for path in adapter.iterdir()):
+        pytest.skip("the attack is on the original, or the command may not come back")
+    if attack.inside:
+        monkeypatch.chdir(adapter)
+    original: list[str | Path] = ["--original", start.original or start.adapter]
+    found = in_process(*checking(adapter, start, [*further, *original]))
+    assert found.code in (1, 2), f"{attack.name} passes: {attack.hope}\n{found.stdout}"
+    assert "Traceback" not in found.stdout + found.stderr
 
 
 @pytest.mark.parametrize(
