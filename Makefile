@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 10
 
 lint: $(READY)
 	$(BIN)/ruff format --check

@@ -1,8 +1,8 @@
-"""The command, run in forks of a process that has imported torch and transformers.
+"""The command in forks of a process that has imported what it needs: `tests.support.safeproj`.
 
 It is the installed command's own entry point with its own arguments, environment, directory, output
-and exit code; only the seconds that these imports take are not spent again each time. Tests of what
-the installed command is, how it starts, is interrupted and ends, use `tests.support.safeproj`.
+and exit code; only the seconds that imports take are not spent again each time. Tests of how the
+command starts, is interrupted and ends use `tests.support.installed`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,24 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
-from tests.support import safeproj
+SECONDS = 300
+"""Nothing takes so long."""
+
+_AT_IMPORT = (
+    "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "OPENBLAS_", "PYTHON",
+    "HOME", "XDG_", "LD_", "PATH",
+)  # fmt: skip
+"""Variables that are read, by name or by how they begin, when modules are imported."""
+
+_SERVED = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+"""Those of them for whose values a process is kept."""
+
+_SERVERS = 3
+"""Processes kept by one worker of the tests; each holds some 300 MB."""
 
 _SERVER = r"""
 import json, os, signal, sys
@@ -27,12 +40,12 @@ for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
     if not child:
-        signal.alarm(300)  # nothing takes so long
+        signal.alarm(job["seconds"])
         os.environ.clear()
         os.environ.update(job["env"])
         os.chdir(job["cwd"])
         for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(job[name], os.O_WRONLY), number)
+            os.dup2(os.open(job[name], os.O_WRONLY | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = ["safeproj", *job["arguments"]]
         from safeproj.__main__ import main
@@ -42,38 +55,61 @@ for line in sys.stdin:
     print(code, flush=True)
 """
 
+_servers: OrderedDict[tuple[tuple[str, str], ...], subprocess.Popen[str]] = OrderedDict()
 
-@lru_cache(maxsize=1)
-def _server() -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", _SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tempfile.gettempdir(),
-    )
+
+def _server(own: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Return a process that was started with these variables, the least used of many ends."""
+    key = tuple(sorted(own.items()))
+    if key not in _servers:
+        while len(_servers) >= _SERVERS:
+            process = _servers.popitem(last=False)[1]
+            process.communicate()  # the end of its input ends it
+        _servers[key] = subprocess.Popen(
+            [sys.executable, "-c", _SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tempfile.gettempdir(),
+            env={**os.environ, **own},
+        )
+    _servers.move_to_end(key)
+    return _servers[key]
 
 
 def forked(
-    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the command and return what it printed."""
+    arguments: list[str], env: Mapping[str, str], cwd: Path
+) -> subprocess.CompletedProcess[str] | None:
+    """Run the command and return what it printed; None where it has to be started anew.
+
+    Args:
+        arguments: of the command.
+        env: variables beside those of this process.
+        cwd: where it runs.
+    """
     if not hasattr(os, "fork") or sys.platform == "darwin":  # where forks are not safe
-        return safeproj(*arguments, env=env, cwd=cwd)
-    server = _server()
+        return None
+    own = {
+        name: value
+        for name, value in env.items()
+        if name.startswith(_AT_IMPORT) and os.environ.get(name) != value
+    }
+    if not own.keys() <= set(_SERVED):
+        return None
+    server = _server(own)
     assert server.stdin is not None
     assert server.stdout is not None
-    words = list(map(str, arguments))
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
         job = {
-            "arguments": words,
-            "env": {**os.environ, **(env or {})},
-            "cwd": str(cwd or Path.cwd()),
+            "arguments": arguments,
+            "env": {**os.environ, **env},
+            "cwd": str(cwd),
             "out": out.name,
             "err": err.name,
+            "seconds": SECONDS,
         }
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
         texts = [Path(file.name).read_text("utf-8") for file in (out, err)]
-    return subprocess.CompletedProcess(words, code, *texts)
+    return subprocess.CompletedProcess(arguments, code, *texts)

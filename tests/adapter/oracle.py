@@ -11,13 +11,12 @@ import pytest
 from torch import Tensor
 
 from tests.conftest import Trio
-from tests.forks import forked
-from tests.support import oracle_C, oracle_cosine
+from tests.support import oracle_C, oracle_cosine, safeproj
 
 
 def scores(base: Path, aligned: Path, adapter: Path) -> dict[str, float]:
     """Return the cosine and the scale of each module, as the command reports them."""
-    result = forked(
+    result = safeproj(
         "inspect", "--base", base, "--aligned", aligned, "--adapter", adapter, "--format", "json"
     )
     assert result.returncode == 0, result.stderr
@@ -27,7 +26,7 @@ def scores(base: Path, aligned: Path, adapter: Path) -> dict[str, float]:
 
 def patch(trio: Trio, adapter: Path, out: Path, *options: str) -> dict[str, Any]:
     """Patch an adapter of the trio's models, and return the manifest."""
-    result = forked(
+    result = safeproj(
         "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
         "--out", out, *options,
     )  # fmt: skip

@@ -21,7 +21,6 @@ from safeproj.adapter import read_adapter
 from safeproj.errors import SafeprojError
 from tests.adapter.oracle import check, patch, scores, trio_weights
 from tests.conftest import Trio
-from tests.forks import forked
 from tests.support import (
     FACTORS,
     assert_refused,
@@ -258,7 +257,7 @@ def test_only_what_patch_wrote_is_replaced(
     patch(trio, all_linear[1], out, "--all", "--overwrite")
     assert read_json(out / "safeproj.json")["selection"]["mode"] == "all"
     (out / "safeproj.json").unlink()
-    result = forked(
+    result = safeproj(
         "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", all_linear[1],
         "--out", out, "--all", "--overwrite",
     )  # fmt: skip
@@ -349,7 +348,7 @@ def test_experts(tmp_path: Path, fused: bool) -> None:
         before |= {(e, part): B[e].double() @ A[e].double() for e in range(3)}
     adapter = write_gguf(tmp_path / "lora.gguf", factors)
 
-    result = forked(
+    result = safeproj(
         "patch", "--base", sources["base"], "--aligned", sources["aligned"],
         "--adapter", adapter, "--out", tmp_path / "out", "--layers", "4",
     )  # fmt: skip
@@ -406,7 +405,7 @@ def test_a_rank_of_one_may_have_lost_its_dimension(trio: Trio, tmp_path: Path) -
 
 
 def inspect(trio: Trio, adapter: Path) -> Any:
-    return forked("inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter)
+    return safeproj("inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter)
 
 
 def test_without_the_package(trio: Trio, all_linear: tuple[Path, Path], tmp_path: Path) -> None:
@@ -434,7 +433,7 @@ def test_heads_that_the_config_does_not_tell(
     aligned = tmp_path / "aligned"
     trio.aligned_model.save_pretrained(aligned)
     change_json(aligned / "config.json", num_attention_heads=3)
-    result = forked(
+    result = safeproj(
         "inspect", "--base", trio.base, "--aligned", aligned, "--adapter", all_linear[1]
     )
     assert_refused(result, "blk.0.attn_q.weight.lora_b", "num_attention_heads = 3", "32 rows")

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tests.adapter.oracle import check, patch, scores, trio_weights
 from tests.conftest import Trio
-from tests.forks import forked
 from tests.support import (
     CONFIG,
     FACTORS,
@@ -24,6 +23,7 @@ from tests.support import (
     change_json,
     deltas,
     read_json,
+    safeproj,
     save_adapter,
     snapshot,
 )
@@ -89,7 +89,7 @@ def test_what_mlx_lm_wrote(case: Path, tmp_path: Path) -> None:
         assert torch.allclose(ours[name], delta.double(), atol=1e-6), name
 
     out = tmp_path / "out"
-    result = forked(
+    result = safeproj(
         "patch", "--base", model / "base", "--aligned", model / "aligned",
         "--adapter", case / "adapter", "--out", out, "--all",
     )  # fmt: skip
@@ -156,7 +156,7 @@ def test_what_is_not_projected_is_kept(trio: Trio, tmp_path: Path) -> None:
     (adapter / "0000100_adapters.safetensors").write_bytes((adapter / WEIGHTS).read_bytes())
     (adapter / "notes.txt").write_text("mine")
     out = tmp_path / "out"
-    result = forked(
+    result = safeproj(
         "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
         "--out", out, "--layers", "1",
     )  # fmt: skip
@@ -222,7 +222,7 @@ def test_a_head_with_more_rows_than_the_base_has(trio: Trio, tmp_path: Path) -> 
     stored = load_file(base / "model.safetensors")
     stored["lm_head.weight"] = stored["lm_head.weight"][:46].contiguous()
     save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
-    result = forked(
+    result = safeproj(
         "patch", "--base", base, "--aligned", trio.aligned, "--adapter", adapter,
         "--out", tmp_path / "out", "--all",
     )  # fmt: skip
@@ -370,5 +370,7 @@ REFUSED = [
 def test_refused(trio: Trio, tmp_path: Path, damage: Callable[[Path], tuple[str, ...]]) -> None:
     adapter = as_mlx(trio.adapter, tmp_path / "mlx")
     words = damage(adapter)
-    result = forked("inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter)
+    result = safeproj(
+        "inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter
+    )
     assert_refused(result, str(adapter), *words)

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.conformance.architectures import Built
-from tests.forks import forked
-from tests.support import FACTORS, MANIFEST, oracle_C, oracle_cosine, read_json
+from tests.support import FACTORS, MANIFEST, oracle_C, oracle_cosine, read_json, safeproj
 
 PREFIX = "base_model.model."
 
@@ -294,7 +293,7 @@ def relative_change(
 
 def patch(pair: Built, adapter: Path, out: Path, *options: str) -> Any:
     """Run the command, which must succeed."""
-    result = forked(
+    result = safeproj(
         "patch", "--base", pair.base, "--aligned", pair.aligned, "--adapter", adapter,
         "--out", out, *options,
     )  # fmt: skip

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.forks import forked
-from tests.support import FACTORS, MANIFEST, oracle_C, oracle_cosine, read_json
+from tests.support import FACTORS, MANIFEST, oracle_C, oracle_cosine, read_json, safeproj
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = sorted(FIXTURES.glob("peft-*/*"))
@@ -89,7 +88,7 @@ def reading(tensors: dict[str, Tensor], name: str, expected: Tensor) -> tuple[st
 def test_what_an_old_version_meant_is_projected(case: Path, tmp_path: Path) -> None:
     adapter, out = case / "adapter", tmp_path / "out"
     model = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-    result = forked(
+    result = safeproj(
         "patch", "--base", FIXTURES / "models" / model / "base",
         "--aligned", FIXTURES / "models" / model / "aligned",
         "--adapter", adapter, "--out", out, "--all",

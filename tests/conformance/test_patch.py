@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Trio
-from tests.forks import forked
 from tests.support import (
     assert_refused,
     deltas,
@@ -22,6 +21,7 @@ from tests.support import (
     oracle_C,
     oracle_cosine,
     read_json,
+    safeproj,
     save_adapter,
     tiny_llama,
 )
@@ -39,7 +39,7 @@ def run_patch(
     trio: Trio, adapter: Path, out: Path, *options: str
 ) -> subprocess.CompletedProcess[str]:
     """Patch another adapter of the trio's models, which must succeed."""
-    result = forked(
+    result = safeproj(
         "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
         "--out", out, *options,
     )  # fmt: skip
@@ -82,7 +82,7 @@ def check_patched(
 def test_patched_deltas_are_what_the_formula_says(
     trio: Trio, tmp_path: Path, selection: list[str], projector: list[str]
 ) -> None:
-    result = forked("patch", *trio.arguments, "--out", tmp_path / "out", *selection, *projector)
+    result = safeproj("patch", *trio.arguments, "--out", tmp_path / "out", *selection, *projector)
     assert result.returncode == 0, result.stderr
 
     manifest = check_patched(
@@ -105,7 +105,7 @@ def test_base_and_aligned_may_differ_in_dtype_and_sharding(tmp_path: Path) -> No
     aligned.save_pretrained(tmp_path / "aligned", max_shard_size="20KB")
     adapter = save_adapter(aligned.float(), tmp_path / "adapter", target_modules="all-linear")
 
-    result = forked(
+    result = safeproj(
         "patch", "--base", tmp_path / "base", "--aligned", tmp_path / "aligned",
         "--adapter", adapter, "--out", tmp_path / "out", "--all",
     )  # fmt: skip
@@ -182,7 +182,7 @@ def test_conv1d_weights_are_stored_transposed(gpt2: tuple[Path, Any, Any], tmp_p
     adapter = save_adapter(
         aligned, tmp_path / "adapter", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
     )
-    result = forked(
+    result = safeproj(
         "patch", "--base", root / "base", "--aligned", root / "aligned",
         "--adapter", adapter, "--out", tmp_path / "out", "--all",
     )  # fmt: skip
@@ -198,7 +198,7 @@ def run_gpt2(root: Path, adapter: Path, out: Path, *, config: dict[str, str] | N
         (out.parent / name / "config.json").unlink()
         if config is not None:
             (out.parent / name / "config.json").write_text(json.dumps(config))
-    return forked(
+    return safeproj(
         "patch", "--base", out.parent / "base", "--aligned", out.parent / "aligned",
         "--adapter", adapter, "--out", out, "--all",
     )  # fmt: skip
@@ -287,7 +287,7 @@ def test_layouts_of_a_checkpoint(trio: Trio, tmp_path: Path, layout: str) -> Non
     else:
         trio.aligned_model.save_pretrained(aligned)
     source = aligned / "model.safetensors" if layout == "file as SRC" else aligned
-    result = forked(
+    result = safeproj(
         "patch", "--base", trio.base, "--aligned", source, "--adapter", trio.adapter,
         "--out", tmp_path / "out", "--all",
     )  # fmt: skip
@@ -325,7 +325,7 @@ def test_everything_else_is_kept(trio: Trio, tmp_path: Path) -> None:
 def test_patching_twice_keeps_one_section_in_the_card(trio: Trio, tmp_path: Path) -> None:
     source = trio.adapter
     for out in ("one", "two"):
-        result = forked(
+        result = safeproj(
             "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", source,
             "--out", tmp_path / out, "--layers", "1",
         )  # fmt: skip
@@ -341,7 +341,7 @@ def test_the_output_does_not_depend_on_workers_or_threads(
     written = set()
     for workers, threads in ((1, 1), (2, 2), (5, 1), (3, 4)):
         out = tmp_path / f"{workers}-{threads}"
-        result = forked(
+        result = safeproj(
             "patch", *trio.arguments, "--out", out, "--all", "--workers", str(workers), *projector,
             env={"OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip

@@ -24,7 +24,6 @@ from tests.conformance.architectures import (
     build,
     save_pair,
 )
-from tests.forks import forked
 from tests.support import (
     CONFIG,
     FACTORS,
@@ -34,6 +33,7 @@ from tests.support import (
     moved,
     oracle_C,
     read_json,
+    safeproj,
 )
 
 QV = ["q_proj", "v_proj"]
@@ -87,7 +87,7 @@ def patched(
 
 
 def inspect(pair: Built, adapter: Path) -> Any:
-    return forked(
+    return safeproj(
         "inspect", "--base", pair.base, "--aligned", pair.aligned, "--adapter", adapter
     )  # fmt: skip
 
@@ -185,7 +185,7 @@ def test_patterns_from_the_file_are_not_run(tmp_path: Path) -> None:
     )
     factors = {"lora_A": torch.randn(2, 5), "lora_B": torch.randn(6, 2)}
     save_file({f"{P}{name}.{k}.weight": t for k, t in factors.items()}, adapter / FACTORS)
-    result = forked(
+    result = safeproj(
         "patch", "--base", tmp_path / "base", "--aligned", tmp_path / "aligned",
         "--adapter", adapter, "--out", tmp_path / "out", "--all",
     )  # fmt: skip

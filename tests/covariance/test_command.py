@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 from safeproj.lm.data import Data, random_data, read_data
 from tests.conformance.oracle import save, updates
 from tests.covariance import oracle
-from tests.forks import forked
 from tests.report.test_schemas import validator
 from tests.salora.models import build
 from tests.support import (
@@ -96,7 +95,7 @@ def make(root: Path, architecture: str) -> Place:
         root / "task.stats.safetensors",
     )
     for data, out in ((safety, place.safety_stats), (task, place.task_stats)):
-        result = forked("stats", "--aligned", aligned, "--data", data, "--out", out)
+        result = safeproj("stats", "--aligned", aligned, "--data", data, "--out", out)
         assert result.returncode == 0, result.stderr
         assert result.stderr.startswith(f"wrote {out} (")
     return place
@@ -121,7 +120,7 @@ def lora(**settings: Any) -> Any:
 
 def patch(place: Place, adapter: Path, out: Path, *options: str | Path) -> Any:
     """Correct an adapter by the statistics, which must succeed; return the manifest."""
-    result = forked("patch", *given(place, adapter, out), *options)
+    result = safeproj("patch", *given(place, adapter, out), *options)
     assert result.returncode == 0, result.stderr
     return read_json(out / MANIFEST)
 
@@ -278,7 +277,7 @@ def test_data_gives_what_statistics_of_it_give(llama: Place, tmp_path: Path) -> 
 
 def test_without_task_data_random_tokens_stand_for_it(llama: Place, tmp_path: Path) -> None:
     adapter = save(llama.model, lora(), tmp_path / "adapter")
-    result = forked(
+    result = safeproj(
         "patch", "--aligned", llama.aligned, "--safety-data", llama.safety,
         "--adapter", adapter, "--out", tmp_path / "out",
     )  # fmt: skip
@@ -304,7 +303,7 @@ def test_many_adapters_in_one_run(llama: Place, tmp_path: Path) -> None:
         save(llama.model, lora(), tmp_path / "in" / f"a{seed}", seed=seed)
         patch(llama, tmp_path / "in" / f"a{seed}", tmp_path / f"one{seed}")
     (tmp_path / "many").mkdir()
-    result = forked("patch", *given(llama, tmp_path / "in", tmp_path / "many"))
+    result = safeproj("patch", *given(llama, tmp_path / "in", tmp_path / "many"))
     assert result.returncode == 0, result.stderr
     for seed in (1, 2):
         one = load_file(tmp_path / f"one{seed}" / FACTORS)
@@ -316,7 +315,7 @@ def test_many_adapters_in_one_run(llama: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize("format_", ["table", "markdown", "json", "html"])
 def test_inspect_shows_the_ratio(llama: Place, tmp_path: Path, format_: str) -> None:
     adapter = save(llama.model, lora(), tmp_path / "adapter")
-    result = forked("inspect", *given(llama, adapter), "--format", format_)
+    result = safeproj("inspect", *given(llama, adapter), "--format", format_)
     assert result.returncode == 0, result.stderr
     if format_ == "json":
         found = json.loads(result.stdout)
@@ -343,16 +342,16 @@ def test_a_gate_takes_the_record_and_the_computation(llama: Place, tmp_path: Pat
     patch(llama, adapter, out, "--mu", "0.1")
     stats = given(llama, adapter)[:4]
     options = (*stats, "--mu", "0.1", "--threshold", "0.999", "--format", "json")
-    before = forked("check", adapter, *options)
+    before = safeproj("check", adapter, *options)
     assert before.returncode == 1, before.stdout
-    checked = forked("check", out, *options)
+    checked = safeproj("check", out, *options)
     assert checked.returncode == 0, checked.stdout
-    again = forked("check", out, *options, "--original", adapter, "--evidence", "recomputed")
+    again = safeproj("check", out, *options, "--original", adapter, "--evidence", "recomputed")
     assert again.returncode == 0, again.stdout
-    verified = forked("verify", out, "--original", adapter, *stats)
+    verified = safeproj("verify", out, "--original", adapter, *stats)
     assert verified.returncode == 0, verified.stdout
     assert "14 recomputed" in verified.stdout
-    other = forked("check", out, *stats, "--threshold", "0.999", "--format", "json")
+    other = safeproj("check", out, *stats, "--threshold", "0.999", "--format", "json")
     assert other.returncode == 1  # another mu than is recorded
     assert "SP022" in other.stdout
 
@@ -366,19 +365,19 @@ def test_a_gate_finds_a_factor_that_was_changed_afterwards(llama: Place, tmp_pat
     save_file(
         {**after, name: (before[name] + after[name]) / 2}, out / FACTORS, metadata={"format": "pt"}
     )
-    found = forked("verify", out, "--original", adapter, *given(llama, adapter)[:4])
+    found = safeproj("verify", out, "--original", adapter, *given(llama, adapter)[:4])
     assert found.returncode == 1
     assert "SP024" in found.stdout
     other = {**after, name.replace("lora_A", "lora_B"): after[name.replace("lora_A", "lora_B")] * 2}
     save_file(other, out / FACTORS, metadata={"format": "pt"})
-    found = forked("verify", out, "--original", adapter, *given(llama, adapter)[:4])
+    found = safeproj("verify", out, "--original", adapter, *given(llama, adapter)[:4])
     assert found.returncode == 1
     assert "SP025" in found.stdout
 
 
 def test_a_gate_needs_statistics(llama: Place, tmp_path: Path) -> None:
     adapter = save(llama.model, lora(), tmp_path / "adapter")
-    result = forked(
+    result = safeproj(
         "check", adapter, "--aligned", llama.aligned, "--safety-data", llama.safety
     )  # fmt: skip
     assert_refused(result, "statistics are needed", "safeproj stats")
@@ -403,13 +402,13 @@ def test_the_file_says_what_it_was_made_of(llama: Place) -> None:
 
 def test_the_same_run_writes_the_same_file(llama: Place, tmp_path: Path) -> None:
     out = tmp_path / "again.stats.safetensors"
-    forked("stats", "--aligned", llama.aligned, "--data", llama.safety, "--out", out)
+    safeproj("stats", "--aligned", llama.aligned, "--data", llama.safety, "--out", out)
     assert out.read_bytes() == llama.safety_stats.read_bytes()
 
 
 def test_targets_and_random_tokens(llama: Place, tmp_path: Path) -> None:
     out = tmp_path / "q.stats.safetensors"
-    result = forked(
+    result = safeproj(
         "stats", "--aligned", llama.aligned, "--random-tokens", "7", "--targets", "q_proj",
         "--out", out,
     )  # fmt: skip
@@ -442,7 +441,7 @@ def test_targets_and_random_tokens(llama: Place, tmp_path: Path) -> None:
 def test_options_that_do_not_go_together(
     options: list[str], words: list[str], tmp_path: Path
 ) -> None:
-    result = forked("patch", *options, "--adapter", "x", "--out", tmp_path / "out")
+    result = safeproj("patch", *options, "--adapter", "x", "--out", tmp_path / "out")
     assert_refused(result, *words)
     assert not (tmp_path / "out").exists()
 
@@ -452,7 +451,7 @@ def test_what_statistics_do_not_hold_is_refused_by_name(
     llama: Place, tmp_path: Path, kind: str
 ) -> None:
     adapter = save(llama.model, lora(target_modules=["q_proj", kind]), tmp_path / "adapter")
-    result = forked("patch", *given(llama, adapter, tmp_path / "out"))
+    result = safeproj("patch", *given(llama, adapter, tmp_path / "out"))
     assert_refused(result, kind, "--exclude")
     assert not (tmp_path / "out").exists()
     manifest = patch(llama, adapter, tmp_path / "out", "--exclude", kind)
@@ -463,7 +462,7 @@ def test_data_that_is_none_is_refused(llama: Place, tmp_path: Path) -> None:
     adapter = save(llama.model, lora(), tmp_path / "adapter")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "how do i"}\n', "utf-8")
-    result = forked(
+    result = safeproj(
         "patch", "--aligned", llama.aligned, "--safety-data", bad,
         "--adapter", adapter, "--out", tmp_path / "out",
     )  # fmt: skip
@@ -476,11 +475,11 @@ def test_statistics_of_another_model_are_refused(llama: Place, tmp_path: Path) -
     shutil.copytree(llama.aligned, other)
     change_json(other / "config.json", rms_norm_eps=1e-3)
     adapter = save(llama.model, lora(), tmp_path / "adapter")
-    result = forked("patch", *given(llama, adapter, tmp_path / "out"), "--aligned", other)
+    result = safeproj("patch", *given(llama, adapter, tmp_path / "out"), "--aligned", other)
     assert_refused(result, "statistics of another model")
     task = tmp_path / "task.stats.safetensors"
-    forked("stats", "--aligned", other, "--data", llama.task, "--out", task)
-    result = forked(
+    safeproj("stats", "--aligned", other, "--data", llama.task, "--out", task)
+    result = safeproj(
         "patch", "--safety-data", llama.safety_stats, "--task-data", task,
         "--adapter", adapter, "--out", tmp_path / "out",
     )  # fmt: skip
@@ -490,7 +489,7 @@ def test_statistics_of_another_model_are_refused(llama: Place, tmp_path: Path) -
 def test_an_adapter_of_another_size_is_refused(llama: Place, tmp_path: Path) -> None:
     larger = build("llama", hidden_size=48)
     adapter = save(larger, lora(), tmp_path / "adapter")
-    result = forked("patch", *given(llama, adapter, tmp_path / "out"))
+    result = safeproj("patch", *given(llama, adapter, tmp_path / "out"))
     assert_refused(result, "shapes do not fit")
 
 
@@ -567,7 +566,7 @@ def test_damaged_statistics_are_refused(llama: Place, tmp_path: Path, damage: st
     adapter = save(llama.model, lora(), tmp_path / "adapter")
     damaged = rewritten(tmp_path / "damaged.stats.safetensors", llama.task_stats, change)
     before = snapshot(tmp_path)
-    result = forked(
+    result = safeproj(
         "patch", "--safety-data", llama.safety_stats, "--task-data", damaged,
         "--adapter", adapter, "--out", tmp_path / "out",
     )  # fmt: skip
@@ -589,7 +588,7 @@ def test_damaged_statistics_are_refused(llama: Place, tmp_path: Path, damage: st
 )
 def test_stats_refuses(llama: Place, tmp_path: Path, options: list[str], words: list[str]) -> None:
     out = tmp_path / "x.stats.safetensors"
-    result = forked("stats", "--aligned", llama.aligned, "--out", out, *options)
+    result = safeproj("stats", "--aligned", llama.aligned, "--out", out, *options)
     assert_refused(result, *words)
     assert not list(tmp_path.iterdir())
 
@@ -598,7 +597,7 @@ def test_stats_replaces_only_statistics(llama: Place, tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
     options = ("--aligned", llama.aligned, "--random-tokens", "3", "--out", out)
     save_file({"x": torch.zeros(1)}, out)
-    assert_refused(forked("stats", *options), "exists")
-    assert_refused(forked("stats", *options, "--overwrite"), "no statistics")
+    assert_refused(safeproj("stats", *options), "exists")
+    assert_refused(safeproj("stats", *options, "--overwrite"), "no statistics")
     shutil.copyfile(llama.task_stats, out)
-    assert forked("stats", *options, "--overwrite").returncode == 0
+    assert safeproj("stats", *options, "--overwrite").returncode == 0

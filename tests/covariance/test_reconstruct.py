@@ -19,10 +19,9 @@ from safeproj.projection import Reconstruction
 from tests.conformance.oracle import save, updates
 from tests.covariance import oracle
 from tests.covariance.test_command import head, lora
-from tests.forks import forked
 from tests.report.test_schemas import validator
 from tests.salora.models import build
-from tests.support import FACTORS, MANIFEST, assert_refused, read_json, snapshot
+from tests.support import FACTORS, MANIFEST, assert_refused, read_json, safeproj, snapshot
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
 MU = 0.6
@@ -161,7 +160,7 @@ def test_each_layer_is_the_least_squares_solution(case: Case, tmp_path: Path, ta
     few = {"llama": ["v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}[architecture]
     config = lora(target_modules="all-linear" if targets == "all-linear" else few)
     adapter = scaled_down(save(case.model, config, tmp_path / "adapter"), 0.1)
-    result = forked("patch", *case.given(adapter, tmp_path / "out"))
+    result = safeproj("patch", *case.given(adapter, tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     trained = {n: u.matrix.double() for n, u in updates(case.model, adapter).items()}
     found = {n: u.matrix.double() for n, u in updates(case.model, tmp_path / "out").items()}
@@ -184,9 +183,9 @@ def test_each_layer_is_the_least_squares_solution(case: Case, tmp_path: Path, ta
 def test_the_first_layer_is_what_the_statistics_give(llama: Case, tmp_path: Path) -> None:
     config = lora(target_modules=r"model\.layers\.0\.self_attn\.(q|k|v)_proj")
     adapter = save(llama.model, config, tmp_path / "adapter")
-    assert forked("patch", *llama.given(adapter, tmp_path / "out")).returncode == 0
+    assert safeproj("patch", *llama.given(adapter, tmp_path / "out")).returncode == 0
     plain = [each for each in llama.given(adapter, tmp_path / "plain") if each != "--reconstruct"]
-    assert forked("patch", *plain).returncode == 0
+    assert safeproj("patch", *plain).returncode == 0
     rebuilt, closed = (updates(llama.model, tmp_path / name) for name in ("out", "plain"))
     for name, update in closed.items():
         error = float((rebuilt[name].matrix - update.matrix).norm() / update.matrix.norm())
@@ -218,7 +217,7 @@ def before_A(state: Mapping[str, Tensor], name: str) -> Tensor:
 
 def test_an_update_that_is_zero_stays(llama: Case, tmp_path: Path) -> None:
     adapter = scaled_down(save(llama.model, lora(), tmp_path / "adapter"), 0.0)
-    result = forked("patch", *llama.given(adapter, tmp_path / "out"))
+    result = safeproj("patch", *llama.given(adapter, tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     manifest = read_json(tmp_path / "out" / MANIFEST)
     assert all(module["cosine"] is None for module in manifest["modules"])
@@ -240,7 +239,7 @@ def test_an_update_that_is_zero_stays(llama: Case, tmp_path: Path) -> None:
 def test_it_needs_data(llama: Case, tmp_path: Path, options: list[str], words: list[str]) -> None:
     adapter = save(llama.model, lora(), tmp_path / "adapter")
     before = snapshot(tmp_path)
-    result = forked(
+    result = safeproj(
         "patch", "--aligned", llama.aligned, "--adapter", adapter, "--out", tmp_path / "out",
         "--reconstruct", *options,
     )  # fmt: skip
@@ -253,7 +252,7 @@ def test_what_is_no_plain_lora_is_refused(
     llama: Case, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     adapter = save(llama.model, lora(**settings), tmp_path / "adapter")
-    result = forked("patch", *llama.given(adapter, tmp_path / "out"))
+    result = safeproj("patch", *llama.given(adapter, tmp_path / "out"))
     assert_refused(result, "plain LoRA")
     assert not (tmp_path / "out").exists()
 
@@ -262,7 +261,7 @@ def test_many_adapters_are_refused(llama: Case, tmp_path: Path) -> None:
     for seed in (1, 2):
         save(llama.model, lora(), tmp_path / "in" / f"a{seed}", seed=seed)
     (tmp_path / "out").mkdir()
-    result = forked("patch", *llama.given(tmp_path / "in", tmp_path / "out"))
+    result = safeproj("patch", *llama.given(tmp_path / "in", tmp_path / "out"))
     assert_refused(result, "--reconstruct goes with one adapter")
 
 

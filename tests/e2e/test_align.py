@@ -67,22 +67,24 @@ def bare(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 def align(pair: Pair, out: Path, *options: str, largest_file: int | None = None) -> Result:
     """Run `safeproj align`, if wanted with a limit on the size of the files that it writes."""
+    words = ["align", *pair.arguments, "--out", str(out), *options]
+    if largest_file is None:
+        return safeproj(*words, env=OFFLINE)
 
     def limit() -> None:
         import resource
 
-        assert largest_file is not None
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     return subprocess.run(
-        [COMMAND, "align", *pair.arguments, "--out", str(out), *options],
+        [COMMAND, *words],
         capture_output=True,
         text=True,
         encoding="utf-8",
         env={**os.environ, **OFFLINE},
         timeout=300,
         check=False,
-        preexec_fn=None if largest_file is None else limit,
+        preexec_fn=limit,
     )
 
 

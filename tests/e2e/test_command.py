@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from safeproj import __version__
 from tests.conftest import Trio
-from tests.support import COMMAND, assert_refused, read_json, safeproj, save_adapter
+from tests.support import COMMAND, assert_refused, installed, read_json, safeproj, save_adapter
 
 
 def test_help_does_not_import_torch() -> None:
@@ -34,7 +34,7 @@ def test_help_does_not_import_torch() -> None:
 
 
 def test_version() -> None:
-    assert safeproj("--version").stdout == f"safeproj {__version__}\n"
+    assert installed("--version").stdout == f"safeproj {__version__}\n"
 
 
 def test_python_m_is_the_same_command() -> None:
@@ -45,7 +45,7 @@ def test_python_m_is_the_same_command() -> None:
 
 
 def test_inspect_prints_the_report_on_stdout_and_nothing_on_stderr(trio: Trio) -> None:
-    result = safeproj("inspect", *trio.arguments)
+    result = installed("inspect", *trio.arguments)
     assert result.returncode == 0
     assert result.stderr == ""
     assert "q_proj" in result.stdout
@@ -99,7 +99,7 @@ def test_the_same_run_writes_the_same_files(trio: Trio, tmp_path: Path) -> None:
     written = []
     for name in ("one", "two"):
         out = tmp_path / name
-        assert safeproj("patch", *trio.arguments, "--out", out, "--all").returncode == 0
+        assert installed("patch", *trio.arguments, "--out", out, "--all").returncode == 0
         written.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert written[0] == written[1]
 
@@ -257,7 +257,7 @@ def test_rounding_to_a_short_dtype_is_warned_about(trio: Trio, tmp_path: Path) -
 
 
 def test_verbose_shows_a_traceback(trio: Trio) -> None:
-    result = safeproj(
+    result = installed(
         "inspect", "--base", trio.base, "--aligned", trio.base, "--adapter", trio.adapter, "-v"
     )
     assert result.returncode == 2

@@ -25,7 +25,6 @@ from tests.evaluate.support import (
     tokenizer,
     write_lines,
 )
-from tests.forks import forked
 from tests.report.test_schemas import validator
 from tests.support import COMMAND, assert_refused, safeproj, save_adapter
 
@@ -37,7 +36,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 def run(
     *arguments: str | Path, env: Mapping[str, str] = ONE_THREAD, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return forked("eval", *arguments, "--device", "cpu", env=env, cwd=cwd)
+    return safeproj("eval", *arguments, "--device", "cpu", env=env, cwd=cwd)
 
 
 def tiny(*arguments: str | Path) -> list[str | Path]:

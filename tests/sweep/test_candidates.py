@@ -25,12 +25,12 @@ from safeproj.sweep.candidates import Candidates, Place, Replaced, candidates, s
 from safeproj.sweep.controls import Sizes, scaled
 from safeproj.sweep.rotation import Rotation
 from tests.conftest import Trio
-from tests.forks import forked
 from tests.support import (
     FACTORS,
     deltas,
     moved,
     oracle_C,
+    safeproj,
     save_adapter,
     save_safety_module,
     tiny_llama,
@@ -159,7 +159,7 @@ def test_tensors_are_those_that_patch_writes(case: Case, share: float, tmp_path:
     places = {len(place.modules): place for place in found.places(1000)}
     count = max(1, round(share * (len(places) - 1)))
     out = tmp_path / "out"
-    done = forked("patch", *case.arguments, "--layers", str(count), "--out", out)
+    done = safeproj("patch", *case.arguments, "--layers", str(count), "--out", out)
     assert done.returncode == 0, done.stderr
     written, before = load_file(out / FACTORS), load_file(case.adapter / FACTORS)
     replaced = places[count].method()
@@ -177,7 +177,7 @@ def test_a_threshold_chooses_what_patch_chooses(trio: Trio, tmp_path: Path) -> N
     )
     place = found.places(100)[2]
     assert place.value == place.threshold
-    done = forked(
+    done = safeproj(
         "patch", *trio.arguments, "--threshold", repr(place.threshold), "--out", tmp_path / "out",
         "--format", "json",
     )  # fmt: skip
@@ -194,7 +194,9 @@ def test_the_exact_projector_is_that_of_patch(trio: Trio, tmp_path: Path, projec
     )
     setting = ("--rank", "3") if projector.rank else ("--energy", "0.6")
     out = tmp_path / "out"
-    done = forked("patch", *trio.arguments, "--all", "--projector", "exact", *setting, "--out", out)
+    done = safeproj(
+        "patch", *trio.arguments, "--all", "--projector", "exact", *setting, "--out", out
+    )
     assert done.returncode == 0, done.stderr
     written = load_file(out / FACTORS)
     replaced = found.places(2)[-1].method()
@@ -446,7 +448,7 @@ def test_peft_has_the_same_tensors_as_from_the_patched_directory(
     found = case.find()
     place = middle(found)
     out = tmp_path / "out"
-    done = forked("patch", *case.arguments, "--layers", str(len(place.modules)), "--out", out)
+    done = safeproj("patch", *case.arguments, "--layers", str(len(place.modules)), "--out", out)
     assert done.returncode == 0, done.stderr
     subject = Subject(deepcopy(case.model), found.adapter)
     for make in (*place.controls.values(), place.method):  # whatever was there before

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from tests.forks import forked
 from tests.report.test_schemas import validator
 from tests.support import COMMAND, assert_refused, safeproj, save_safety_module, snapshot
 
@@ -73,7 +72,7 @@ def test_all_modules_restore_the_refusals_and_a_uniform_shrink_does_so_too(swept
 
 def test_a_point_is_what_patch_and_eval_give(swept: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = forked("patch", *PAIR, *ADAPTER, "--layers", "14", "--out", out)
+    done = safeproj("patch", *PAIR, *ADAPTER, "--layers", "14", "--out", out)
     assert done.returncode == 0, done.stderr
     done = safeproj(
         "eval", "--model", EXAMPLE / "aligned", "--adapter", out, *SETS, *FEW, "--format", "json",
@@ -126,7 +125,7 @@ def test_a_safety_module_needs_the_model_and_is_swept_with_it(tmp_path: Path) ->
     model = AutoModelForCausalLM.from_pretrained(EXAMPLE / "aligned")
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     file = save_safety_module(model, tmp_path / "m.safety.safetensors", targets)
-    refused = forked("sweep", "--safety-module", file, *ADAPTER, *SETS)
+    refused = safeproj("sweep", "--safety-module", file, *ADAPTER, *SETS)
     assert_refused(refused, "--model is missing")
     found = printed(
         "--safety-module", file, "--model", EXAMPLE / "aligned", *ADAPTER, *SETS, *FEW,
@@ -181,12 +180,12 @@ def test_a_safety_module_needs_the_model_and_is_swept_with_it(tmp_path: Path) ->
     ],
 )
 def test_unusable_input_is_one_line(arguments: tuple[str | Path, ...], words: tuple[str]) -> None:
-    assert_refused(forked("sweep", *arguments), *words)
+    assert_refused(safeproj("sweep", *arguments), *words)
 
 
 def test_an_adapter_that_peft_cannot_run_is_refused() -> None:
     fixture = Path(__file__).parents[1] / "fixtures" / "mlx-lm-0.32.2" / "llama-lora" / "adapter"
-    assert_refused(forked("sweep", *PAIR, "--adapter", fixture, *SETS), "only PEFT adapters")
+    assert_refused(safeproj("sweep", *PAIR, "--adapter", fixture, *SETS), "only PEFT adapters")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

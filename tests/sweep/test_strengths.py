@@ -24,9 +24,8 @@ from tests.conformance.oracle import updates as updates_of
 from tests.covariance import oracle
 from tests.covariance.test_command import Place as Model
 from tests.covariance.test_command import lora, make, stored
-from tests.forks import forked
 from tests.report.test_schemas import validator
-from tests.support import FACTORS, assert_refused
+from tests.support import FACTORS, assert_refused, safeproj
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-lm"
 DATA = EXAMPLE / "data"
@@ -66,7 +65,7 @@ def updates(model: Model, adapter: Path, replaced: Replaced, place: Path) -> dic
 def test_tensors_are_those_that_patch_writes(
     model: Model, adapter: Path, found: Strengths, tmp_path: Path, mu: float
 ) -> None:
-    result = forked(
+    result = safeproj(
         "patch", "--safety-data", model.safety_stats, "--task-data", model.task_stats,
         "--adapter", adapter, "--out", tmp_path / "out", "--mu", str(mu),
     )  # fmt: skip
@@ -157,7 +156,7 @@ def test_an_adapter_of_zeros_has_nothing_to_sweep(
 
 @pytest.fixture(scope="module")
 def swept() -> Any:
-    result = forked(
+    result = safeproj(
         "sweep", "--method", "covariance", "--aligned", EXAMPLE / "aligned",
         "--safety-data", DATA / "safety.jsonl", "--task-data", DATA / "task.jsonl",
         "--adapter", EXAMPLE / "adapters" / "mixed", *SETS, *FEW, "--points", "3",
@@ -192,7 +191,7 @@ def test_the_correction_restores_refusals_where_a_random_moment_does_not(swept: 
     ids=["by", "model"],
 )
 def test_unusable_options(options: list[str], words: list[str]) -> None:
-    result = forked(
+    result = safeproj(
         "sweep", "--safety-data", "s.stats.safetensors", "--adapter", "x", *SETS, *options
     )
     assert_refused(result, *words)
