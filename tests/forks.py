@@ -32,10 +32,18 @@ _SERVERS = 3
 """Processes kept by one worker of the tests; each holds some 300 MB."""
 
 _SERVER = r"""
-import json, os, signal, sys
-import numpy, peft, safetensors.torch, torch
+import atexit, gc, importlib, json, os, pkgutil, signal, sys
+import jinja2, numpy, peft, rich.progress, rich.table, safetensors.torch, torch
 import transformers.conversion_mapping, transformers.core_model_loading, transformers.initialization
 import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
+import safeproj, typer.main
+for module in pkgutil.walk_packages(safeproj.__path__, "safeproj."):
+    importlib.import_module(module.name)
+from safeproj.__main__ import main
+from safeproj.cli import app
+command = typer.main.get_command(app)
+typer.main.get_command = lambda app: command  # made once: it takes longer than most commands
+gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
@@ -48,9 +56,20 @@ for line in sys.stdin:
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = ["safeproj", *job["arguments"]]
-        from safeproj.__main__ import main
-        main()
-        os._exit(0)
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            code = 1
+            sys.excepthook(*sys.exc_info())
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code if isinstance(code, int) else code is not None)  # nothing is torn down
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(code, flush=True)
 """
