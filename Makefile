@@ -7,7 +7,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench readme example clean
+.PHONY: demo test lint format bench fuzz readme example clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -26,6 +26,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/bench.py
+
+# The whole fuzzing campaign; the tests run a slice of it.
+fuzz: $(READY)
+	$(BIN)/python -W ignore -m tests.fuzz
 
 # Puts the commands' real output into the README; a test compares the two.
 readme: $(READY)

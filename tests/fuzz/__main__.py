@@ -1,0 +1,63 @@
+"""`python -m tests.fuzz --cases 100000`: the campaign at full length, on all processors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    """Run the campaign in one process per processor and print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--keep", type=Path, help="directory for the cases that show a fault")
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.part:
+        from tests.fuzz.campaign import run
+
+        with tempfile.TemporaryDirectory() as root:
+            print(json.dumps(run(Path(root), given.cases, given.seed, given.keep).as_json()))
+        return 0
+    share = -(-given.cases // given.jobs)
+    keep = [] if given.keep is None else ["--keep", str(given.keep)]
+    parts = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--part", "--cases", str(share),
+             "--seed", str(given.seed * 1000 + job), *keep],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        for job in range(given.jobs)
+    ]  # fmt: skip
+    total = merged([json.loads(part.communicate()[0]) for part in parts])
+    print(json.dumps(total, indent=2))
+    return 1 if total["faults"] else 0
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sum of what several processes found."""
+    total: dict[str, Any] = {}
+    for name, first in parts[0].items():
+        values = [part[name] for part in parts]
+        if isinstance(first, dict):
+            total[name] = dict(sum((Counter(each) for each in values), Counter[str]()))
+        elif isinstance(first, list):
+            total[name] = [line for each in values for line in each]
+        else:
+            total[name] = max(values) if name.startswith(("peak", "slowest")) else sum(values)
+    return total
+
+
+if __name__ == "__main__":
+    sys.exit(main())
