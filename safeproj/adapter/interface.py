@@ -69,6 +69,11 @@ class Format(ABC):
         """Files of the input that `output_file` replaces."""
         return frozenset({self.output_file})
 
+    @property
+    def container(self) -> Any:
+        """What the weights file holds beside tensors, as `write` writes it."""
+        return None
+
     def reordered(self, adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
         """Return the adapter with the rows of its tensors as the running model has them.
 
