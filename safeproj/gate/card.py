@@ -13,6 +13,7 @@ from safeproj.errors import SafeprojError
 from safeproj.gate.weights import found
 from safeproj.report.check import Finding
 from safeproj.report.record import ModuleReport, Report, Safety, Unprojected, place
+from safeproj.rules import Level
 from safeproj.source import read_json
 
 _SIGNS = (card.BEGIN, card.END, b"## Safety projection")
@@ -48,6 +49,9 @@ def about_card(before: Adapter, patched: Adapter) -> Iterator[Finding]:
         outside = given if section is None else card.with_section(given, section)
         if there != outside:
             yield found("SP025", f"{CARD} differs from the original's", file=CARD)
+        elif section is not None and MANIFEST in patched.folder.files:
+            text = f"the section in {CARD} is another version's, and was not compared"
+            yield found("SP025", text, level=Level.note, file=CARD)
     elif there != card.with_section(given, section):
         text = f"{CARD} is not the original's with the section that {MANIFEST} gives"
         yield found("SP025", text, file=CARD)

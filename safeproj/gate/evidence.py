@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from safeproj import __version__
@@ -89,17 +89,20 @@ def about_manifest(adapter: Adapter) -> list[Finding]:
     return _mismatches(look)
 
 
-def about_history(original: Run, patched: Adapter) -> list[Finding]:
+def about_history(original: Run, patched: Adapter, projected: Collection[str]) -> list[Finding]:
     """Return where safeproj.json does not fit the adapter that was patched, which is at hand.
 
     Args:
         original: the run over it, of which every module was scored.
         patched: what was written.
+        projected: the modules that are projected, by what was written.
     """
 
     def look() -> None:
         document = read_json(patched.folder, MANIFEST)
-        if _schema(document) != SCHEMA:
+        if _schema(document) == FOLDED:
+            if projected:
+                raise _MismatchError("SP021", f"{MANIFEST} records a fold, and no projection")
             return
         _require_read(original.adapter, document["inputs"]["adapter"])
         if document["tool"]["version"] == __version__:  # others may compute something else
