@@ -71,8 +71,13 @@ class Format(ABC):
 
     @property
     def container(self) -> Any:
-        """What the weights file holds beside tensors, as `write` writes it."""
+        """What the weights file holds beside tensors, as it was read."""
         return None
+
+    @property
+    def written_container(self) -> Any:
+        """The same as `write` writes it."""
+        return self.container
 
     def reordered(self, adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
         """Return the adapter with the rows of its tensors as the running model has them.

@@ -151,11 +151,15 @@ class Peft(Format):
         yield from disagreements(adapter, names)
 
     @property
-    def container(self) -> dict[str, str]:
+    def container(self) -> dict[str, str] | None:
+        return self.metadata
+
+    @property
+    def written_container(self) -> dict[str, str]:
         return {"format": "pt"} if self.metadata is None else self.metadata
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        return write_safetensors(path, self.container, tensors)
+        return write_safetensors(path, self.written_container, tensors)
 
 
 def _refuse_settings(source: str, config: dict[str, Any]) -> None:

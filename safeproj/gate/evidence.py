@@ -176,8 +176,10 @@ def _require_no_more_written(run: Run, document: Mapping[str, Any], claimed: lis
 
 def _require_read(before: Adapter, recorded: Mapping[str, Any]) -> None:
     """Compare the files that were patched, and what had been done to them already."""
-    for name, digest in recorded["sha256"]["files"].items():
-        if name not in before.folder.files or file_sha256(before.path(name)) != digest:
+    read = recorded["sha256"]["files"]
+    for name in {*read, *before.format.documents, before.weights_file}:
+        here = name in read and name in before.folder.files
+        if not here or file_sha256(before.path(name)) != read[name]:
             raise _MismatchError(
                 "SP021", f"{MANIFEST} records another {printable(str(name))} than the original's"
             )

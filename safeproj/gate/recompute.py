@@ -224,6 +224,9 @@ def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
     if patched.weights_file != before.format.output_file:
         text = f"the tensors are in {patched.weights_file}; expected {before.format.output_file}"
         yield found("SP025", text, file=patched.weights_file)
-    elif patched.format.container != before.format.container:
+    elif patched.format.container not in (
+        before.format.container,
+        before.format.written_container,
+    ):
         text = f"the metadata in {patched.weights_file} is not the original's"
         yield found("SP025", text, file=patched.weights_file)

@@ -71,7 +71,7 @@ def _(adapter: Path, ground: Ground) -> None:
 )
 def _(adapter: Path, ground: Ground) -> None:
     change_manifest(adapter, lambda d: d["versions"].update(processor="another"))
-    change_tensors(adapter, lambda t: t.update({key(Q, "B"): t[key(Q, "B")].bfloat16()}))
+    change_tensors(adapter, lambda t: t.update({key(Q, "B"): t[key(Q, "B")].half()}))
 
 
 @attack("original", "SP025", start=PATCHED)
