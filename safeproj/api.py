@@ -376,7 +376,7 @@ def verify(
             options or Options(),
         )
         projector = options.projector or recorded_projector(adapter)
-        before = _original(against, original, projector, options, observer, profile)
+        before = _original(against, original, projector, options, observer, profile, digests=True)
         adapter = adapter.fitted(before.subspace.names, before.subspace.config)
     elif base or aligned or alignment or safety_module or safety_data or task_data:
         raise SafeprojError(
@@ -393,12 +393,17 @@ def _original(
     options: Options,
     observer: Observer | None,
     profile: Profile | None,
+    *,
+    digests: bool = False,
 ) -> Original:
-    """Return an adapter before patching, with the projection of every module."""
+    """Return an adapter before patching, with the projection of every module.
+
+    With digests, too, of what it was computed from.
+    """
     from safeproj.gate.check import Original
 
     options = dataclasses.replace(options, selection=Selection(all=True), projector=projector)
-    job = Job(against, options, observer, profile, digests=False)
+    job = Job(against, options, observer, profile, digests=digests)
     device = str(engine.resolve_device(options.device))
     return Original(job.one(source), device, job.subspace)
 

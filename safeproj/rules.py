@@ -157,24 +157,27 @@ _RULES = (
         "SP014",
         "other-weights",
         Level.fail,
-        "The directory holds further files with weights, which were not checked and which another "
-        "loader may prefer.",
-        "Remove them: checkpoints of the training, converted copies, embeddings.",
+        "The directory holds further files with weights, or that may hold weights, by their bytes "
+        "and not by their names: they were not checked, and another loader may prefer them. "
+        "Beside a `config.json` they are the base model that transformers loads.",
+        "Remove them: checkpoints of the training, merged models, converted copies, embeddings, "
+        "archives.",
     ),
     Rule(
         "SP015",
         "unsafe-path",
         Level.fail,
-        "A file of the adapter is a link, no regular file, or has a name that leads out of the "
-        "directory: what is published may be something else than what was checked.",
+        "A file of the adapter, or an adapter among many, is a link, no regular file, or has a "
+        "name that leads out of the directory: what is published may be something else than what "
+        "was checked.",
         "Replace the link by the file it should be; rename the file.",
     ),
     Rule(
         "SP016",
         "confusable-names",
         Level.fail,
-        "Names of tensors differ only in case or in characters that look alike: one of them is "
-        "made to be taken for the other.",
+        "Names of tensors or files differ only in case or in characters that look alike, or that "
+        "some file system folds: one of them is made to be taken for the other.",
         "Find out where the second one comes from, and remove it.",
     ),
     Rule(
@@ -182,7 +185,8 @@ _RULES = (
         "unjudged-file",
         Level.note,
         "The directory holds files that can change what a model is given or what is run: code, a "
-        "tokenizer, a chat template. Scores of weights say nothing of them.",
+        "tokenizer or processor, a chat template, a config of the model or of its generation. "
+        "Scores of weights say nothing of them.",
         "Review them as you review code.",
     ),
     Rule(
@@ -268,6 +272,37 @@ _RULES = (
         "The policy wants a signature by its public key, and there is none, or it is not of these "
         "files.",
         "Sign the directory as it is published with `safeproj sign`, last of all steps.",
+    ),
+    Rule(
+        "SP038",
+        "unknown-file",
+        Level.note,
+        "The directory holds a file of a kind that is on no list of what is found beside adapters.",
+        "Find out what reads it, and remove it if nothing does.",
+    ),
+    Rule(
+        "SP039",
+        "runs-code",
+        Level.fail,
+        "A file beside the adapter is a compiled program, or a config that makes loaders run code "
+        "that is none of theirs (`auto_map`, a kernel from a repository).",
+        "Remove the program or the setting; who needs it has it from the base model.",
+    ),
+    Rule(
+        "SP040",
+        "odd-mode",
+        Level.fail,
+        "A file has further names (hard links), through which it can be changed after the check, "
+        "or runs with its owner's rights. That everyone may change or execute it is a note.",
+        "Copy the directory, such as with `cp -r --no-preserve=all`, and check the copy.",
+    ),
+    Rule(
+        "SP041",
+        "unlistable",
+        Level.undecided,
+        "A directory cannot be listed, or a file in it not be read: what is there is not known.",
+        "Make it readable for whoever checks, or remove it.",
+        can_be_ignored=False,
     ),
     Rule(
         UNUSABLE,

@@ -75,7 +75,7 @@ def with_section(card: bytes, text: str) -> bytes:
 
     The rest of the card is kept byte for byte, whatever its encoding.
     """
-    block = BEGIN + b"\n" + text.encode() + b"\n" + END
+    block = BEGIN + b"\n" + text.encode("utf-8", "surrogateescape") + b"\n" + END
     begin, end = card.find(BEGIN), card.find(END)
     if 0 <= begin < end:
         return card[:begin] + block + card[end + len(END) :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from safeproj.adapter import FORMATS, stands_for_folder
@@ -25,10 +25,12 @@ class Member:
     Attributes:
         source: its SRC.
         name: where its patched copy goes below `--out`, with `/` between parts.
+        linked: whether a link leads to it out of the directory that holds it among others.
     """
 
     source: str
     name: str
+    linked: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def collect(sources: Iterable[str], *, written: bool = True) -> Collection:
     Args:
         sources: the values.
         written: whether each gets a place of its name below `--out`. If not, what is named twice
-            counts once, adapters of the same name are told apart by their SRC, and hidden
-            directories are looked into.
+            counts once, adapters of the same name are told apart by their SRC, and nothing is
+            passed over: no hidden directory, no name in another case.
 
     Raises:
         SafeprojError: a list cannot be read, names nothing, or two adapters would get one place.
@@ -78,7 +80,7 @@ def _told_apart(members: Sequence[Member]) -> list[Member]:
     places = {_place(member.source): member for member in reversed(members)}
     found = [member for member in members if places[_place(member.source)] is member]
     counts = Counter(member.name for member in found)
-    return [m if counts[m.name] == 1 else Member(m.source, m.source) for m in found]
+    return [m if counts[m.name] == 1 else replace(m, name=m.source) for m in found]
 
 
 def _place(source: str) -> str:
@@ -143,22 +145,21 @@ def _below(source: str, *, hidden: bool) -> Iterator[Member]:
             continue
         seen.add(os.path.realpath(place))
         single = [name for name in files if name.endswith(".gguf")]
-        if _is_adapter(files) and not (len(single) > 1 and CONFIG not in files):
+        named = [name.casefold() for name in files] if hidden else files
+        if _is_adapter(named) and not (len(single) > 1 and CONFIG not in files):
             if place == root:
                 return
             subdirectories.clear()  # such as checkpoints of its training
             found.append((place.relative_to(root).as_posix(), place))
             continue
-        subdirectories[:] = [
-            name
-            for name in subdirectories
-            if name not in (".git", ".cache") and (hidden or not name.startswith("."))
-        ]
+        if not hidden:
+            subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
         for name in single:
             path = place / name
             found.append((path.relative_to(root).with_suffix("").as_posix(), path))
     for name, path in sorted(found, key=lambda item: natural_order(item[0])):
-        yield Member(str(path), name)
+        linked = hidden and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+        yield Member(str(path), name, linked)
 
 
 def _refuse(error: OSError) -> None:

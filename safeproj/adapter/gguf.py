@@ -104,6 +104,10 @@ class Gguf(Format):
     def output_file(self) -> str:
         return self.name
 
+    @property
+    def container(self) -> tuple[int, bytes, int]:
+        return self.header.version, self.header.metadata, self.header.alignment
+
     def reordered(self, adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
         """Return the adapter with the rows of q and k in the model's order."""
         permuted = self.header.values["general.architecture"] in PERMUTED

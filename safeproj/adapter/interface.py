@@ -69,6 +69,16 @@ class Format(ABC):
         """Files of the input that `output_file` replaces."""
         return frozenset({self.output_file})
 
+    @property
+    def container(self) -> Any:
+        """What the weights file holds beside tensors, as it was read."""
+        return None
+
+    @property
+    def written_container(self) -> Any:
+        """The same as `write` writes it."""
+        return self.container
+
     def reordered(self, adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
         """Return the adapter with the rows of its tensors as the running model has them.
 

@@ -107,6 +107,10 @@ class Mlx(Format):
     def replaced_files(self) -> frozenset[str]:
         return frozenset({WEIGHTS, OLD_WEIGHTS})
 
+    @property
+    def container(self) -> dict[str, str] | None:
+        return self.metadata
+
     def scalings(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> dict[str, float]:
         parameters = adapter.config.get("lora_parameters")
         scale = parameters.get("scale") if isinstance(parameters, dict) else None

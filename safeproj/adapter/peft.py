@@ -150,9 +150,16 @@ class Peft(Format):
     def disagreements(self, adapter: Adapter, names: Collection[str]) -> Iterator[str]:
         yield from disagreements(adapter, names)
 
+    @property
+    def container(self) -> dict[str, str] | None:
+        return self.metadata
+
+    @property
+    def written_container(self) -> dict[str, str]:
+        return {"format": "pt"} if self.metadata is None else self.metadata
+
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        metadata = {"format": "pt"} if self.metadata is None else self.metadata
-        return write_safetensors(path, metadata, tensors)
+        return write_safetensors(path, self.written_container, tensors)
 
 
 def _refuse_settings(source: str, config: dict[str, Any]) -> None:

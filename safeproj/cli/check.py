@@ -191,7 +191,7 @@ def check_command(
             "energy": energy,
             "mu": mu,
         }
-        chosen = changed(find_policy(policy), given)
+        chosen = changed(find_policy(policy, adapter), given)
         profile = Profile()
         with profile.phase("import"):
             options = options_of(device=device, workers=workers, maps=map_)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
 from safeproj.against import Against
 from safeproj.errors import SafeprojError, printable
-from safeproj.gate.evidence import about_manifest, recorded
-from safeproj.gate.files import about_files, about_paths
+from safeproj.gate.card import about_claim
+from safeproj.gate.evidence import about_history, about_manifest, recorded
+from safeproj.gate.files import about_files, about_member, about_paths
 from safeproj.gate.identity import about_identities
 from safeproj.gate.policy import Policy
 from safeproj.gate.recompute import Recomputed, recomputed
@@ -23,6 +23,7 @@ from safeproj.gate.weights import Context, about_weights, found
 from safeproj.job import Run
 from safeproj.projection import Approx, Complement, Covariance, Exact, Projector
 from safeproj.report.check import Check, Evidence, Finding
+from safeproj.rules import Level
 from safeproj.source import LocalFolder, read_json
 from safeproj.subspace import Subspace
 
@@ -70,14 +71,16 @@ def judged(
         findings += unsigned
     if original is not None:
         result = recomputed(original.run, adapter, original.device)
-        findings += [*result.findings, *_contradicted(evidence, result)]
+        findings += [*result.findings, *_about_record(adapter, original, result, findings)]
         evidence = result.evidence
         remarks.append(result.remark)
     context = Context(run, policy, frozenset(subspace.names), evidence)
     findings += [
         *about_weights(context),
         *_weak(context),
+        *about_member(member),
         *about_files(adapter, policy),
+        *about_claim(adapter),
         *about_identities(policy, against, run.report.inputs),
     ]
     return _check(member, adapter, findings, policy, evidence, run, tuple(remarks))
@@ -136,17 +139,20 @@ def verified(
     """
     findings = list(about_paths(patched))
     remarks: list[str] = []
-    if MANIFEST in patched.folder.files:
+    if MANIFEST not in patched.folder.files:
+        findings.append(found("SP020", f"there is no {MANIFEST}"))
+    elif original is None:
         findings += about_manifest(patched)
     else:
-        findings.append(found("SP020", f"there is no {MANIFEST}"))
+        # What can be said of the patched modules by their record is said of the original's scores.
+        run = dataclasses.replace(original.run, adapter=patched)
+        findings += recorded(run, original.subspace.digests(run.scores), Policy())[1]
     evidence: dict[str, Evidence] = {}
     if public_key is not None:
         findings += _about_signature(patched, public_key, remarks)
     if original is not None:
         result = recomputed(original.run, patched, original.device)
-        claimed = dict.fromkeys(_claimed(patched), Evidence.recorded)
-        findings += [*result.findings, *_contradicted(claimed, result)]
+        findings += [*result.findings, *_about_record(patched, original, result, findings)]
         evidence = result.evidence
         remarks.append(result.remark)
     run = None if original is None else original.run
@@ -192,24 +198,47 @@ def _about_signature(adapter: Adapter, key: Path, remarks: list[str]) -> list[Fi
     return []
 
 
-def _claimed(patched: Adapter) -> Iterator[str]:
-    """Yield the modules that safeproj.json, if there is one, says are projected."""
+def _about_record(
+    patched: Adapter, original: Original, result: Recomputed, said: Sequence[Finding]
+) -> Iterator[Finding]:
+    """Yield where safeproj.json does not say what was done to the original.
+
+    Args:
+        patched: the adapter, with its record or without one.
+        original: the adapter before patching.
+        result: what was done, by the tensors alone.
+        said: what was found before; a record that does not fit is not asked further.
+    """
     if MANIFEST not in patched.folder.files:
+        if result.evidence and all(each.level is not Level.fail for each in said):
+            text = f"{len(result.evidence)} modules are projected, and there is no {MANIFEST}"
+            yield found("SP020", text)
         return
-    document: dict[str, Any] = read_json(patched.folder, MANIFEST)
-    modules = document.get("modules")
-    for item in modules if isinstance(modules, list) else ():
-        if isinstance(item, dict) and item.get("projected") is True:
-            yield str(item.get("name"))
+    claimed = _claimed(patched)
+    named = {finding.module for finding in result.findings}
+    for name in claimed - result.evidence.keys() - named:
+        text = f"{name}: {MANIFEST} says it is projected, and its factors are the original's"
+        yield found("SP024", text, module=name)
+    if any(each.file == MANIFEST for each in said):
+        return
+    for name in sorted(result.evidence.keys() - claimed):
+        text = f"{name}: is projected, and {MANIFEST} does not say so"
+        yield found("SP021", text, module=name, file=MANIFEST)
+    yield from about_history(original.run, patched, result.evidence)
 
 
-def _contradicted(claimed: Mapping[str, Evidence], result: Recomputed) -> Iterator[Finding]:
-    """Yield modules that are projected by record alone: their factors are the original's."""
-    said = {finding.module for finding in result.findings}
-    for name in claimed:
-        if name not in result.evidence and name not in said:
-            text = f"{name}: {MANIFEST} says it is projected, and its factors are the original's"
-            yield found("SP024", text, module=name)
+def _claimed(patched: Adapter) -> set[str]:
+    """Return the modules that safeproj.json says are projected; none if it cannot be read."""
+    try:
+        modules = read_json(patched.folder, MANIFEST).get("modules")
+    except SafeprojError:
+        return set()
+    items = modules if isinstance(modules, list) else ()
+    return {
+        str(item.get("name"))
+        for item in items
+        if isinstance(item, dict) and item.get("projected") is True
+    }
 
 
 def _weak(context: Context) -> Iterator[Finding]:

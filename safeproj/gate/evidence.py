@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from safeproj import __version__
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import MANIFEST
 from safeproj.checkpoint.expression import stored_names
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError, printable, shorten
 from safeproj.gate.policy import Policy
 from safeproj.gate.weights import found
 from safeproj.job import Run
 from safeproj.report.check import Evidence, Finding
 from safeproj.report.record import SCHEMA, ModuleReport
+from safeproj.salora.folding import SCHEMA as FOLDED
 from safeproj.source import file_sha256, read_json
 
 NORM_ROUNDING = 1e-4
@@ -22,6 +24,10 @@ NORM_ROUNDING = 1e-4
 SCALE_ROUNDING = 0.05
 """The same of `‖C B‖_F / ‖B‖_F`: what is scored again was rounded to the stored dtype, in which
 float16 may have lost a few hundredths of it."""
+
+
+SCORE = 0.01
+"""How far a recorded cosine or scale may lie from one that is computed elsewhere."""
 
 
 class _MismatchError(Exception):
@@ -53,11 +59,16 @@ def recorded(
     def look() -> None:
         document = read_json(adapter.folder, MANIFEST)
         _require_tensors(adapter, document)
-        if document.get("schema") != SCHEMA:
-            return  # made by `salora fold`: no module of it claims to be projected
+        if _schema(document) == FOLDED:
+            return  # no module of it claims to be projected
         _require_documents(adapter, document)
         _require_same_projection(run, document)
+        claims = _claims(document)
+        missing = [m.name for m in run.report.modules if m.name not in claims]
+        if missing:
+            raise _MismatchError("SP021", f"{MANIFEST} does not name {shorten(missing)}")
         claimed = list(_projected(run, document))
+        _require_no_more_written(run, document, claimed)
         _require_same_models(run, digests, document, claimed)
         projected.update(dict.fromkeys(claimed, Evidence.recorded))
 
@@ -71,7 +82,31 @@ def about_manifest(adapter: Adapter) -> list[Finding]:
     def look() -> None:
         document = read_json(adapter.folder, MANIFEST)
         _require_tensors(adapter, document)
-        _require_documents(adapter, document)
+        if _schema(document) == SCHEMA:
+            _require_documents(adapter, document)
+            _claims(document)
+
+    return _mismatches(look)
+
+
+def about_history(original: Run, patched: Adapter, projected: Collection[str]) -> list[Finding]:
+    """Return where safeproj.json does not fit the adapter that was patched, which is at hand.
+
+    Args:
+        original: the run over it, of which every module was scored.
+        patched: what was written.
+        projected: the modules that are projected, by what was written.
+    """
+
+    def look() -> None:
+        document = read_json(patched.folder, MANIFEST)
+        if _schema(document) == FOLDED:
+            if projected:
+                raise _MismatchError("SP021", f"{MANIFEST} records a fold, and no projection")
+            return
+        _require_read(original.adapter, document["inputs"]["adapter"])
+        if document["tool"]["version"] == __version__:  # others may compute something else
+            _require_scores(original, _claims(document))
 
     return _mismatches(look)
 
@@ -88,6 +123,86 @@ def _mismatches(look: Callable[[], None]) -> list[Finding]:
         text = f"{MANIFEST} is not as `safeproj patch` writes it ({type(error).__name__}: {error})"
         return [found("SP021", text, file=MANIFEST)]
     return []
+
+
+def _schema(document: Mapping[str, Any]) -> str:
+    """Return which kind of record it is; a record of no known kind says nothing."""
+    schema = document.get("schema")
+    if schema not in (SCHEMA, FOLDED):
+        raise _MismatchError(
+            "SP021",
+            f"{MANIFEST} is of schema {str(schema)[:40]!a}; expected {SCHEMA} or {FOLDED}, as "
+            "this version writes them",
+        )
+    return str(schema)
+
+
+def _claims(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what is said of each module, if that is what its summary says too."""
+    modules: list[Mapping[str, Any]] = document["modules"]
+    found = {item["name"]: item for item in modules}
+    if len(found) != len(modules):
+        raise _MismatchError("SP021", f"{MANIFEST} names a module twice")
+    odd = [name for name, item in found.items() if type(item["projected"]) is not bool]
+    if odd:
+        raise _MismatchError(
+            "SP021", f"{MANIFEST} does not say whether {shorten(odd)} is projected: true or false"
+        )
+    summary, projected = document["summary"], sum(item["projected"] for item in modules)
+    if (summary["modules"], summary["projected"]) != (len(modules), projected):
+        raise _MismatchError(
+            "SP021",
+            f"the summary in {MANIFEST} has {str(summary['projected'])[:20]} projected of "
+            f"{str(summary['modules'])[:20]} modules; it names {projected} of {len(modules)}",
+        )
+    return found
+
+
+def _require_no_more_written(run: Run, document: Mapping[str, Any], claimed: list[str]) -> None:
+    """Refuse a record by which a tensor was written of no module that is projected."""
+    side = run.projector.side
+    keys = {
+        item.module.name: {factor.key for factor in item.module.written(side)}
+        for item in run.plan.modules
+    }
+    own = set().union(*(keys[name] for name in claimed))
+    others = set().union(*keys.values()) - own
+    more = sorted(others.intersection(document["output"]["projected"]))
+    if more:
+        raise _MismatchError(
+            "SP021", f"{MANIFEST} says that {shorten(more)} is projected, and of no module so"
+        )
+
+
+def _require_read(before: Adapter, recorded: Mapping[str, Any]) -> None:
+    """Compare the files that were patched, and what had been done to them already."""
+    read = recorded["sha256"]["files"]
+    for name in {*read, *before.format.documents, before.weights_file}:
+        here = name in read and name in before.folder.files
+        if not here or file_sha256(before.path(name)) != read[name]:
+            raise _MismatchError(
+                "SP021", f"{MANIFEST} records another {printable(str(name))} than the original's"
+            )
+    had = read_json(before.folder, MANIFEST) if MANIFEST in before.folder.files else None
+    if recorded.get("previous") != had:
+        raise _MismatchError(
+            "SP021", f"{MANIFEST} records another history than the original's {MANIFEST}"
+        )
+
+
+def _require_scores(original: Run, claims: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare the scores that are recorded with those of the original."""
+    for module in original.report.modules:
+        claim = claims.get(module.name)
+        if claim is None or module.bounds is not None or "cosine_bounds" in claim:
+            continue  # of a truncated C they are others
+        for what, own in (("cosine", module.cosine), ("scale", module.scale)):
+            said = claim[what]
+            if (said is None) != (own is None) or not abs((said or 0) - (own or 0)) <= SCORE:
+                raise _MismatchError(
+                    "SP021",
+                    f"{MANIFEST} has the {what} {str(said)[:20]} for {module.name}, whose is {own}",
+                )
 
 
 def _require_tensors(adapter: Adapter, document: Mapping[str, Any]) -> None:

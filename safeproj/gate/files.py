@@ -2,89 +2,354 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safeproj.adapter import Adapter
-from safeproj.adapter.interface import MANIFEST
+from safeproj.adapter.collection import Member
+from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.write import leads_out
+from safeproj.errors import SafeprojError, first_line, shorten
+from safeproj.filekind import (
+    EMPTY,
+    HEAD,
+    PICKLE,
+    SCRIPT,
+    ZIP,
+    FileKind,
+    Group,
+    kind_of,
+    kind_of_head,
+)
 from safeproj.gate.policy import Policy
+from safeproj.gate.toolfiles import is_left_by_a_tool
 from safeproj.gate.weights import found
 from safeproj.report.check import Finding
-from safeproj.source import Folder, LocalFolder
+from safeproj.rules import Level
+from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256
 
 WEIGHTS = (
     *(".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
     *(".npz", ".npy", ".h5", ".msgpack", ".onnx"),
 )
-"""Ends of names of files that hold weights in some loader's eyes."""
+"""Ends of names of files that hold weights in some loader's eyes, whatever is in them now."""
 
 TRAINING_STATE = re.compile(
     r"training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
 )
 """What trainers leave beside an adapter, which no loader takes for weights."""
 
-UNSEEN = (".git", ".cache/huggingface")
-"""Directories at the top that are not published: those of git, and of the Hub's client."""
+MAX_STATE = 1 << 20
+"""Bytes of such a file; an optimizer's may have `STATE_GROWTH` times the adapter's beside."""
 
-STEERING = (".py", ".jinja", ".so", ".dll", ".dylib", ".sh")
-STEERING_NAMES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab")
-"""Ends and beginnings of names of files that steer what a model is given, or that are run."""
+STATE_GROWTH = 16
+
+MAX_JSON = 16 << 20
+"""Bytes of a JSON file that is looked into; a larger one is data, and no loader's config."""
+
+_SCRIPTS = (
+    *(".py", ".pyx", ".ipynb", ".sh", ".bash", ".bat", ".cmd", ".ps1", ".js", ".mjs", ".ts"),
+    *(".rb", ".pl", ".lua", ".so", ".dll", ".dylib", ".exe", ".jar", ".service", ".desktop"),
+)
+_TEMPLATES = (".jinja", ".jinja2", ".j2", ".template", ".tmpl", ".modelfile")
+_VOCABULARIES = (".model", ".tiktoken", ".bpe", ".vocab", ".spm")
+STEERING = (*_SCRIPTS, *_TEMPLATES, *_VOCABULARIES)
+STEERING_NAMES = (
+    *("tokenizer", "tokenization", "special_tokens_map", "added_tokens", "vocab", "merges"),
+    *("normalizer", "spiece", "sentencepiece", "source.spm", "target.spm", "tekken", "bpe"),
+    *("chat_template", "template", "system", "prompt", "modelfile", "params", "generation_config"),
+    *("config", "adapter_config", "modules.json", "model_index", "scheduler_config", "sentence_"),
+    *("preprocessor", "processor", "image_processor", "video_p", "feature_extractor", "audio_"),
+    *("quant", "hf_quant", "recipe", "requirements", "environment", "conda", "pyproject", "setup"),
+    *("dockerfile", "containerfile", "makefile", "handler", "pipeline", "safeproj.toml", ".env"),
+)
+STEERING_PLACES = ("additional_chat_templates", "custom_generate", "hooks")
+"""Ends and beginnings of names of files that steer what a model is given, or that are run; and
+directories of such files."""
+
+_DOCUMENTS = (".md", ".rst", ".txt", ".svg", ".log", ".csv", ".bib", ".cff")
+_KNOWN = re.compile(
+    r"licen[cs]e.*|notice.*|copying.*|authors|\.gitattributes|\.gitignore|\.gitkeep|cachedir\.tag"
+    r"|(\w+_)?results\.json|trainer_(state|log)\.jsonl?|training_args\.(json|ya?ml)"
+)
+"""What is found beside adapters and does nothing: what people read, and how the training went."""
+
+RUNNING = ("auto_map", "custom_pipelines", "trust_remote_code", "allow_all_kernels")
+"""Settings by which a config makes loaders run code that is none of theirs."""
+
+CHANGING = (
+    *("quantization_config", "compression_config", "rope_scaling", "rope_parameters", "tie_word_"),
+    *("num_hidden_layers", "pruned_heads", "use_cache", "attn_implementation", "dtype"),
+    *("bos_token_id", "eos_token_id", "suppress_tokens", "forced_decoder_ids", "bad_words_ids"),
+    *("sequence_bias", "chat_template", "base_model", "_name_or_path"),
+)
+"""Beginnings of settings by which it changes what a model computes."""
+
+_SHORT_NAME = re.compile(r"[^./\\]{1,6}~\d(\.[^./\\]{0,3})?")
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com\d|lpt\d)(\..*)?")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All that would be published with an adapter.
+
+    Attributes:
+        folder: the adapter's.
+        names: of all files, hidden ones too, and of links.
+        closed: directories that cannot be listed, and why.
+    """
+
+    folder: Folder
+    names: tuple[str, ...]
+    closed: dict[str, str]
+
+    @cached_property
+    def local(self) -> Path | None:
+        """The directory, where the files are on this machine and not in the Hub's cache."""
+        folder = self.folder
+        # In the Hub's cache every file is a link to a blob of the same repository.
+        local = isinstance(folder, LocalFolder) and folder.revision is None
+        return folder.root if isinstance(folder, LocalFolder) and local else None
+
+    def is_file(self, name: str) -> bool:
+        """Tell whether a name is that of a regular file, which can be read."""
+        if self.local is None:
+            return True
+        return stat.S_ISREG((self.local / name).lstat().st_mode)
+
+    def kind(self, name: str) -> tuple[FileKind, int]:
+        """Return what a file is, and its size.
+
+        Raises:
+            SafeprojError: it cannot be read.
+        """
+        if isinstance(self.folder, HubFolder):
+            head, size = self.folder.head(name, HEAD)
+            return kind_of_head(head, size), size
+        path = self.folder.path(name)
+        try:
+            return kind_of(path), path.stat().st_size
+        except OSError as error:
+            raise SafeprojError(f"{name}: cannot be read ({first_line(error)})") from error
+
+
+def listing(folder: Folder) -> Listing:
+    """Return all files that would be published, but what git and the Hub's client left."""
+    if isinstance(folder, LocalFolder) and folder.only is not None:
+        return Listing(folder, (folder.only,), {})
+    if not isinstance(folder, LocalFolder):
+        return Listing(folder, tuple(sorted(folder.files)), {})
+    names: list[str] = []
+    closed: dict[str, str] = {}
+
+    def note(error: OSError) -> None:
+        closed[Path(error.filename).relative_to(folder.root).as_posix()] = first_line(error)
+
+    for directory, below, files in os.walk(folder.root, onerror=note):
+        place = Path(directory).relative_to(folder.root)
+        links = [name for name in below if (folder.root / place / name).is_symlink()]
+        below[:] = [name for name in below if name not in links]
+        names += [(place / name).as_posix() for name in (*files, *links)]
+    digests = _Digests(folder)
+    names = [name for name in names if not is_left_by_a_tool(folder.root, name, digests)]
+    return Listing(folder, tuple(sorted(names)), closed)
+
+
+class _Digests:
+    """Tells whether a SHA-256 is that of a file of the adapter, which git's LFS keeps twice."""
+
+    def __init__(self, folder: LocalFolder) -> None:
+        self._folder = folder
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._found
+
+    @cached_property
+    def _found(self) -> set[str]:
+        paths = [self._folder.root / name for name in self._folder.files]
+        return {file_sha256(path) for path in paths if path.is_file() and not path.is_symlink()}
 
 
 def about_files(adapter: Adapter, policy: Policy) -> Iterator[Finding]:
     """Yield what there is to say about the files and the names of the tensors."""
-    yield from about_paths(adapter)
-    for name in _names(adapter.folder):
-        leaf = name.rpartition("/")[2].lower().rstrip(". ")  # which some systems drop
-        if name in (adapter.weights_file, MANIFEST):
-            continue
-        if leaf.endswith(WEIGHTS) and not TRAINING_STATE.fullmatch(leaf):
-            text = f"{name} holds weights that were not checked"
-            yield found("SP014", text, policy=policy, file=name)
-        elif leaf.endswith(STEERING) or leaf.startswith(STEERING_NAMES):
-            yield found("SP017", f"{name} can change what a model is given or runs", file=name)
+    files = listing(adapter.folder)
+    yield from _about_listing(adapter, files)
+    for name in files.names:
+        if name not in (adapter.weights_file, MANIFEST) and files.is_file(name):
+            yield from _about_content(adapter, files, name, policy)
     yield from _about_names(adapter)
 
 
+def about_member(member: Member) -> Iterator[Finding]:
+    """Yield that an adapter among others is elsewhere: it may be another one by then."""
+    if member.linked:
+        text = f"{member.source} is, or is behind, a link out of the directory that is checked"
+        yield found("SP015", text)
+
+
 def about_paths(adapter: Adapter) -> Iterator[Finding]:
-    """Yield files that are links, or whose names lead elsewhere."""
-    names = _names(adapter.folder)
-    for name in names:
-        yield from _about_path(adapter, name)
-    for name, other in _alike(names):
+    """Yield files that are links, or whose names lead elsewhere, and what cannot be listed."""
+    yield from _about_listing(adapter, listing(adapter.folder))
+
+
+def _about_listing(adapter: Adapter, files: Listing) -> Iterator[Finding]:
+    for name, why in files.closed.items():
+        yield found("SP041", f"{name}/ cannot be listed ({why})", file=name)
+    for name in files.names:
+        yield from _about_path(files, name)
+    yield from _about_modes(files)
+    read = (CONFIG, MANIFEST, SIGNATURE, adapter.weights_file)
+    for name, other in _alike_files(files.names, read):
         yield found("SP016", f"the file {name!a} differs from {other!a} in looks alone", file=name)
 
 
-def _names(folder: Folder) -> list[str]:
-    """Return the names of all files that would be published, hidden ones too."""
-    if not isinstance(folder, LocalFolder) or folder.only is not None:
-        return sorted(folder.files)
-    names = []
-    for directory, below, files in os.walk(folder.root):
-        place = Path(directory).relative_to(folder.root)
-        links = [name for name in below if (folder.root / place / name).is_symlink()]
-        below[:] = [n for n in below if n not in links and (place / n).as_posix() not in UNSEEN]
-        names += [(place / name).as_posix() for name in (*files, *links)]
-    return sorted(names)
-
-
-def _about_path(adapter: Adapter, name: str) -> Iterator[Finding]:
-    drive = name[1:2] == ":"
-    if leads_out(name) or drive:
+def _about_path(files: Listing, name: str) -> Iterator[Finding]:
+    parts = name.split("/")
+    if leads_out(name) or ":" in name or any(_DEVICE.fullmatch(p.casefold()) for p in parts):
         yield found("SP015", f"the file name {name!a} can lead out of the adapter", file=name)
         return
-    # In the Hub's cache every file is a link to a blob of the same repository.
-    if not isinstance(adapter.folder, LocalFolder) or adapter.folder.revision is not None:
+    if not name.isprintable():
+        text = f"the file name {name!a} has characters that are not printable"
+        yield found("SP015", text, file=name)
+    if files.local is None:
         return
-    path = adapter.folder.root / name
+    path = files.local / name
     if path.is_symlink():
         yield found("SP015", f"{name} is a link; expected the file itself", file=name)
-    elif not path.is_file():
+    elif not files.is_file(name):
         yield found("SP015", f"{name} is no regular file", file=name)
+
+
+def _about_modes(files: Listing) -> Iterator[Finding]:
+    """Yield what the system keeps of files beside their content, which a copy would lose."""
+    if files.local is None or os.name != "posix":
+        return
+    modes = {name: (files.local / name).lstat() for name in files.names if files.is_file(name)}
+    for name, state in modes.items():
+        if state.st_nlink > 1:
+            text = f"{name} has {state.st_nlink} names (hard links): who has another can change it"
+            yield found("SP040", text, file=name)
+        if state.st_mode & (stat.S_ISUID | stat.S_ISGID):
+            yield found("SP040", f"{name} would run with its owner's rights (setuid)", file=name)
+    for bit, what in ((stat.S_IWOTH, "can be changed by everyone"), (0o111, "can be executed")):
+        names = [name for name, state in modes.items() if state.st_mode & bit]
+        if names:  # some file systems show all files so
+            text = f"{shorten(names)} {what}"
+            yield found("SP040", text, level=Level.note, file=names[0])
+
+
+def _about_content(
+    adapter: Adapter, files: Listing, name: str, policy: Policy
+) -> Iterator[Finding]:
+    """Yield what a file is that was not checked: by its bytes, and by who may open it."""
+    try:
+        kind, size = files.kind(name)
+        leaf = name.rpartition("/")[2].casefold().rstrip(". ")  # which some systems drop
+        if _is_training_state(adapter, leaf, kind, size):
+            return
+        if kind.may_hold_weights or leaf.endswith(WEIGHTS):
+            text = f"{name} holds weights that were not checked"
+            if kind.may_hold_weights and kind.group is not Group.weights:
+                text = f"{name} is {kind.name}: it may hold weights, which were not checked"
+            yield found("SP014", text, policy=policy, file=name)
+            return
+        document = _json_of(files, name, kind, size)
+    except SafeprojError as error:
+        yield found("SP041", str(error), file=name)
+        return
+    own = name in adapter.format.documents
+    if "weight_map" in document:
+        text = f"{name} is the index of a model's weights, which were not checked"
+        yield found("SP014", text, policy=policy, file=name)
+    elif kind.group is Group.program and kind != SCRIPT:
+        yield found("SP039", f"{name} is {kind.name}", file=name)
+    elif not own and (running := sorted(_running(document))):
+        text = f"{name} makes loaders run other code: it sets {shorten(running)}"
+        yield found("SP039", text, file=name)
+    elif own or name == SIGNATURE:
+        return
+    elif _steers(name, leaf) or kind == SCRIPT:
+        settings = sorted(key for key in document if key.startswith(CHANGING))
+        what = f"; it sets {shorten(settings)}" if settings else ""
+        text = f"{name} can change what a model is given or runs{what}"
+        yield found("SP017", text, file=name)
+    elif not _is_known(leaf, kind):
+        yield found("SP038", f"{name} ({kind.name}) is nothing that belongs to adapters", file=name)
+
+
+def _is_training_state(adapter: Adapter, leaf: str, kind: FileKind, size: int) -> bool:
+    """Tell whether a file is what a trainer keeps, and small enough to be no more than that."""
+    if not TRAINING_STATE.fullmatch(leaf) or kind not in (EMPTY, ZIP, PICKLE):
+        return False
+    limit = MAX_STATE
+    if leaf.startswith("optimizer"):
+        limit += STATE_GROWTH * sum(tensor.nbytes for tensor in adapter.tensors.values())
+    return size <= limit
+
+
+def _json_of(files: Listing, name: str, kind: FileKind, size: int) -> dict[str, Any]:
+    """Return the JSON object that a text is, empty if it is none.
+
+    Whoever reads a damaged one reads nothing, so that it is judged by its name alone.
+    """
+    if kind.group is not Group.text or size > MAX_JSON:
+        return {}
+    if isinstance(files.folder, HubFolder):
+        text, _ = files.folder.head(name, MAX_JSON)
+    else:
+        text = files.folder.path(name).read_bytes()
+    if not text.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        return {}
+    try:
+        found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_all_values)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _all_values(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object in which a key that comes twice has both values."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        found |= {key: [v for k, v in pairs if k == key] for key in found}
+    return found
+
+
+def _running(document: Any) -> set[str]:
+    """Return the settings at any depth of a config by which loaders run other code."""
+    found: set[str] = set()
+    waiting = [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            found |= {key for key in RUNNING if value.get(key)}
+            kernel = value.get("attn_implementation")
+            if isinstance(kernel, str) and "/" in kernel:  # a repository of compiled code
+                found.add("attn_implementation")
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return found
+
+
+def _steers(name: str, leaf: str) -> bool:
+    if leaf.endswith(STEERING) or leaf.startswith(STEERING_NAMES):
+        return True
+    return any(part in STEERING_PLACES for part in name.casefold().split("/")[:-1])
+
+
+def _is_known(leaf: str, kind: FileKind) -> bool:
+    if kind.group in (Group.media, Group.log):
+        return True
+    return leaf.endswith(_DOCUMENTS) or _KNOWN.fullmatch(leaf) is not None
 
 
 def _about_names(adapter: Adapter) -> Iterator[Finding]:
@@ -103,3 +368,39 @@ def _alike(names: Iterable[str]) -> Iterator[tuple[str, str]]:
         other = seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
         if other != name:
             yield name, other
+
+
+def _alike_files(names: Iterable[str], read: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield files that some system takes for another one, or for one that loaders look for.
+
+    Args:
+        names: of the files.
+        read: what loaders look for, whether it is there or not.
+    """
+    names = list(names)
+    places = {str(parent) for name in names for parent in Path(name).parents} - {"."}
+    seen = {_folded(name): name for name in read}
+    for name in [*sorted(places), *names]:
+        other = seen.setdefault(_folded(name), name)
+        if other == name:
+            other = next((each for each in read if _looks_like(name, each)), name)
+        if other != name:
+            yield name, other
+
+
+def _folded(name: str) -> str:
+    """Return a path as the most forgiving file system has it."""
+    text = unicodedata.normalize("NFKC", name)
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc", "Mn"))
+    return "/".join(part.rstrip(". ") or part for part in text.casefold().split("/"))
+
+
+def _looks_like(name: str, other: str) -> bool:
+    """Tell whether a name is another one but for letters of other alphabets, or a short form."""
+    if _SHORT_NAME.fullmatch(name):  # as Windows has for each long name
+        return other.casefold().startswith(name.partition("~")[0].casefold())
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    foreign = sum(not c.isascii() for c in folded)
+    if not 0 < foreign < len(folded) / 2 or len(folded) != len(other):
+        return False
+    return all(not c.isascii() or c == d for c, d in zip(folded, other.casefold(), strict=True))

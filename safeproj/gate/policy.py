@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,15 +195,16 @@ class Policy:
         }
 
 
-def find_policy(given: Path | None) -> Policy:
+def find_policy(given: Path | None, checked: Iterable[str] = ()) -> Policy:
     """Return the policy of a file, or of the current directory's, or the default.
 
     Args:
         given: the file; if None, `safeproj.toml`, or a `pyproject.toml` with `[tool.safeproj]`.
+        checked: the SRC of what is checked, as for `safeproj.check`.
 
     Raises:
         SafeprojError: it cannot be read, has a field or value that is none of a policy, or lies in
-            an adapter's directory without having been given.
+            a directory of adapters without having been given.
     """
     for path in [Path(POLICY_FILE), Path(PYPROJECT)] if given is None else [given]:
         if given is None and not path.is_file():
@@ -211,16 +212,16 @@ def find_policy(given: Path | None) -> Policy:
         table = _table(path, required=given is not None)
         if table is not None:
             if given is None:
-                _require_outside(path)
+                _require_outside(path, checked)
             return _parsed(path, table)
     return Policy()
 
 
-def _require_outside(path: Path) -> None:
-    """Refuse a policy that an adapter brings along: it would let itself pass, or others."""
+def _require_outside(path: Path, checked: Iterable[str]) -> None:
+    """Refuse a policy that what is checked brings along: it would let itself pass, or others."""
     from safeproj.adapter import FORMATS
 
-    beside = [each.name for each in path.absolute().parent.iterdir()]
+    beside = [each.name.casefold() for each in path.absolute().parent.iterdir()]
     places = (*path.absolute().parents, *path.resolve().parents)  # it may be a link out of it
     inside = next((place for place in places if (place / CONFIG).is_file()), None)
     if inside is None and any(kind.is_weights(name) for kind in FORMATS for name in beside):
@@ -230,6 +231,30 @@ def _require_outside(path: Path) -> None:
             f"{path}: lies in the adapter {inside.name}, which cannot say what passes; give "
             "--policy, with this file if you trust it"
         )
+    directories = {each for source in _all_sources(checked) for each in _directories(source)}
+    inside = next((place for place in places if place in directories), None)
+    if inside is not None:
+        raise SafeprojError(
+            f"{path}: lies in {inside.name or inside}, which is checked and cannot say what "
+            "passes; give --policy, with this file if you trust it"
+        )
+
+
+def _all_sources(checked: Iterable[str]) -> Iterator[str]:
+    """Yield directories that are checked, and every adapter in them or in lists."""
+    from safeproj.adapter.collection import collect
+
+    given = list(checked)
+    yield from (source for source in given if Path(source).expanduser().is_dir())
+    yield from (member.source for member in collect(given, written=False).members)
+
+
+def _directories(source: str) -> Iterator[Path]:
+    """Yield the local directory that a SRC names, or that its file lies in."""
+    path = Path(source).expanduser()
+    if source.strip() and path.exists():
+        for place in (path.absolute(), path.resolve()):
+            yield place if place.is_dir() else place.parent
 
 
 def _table(path: Path, *, required: bool) -> dict[str, Any] | None:

@@ -15,11 +15,13 @@ from safeproj.adapter.interface import MANIFEST, SIGNATURE
 from safeproj.adapter.record import Factor
 from safeproj.adapter.write import CARD
 from safeproj.errors import SafeprojError, shorten
+from safeproj.gate.card import about_card
+from safeproj.gate.files import listing
 from safeproj.gate.weights import found
 from safeproj.job import Run
 from safeproj.manifest import versions
 from safeproj.report.check import Evidence, Finding
-from safeproj.source import file_sha256, read_json
+from safeproj.source import LocalFolder, file_sha256, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +41,11 @@ class Recomputed:
         close: those that are within the tolerance.
         error: the largest relative error among the latter.
         same: whether the same hardware and versions are recorded, so that nothing else will do.
+        dtype: that projected tensors were written in, where it is recorded; `keep` for their own.
     """
 
     same: bool
+    dtype: str | None = None
     evidence: dict[str, Evidence] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     equal: int = 0
@@ -70,15 +74,26 @@ def recomputed(original: Run, patched: Adapter, device: str) -> Recomputed:
         patched: the adapter after it.
         device: where the arithmetic ran, as safeproj.json records it.
     """
-    result = Recomputed(same=_same_hardware(patched, device))
+    result = Recomputed(_same_hardware(patched, device), _dtype(patched))
     before = original.adapter
     result.findings += _other_tensors(original, patched)
+    result.findings += _other_files(before, patched)
+    result.findings += about_card(before, patched)
     if before.tensors.keys() != patched.tensors.keys():
         return result
     for item in original.plan.modules:
         _compare(result, original, patched, item.module)
-    result.findings += _other_files(before, patched)
     return result
+
+
+def _dtype(patched: Adapter) -> str | None:
+    """Return the dtype that safeproj.json says projected tensors were written in, if another."""
+    if MANIFEST not in patched.folder.files:
+        return None
+    try:
+        return str(read_json(patched.folder, MANIFEST)["options"]["dtype"])
+    except (SafeprojError, LookupError, TypeError):
+        return None
 
 
 def _same_hardware(patched: Adapter, device: str) -> bool:
@@ -133,6 +148,10 @@ def _state(
         text = f"{factor.key} has shape {list(after.shape)}; expected {list(before.shape)}"
         result.findings.append(found("SP024", text, module=module.name, tensor=factor.key))
         return None
+    if not _is_dtype(after, before, result.dtype):
+        text = f"{factor.key} is of {after.dtype}; the original's is of {before.dtype}"
+        result.findings.append(found("SP025", text, module=module.name, tensor=factor.key))
+        return None
     given, there = factor.view(run.adapter.tensors), factor.view(patched.tensors)
     if bool((there.double() == given.double()).all()):
         return False
@@ -157,6 +176,12 @@ def _state(
     return None
 
 
+def _is_dtype(after: Tensor, before: Tensor, recorded: str | None) -> bool:
+    """Tell whether a factor has the original's dtype, or the one that patching was asked for."""
+    name = str(after.dtype).removeprefix("torch.")
+    return after.dtype == before.dtype or name == recorded
+
+
 def _tolerance(
     there: Tensor, expected: Tensor, given: Tensor, alignment_norm: float | None, length: int
 ) -> float:
@@ -176,13 +201,32 @@ def _tolerance(
 
 
 def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
-    """Yield files that patching copies and that are not what they were."""
-    own = before.format.replaced_files | {before.weights_file, patched.weights_file}
-    skipped = own | {MANIFEST, CARD, SIGNATURE}
-    given, there = before.folder.files - skipped, patched.folder.files - skipped
-    for name in sorted(given ^ there):
-        where = "the original" if name in given else "the patched adapter"
-        yield found("SP025", f"{name} is in {where} alone", file=name)
-    for name in sorted(given & there):
-        if file_sha256(before.path(name)) != file_sha256(patched.path(name)):
+    """Yield files that patching copies and that are not what they were, at any depth.
+
+    What else is in the original, patching may leave out: other weights, `.git`, `.cache`.
+    """
+    written = {MANIFEST, CARD, SIGNATURE}
+    files = listing(patched.folder)
+    there = set(files.names) - written - {patched.weights_file}
+    all_of_it = not isinstance(before.folder, LocalFolder) or before.folder.only is None
+    given = before.folder.files - before.format.replaced_files - written if all_of_it else set()
+    kinds = listing(before.folder)
+    for name in sorted(given - there):
+        if not kinds.kind(name)[0].may_hold_weights:
+            yield found("SP025", f"{name} is in the original alone", file=name)
+    for name in sorted(there):
+        if not files.is_file(name):
+            continue  # said already
+        if name not in given:
+            yield found("SP025", f"{name} is in the patched adapter alone", file=name)
+        elif file_sha256(before.path(name)) != file_sha256(patched.path(name)):
             yield found("SP025", f"{name} differs from the original's", file=name)
+    if patched.weights_file != before.format.output_file:
+        text = f"the tensors are in {patched.weights_file}; expected {before.format.output_file}"
+        yield found("SP025", text, file=patched.weights_file)
+    elif patched.format.container not in (
+        before.format.container,
+        before.format.written_container,
+    ):
+        text = f"the metadata in {patched.weights_file} is not the original's"
+        yield found("SP025", text, file=patched.weights_file)
