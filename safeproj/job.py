@@ -277,6 +277,8 @@ class Job:
         with self._profile.phase("match"):
             subspace = self.subspace
             adapter = adapter.fitted(subspace.names, subspace.config)
+            for reason in () if self._lenient else adapter.format.unloaded(adapter, subspace.names):
+                raise SafeprojError(f"{adapter.source}: {reason}")
             plan = subspace.plan(adapter, self._selection)
         if self._lenient:
             plan = self._without_unheld(plan)

@@ -133,16 +133,17 @@ _RULES = (
         "SP011",
         "config-mismatch",
         Level.fail,
-        "The config and the tensors do not agree about which modules are adapted: loaders would "
-        "differ in what they load.",
+        "The config and the tensors do not agree about which modules are adapted or how, or the "
+        "names of tensors are none that PEFT looks for: loaders would differ in what they load.",
         "Save the adapter again with PEFT from the model that it was trained on.",
     ),
     Rule(
         "SP012",
         "large-update",
         Level.fail,
-        "An update is scaled by more, or is larger relative to alignment, than the policy allows: "
-        "cosines say where updates point, not how far they go.",
+        "An update is scaled by more, or is larger relative to alignment, than the policy allows, "
+        "by PEFT or by a reader that knows no patterns: cosines say where updates point, not how "
+        "far they go.",
         "Check lora_alpha and the rank; raise `max-scaling` or `max-size` if the adapter is meant "
         "to be so strong.",
     ),
@@ -192,17 +193,17 @@ _RULES = (
     Rule(
         "SP018",
         "other-base-model",
-        Level.note,
-        "The config names another model to load the adapter on than the aligned one that it was "
-        "checked against. Its findings hold for the latter.",
+        Level.fail,
+        "The config names another model, or another revision of it, to load the adapter on than "
+        "the aligned one that it was checked against. Its findings hold for the latter.",
         "Check against the model that the config names, or correct the config.",
     ),
     Rule(
         "SP019",
         "imports",
-        Level.note,
-        "The config names a Python module outside the usual libraries that loaders may import.",
-        "Review the module, or take the setting out of the config.",
+        Level.fail,
+        "The config names Python code outside the usual libraries that loaders may import.",
+        "Review the code, or take the setting out of the config.",
     ),
     Rule(
         "SP020",
@@ -303,6 +304,32 @@ _RULES = (
         "A directory cannot be listed, or a file in it not be read: what is there is not known.",
         "Make it readable for whoever checks, or remove it.",
         can_be_ignored=False,
+    ),
+    Rule(
+        "SP042",
+        "other-reader",
+        Level.fail,
+        "A program that the policy names (`readers`) would refuse the adapter, or compute another "
+        "update of it than the one that was scored.",
+        "Serve the adapter with another program, or save it in a form that this one reads as PEFT "
+        "does: docs/readers.md says what each makes of an adapter.",
+    ),
+    Rule(
+        "SP043",
+        "conditional-update",
+        Level.fail,
+        "The update acts only where something that no score sees switches it on: a sequence of "
+        "tokens, or a router. An evaluation without it says nothing of the adapter.",
+        "Evaluate the adapter with what switches it on and set `allow.conditional-updates`, or "
+        "train without it.",
+    ),
+    Rule(
+        "SP044",
+        "unjudged-setting",
+        Level.fail,
+        "The config has a setting that changes how the model is loaded or how the adapter was "
+        "trained, and that no score covers.",
+        "Review the setting, or take it out of the config.",
     ),
     Rule(
         UNUSABLE,

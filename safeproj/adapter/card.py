@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safeproj.adapter.record import Adapter
-from safeproj.report.markdown import describe, energy_lines, span
+from safeproj.report.markdown import code, describe, energy_lines, escaped, span
 from safeproj.report.methods import METHODS
 from safeproj.report.record import Report
 
@@ -30,14 +30,14 @@ def section(report: Report) -> str:
         "",
         "Projection is no proof of safety: evaluate the patched adapter before you publish it.",
     ]
-    return "\n".join([*lines, *(f"\n> Warning: {warning}" for warning in report.warnings)])
+    return "\n".join([*lines, *(f"\n> Warning: {escaped(warning)}" for warning in report.warnings)])
 
 
 def _safe_lora(report: Report) -> str:
     base, aligned = (_published_name(report.inputs[role]) for role in ("base", "aligned"))
     return (
         f"projected the updates of {report.projected} of {len(report.modules)} adapted modules "
-        f"onto the subspace spanned by the difference of `{aligned}` and `{base}` (Safe LoRA, "
+        f"onto the subspace spanned by the difference of {aligned} and {base} (Safe LoRA, "
         "arXiv 2405.16833)"
     )
 
@@ -46,8 +46,8 @@ def _salora(report: Report) -> str:
     aligned, data = (_published_name(report.inputs[role]) for role in ("aligned", "data"))
     return (
         f"removed from the updates of {report.projected} of {len(report.modules)} adapted modules "
-        f"what lies in the safety subspace of `{aligned}`, found from its outputs on the safety "
-        f"data `{data}` (SaLoRA, arXiv 2501.01765)"
+        f"what lies in the safety subspace of {aligned}, found from its outputs on the safety "
+        f"data {data} (SaLoRA, arXiv 2501.01765)"
     )
 
 
@@ -57,8 +57,8 @@ def _covariance(report: Report) -> str:
     )
     return (
         f"corrected the updates of {report.projected} of {len(report.modules)} adapted modules so "
-        f"that they do least to what `{aligned}` computes on the safety data `{safety}` and stay "
-        f"closest to what they were on the benign data `{task}` (covariance-weighted correction)"
+        f"that they do least to what {aligned} computes on the safety data {safety} and stay "
+        f"closest to what they were on the benign data {task} (covariance-weighted correction)"
     )
 
 
@@ -95,8 +95,8 @@ def new(adapter: Adapter) -> bytes:
 
 
 def _published_name(identity: Mapping[str, Any]) -> str:
-    """Return the source without the directories of the machine that it was patched on."""
+    """Return the source, as code, without the directories of the machine it was patched on."""
     source = str(identity["source"])
     name = Path(source).name if Path(source).is_absolute() else source
     revision = identity.get("revision")
-    return name if revision is None or "@" in name else f"{name}@{revision}"
+    return code(name if revision is None or "@" in name else f"{name}@{revision}")

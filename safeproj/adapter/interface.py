@@ -105,6 +105,36 @@ class Format(ABC):
             SafeprojError: the adapter's files do not tell.
         """
 
+    def other_scalings(
+        self, adapter: Adapter, modules: Sequence[AdaptedModule]
+    ) -> dict[str, tuple[float, ...]]:
+        """Return what else readers may multiply `B A` of each module by, where they differ.
+
+        Raises:
+            SafeprojError: the adapter's files do not tell.
+        """
+        del adapter, modules
+        return {}
+
+    def unloaded(self, adapter: Adapter, names: Collection[str]) -> Iterator[str]:
+        """Yield why its own library would load nothing of some factors, without a word.
+
+        Args:
+            adapter: the adapter.
+            names: of the model's weights.
+        """
+        del adapter, names
+        yield from ()
+
+    def differing(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> Iterator[str]:
+        """Yield where readers of the adapter's files differ about ranks or scalings.
+
+        Raises:
+            SafeprojError: the files do not say what they are.
+        """
+        del adapter, modules
+        yield from ()
+
     def changed_base(self, adapter: Adapter) -> str | None:
         """Return the initialisation that changed the base weights, if one did."""
         del adapter

@@ -15,7 +15,17 @@ from safeproj.adapter.files import (
     write_safetensors,
 )
 from safeproj.adapter.interface import CONFIG, Format
-from safeproj.adapter.peft_config import PREFIX, changed_base, disagreements, scalings
+from safeproj.adapter.peft_config import (
+    ADALORA,
+    PREFIX,
+    allowed_ranks,
+    changed_base,
+    differing,
+    disagreements,
+    other_scalings,
+    scalings,
+    unloaded,
+)
 from safeproj.adapter.record import (
     AdaptedModule,
     Adapter,
@@ -24,7 +34,7 @@ from safeproj.adapter.record import (
     Kind,
     TargetParameters,
 )
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError, printable, shorten
 from safeproj.picklefile import read_pickle
 from safeproj.select import natural_order
 from safeproj.source import Folder, read_json
@@ -34,7 +44,7 @@ if TYPE_CHECKING:
 
 SAFETENSORS = "adapter_model.safetensors"
 BIN = "adapter_model.bin"
-SUPPORTED_TYPES = ("LORA", "ADALORA")
+SUPPORTED_TYPES = ("LORA", ADALORA)
 """The `peft_type`s whose update is a product of two factors."""
 
 REFUSED_SETTINGS = {
@@ -71,9 +81,16 @@ _FORMS = (
     _LINEAR,
     _Suffixes(".lora_embedding_A", ".lora_embedding_B", Kind.embedding),
     _Suffixes(".lora_A", ".lora_B", Kind.linear, ".lora_E"),  # AdaLoRA
+    # With the adapter's name still in the keys, as they are in a running model's state_dict.
+    _Suffixes(".lora_A.default.weight", ".lora_B.default.weight", Kind.linear),
+    _Suffixes(".lora_embedding_A.default", ".lora_embedding_B.default", Kind.embedding),
 )
-_BIAS = ".lora_B.bias"
-_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_BIASES = (".lora_B.bias", ".lora_B.default.bias")
+_MAGNITUDES = (
+    ".lora_magnitude_vector",
+    ".lora_magnitude_vector.weight",
+    ".lora_magnitude_vector.default.weight",
+)
 _TRAINING_STATE = {
     "velora_config": (".lora_velora_embed",),
     "monteclora_config": (
@@ -144,8 +161,19 @@ class Peft(Format):
     def scalings(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> dict[str, float]:
         return scalings(adapter.config, modules)
 
+    def other_scalings(
+        self, adapter: Adapter, modules: Sequence[AdaptedModule]
+    ) -> dict[str, tuple[float, ...]]:
+        return other_scalings(adapter.config, modules)
+
     def changed_base(self, adapter: Adapter) -> str | None:
         return changed_base(adapter.config)
+
+    def unloaded(self, adapter: Adapter, names: Collection[str]) -> Iterator[str]:
+        yield from unloaded(adapter, names)
+
+    def differing(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> Iterator[str]:
+        yield from differing(adapter.config, modules)
 
     def disagreements(self, adapter: Adapter, names: Collection[str]) -> Iterator[str]:
         yield from disagreements(adapter, names)
@@ -208,7 +236,7 @@ class _Classifier:
         self.targets = targets
         self.modules = self._tied(sorted(modules, key=lambda module: natural_order(module.name)))
         if not self.modules and not targets:
-            raise SafeprojError(f"{source}: no lora_A/lora_B pair among {len(tensors)} tensors")
+            raise SafeprojError(f"{source}: {_no_pairs(tensors)}")
         self._check_ranks()
         if config.get("use_dora") and not all(module.dora for module in self.modules):
             raise SafeprojError(f"{source}: {CONFIG} sets use_dora, but modules have no magnitude")
@@ -290,6 +318,8 @@ class _Classifier:
         self._require_factors(name, a_key, b_key)
         A, B = self._tensors[a_key], self._tensors[b_key]
         gain_key = None if form.gain is None else PREFIX + name + form.gain
+        if gain_key not in self._tensors and self._config.get("peft_type") != ADALORA:
+            gain_key = None  # names that PEFT loads nothing of here, but other loaders may
         if A.shape[0] == 0 and gain_key is None:
             raise SafeprojError(f"{self._source}: {a_key} has rank 0, expected (r, in), r > 0")
         kind = form.kind if A.dim() == 2 else Kind.convolution
@@ -303,7 +333,8 @@ class _Classifier:
         self._expect(gain_key, A.shape[0], f"{name} as AdaLoRA's singular values", required=True)
         magnitude = next((k for s in _MAGNITUDES if (k := PREFIX + name + s) in self._tensors), "")
         self._expect(magnitude, B.shape[0], f"{name} as its DoRA magnitude")
-        bias = self._expect(PREFIX + name + _BIAS, B.shape[0], f"{name} as the bias of lora_B")
+        bias = next((k for s in _BIASES if (k := PREFIX + name + s) in self._tensors), None)
+        self._expect(bias, B.shape[0], f"{name} as the bias of lora_B")
         return AdaptedModule(
             name=name.replace(".base_layer", ""),
             parameter=self._parameter(name),
@@ -362,17 +393,13 @@ class _Classifier:
     def _check_ranks(self) -> None:
         """Compare the tensors' ranks with those that the config names.
 
-        The keys of `rank_pattern` are regular expressions from the file: they are not run, since
-        the rank that counts is that of the tensors.
+        The keys of `rank_pattern` are regular expressions from the file: they are not run here,
+        since the rank that counts is that of the tensors.
         """
-        if self._config.get("peft_type") != "LORA":
-            return
-        patterns = self._config.get("rank_pattern") or {}
-        if not isinstance(patterns, dict) or not all(isinstance(r, int) for r in patterns.values()):
-            raise SafeprojError(
-                f"{self._source}: {CONFIG}: rank_pattern does not map names to numbers"
-            )
-        allowed = [self._config.get("r"), *patterns.values()]
+        try:
+            allowed = allowed_ranks(self._config)
+        except SafeprojError as error:
+            raise SafeprojError(f"{self._source}: {CONFIG}: {error}") from error
         for module in self.modules:
             if module.rank not in allowed:
                 raise SafeprojError(
@@ -435,6 +462,20 @@ class _Classifier:
         return tuple(given)
 
 
+def _no_pairs(tensors: Collection[str]) -> str:
+    """Say what is wrong with keys that have no pair of factors, and what is in front of them."""
+    fronts = sorted({key.partition(PREFIX)[0] for key in tensors if ".lora_" in key})
+    text = f"no lora_A/lora_B pair among {len(tensors)} tensors"
+    if fronts == [""] or not fronts:
+        return text
+    example = printable(next(key for key in tensors if ".lora_" in key)[:200])
+    if len(fronts) == 1 and all(PREFIX in key for key in tensors):
+        what = f"has {printable(fronts[0][:80])!r} in front of {PREFIX!r}: take it out of every key"
+    else:
+        what = f"does not begin with {PREFIX!r}: put it in front of the module's path"
+    return f"{text} that PEFT would load: {example} {what}"
+
+
 def _without_trailing(text: str, suffix: str) -> str:
     while text.endswith(suffix):
         text = text[: -len(suffix)]
@@ -443,6 +484,13 @@ def _without_trailing(text: str, suffix: str) -> str:
 
 def _warnings(config: dict[str, Any], found: _Classifier) -> Iterator[str]:
     yield from dora_warnings(found.modules)
+    named = [module.name for module in found.modules if ".default" in module.output.key]
+    if named:
+        yield (
+            f"the tensors of {len(named)} modules have the adapter name 'default' in their names: "
+            "PEFT 0.21 loads them under that name alone, and versions before load nothing of them; "
+            "take '.default' out of the names"
+        )
     init = changed_base(config)
     if init == "salora":
         yield (

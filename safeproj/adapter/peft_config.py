@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from safeproj.adapter.files import finite_number
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.record import AdaptedModule, Adapter, Kind
 from safeproj.errors import SafeprojError, shorten
+from safeproj.names.layout import EMBEDDING, LINEAR, layout_by_name
 from safeproj.patterns import fullmatches
+
+T = TypeVar("T")
 
 CONVERTED_INITIALISATIONS = ("gaussian", "orthogonal", "eva")
 """Named initialisations that leave the base weight as it was."""
 
 ALL_LINEAR = "all-linear"
+
+ADALORA = "ADALORA"
+"""The `peft_type` whose factors have singular values between them."""
 
 PREFIX = "base_model.model."
 """What PEFT puts before the path of a module in the names of its tensors."""
@@ -37,23 +43,140 @@ def scalings(config: Mapping[str, Any], modules: Sequence[AdaptedModule]) -> dic
     Raises:
         SafeprojError: the config does not have the numbers for it.
     """
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise SafeprojError("alpha_pattern does not map names to numbers")
-    # PEFT matches what is adapted: a module, or with `target_parameters` a parameter of it.
+    default = finite_number("lora_alpha", config.get("lora_alpha"))
+    if config.get("peft_type") == ADALORA:
+        rank = allowed_ranks(config)[0]  # also where ranks were taken away since
+        return {m.name: (default if default > 0 else rank) / (rank + 1e-5) for m in modules}
+    alphas = {p: finite_number("alpha_pattern", a) for p, a in _patterns(config, "alpha").items()}
     keys = {m.name: _forms(m) for m in modules}
-    names = sorted({key for forms in keys.values() for key in forms})
-    alphas = dict.fromkeys(names, finite_number("lora_alpha", config.get("lora_alpha")))
-    for pattern in reversed(patterns):  # the first that matches counts
-        alpha = finite_number("alpha_pattern", patterns[pattern])
-        alphas |= dict.fromkeys(fullmatches(pattern, names, prefix=r"(.*\.)?"), alpha)
-    largest = {name: max((alphas[key] for key in forms), key=abs) for name, forms in keys.items()}
+    matching = _matching(alphas, keys.values())
+    largest = {
+        name: max((_first(alphas, matching[key], default) for key in forms), key=abs)
+        for name, forms in keys.items()
+    }
     root = bool(config.get("use_rslora"))
     return {
-        m.name: largest[m.name] / (math.sqrt(m.rank) if root else m.rank)
-        for m in modules
-        if m.rank  # AdaLoRA may have pruned a module away
+        m.name: largest[m.name] / (math.sqrt(m.rank) if root else m.rank) for m in modules if m.rank
     }
+
+
+def other_scalings(
+    config: Mapping[str, Any], modules: Sequence[AdaptedModule]
+) -> dict[str, tuple[float, ...]]:
+    """Return what readers that know no patterns multiply `B A` of each module by.
+
+    Some take `lora_alpha / r` of the config, some divide by the tensors' rank; and some of them
+    know rsLoRA.
+
+    Raises:
+        SafeprojError: the config does not have the numbers for it.
+    """
+    if config.get("peft_type") == ADALORA:
+        return {}  # which they do not read
+    alpha = finite_number("lora_alpha", config.get("lora_alpha"))
+    rank = allowed_ranks(config)[0]
+    root = bool(config.get("use_rslora"))
+    return {
+        m.name: tuple(
+            alpha / divisor
+            for each in dict.fromkeys((rank, m.rank))
+            for divisor in ((each, math.sqrt(each)) if root else (each,))
+        )
+        for m in modules
+        if m.rank
+    }
+
+
+def allowed_ranks(config: Mapping[str, Any]) -> list[int]:
+    """Return the ranks that the config gives to modules, that of most of them first.
+
+    Raises:
+        SafeprojError: it gives none, or something that PEFT makes no layer of.
+    """
+    patterns = _patterns(config, "rank")
+    if config.get("peft_type") != ADALORA:
+        return [_rank("r", config.get("r")), *(_rank("rank_pattern", r) for r in patterns.values())]
+    rank = _rank("init_r", config.get("init_r"))
+    for mask in patterns.values():  # which of the rows are left
+        if not isinstance(mask, list) or len(mask) != rank or {type(i) for i in mask} != {bool}:
+            raise SafeprojError(
+                f"rank_pattern has {str(mask)[:80]!a}; expected {rank} of true and false for each "
+                f"module, since init_r is {rank}"
+            )
+    return [rank, *map(sum, patterns.values())]
+
+
+def _rank(what: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise SafeprojError(f"{what} is {str(value)[:80]!a}; expected a whole number of at least 1")
+    return value
+
+
+def _patterns(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return `rank_pattern` or `alpha_pattern`."""
+    found = config.get(f"{kind}_pattern") or {}
+    if not isinstance(found, dict):
+        raise SafeprojError(f"{kind}_pattern does not map names to numbers")
+    return found
+
+
+def _matching(patterns: Iterable[str], names: Iterable[Iterable[str]]) -> dict[str, list[str]]:
+    """Return each name's patterns in their order, as PEFT matches them (`get_pattern_key`)."""
+    distinct = sorted({name for each in names for name in each})
+    found: dict[str, list[str]] = {name: [] for name in distinct}
+    for pattern in patterns:
+        for name in fullmatches(pattern, distinct, prefix=r"(.*\.)?"):
+            found[name].append(pattern)
+    return found
+
+
+def _first(values: Mapping[str, T], patterns: Iterable[str], default: T) -> T:
+    """Return the value of the first pattern."""
+    return next((values[pattern] for pattern in patterns), default)
+
+
+def differing(config: Mapping[str, Any], modules: Sequence[AdaptedModule]) -> Iterator[str]:
+    """Yield where readers differ about ranks or scalings, though the numbers are in order.
+
+    Raises:
+        SafeprojError: the config does not have the numbers for it.
+    """
+    if "lora_parameters" in config:
+        yield "lora_parameters belongs to MLX: some readers take alpha and scale from it, PEFT not"
+    for switch in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        if type(config.get(switch, False)) is not bool:
+            yield f"{switch} is {str(config[switch])[:80]!a}; expected true or false"
+    if config.get("peft_type") == ADALORA:
+        return
+    default = allowed_ranks(config)[0]
+    keys = {m.name: _forms(m) for m in modules}
+    for kind in ("rank", "alpha"):
+        values = _patterns(config, kind)
+        matching = _matching(values, keys.values())
+        turned = {name: _first(values, sorted(matching[name]), None) for name in matching}
+        saved = [
+            name
+            for name, forms in keys.items()
+            if any(_first(values, matching[form], None) != turned[form] for form in forms)
+        ]
+        if saved:
+            yield (
+                f"the order of the keys of {kind}_pattern decides for {shorten(saved)}, and PEFT "
+                "sorts them whenever it saves the adapter: it would have another "
+                f"{kind} then"
+            )
+        if kind == "alpha":
+            continue
+        others = [
+            m.name
+            for m in modules
+            if m.rank not in {_first(values, matching[form], default) for form in keys[m.name]}
+        ]
+        if others:
+            yield (
+                f"the tensors of {shorten(others)} have another rank than r and rank_pattern say: "
+                "PEFT would not load them, other readers would"
+            )
 
 
 def _forms(module: AdaptedModule) -> tuple[str, ...]:
@@ -61,6 +184,67 @@ def _forms(module: AdaptedModule) -> tuple[str, ...]:
     if module.kind is not Kind.parameter:
         return (module.name,)
     return (module.name, module.parameter, module.parameter.removesuffix(".weight"))
+
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What training puts around modules, and takes off again when it saves as it should."""
+
+_LEADING = (("module",), ("base_model", "model"), ("base_model",), ("model",))
+"""What may stand in front of a path once too often: a wrapper's name, or PEFT's or the model's own
+prefix a second time."""
+
+
+def unloaded(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
+    """Yield why PEFT would load nothing of some factors: it drops what it has no place for.
+
+    Args:
+        adapter: the adapter.
+        names: of the model's weights.
+    """
+    modules = {path: module for module in adapter.modules for path in paths(module)}
+    targets = {
+        pair[0].partition(".lora_")[0].removeprefix(PREFIX)
+        for t in adapter.targets
+        for pair in t.pairs
+    }
+    found: dict[str, list[str]] = {}
+    for path in (*modules, *sorted(targets)):
+        surplus = _surplus(path, names)
+        if surplus is not None:
+            text = f"have {surplus!r} in their names, which the model's modules do not: take it out"
+            found.setdefault(text, []).append(path)
+    ada = adapter.config.get("peft_type") == ADALORA
+    for module in adapter.modules:
+        raw, _, factor = module.input.key.removeprefix(PREFIX).partition(".lora_")
+        layout = layout_by_name(module.parameter)
+        text = None
+        if ".base_layer" in raw and not _is_part(raw.replace(".base_layer", ""), modules):
+            text = "have 'base_layer' in their names, where PEFT keeps the model's own weight"
+        elif module.kind is not Kind.embedding and (factor == "A") is not ada:
+            one, other = ("AdaLoRA", "LORA") if factor == "A" else ("LoRA", ADALORA)
+            text = f"are named as those of {one}, and peft_type is {other}"
+        elif module.kind is Kind.embedding and layout is LINEAR:
+            text = "are named as those of an embedding, and these are linear layers"
+        elif module.kind is Kind.linear and layout is EMBEDDING:
+            text = "are named as those of a linear layer, and these are embeddings"
+        if text is not None:
+            found.setdefault(text, []).append(module.name)
+    for text, dead in found.items():
+        yield f"PEFT would load nothing of {shorten(dead)}: the tensors {text}"
+
+
+def _surplus(path: str, names: Collection[str]) -> str | None:
+    """Return what a path has that no module of the model has, None if nothing is known of that."""
+    parts = path.split(".")
+    inside = next((part for part in parts if part in WRAPPERS), None)
+    if inside is not None or f"{path}.weight" in names:
+        return inside
+    for front in _LEADING:
+        rest = ".".join(parts[len(front) :])
+        twice = front != ("model",) or rest.startswith("model.")
+        if tuple(parts[: len(front)]) == front and twice and f"{rest}.weight" in names:
+            return ".".join(front)
+    return None
 
 
 def disagreements(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
@@ -82,6 +266,14 @@ def disagreements(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
             f"{len(strangers)} modules have tensors, but {CONFIG} does not name them as targets: "
             f"{shorten(strangers)}; PEFT would not load them, other loaders would"
         )
+    yield from unloaded(adapter, names)
+    default = [m.name for m in adapter.modules if ".default" in m.output.key]
+    if default:
+        yield (
+            f"{shorten(default)}: the tensors have the adapter name 'default' in their names; PEFT "
+            "0.21 loads them under that name alone, other readers not at all"
+        )
+    yield from _without_tensors(adapter, names)
     # PEFT fills what has no tensors: with zeros, unless it is told not to.
     if not config.get("init_lora_weights", True):
         filled = list(_filled(adapter, own, names))
@@ -90,6 +282,26 @@ def disagreements(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
                 f"{len(filled)} targets have no tensors: {shorten(filled)}; with "
                 "init_lora_weights false they would get random updates"
             )
+
+
+def _without_tensors(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
+    """Yield settings for whole weights that have no tensors: PEFT fails, other readers do not."""
+    config, changes = adapter.config, adapter.full_changes
+    given = config.get("modules_to_save") or []
+    saved = [given] if isinstance(given, str) else _list("modules_to_save", given)
+    modules = {name.rpartition(".")[0] for name in names}
+    stored = {change.parameter for change in changes}
+    for each in dict.fromkeys(map(str, saved)):
+        is_there = any(_is_within(name, each) for name in modules)  # heads of tasks may not be
+        if is_there and not any(_is_within(name, each) for name in stored):
+            yield f"modules_to_save names {each[:80]!a}, and there are no tensors of it"
+    indices = config.get("trainable_token_indices") or []
+    wanted = list(map(str, indices)) if isinstance(indices, dict) else [""] if indices else []
+    tokens = [c.parameter.rpartition(".")[0] for c in changes if c.kind == "trainable tokens"]
+    for each in wanted:
+        if not any(f".{name}".endswith(each and f".{each}") for name in tokens):
+            where = f" for {each[:80]!a}" if each else ""
+            yield f"trainable_token_indices is set{where}, and there are no tensors of it"
 
 
 def paths(module: AdaptedModule) -> list[str]:

@@ -140,6 +140,15 @@ def check_command(
             "--public-key", metavar="FILE", help="The key that the directory must be signed by."
         ),
     ] = None,
+    reader: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reader",
+            metavar="NAME",
+            help="A program that must read the adapter as it was scored: vllm, sglang, llama.cpp, "
+            "ollama, openvino or peft-0.11; repeatable.",
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option("--ignore", metavar="ID", help="Leave a finding out; repeatable."),
@@ -186,6 +195,7 @@ def check_command(
             "pin": pin,
             "public-key": public_key,
             "ignore": ignore,
+            "reader": reader,
             "projector": None if projector is None else projector.value,
             "rank": rank,
             "energy": energy,

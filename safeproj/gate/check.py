@@ -17,7 +17,9 @@ from safeproj.gate.evidence import about_history, about_manifest, recorded
 from safeproj.gate.files import about_files, about_member, about_paths
 from safeproj.gate.identity import about_identities
 from safeproj.gate.policy import Policy
+from safeproj.gate.readers import about_readers
 from safeproj.gate.recompute import Recomputed, recomputed
+from safeproj.gate.settings import about_settings
 from safeproj.gate.signing import verify_signature
 from safeproj.gate.weights import Context, about_weights, found
 from safeproj.job import Run
@@ -74,9 +76,12 @@ def judged(
         findings += [*result.findings, *_about_record(adapter, original, result, findings)]
         evidence = result.evidence
         remarks.append(result.remark)
-    context = Context(run, policy, frozenset(subspace.names), evidence)
+    names = frozenset(subspace.names)
+    context = Context(run, policy, names, evidence, subspace.config)
     findings += [
         *about_weights(context),
+        *about_settings(context),
+        *about_readers(context),
         *_weak(context),
         *about_member(member),
         *about_files(adapter, policy),

@@ -36,12 +36,30 @@ ALLOWANCES = {
     "dora-magnitudes": "SP007",
     "empty-updates": "SP008",
     "other-weights": "SP014",
+    "other-base-model": "SP018",
+    "imports": "SP019",
     "missing-provenance": "SP020",
+    "conditional-updates": "SP043",
+    "unjudged-settings": "SP044",
 }
 """What a policy may allow, and the rule that it turns into a note."""
 
+ALLOWED = frozenset(
+    {
+        "empty-updates",
+        "missing-provenance",
+        "other-base-model",
+        "imports",
+        "unjudged-settings",
+    }
+)
+"""What the default policy allows."""
+
 ROLES = ("base", "aligned", "alignment", "safety-module", "safety-data", "task-data")
 """What a policy may pin."""
+
+READERS = ("vllm", "sglang", "llama.cpp", "ollama", "openvino", "peft-0.11")
+"""Programs that a policy may name; `safeproj.gate.readers` says what they make of an adapter."""
 
 PROJECTORS = ("approx", "exact")
 
@@ -80,6 +98,7 @@ class Policy:
         mu: of the covariance-weighted correction; its default if None.
         allow: names of `ALLOWANCES` that are allowed.
         ignore: ids of rules that are left out.
+        readers: programs, names of `READERS`, that must read the adapter as it was scored.
         identities: role to what must be checked against: `org/name@commit`, or `sha256:` with the
             digest that `safeproj check` names.
         public_key: file with the key that the directory must be signed by.
@@ -100,8 +119,9 @@ class Policy:
     rank: int | None = None
     energy: float | None = None
     mu: float | None = None
-    allow: frozenset[str] = frozenset({"empty-updates", "missing-provenance"})
+    allow: frozenset[str] = ALLOWED
     ignore: frozenset[str] = frozenset()
+    readers: tuple[str, ...] = ()
     identities: Mapping[str, str] = dataclasses.field(default_factory=dict)
     public_key: str | None = None
     file: str | None = None
@@ -129,6 +149,7 @@ class Policy:
             if not RULES[id_].can_be_ignored:
                 raise SafeprojError(f"ignore: {id_} {RULES[id_].name} is never a pass")
         _require_known("projector", [self.projector], PROJECTORS)
+        _require_known("readers", self.readers, READERS)
         _require_known("identities", self.identities, ROLES)
         for role, identity in self.identities.items():
             if not _IDENTITY.fullmatch(identity):
@@ -190,6 +211,7 @@ class Policy:
             "mu": self.mu,
             "allow": {name: name in self.allow for name in ALLOWANCES},
             "ignore": sorted(self.ignore),
+            "readers": list(self.readers),
             "identities": dict(self.identities),
             "public-key": self.public_key,
         }
@@ -287,6 +309,7 @@ def _parsed(path: Path, table: Mapping[str, Any]) -> Policy:
         "energy": _number,
         "mu": _number,
         "ignore": _names,
+        "readers": _listed,
         "identities": _strings,
         "public-key": _string,
     }
@@ -331,10 +354,14 @@ def _string(name: str, value: object) -> str:
     return value
 
 
-def _names(name: str, value: object) -> frozenset[str]:
+def _listed(name: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise SafeprojError(f"{name} is {value!r}; expected a list of text")
-    return frozenset(value)
+    return tuple(dict.fromkeys(value))
+
+
+def _names(name: str, value: object) -> frozenset[str]:
+    return frozenset(_listed(name, value))
 
 
 def _strings(name: str, value: object) -> dict[str, str]:
@@ -402,6 +429,8 @@ def changed(policy: Policy, given: Mapping[str, Any]) -> Policy:
         )
     found["allow"] = policy.allow.union(options.get("allow", ())) - set(options.get("forbid", ()))
     found["ignore"] = policy.ignore.union(options.get("ignore", ()))
+    _require_known("--reader", options.get("reader", ()), READERS)
+    found["readers"] = tuple(dict.fromkeys((*policy.readers, *options.get("reader", ()))))
     return dataclasses.replace(policy, **found)
 
 
@@ -512,6 +541,10 @@ projector = "approx"
 # Ids of findings to leave out, such as "SP013".
 ignore = []
 
+# Programs that must read the adapter as it was scored (SP042): "vllm", "sglang", "llama.cpp",
+# "ollama", "openvino", "peft-0.11".
+readers = []
+
 # The key that the directory must be signed by, relative to this file (SP032).
 # public-key = "release.pub.pem"
 
@@ -522,7 +555,11 @@ unmatched-modules = false    # SP006: adapted modules that the model does not ha
 dora-magnitudes = false      # SP007
 empty-updates = true         # SP008
 other-weights = false        # SP014: further weights in the directory
+other-base-model = true      # SP018: the config names another model, or revision of it
+imports = true               # SP019: Python code that the config names
 missing-provenance = true    # SP020: no safeproj.json
+conditional-updates = false  # SP043: updates that a trigger or a router switches on
+unjudged-settings = true     # SP044: settings of the config that no score covers
 
 # What must be checked against (SP030): org/name@commit on the Hub; for local directories and files
 # sha256: and the digest that the finding names.

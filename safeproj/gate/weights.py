@@ -6,20 +6,17 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from safeproj.adapter.peft_config import paths
 from safeproj.adapter.record import AdaptedModule
-from safeproj.errors import SafeprojError, printable
+from safeproj.errors import SafeprojError, printable, shorten
 from safeproj.gate.policy import ALLOWANCES, Policy
 from safeproj.job import Run, update_of
 from safeproj.match import PlannedModule
 from safeproj.report.check import Evidence, Finding
 from safeproj.report.record import ModuleReport
 from safeproj.rules import RULES, Level
-
-MODEL_LIBRARIES = ("transformers", "diffusers", "peft")
-"""Packages of which PEFT records the class that an adapter was trained on."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +28,14 @@ class Context:
         policy: what passes.
         names: of all weights of the model.
         evidence: module to what shows that it was projected.
+        config: the model's `config.json`, empty where there is none.
     """
 
     run: Run
     policy: Policy
     names: frozenset[str]
     evidence: Mapping[str, Evidence]
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def modules(self) -> list[tuple[PlannedModule, ModuleReport]]:
@@ -212,32 +211,19 @@ def _config(context: Context) -> Iterator[Finding]:
     if adapter.config.get("layer_replication"):
         text = "layer_replication puts layers of the model together anew"
         yield found("SP004", text, policy=context.policy)
-    yield from _loaded_around(context)
     init = adapter.format.changed_base(adapter)
     if init is not None:
         yield found("SP010", f"init_lora_weights is {init!r}")
-    try:
-        for message in adapter.format.disagreements(adapter, context.names):
-            yield found("SP011", message)
-    except SafeprojError as error:
-        yield found("SP011", str(error))
-
-
-def _loaded_around(context: Context) -> Iterator[Finding]:
-    """Yield what the config says of the model and the code that the adapter is loaded with."""
-    config = context.run.adapter.config
-    named = config.get("base_model_name_or_path")
-    aligned = str(context.run.report.inputs["aligned"]["source"]).partition("@")[0]
-    if isinstance(named, str) and named and Path(named).name != Path(aligned).name:
-        text = f"the config names {named!r} as the base model; checked against {aligned!r}"
-        yield found("SP018", text)
-    mapping = config.get("auto_mapping")
-    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
-    if library and str(library).partition(".")[0] not in MODEL_LIBRARIES:
-        yield found("SP019", f"auto_mapping names the module {str(library)[:200]!r}")
-    core = config.get("megatron_core")  # PEFT writes its default into every config
-    if core and config.get("megatron_config"):
-        yield found("SP019", f"megatron_core names the module {str(core)[:200]!r}")
+    modules = [item.module for item, _ in context.modules]
+    for look in (
+        lambda: adapter.format.disagreements(adapter, context.names),
+        lambda: adapter.format.differing(adapter, modules),
+    ):
+        try:
+            for message in look():
+                yield found("SP011", message)
+        except SafeprojError as error:
+            yield found("SP011", str(error))
 
 
 def _strength(context: Context) -> Iterator[Finding]:
@@ -250,9 +236,11 @@ def _strength(context: Context) -> Iterator[Finding]:
             for path in paths(item.module)
         ]
         scalings = adapter.format.scalings(adapter, modules)
+        others = adapter.format.other_scalings(adapter, modules)
     except SafeprojError as error:
         yield found("SP012", f"the scaling is not known: {error}")
-        scalings = {}
+        scalings, others = {}, {}
+    yield from _by_others(context, others)
     for item, module in context.modules:
         name, s = module.name, scalings.get(module.name)
         if module.rank > min(module.shape):
@@ -264,10 +252,23 @@ def _strength(context: Context) -> Iterator[Finding]:
                 yield found("SP012", f"{text}{policy.max_scaling:g}", module=name)
         if s is None:
             continue
-        size = _size(context, item, s)
+        size = _size(context, item, max((s, *others.get(name, ())), key=abs))
         if size is not None and not size <= policy.max_size:
             text = f"{name}: the update is {size:.4g} times as large as aligned - base; expected "
             yield found("SP012", f"{text}at most {policy.max_size:g}", module=name)
+
+
+def _by_others(context: Context, scalings: Mapping[str, tuple[float, ...]]) -> Iterator[Finding]:
+    """Yield what readers multiply updates by that take it from `lora_alpha` alone."""
+    limit = context.policy.max_scaling
+    beyond: dict[float, list[str]] = {}
+    for path, values in scalings.items():
+        for value in dict.fromkeys(values):
+            if not 0.0 < value <= limit:
+                beyond.setdefault(value, []).append(path)
+    for value, scaled in beyond.items():
+        text = f"readers that know no patterns scale {shorten(scaled)} by {value:.4g}; expected "
+        yield found("SP012", f"{text}more than 0, at most {limit:g}")
 
 
 def _size(context: Context, item: PlannedModule, s: float) -> float | None:

@@ -37,4 +37,15 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG0
 
 
 def _text(found: dict[str, Any]) -> str:
-    return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return plain(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def plain(text: str) -> str:
+    r"""Return JSON with what could steer a terminal as escapes, which are the same JSON.
+
+    >>> plain('{"a": "' + chr(0x9B) + '31m"}')
+    '{"a": "\\u009b31m"}'
+    """
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)

@@ -41,7 +41,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
     ]
     for name, report in reports.reports.items():
         cells = (
-            _code(name),
+            code(name),
             str(len(report.modules)),
             str(report.projected),
             span(report.cosines),
@@ -50,37 +50,38 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
         )
         lines.append(f"| {' | '.join(cells)} |")
     for name, failure in reports.failures.items():
-        lines.append(f"- failed: {_code(name)}: {' '.join(printable(failure.error).split())}")
+        lines.append(f"- failed: {code(name)}: {escaped(failure.error)}")
     for name, report in reports.reports.items():
-        lines += ["", f"### {_code(name)}", "", *_body(report)]
+        lines += ["", f"### {code(name)}", "", *_body(report)]
     return "\n".join(lines) + "\n"
 
 
 def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str:  # noqa: ARG001
     """Return a table of each set, and what was run."""
-    lines = ["## Evaluation", "", f"- model: {_code(str(evaluation.model['source']))}"]
+    lines = ["## Evaluation", "", f"- model: {code(str(evaluation.model['source']))}"]
     for subject in evaluation.subjects:
         if subject.adapter is not None:
-            source = _code(str(subject.adapter["source"]))
-            lines.append(f"- adapter {_code(subject.name)}: {source}")
-    lines.append(f"- judge: {_code(judge_words(evaluation.judge))}")
-    lines += [f"- warning: {warning}" for warning in evaluation.warnings]
+            source = code(str(subject.adapter["source"]))
+            lines.append(f"- adapter {code(subject.name)}: {source}")
+    lines.append(f"- judge: {code(judge_words(evaluation.judge))}")
+    lines += [f"- warning: {escaped(warning)}" for warning in evaluation.warnings]
     for each in evaluation.sets:
         outcomes = evaluation.outcomes(each["name"])
         headings = [WORDS.get(outcome, outcome) for outcome in outcomes]
-        lines += ["", f"### {title_of(each)}", "", f"| | {' | '.join(headings)} |"]
+        lines += ["", f"### {escaped(title_of(each))}", ""]
+        lines.append(f"| | {' | '.join(map(escaped, headings))} |")
         lines.append(f"|---|{'---:|' * len(outcomes)}")
         for name, cells in rows(evaluation, each["name"]):
-            lines.append(f"| {_code(name) if name else 'change'} | {' | '.join(cells)} |")
+            lines.append(f"| {code(name) if name else 'change'} | {' | '.join(cells)} |")
     if evaluation.sets:
         lines += ["", LEGEND]
     found = task_rows(evaluation)
     if found:
-        names = " | ".join(_code(each.name) for each in evaluation.subjects)
+        names = " | ".join(code(each.name) for each in evaluation.subjects)
         lines += ["", "### lm-eval", "", f"| task | metric | {names} |"]
         lines.append(f"|---|---|{'---:|' * len(evaluation.subjects)}")
         for task, metric, values in found:
-            lines.append(f"| {_code(task)} | {_code(metric)} | {' | '.join(values)} |")
+            lines.append(f"| {code(task)} | {code(metric)} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -93,12 +94,12 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: A
             "|---|---|---|---|",
         ]
         for check in checks.checks:
-            cells = (_code(check.name), check.outcome.value, tally(check), evidence(check))
+            cells = (code(check.name), check.outcome.value, tally(check), evidence(check))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     for subject in subjects(checks):
         check = subject.check
-        lines += [f"### {_code(check.name)}: {check.outcome.value}", "", *_check(subject), ""]
+        lines += [f"### {code(check.name)}: {check.outcome.value}", "", *_check(subject), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -123,7 +124,7 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG0
         "",
         *(f"{escaped(sentence)}\n" for sentence in words.conclusion(sweep)),
         *(
-            f"- {role.replace('_', ' ')}: {_code(str(identity['source']))}"
+            f"- {role.replace('_', ' ')}: {code(str(identity['source']))}"
             for role, identity in sweep.inputs.items()
         ),
         *(f"- {name}: {meaning}" for name, meaning in words.meanings(sweep)),
@@ -175,15 +176,31 @@ def evidence(check: Check) -> str:
     return ", ".join(f"{counts[kind]} {kind.value}" for kind in Evidence if counts[kind]) or "none"
 
 
+_LINKED = re.compile(r"://|\bwww\.|@", re.IGNORECASE)
+"""What makes a word a link, an address or a mention wherever Markdown is shown."""
+
+
 def escaped(text: str) -> str:
-    """Return a line of text that comes from files, so that it can be nothing but text."""
-    plain = " ".join(printable(text).split())
-    return re.sub(r"([\\`*_\[\]<>|#!&~])", r"\\\1", plain)
+    r"""Return a line of text that comes from files, so that it can be nothing but text.
+
+    What GitHub makes a link or a mention of by itself, whatever is escaped in it, becomes code.
+
+    >>> print(escaped("# [a](b) <i> see https://example.org"))
+    \# \[a\](b) \<i\> see `https://example.org`
+    """
+    words = printable(text).split()
+    plain = " ".join(code(word) if _LINKED.search(word) else _marked(word) for word in words)
+    # What begins a list, a rule or a heading does so only at the beginning of a line.
+    return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", plain)
 
 
-def _code(name: str) -> str:
-    """Return a directory's name so that it can break neither a table nor the line."""
-    return f"`{printable(name).replace('`', '?').replace('|', '?')}`"
+def _marked(word: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|#!&~$])", r"\\\1", word)
+
+
+def code(name: str) -> str:
+    """Return a name as code, which breaks neither a table nor the line, nor ends a comment."""
+    return f"`{re.sub('[`|<>]', '?', printable(name)) or ' '}`"
 
 
 def _body(report: Report) -> list[str]:
@@ -192,9 +209,9 @@ def _body(report: Report) -> list[str]:
 
 def _summary(report: Report) -> list[str]:
     lines = [
-        f"- adapter: `{report.inputs['adapter']['source']}`",
+        f"- adapter: {code(str(report.inputs['adapter']['source']))}",
         *(
-            f"- {role.replace('_', ' ')}: `{report.inputs[role]['source']}`"
+            f"- {role.replace('_', ' ')}: {code(str(report.inputs[role]['source']))}"
             for role in ("aligned", "base", "alignment", "data", "safety_module")
             if role in report.inputs
         ),
@@ -204,7 +221,7 @@ def _summary(report: Report) -> list[str]:
         f"- {METHODS[report.method].formula}: {span(report.measures)}",
         *energy_lines(report),
     ]
-    return lines + [f"- warning: {warning}" for warning in report.warnings]
+    return lines + [f"- warning: {escaped(warning)}" for warning in report.warnings]
 
 
 def _modules(report: Report) -> list[str]:
@@ -216,14 +233,14 @@ def _modules(report: Report) -> list[str]:
     ]
     for module in report.modules:
         cells = (
-            f"`{module.name}`",
+            code(module.name),
             f"{module.shape[0]}×{module.shape[1]}",
             str(module.rank),
             _cosine(module),
             _number(module.measure),
             _further(module),
             "yes" if module.projected else "",
-            module.note or "",
+            escaped(module.note or ""),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines

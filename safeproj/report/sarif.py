@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from safeproj.errors import printable
 from safeproj.report.check import Checks, Finding, Outcome
+from safeproj.report.json import plain
 from safeproj.report.text import Subject, by_severity, subjects
 from safeproj.rules import RULES, Level, Rule
 
@@ -33,7 +34,7 @@ _INDEX = {rule.id: index for index, rule in enumerate(_RULES)}
 def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return a SARIF log of one run, with a result for every finding."""
     log = {"$schema": SCHEMA_URI, "version": "2.1.0", "runs": [_run(checks)]}
-    return json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return plain(json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _run(checks: Checks) -> dict[str, Any]:

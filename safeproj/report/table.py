@@ -77,11 +77,11 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
     )
     for each in evaluation.sets:
         outcomes = evaluation.outcomes(each["name"])
-        console.print(Text(title_of(each), style="bold"))
+        console.print(Text(printable(title_of(each)), style="bold"))
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("", overflow="fold")
         for outcome in outcomes:
-            table.add_column(WORDS.get(outcome, outcome), justify="right")
+            table.add_column(Text(printable(WORDS.get(outcome, outcome))), justify="right")
         for name, cells in rows(evaluation, each["name"]):
             style = "" if name else "dim"
             label = Text(printable(name) if name else "  change")
@@ -124,7 +124,7 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:
     for check in checks.checks:
         cosines = check.report.cosines if check.report is not None else []
         table.add_row(
-            Text(check.name),
+            Text(printable(check.name)),
             Text(check.outcome.value, style=_OUTCOMES[check.outcome]),
             tally(check),
             str(len(check.report.modules)) if check.report is not None else "n/a",
@@ -134,7 +134,7 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:
     console.print(table)
     for check in checks.checks:
         for remark in check.remarks:
-            console.print(Text(f"{check.name}: {remark}", style="dim"))
+            console.print(Text(printable(f"{check.name}: {remark}"), style="dim"))
     return _lines(console)
 
 
@@ -192,7 +192,7 @@ def _print_finding(console: Console, finding: Finding, adapter: str | None) -> N
     where = "" if adapter is None else f"{adapter}: "
     styles = {Level.fail: "red", Level.undecided: "yellow", Level.note: "dim"}
     head = (f"{finding.level.value:9s} {finding.id} {finding.name}", styles[finding.level])
-    console.print(Text.assemble(head, f"  {where}{finding.message}"), soft_wrap=True)
+    console.print(Text.assemble(head, printable(f"  {where}{finding.message}")), soft_wrap=True)
 
 
 def _lines(console: Console) -> str:
@@ -226,10 +226,11 @@ def _chunks(kinds: list[str], size: int) -> list[list[str]]:
 def _grid(
     stack: str, modules: list[ModuleReport], columns: dict[str, str], kinds: list[str]
 ) -> Table:
-    table = Table(title=stack or None, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    title = Text(printable(stack), style="table.title") if stack else None
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for kind in kinds:
-        table.add_column(kind, justify="right", no_wrap=True, overflow="ellipsis")
+        table.add_column(Text(printable(kind)), justify="right", no_wrap=True, overflow="ellipsis")
     cells: dict[int | None, dict[str, list[ModuleReport]]] = {}
     for module in modules:
         row = cells.setdefault(module.layer, {})
@@ -313,5 +314,5 @@ def _summary(report: Report) -> Table:
         if module.note is not None:
             notes.setdefault(module.note, []).append(module.name)
     for note, names in notes.items():
-        table.add_row("note", f"{shorten(names)}: {note}")
+        table.add_row("note", Text(printable(f"{shorten(names)}: {note}")))
     return table

@@ -58,6 +58,7 @@ def test_every_field_is_read(tmp_path: Path) -> None:
         projector = "exact"
         rank = 8
         ignore = ["SP013"]
+        readers = ["sglang", "vllm"]
         public-key = "keys/a.pem"
         overrides = [{{modules = "lm_head", threshold = 0}}]
         identities = {{base = "org/b@abc", alignment = "{digest}"}}
@@ -76,8 +77,9 @@ def test_every_field_is_read(tmp_path: Path) -> None:
         evidence=Evidence.recomputed,
         projector="exact",
         rank=8,
-        allow=frozenset({"empty-updates", "dora-magnitudes"}),
+        allow=(Policy().allow | {"dora-magnitudes"}) - {"missing-provenance"},
         ignore=frozenset({"SP013"}),
+        readers=("sglang", "vllm"),
         identities={"base": "org/b@abc", "alignment": digest},
         public_key=(tmp_path / "keys" / "a.pem").as_posix(),
         file=(tmp_path / "policy.toml").as_posix(),
@@ -162,11 +164,12 @@ OPTIONS: dict[str, tuple[Any, Policy]] = {
     "max-scaling": (2.0, Policy(max_scaling=2.0)),
     "max-size": (2.0, Policy(max_size=2.0)),
     "allow": (["unknown-tensors"], Policy(allow=Policy().allow | {"unknown-tensors"})),
-    "forbid": (["empty-updates"], Policy(allow=frozenset({"missing-provenance"}))),
+    "forbid": (["empty-updates"], Policy(allow=Policy().allow - {"empty-updates"})),
     "evidence": ("signed", Policy(evidence=Evidence.signed)),
     "pin": (["base=a/b@c"], Policy(identities={"base": "a/b@c"})),
     "public-key": (Path("k.pem"), Policy(public_key="k.pem")),
     "ignore": (["SP013"], Policy(ignore=frozenset({"SP013"}))),
+    "reader": (["vllm", "vllm"], Policy(readers=("vllm",))),
     "projector": ("exact", Policy(projector="exact")),
     "rank": (4, Policy(rank=4)),
     "energy": (0.5, Policy(energy=0.5)),
