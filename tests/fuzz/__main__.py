@@ -1,8 +1,9 @@
-"""`python -m tests.fuzz --cases 100000`: the campaign at full length, on all processors."""
+"""`python -m tests.fuzz --cases 100000`: cases and faults at full length, on all processors."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,29 +21,51 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", type=Path, help="directory for the cases that show a fault")
-    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--every", type=int, default=1, help="steps between two kills; 0: none")
+    parser.add_argument("--part", choices=("cases", "faults"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part:
-        from tests.fuzz.campaign import run
-
-        with tempfile.TemporaryDirectory() as root:
-            print(json.dumps(run(Path(root), given.cases, given.seed, given.keep).as_json()))
+        print(json.dumps(part(given)))
         return 0
     share = -(-given.cases // given.jobs)
     keep = [] if given.keep is None else ["--keep", str(given.keep)]
     parts = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--part", "--cases", str(share),
-             "--seed", str(given.seed * 1000 + job), *keep],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
+        start("cases", "--cases", str(share), "--seed", str(given.seed * 1000 + job), *keep)
         for job in range(given.jobs)
-    ]  # fmt: skip
+    ]
     total = merged([json.loads(part.communicate()[0]) for part in parts])
+    if given.every:
+        found = json.loads(start("faults", "--every", str(given.every)).communicate()[0])
+        total |= found | {"faults": total["faults"] + found["faults"]}
     print(json.dumps(total, indent=2))
     return 1 if total["faults"] else 0
+
+
+def start(which: str, *options: str) -> subprocess.Popen[str]:
+    """Start one part of the campaign."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--part", which, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def part(given: argparse.Namespace) -> dict[str, Any]:
+    """Run one part of the campaign in this process."""
+    from tests.fuzz.campaign import Campaign, Tally
+    from tests.fuzz.faults import Faults, writings
+
+    with tempfile.TemporaryDirectory() as place:
+        campaign = Campaign(Path(place), given.keep)
+        if given.part == "cases":
+            tally = Tally()
+            campaign.run(given.seed, range(given.cases), tally)
+            return tally.as_json()
+        faults = Faults(campaign)
+        for writing in writings(campaign.root):
+            faults.run(writing, given.every)
+        return dataclasses.asdict(faults.found)
 
 
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -13,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -128,18 +129,18 @@ class Campaign:
         self.kinds: tuple[Kind, ...] = build(root, self.exit_code)
         for kind in self.kinds:  # what is imported late is imported here
             for words in kind.commands:
-                self._empty()
+                self.empty()
                 given = _filled(words, _copy(kind, self._place), self._place / "out")
-                code = self._command(given)
+                code = self.command(given)
                 if code == 2:
-                    raise RuntimeError(f"{given}: {code}: {self._printed('stderr')}")
+                    raise RuntimeError(f"{given}: {code}: {self.printed('stderr')}")
         gc.collect()
         gc.freeze()
 
     def exit_code(self, arguments: Sequence[str]) -> int:
         """Run the command and return its exit code."""
-        self._empty()
-        return self._command(arguments)
+        self.empty()
+        return self.command(arguments)
 
     def run(self, seed: int, numbers: Sequence[int], tally: Tally) -> None:
         """Run cases, some in one fork each; one that ends its fork is a fault, and others go on.
@@ -184,7 +185,7 @@ class Campaign:
         """Make one case, run it in this process and judge it."""
         random = Random(f"{seed}/{number}")
         kind = _kind(self.kinds, random)
-        self._empty()
+        self.empty()
         copy = _copy(kind, self._place)
         file = copy / kind.file if kind.file else copy
         file.write_bytes(random.choice(kind.mutators)(file.read_bytes(), random))
@@ -194,7 +195,7 @@ class Campaign:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         signal.alarm(WALL_SECONDS)
         before = resource.getrusage(resource.RUSAGE_SELF)
-        code = self._command(arguments)
+        code = self.command(arguments)
         after = resource.getrusage(resource.RUSAGE_SELF)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
@@ -213,7 +214,7 @@ class Campaign:
 
     def _fault(self, code: int, peak: int, command: str) -> str | None:
         """Return what is wrong with how a case ended."""
-        stderr = self._printed("stderr")
+        stderr = self.printed("stderr")
         if "Traceback" in stderr or "error: unexpected " in stderr:
             return f"traceback: {stderr.strip().splitlines()[-1][:300]}"
         if code not in CODES:
@@ -232,40 +233,53 @@ class Campaign:
         """Return what an independent reader has against a case that ended with 0."""
         assert kind.reader is not None
         try:
-            return kind.reader(copy, command, self._place / "out", self._printed("stdout"))
+            return kind.reader(copy, command, self._place / "out", self.printed("stdout"))
         except Exception as error:  # it refuses what the command took
             where = traceback.extract_tb(error.__traceback__)[-1]
             return f"accepted; another reader: {error!r:.200} ({where.name})"
 
-    def _empty(self) -> None:
+    def empty(self) -> None:
+        """Empty the directory of the current case."""
         shutil.rmtree(self._place, ignore_errors=True)
         self._place.mkdir()
 
-    def _printed(self, stream: str) -> str:
+    def printed(self, stream: str) -> str:
+        """Return what the last command printed to `stdout` or `stderr`."""
         return (self._place / stream).read_text("utf-8", "replace")
 
-    def _command(self, arguments: Sequence[str]) -> int:
-        """Run the command's entry point in this process and return its exit code."""
+    def command(self, arguments: Sequence[str], prepare: Callable[[], None] | None = None) -> int:
+        """Run the command's entry point in this process and return its exit code.
+
+        Args:
+            arguments: of the command.
+            prepare: called right before.
+        """
         from safeproj.__main__ import main
 
         streams, argv = (sys.stdout, sys.stderr), sys.argv
         handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
         sys.argv = ["safeproj", *arguments]
         code: Any = 0
-        stdout, stderr = (self._place / name for name in ("stdout", "stderr"))
-        with stdout.open("w", encoding="utf-8") as out, stderr.open("w", encoding="utf-8") as err:
-            sys.stdout, sys.stderr = out, err
-            try:
-                main()
-            except SystemExit as end:
-                code = end.code
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            finally:
-                (sys.stdout, sys.stderr), sys.argv = streams, argv
-                for number, handler in handlers:
-                    signal.signal(number, handler)
+        printed = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in streams]
+        sys.stdout, sys.stderr = printed
+        try:
+            if prepare is not None:
+                prepare()
+            main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        finally:
+            (sys.stdout, sys.stderr), sys.argv = streams, argv
+            for number, handler in handlers:
+                signal.signal(number, handler)
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            for name, stream in zip(("stdout", "stderr"), printed, strict=True):
+                stream.flush()
+                (self._place / name).write_bytes(stream.buffer.getvalue())
         return code if isinstance(code, int) else int(code is not None)
 
 
@@ -285,18 +299,3 @@ def _copy(kind: Kind, case: Path) -> Path:
 
 def _filled(words: Sequence[str], copy: Path, out: Path) -> list[str]:
     return [word.replace("{}", str(copy)).replace("{out}", str(out)) for word in words]
-
-
-def run(root: Path, cases: int, seed: int, keep: Path | None = None) -> Tally:
-    """Run a number of cases from a seed.
-
-    Args:
-        root: an empty directory for its files.
-        cases: how many.
-        seed: of the random numbers; the same seed gives the same cases.
-        keep: where to keep the files of cases that show a fault.
-    """
-    campaign = Campaign(root, keep)
-    tally = Tally()
-    campaign.run(seed, range(cases), tally)
-    return tally

@@ -19,7 +19,7 @@ CASES = 1500
 
 def test_no_case_of_a_slice_shows_a_fault() -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--cases", str(CASES), "--jobs", "1"],
+        [sys.executable, "-m", "tests.fuzz", "--cases", str(CASES), "--jobs", "1", "--every", "4"],
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         encoding="utf-8",
@@ -36,6 +36,8 @@ def test_no_case_of_a_slice_shows_a_fault() -> None:
     assert codes["1"] > CASES / 50
     assert found["read by others"] > CASES / 20
     assert len(found["kinds"]) > 20
+    assert found["kills"] > 10
+    assert found["shortages"] > 20
 
 
 @pytest.mark.parametrize("mutator", [mutate.json_file, mutate.flip, mutate.replace_all])
