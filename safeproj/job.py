@@ -218,7 +218,12 @@ class Job:
                 yield _caught(partial(use, run, number))
 
     def write(
-        self, run: Run, out: Path | None, documents: Mapping[str, bytes | None] | None = None
+        self,
+        run: Run,
+        out: Path | None,
+        documents: Mapping[str, bytes | None] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> Report:
         """Write the patched adapter, if `out` is given, and return the report of `patch`.
 
@@ -226,6 +231,7 @@ class Job:
             run: what `one` or `many` made of the adapter.
             out: the directory.
             documents: as for `write_adapter`.
+            overwrite: as for `write_adapter`.
 
         Raises:
             SafeprojError: it cannot be written; nothing is left behind.
@@ -242,6 +248,7 @@ class Job:
                 card.section(report),
                 out,
                 documents,
+                overwrite=overwrite,
             )
         return report
 

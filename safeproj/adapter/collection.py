@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from safeproj.adapter import FORMATS, stands_for_folder
 from safeproj.adapter.interface import CONFIG
 from safeproj.errors import SafeprojError, first_line
+from safeproj.publish import is_leftover
 from safeproj.select import natural_order
 
 LIST = ".txt"
@@ -142,7 +143,7 @@ def _below(source: str, *, hidden: bool) -> Iterator[Member]:
             subdirectories.clear()
             continue
         seen.add(os.path.realpath(place))
-        single = [name for name in files if name.endswith(".gguf")]
+        single = [name for name in files if name.endswith(".gguf") and not is_leftover(name)]
         if _is_adapter(files) and not (len(single) > 1 and CONFIG not in files):
             if place == root:
                 return
@@ -152,7 +153,9 @@ def _below(source: str, *, hidden: bool) -> Iterator[Member]:
         subdirectories[:] = [
             name
             for name in subdirectories
-            if name not in (".git", ".cache") and (hidden or not name.startswith("."))
+            if name not in (".git", ".cache")
+            and (hidden or not name.startswith("."))
+            and not is_leftover(name)  # of a run that was killed, or that writes just now
         ]
         for name in single:
             path = place / name

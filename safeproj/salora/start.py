@@ -44,6 +44,7 @@ def write_start(
     inputs: Mapping[str, Any] | None = None,
     memory: int = MEMORY,
     on_batch: OnBatch | None = None,
+    overwrite: bool = False,
 ) -> Initial:
     """Initialise an adapter and write it to the directory `out`, complete or not at all.
 
@@ -60,6 +61,7 @@ def write_start(
         inputs: identities for the record.
         memory: as for `safety_module`.
         on_batch: as for `safety_module`.
+        overwrite: whether an adapter that is at `out` may be replaced.
 
     Raises:
         SafeprojError: something cannot be used, or `out` cannot be written; nothing is written.
@@ -90,7 +92,7 @@ def write_start(
         "inputs": dict(inputs or {}),
         "versions": versions(),
     }
-    with appears_at(out) as directory:
+    with appears_at(out, overwrite) as directory:
         peft_model.save_pretrained(str(directory))
         initial.save(directory)
         (directory / "README.md").write_text(CARD.format(version=__version__), "utf-8")
