@@ -28,7 +28,7 @@ from safeproj.alignment.pair import Pair
 from safeproj.covariance.prepare import statistics_of
 from safeproj.decide import DTYPES, Decision, decide
 from safeproj.engine import Origin, Progress, Score, Task, Update
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, explained
 from safeproj.manifest import manifest
 from safeproj.match import Plan, PlannedModule
 from safeproj.names import parse_rules
@@ -476,8 +476,11 @@ def _methods_before(folder: Folder) -> Iterator[str]:
 
 
 def _caught(step: Callable[[], T]) -> T | SafeprojError:
-    """Return what a step returns, or the error that it raises."""
+    """Return what a step returns, or the error that it raises, if it is about its input."""
     try:
         return step()
-    except SafeprojError as error:
-        return error
+    except (SafeprojError, OSError, MemoryError, RuntimeError) as error:
+        text = explained(error)
+        if text is None:
+            raise
+        return error if isinstance(error, SafeprojError) else SafeprojError(text)

@@ -20,15 +20,16 @@ from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 import numpy
 
 from safeproj.adapter.files import bytes_of
-from safeproj.checkpoint import Weight
+from safeproj.checkpoint import Reader, Weight
 from safeproj.checkpoint.expression import Expression, Head, Swapped, stored_names
 from safeproj.checkpoint.interface import TensorInfo, as_matrix
 from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.errors import SafeprojError, first_line, shorten
+from safeproj.jsontext import parse
 from safeproj.names import Layout, Names
 from safeproj.publish import AppearedError, appearing
 from safeproj.source import LocalFolder, open_folder
-from safeproj.tensorfile import Header, read_header, require_printable, unique, write
+from safeproj.tensorfile import Header, read_header, require_printable, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,6 +110,7 @@ class RecordedFile(Generic[W]):
     content: Content = field(repr=False)
     weights: dict[str, W] = field(repr=False)
     maps: tuple[str, ...] = ()
+    _vectors: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def document(self) -> Mapping[str, Any]:
@@ -182,11 +184,20 @@ class RecordedFile(Generic[W]):
         return {"tensors": tensors, "metadata": hashlib.sha256(text.encode()).hexdigest()}
 
     def _bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor."""
-        entry = self.content.header.tensors[name]
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            return file.read(entry.nbytes)
+        """Return the bytes of a small tensor, which is read once: its digest is of what was used.
+
+        Raises:
+            SafeprojError: the file has become shorter, or cannot be read.
+        """
+        if name not in self._vectors:
+            entry, reader = self.content.header.tensors[name], Reader()
+            found = bytearray(entry.nbytes)
+            try:
+                reader.fill(self.path, entry.start, memoryview(found))
+            finally:
+                reader.close()
+            self._vectors[name] = bytes(found)
+        return self._vectors[name]
 
 
 class _RecordedNames(Names):
@@ -263,7 +274,7 @@ def _content(source: str, kind: FileKind[W], header: Header, text: str) -> Conte
         SafeprojError: it is of another schema.
         LookupError, TypeError, ValueError: it is damaged.
     """
-    document = json.loads(text, object_pairs_hook=unique)
+    document = parse(text.encode())
     json.dumps(document, allow_nan=False, ensure_ascii=False).encode()  # as it will be repeated
     schema = document["schema"]
     if schema != kind.schema:

@@ -19,7 +19,7 @@ from safeproj.gate.weights import found
 from safeproj.job import Run
 from safeproj.manifest import versions
 from safeproj.report.check import Evidence, Finding
-from safeproj.source import file_sha256, read_json
+from safeproj.source import content_sha256, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,5 +184,5 @@ def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
         where = "the original" if name in given else "the patched adapter"
         yield found("SP025", f"{name} is in {where} alone", file=name)
     for name in sorted(given & there):
-        if file_sha256(before.path(name)) != file_sha256(patched.path(name)):
+        if content_sha256(before.folder, name) != content_sha256(patched.folder, name):
             yield found("SP025", f"{name} differs from the original's", file=name)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from safeproj.errors import SafeprojError, first_line
+from safeproj.jsontext import parse
 from safeproj.source import file_sha256
-from safeproj.tensorfile import unique
 
 IGNORED = -100
 """Label of positions that do not count, as in transformers' loss."""
@@ -186,8 +186,7 @@ def random_data(
 
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line, object_pairs_hook=unique)
-        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        found = parse(line.encode())
     except (ValueError, RecursionError) as error:
         raise SafeprojError(f"{where}: not JSON ({first_line(error)})") from error
     if not isinstance(found, dict):

@@ -72,7 +72,7 @@ def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 
 
 def leftovers(directory: Path) -> list[str]:
-    return [name for name in os.listdir(directory) if is_leftover(name)]
+    return [path.name for path in directory.iterdir() if is_leftover(path.name)]
 
 
 def when_it_writes(process: subprocess.Popen[str], out: Path, act: Callable[[], object]) -> None:
@@ -114,7 +114,7 @@ def test_of_many_runs_to_one_place_one_writes_it(
     command = [sys.executable, "-c", WRITER, str(place), kind]
     env = {**os.environ, **system}
     runs = [subprocess.Popen([*command, str(n), str(go)], env=env) for n in range(6)]
-    while len(os.listdir(place.parent)) < len(runs):
+    while len(list(place.parent.iterdir())) < len(runs):
         time.sleep(0.001)
     go.touch()
     codes = [run.wait(60) for run in runs]
@@ -122,7 +122,7 @@ def test_of_many_runs_to_one_place_one_writes_it(
     assert sorted(codes) == [0, 2, 2, 2, 2, 2]
     written = place / "text" if kind == "directory" else place
     assert written.read_text() == str(codes.index(0))
-    assert os.listdir(place.parent) == ["out"]
+    assert list(place.parent.iterdir()) == [place]
 
 
 def test_what_appears_meanwhile_is_left_as_it_is(trio: Trio, slow: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_recorded_file_replaces_only_its_own_kind(trio: Trio, tmp_path: Path) 
     from safetensors.torch import load_file
 
     for overwrite in (False, True):
-        with pytest.raises(SafeprojError, match="has appeared|not a complete"):
+        with pytest.raises(SafeprojError, match=r"has appeared|not a complete"):
             write_recorded(
                 out, KIND, load_file(given).items(), appears_meanwhile, overwrite=overwrite
             )
@@ -250,9 +250,7 @@ def test_leftovers_of_other_places_and_machines_stay(tmp_path: Path) -> None:
 # --- what goes wrong when all is written
 
 
-def test_an_old_adapter_that_cannot_be_removed_is_named(
-    trio: Trio, tmp_path: Path
-) -> None:
+def test_an_old_adapter_that_cannot_be_removed_is_named(trio: Trio, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(trio.adapter, out)
     (out / "stays.txt").write_text("x")
