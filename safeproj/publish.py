@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from platform import node
+from typing import IO
 
 from safeproj.errors import SafeprojError
 
@@ -183,6 +184,28 @@ def unremovable(directory: Path) -> Path | None:
         if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
             return Path(place)
     return None
+
+
+def hold(file: IO[bytes]) -> None:
+    """Let other runs see that this one writes a file, until it closes it: see `is_held`."""
+    with suppress(ImportError, OSError):  # Windows; a file system that knows no locks
+        import fcntl
+
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_held(path: Path) -> bool:
+    """Tell whether another run that is alive writes a file."""
+    try:
+        import fcntl
+
+        with path.open("rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
 
 
 def _start(name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from safeproj.adapter.files import bytes_of
 from safeproj.errors import SafeprojError
 from safeproj.picklefile import find_tensors, read_pickle
 from safeproj.source import LocalFolder
@@ -134,17 +135,16 @@ def test_what_programs_save_is_read_as_torch_reads_it(
     tmp_path: Path, case: str, protocol: int
 ) -> None:
     path = tmp_path / "x.bin"
-    torch.save(contents()[case], path, pickle_protocol=protocol)
-    expected = torch.load(path, weights_only=True)
+    content = contents()[case]
+    torch.save(content, path, pickle_protocol=protocol)
     found = read_pickle(LocalFolder(tmp_path, "x"), path.name)
-    assert list(found) == list(expected)
-    for name, tensor in expected.items():
+    if protocol == 2:  # the only one that torch's own restricted reader knows
+        assert list(found) == list(torch.load(path, weights_only=True))
+    assert list(found) == list(contents()[case])
+    for name, tensor in content.items():
         assert found[name].dtype == tensor.dtype
         assert found[name].shape == tensor.shape
-        assert torch.equal(
-            found[name].view(torch.uint8) if tensor.numel() else found[name],
-            tensor.detach().contiguous().view(torch.uint8) if tensor.numel() else tensor,
-        )
+        assert bytes_of(found[name]) == bytes_of(tensor)
 
 
 def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import IO, Any
 from safeproj.errors import SafeprojError, first_line, printable
 from safeproj.evaluate.sets import Prompt
 from safeproj.jsontext import parse
+from safeproj.publish import hold, is_held
 from safeproj.recorded import DAMAGES
 from safeproj.wholefile import replace_file
 
@@ -60,11 +61,17 @@ class Responses:
         """
         if self.path is None:
             return
+        if is_held(self.path):
+            raise SafeprojError(
+                f"--responses {self.path}: another run is writing it; wait for that, or use "
+                "another directory"
+            )
         try:
             if self.path.exists() and not overwrite:
                 self._read(self.path)
             self._rewrite(self.path, None, {})  # without the line that an interruption tore
             self._file = self.path.open("ab")
+            hold(self._file)
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -212,6 +212,33 @@ def test_a_full_disk_while_answers_are_written(tmp_path: Path) -> None:
     assert (tmp_path / "model.jsonl").read_bytes() == before
 
 
+def test_two_runs_do_not_write_the_same_answers(tmp_path: Path) -> None:
+    from safeproj.evaluate.responses import Responses
+
+    path = tmp_path / "model.jsonl"
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from safeproj.evaluate.responses import Responses\n"
+        f"found = Responses(Path({str(path)!r}), {{}}, {{}}); found.open()\n"
+        "found.add('bad', [(0, 'p', 'a')]); print('ready', flush=True); time.sleep(600)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    before = path.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(SafeprojError, match="another run is writing it"):
+            Responses(path, {}, {}).open(overwrite)
+    assert path.read_bytes() == before
+
+    other.kill()
+    other.communicate()
+    found = Responses(path, {}, {})
+    found.open()
+    assert found.answers == {("bad", 0): "a"}
+    found.close()
+
+
 def test_salora_init_names_its_targets_in_order(tmp_path: Path) -> None:
     from safeproj.salora.start import _sort_targets
 
