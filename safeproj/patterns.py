@@ -199,8 +199,8 @@ def first_matches(
             tail = name[len(name) - form[0] :] if len(name) >= form[0] else None
             if tail is None or (len(name) > form[0] and not (prefix and name[-form[0] - 1] == ".")):
                 continue
-            if (number := wanted.get(_masked(tail, form))) is not None:
-                numbers.append(number)
+            hit = wanted.get(_masked(tail, form))
+            numbers += [] if hit is None else [hit]
         if numbers:
             found[name] = min(numbers)
     return {name: found[name] for name in names if name in found}
