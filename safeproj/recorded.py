@@ -130,6 +130,10 @@ class RecordedFile(Generic[W]):
     def documents(self) -> tuple[Path, ...]:
         return ()
 
+    @property
+    def document_digests(self) -> Mapping[str, str]:
+        return {}
+
     def describe(self, name: str) -> TensorInfo:
         return TensorInfo("F32", self.content.parameters[name][0])
 

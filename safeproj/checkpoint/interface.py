@@ -234,6 +234,10 @@ class Checkpoint(Protocol):
     def documents(self) -> tuple[Path, ...]:
         """Local paths of the small files that were read to understand the tensors."""
 
+    @property
+    def document_digests(self) -> Mapping[str, str]:
+        """The SHA-256 of each of `documents`, by file name: of the bytes that were read."""
+
     def describe(self, name: str) -> TensorInfo:
         """Return what is known of a tensor without reading it.
 
