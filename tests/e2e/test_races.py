@@ -269,7 +269,7 @@ def test_a_name_that_may_not_be_on_the_disk_is_no_silence(trio: Trio, tmp_path: 
     out = tmp_path / "out"
     shutil.copytree(trio.adapter, out)
     before = snapshot(out)
-    env = failing(FAIL_SYNC_DIR="EIO", FAIL_SYNC_INODE=str(tmp_path.stat().st_ino))
+    env = failing(FAIL_SYNC="EIO", FAIL_SYNC_INODE=str(tmp_path.stat().st_ino))
 
     result = safeproj(*patch(trio, trio.adapter, out, "--overwrite"), env=env)
 

@@ -1,8 +1,9 @@
 """System calls that fail as they are told to, for tests of the installed command.
 
 A library that is loaded before libc's own. Which calls fail comes from the environment:
-`FAIL_RENAMEAT2=ENOSYS` for a system without it, `FAIL_SYNC_DIR=EIO` for directories that cannot be
-flushed, `FAIL_UNLINKAT=EPERM` for files that cannot be removed.
+`FAIL_RENAMEAT2=ENOSYS` for a system without it, `FAIL_LINK=EPERM` for a file system without hard
+links, `FAIL_SYNC=EIO` with `FAIL_SYNC_INODE=N` for a directory that cannot be flushed,
+`FAIL_UNLINKAT=EPERM` with `FAIL_UNLINKAT_NAME=NAME` for a file that cannot be removed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -48,7 +49,7 @@ int link(const char *from, const char *to) {
 }
 
 int fsync(int file) {
-    int error = told("FAIL_SYNC_DIR");
+    int error = told("FAIL_SYNC");
     const char *marker = getenv("FAIL_SYNC_INODE");
     struct stat found;
     if (error && marker && !fstat(file, &found) && found.st_ino == strtoul(marker, 0, 10)) {
@@ -69,12 +70,16 @@ int unlinkat(int at, const char *path, int flags) {
 """
 
 
+_PLACE = TemporaryDirectory(prefix="safeproj-faults-")
+"""Where it is built; gone when the tests end."""
+
+
 @lru_cache(maxsize=1)
 def _library() -> Path | None:
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
         return None
-    place = Path(mkdtemp(prefix="safeproj-faults-"))
+    place = Path(_PLACE.name)
     (place / "faults.c").write_text(_SOURCE)
     made = place / "faults.so"
     command = [compiler, "-shared", "-fPIC", "-o", str(made), str(place / "faults.c"), "-ldl"]
