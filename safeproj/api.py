@@ -152,7 +152,7 @@ def patch(
     )
     check_out(out, overwrite, against.local_paths([adapter]))
     with _job(against, [adapter], options, observer, profile, digests=not dry_run) as job:
-        return job.write(job.one(adapter), None if dry_run else out)
+        return job.write(job.one(adapter), None if dry_run else out, overwrite=overwrite)
 
 
 def inspect_many(
@@ -252,7 +252,8 @@ def patch_many(
     with _job(against, usable, options, observer, profile, digests=not dry_run) as job:
 
         def use(run: Run, number: int) -> Report:
-            return job.write(run, None if dry_run else made_inside(out, free[number].name))
+            place = None if dry_run else made_inside(out, free[number].name)
+            return job.write(run, place, overwrite=overwrite)
 
         done = job.many(usable, use)
         found = [refused[n] if n in refused else next(done) for n in range(len(members))]
@@ -455,7 +456,8 @@ def align(
             on_progress=observer.progress if observer is not None else None,
             usage=profile.usage,
         )
-        return make_file(pair, found, kept, {"targets": list(targets), **form.to_dict()}, out)
+        wanted = {"targets": list(targets), **form.to_dict()}
+        return make_file(pair, found, kept, wanted, out, overwrite=overwrite)
 
 
 @contextmanager

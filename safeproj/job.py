@@ -28,7 +28,7 @@ from safeproj.alignment.pair import Pair
 from safeproj.covariance.prepare import statistics_of
 from safeproj.decide import DTYPES, Decision, decide
 from safeproj.engine import Origin, Progress, Score, Task, Update
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, explained
 from safeproj.manifest import manifest
 from safeproj.match import Plan, PlannedModule
 from safeproj.names import parse_rules
@@ -218,7 +218,12 @@ class Job:
                 yield _caught(partial(use, run, number))
 
     def write(
-        self, run: Run, out: Path | None, documents: Mapping[str, bytes | None] | None = None
+        self,
+        run: Run,
+        out: Path | None,
+        documents: Mapping[str, bytes | None] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> Report:
         """Write the patched adapter, if `out` is given, and return the report of `patch`.
 
@@ -226,6 +231,7 @@ class Job:
             run: what `one` or `many` made of the adapter.
             out: the directory.
             documents: as for `write_adapter`.
+            overwrite: as for `write_adapter`.
 
         Raises:
             SafeprojError: it cannot be written; nothing is left behind.
@@ -242,6 +248,7 @@ class Job:
                 card.section(report),
                 out,
                 documents,
+                overwrite=overwrite,
             )
         return report
 
@@ -471,8 +478,11 @@ def _methods_before(folder: Folder) -> Iterator[str]:
 
 
 def _caught(step: Callable[[], T]) -> T | SafeprojError:
-    """Return what a step returns, or the error that it raises."""
+    """Return what a step returns, or the error that it raises, if it is about its input."""
     try:
         return step()
-    except SafeprojError as error:
-        return error
+    except (SafeprojError, OSError, MemoryError, RuntimeError) as error:
+        text = explained(error)
+        if text is None:
+            raise
+        return error if isinstance(error, SafeprojError) else SafeprojError(text)

@@ -16,7 +16,7 @@ from safeproj.adapter import Adapter
 from safeproj.adapter.interface import MANIFEST
 from safeproj.engine import Score
 from safeproj.report.record import Report
-from safeproj.source import file_sha256, read_json
+from safeproj.source import content_sha256, read_json
 from safeproj.subspace import Subspace
 
 
@@ -51,7 +51,9 @@ def adapter_record(adapter: Adapter, further: Collection[str] = ()) -> dict[str,
     """
     present = [name for name in further if name in adapter.folder.files]
     read = (*adapter.format.documents, adapter.weights_file, *present)
-    found: dict[str, Any] = {"sha256": {"files": {n: file_sha256(adapter.path(n)) for n in read}}}
+    found: dict[str, Any] = {
+        "sha256": {"files": {name: content_sha256(adapter.folder, name) for name in read}}
+    }
     if MANIFEST in adapter.folder.files:
         found["previous"] = read_json(adapter.folder, MANIFEST)
     return found

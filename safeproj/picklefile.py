@@ -1,80 +1,473 @@
 """Files that `torch.save` wrote, read as plain tensors and nothing else.
 
-Such a file is a zip of a pickle and the tensors' bytes. It is loaded with torch's restricted
-unpickler, which runs no code, and mapped into memory.
+Such a file is a zip of a pickle and the tensors' bytes. The pickle is followed here, operation by
+operation, and only what describes tensors is understood: nothing in it is called, and what it can
+allocate is bounded by its size. So it is known where each tensor lies in the file, as of a
+safetensors file.
 """
 
 from __future__ import annotations
 
+import io
+import math
+import os
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from safeproj.errors import SafeprojError
-from safeproj.tensorfile import require_printable
+from safeproj.errors import SafeprojError, printable, shorten
+from safeproj.source import Folder, contents
+from safeproj.tensorfile import MAX_DIMENSIONS, require_printable
+from safeproj.wholefile import MAX_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_PICKLE = 64 << 20
+"""Bytes of the pickle: it takes about 300 for each tensor."""
+
+MAX_DIRECTORY = 32 << 20
+"""Bytes of the zip's directory: about 100 for each tensor."""
+
+MAX_OPERATIONS = 6_000_000
+"""Operations of the pickle, about 35 for each tensor: each may make an object of 100 bytes."""
+
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file starts that torch before 1.6 wrote: its magic number, pickled."""
 
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "UntypedStorage": "uint8",
+}
+"""What storages are called that torch writes: class to dtype."""
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that `torch.save` wrote, mapped into memory.
+_SIZES = {"float64": 8, "int64": 8, "uint64": 8, "complex64": 8, "complex128": 16}
+_SIZES |= dict.fromkeys(("float32", "int32", "uint32", "complex32"), 4)
+_SIZES |= dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2)
+_SIZES |= dict.fromkeys(("int8", "uint8", "bool"), 1)
+_SIZES |= dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"), 1)
+_SIZES |= dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz"), 1)
+"""Bytes of a value, by dtype."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        dtype: torch's name.
+        shape: its sizes.
+        stride: of each dimension, in values.
+        start: where its first value lies, in bytes from the beginning of the file.
+        nbytes: from there to its last value.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Its values lie one after another, row by row."""
+        expected = 1
+        for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and step != expected:
+                return False
+            expected *= size
+        return True
+
+    def lay(self, content: bytearray) -> Tensor:
+        """Return the tensor, a view of `nbytes` bytes from `start` on."""
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(content, dtype=dtype).as_strided(self.shape, self.stride)
+
+
+def read_pickle(folder: Folder, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a file that `torch.save` wrote, which is read once, whole.
+
+    Raises:
+        SafeprojError: as for `find_tensors`.
+    """
+    import torch
+
+    path = folder.path(name)
+    try:
+        content = contents(folder, name, MAX_WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    view = memoryview(content)
+
+    def read(start: int, count: int) -> bytes:
+        return bytes(view[start : start + count])
+
+    found = {}
+    for key, stored in _tensors(path, read, len(content)).items():
+        part: Any = view[stored.start : stored.start + stored.nbytes]
+        if stored.start % torch.empty(0, dtype=getattr(torch, stored.dtype)).element_size():
+            part = bytearray(part)
+        found[key] = stored.lay(part).contiguous()
+    return found
+
+
+def find_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return where the tensors lie in a file that `torch.save` wrote.
 
     Raises:
         SafeprojError: it cannot be read, is in the format before torch 1.6, or holds anything but
             a mapping of names to ordinary tensors.
     """
-    import torch
-
-    _refuse_legacy(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged pickles raise errors of nearly every type
-        # Not the error's own text: it advises to switch weights_only off.
+        with path.open("rb") as file:
+
+            def read(start: int, count: int) -> bytes:
+                file.seek(start)
+                return file.read(count)
+
+            return _tensors(path, read, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> SafeprojError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return SafeprojError(f"{printable(str(path))}: cannot be read ({reason})")
+
+
+Read = Callable[[int, int], bytes]
+"""Returns so many bytes from there on."""
+
+
+def _tensors(path: Path, read: Read, size: int) -> dict[str, StoredTensor]:
+    if read(0, len(_LEGACY)) == _LEGACY:
+        raise SafeprojError(
+            f"{path}: in the format that torch had before 1.6, which cannot be read in parts; load "
+            "it with a current torch and save it again, best as safetensors"
+        )
+    try:
+        archive = _Archive(read, size)
+        found = _followed(archive)
+    except Exception as error:  # damaged zips and pickles raise errors of nearly every type
         raise SafeprojError(
             f"{path}: cannot be loaded as plain tensors ({type(error).__name__}): truncated or "
             "damaged, or it needs code to run, which is refused; fetch it again, or save it as "
             "safetensors"
         ) from error
     if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()
+        isinstance(name, str) and isinstance(each, _Tensor) for name, each in found.items()
     ):
         raise SafeprojError(
             f"{path}: expected a mapping of names to tensors and nothing else; save it as "
             "safetensors"
         )
     require_printable(str(path), found)
-    _refuse_unusual(path, found)
-    return {name: tensor.detach() for name, tensor in found.items()}
-
-
-def _refuse_legacy(path: Path) -> None:
     try:
-        with path.open("rb") as file:
-            start = file.read(len(_LEGACY))
-    except OSError as error:
-        raise SafeprojError(f"{path}: cannot be read ({error.strerror})") from error
-    if start == _LEGACY:
+        return {name: _located(archive, each, path, name) for name, each in found.items()}
+    except (LookupError, TypeError, ValueError, struct.error) as error:
         raise SafeprojError(
-            f"{path}: in the format that torch had before 1.6, which cannot be read in parts; load "
-            "it with a current torch and save it again, best as safetensors"
-        )
+            f"{path}: cannot be loaded as plain tensors ({type(error).__name__}): truncated or "
+            "damaged; fetch it again, or save it as safetensors"
+        ) from error
 
 
-def _refuse_unusual(path: Path, tensors: dict[str, Tensor]) -> None:
-    import torch
+class _Archive:
+    """The zip: where the bytes of its members lie, which are never compressed."""
 
-    limit = path.stat().st_size  # a few bytes can describe a tensor that no memory holds
-    for name, tensor in tensors.items():
-        if (
-            tensor.layout is not torch.strided
-            or tensor.device.type != "cpu"
-            or tensor.numel() * tensor.element_size() > limit
-        ):
-            raise SafeprojError(
-                f"{path}: {name} is no ordinary tensor that the file holds (layout "
-                f"{tensor.layout}, device {tensor.device}, shape {list(tensor.shape)}); expected "
-                "dense tensors on the CPU"
-            )
+    def __init__(self, read: Read, size: int) -> None:
+        self._read = read
+        with zipfile.ZipFile(_Window(read, size)) as archive:
+            self._members = {each.filename: each for each in archive.infolist()}
+        ends = "/data.pkl"
+        (pickled,) = (name for name in self._members if name.endswith(ends))
+        self._root = pickled.removesuffix("data.pkl")
+        order = self._members.get(f"{self._root}byteorder")
+        if order is not None and self._content(order, 16) != b"little":
+            raise ValueError("a big-endian file")
+
+    @property
+    def pickle(self) -> bytes:
+        """The pickle."""
+        return self._content(self._members[f"{self._root}data.pkl"], MAX_PICKLE)
+
+    def storage(self, key: str) -> tuple[int, int]:
+        """Return where a storage begins, and how many bytes it has."""
+        member = self._members[f"{self._root}data/{key}"]
+        return self._start(member), member.file_size
+
+    def _content(self, member: zipfile.ZipInfo, limit: int) -> bytes:
+        if member.file_size > limit:
+            raise ValueError(f"{member.filename} has {member.file_size} bytes")
+        content = self._read(self._start(member), member.file_size)
+        if len(content) != member.file_size:
+            raise ValueError(f"{member.filename} is cut off")
+        return content
+
+    def _start(self, member: zipfile.ZipInfo) -> int:
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            raise ValueError(f"{member.filename} is compressed")
+        header = self._read(member.header_offset, 30)
+        mark, name, extra = struct.unpack("<4s22xHH", header)
+        if mark != b"PK\x03\x04":
+            raise ValueError(f"{member.filename} is not there")
+        return int(member.header_offset + 30 + name + extra)
+
+
+class _Window(io.RawIOBase):
+    """A file as zipfile wants it, of which no large part is read at once."""
+
+    def __init__(self, read: Read, size: int) -> None:
+        self._bytes, self._size, self._at = read, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_CUR: self._at, os.SEEK_END: self._size}.get(whence, 0)
+        if self._at < 0:
+            raise OSError("before the beginning")
+        return self._at
+
+    def read(self, count: int | None = -1) -> bytes:
+        if count is None or count < 0:
+            count = max(self._size - self._at, 0)
+        if count > MAX_DIRECTORY:
+            raise ValueError(f"the zip's directory has {count} bytes")
+        found = self._bytes(self._at, count)
+        self._at += len(found)
+        return found
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A name that the pickle refers to; nothing is imported."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    key: str
+    count: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as the pickle describes it; without a storage one that is of another kind."""
+
+    storage: _Storage | None
+    offset: int = 0
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+
+
+class _Mark:
+    """Where a tuple, or what is put into a container, begins."""
+
+
+def _followed(archive: _Archive) -> Any:
+    """Return what the pickle makes, without calling anything.
+
+    Raises:
+        ValueError: it makes something else than tensors are described by.
+        IndexError, KeyError, TypeError: it is damaged.
+    """
+    machine = _Machine()
+    for number, (operation, argument, _) in enumerate(pickletools.genops(archive.pickle)):
+        if number > MAX_OPERATIONS:
+            raise ValueError("too many operations")
+        if operation.name == "STOP":
+            return machine.stack[-1]
+        machine.step(operation.name, argument)
+    raise ValueError("it has no end")
+
+
+class _Machine:
+    """A stack, a memory, and the operations that torch uses."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """Do one operation."""
+        stack = self.stack
+        if name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _VALUES:
+            stack.append(argument)
+        elif name in _MADE:
+            stack.append(_MADE[name]())
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self._memo[argument])
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            words = argument.split(" ") if name == "GLOBAL" else self._taken(2)
+            stack.append(_Global(*words))
+        elif name == "TUPLE":
+            stack.append(tuple(self._since_mark()))
+        elif name in _TUPLES:
+            stack.append(tuple(self._taken(_TUPLES[name])))
+        elif name in ("SETITEM", "SETITEMS"):
+            _put(self._taken(2) if name == "SETITEM" else self._since_mark(), stack[-1])
+        elif name in ("APPEND", "APPENDS"):
+            _add(self._taken(1) if name == "APPEND" else self._since_mark(), stack[-1])
+        elif name == "BINPERSID":
+            stack.append(_storage(*self._taken(1)[0]))
+        elif name == "REDUCE":
+            stack.append(_reduced(*self._taken(2)))
+        elif name == "BUILD":  # attributes, such as the versions of modules in a state dict
+            self._taken(1)
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"the operation {name}")
+
+    def _taken(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise IndexError("an empty stack")
+        found = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return found
+
+    def _since_mark(self) -> list[Any]:
+        found = []
+        while not isinstance(each := self.stack.pop(), _Mark):
+            found.append(each)
+        return found[::-1]
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
+_VALUES |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+_MADE: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "MARK": _Mark}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def _put(items: list[Any], target: Any) -> None:
+    if not isinstance(target, dict) or len(items) % 2:
+        raise TypeError("no dictionary")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str | int):  # the hash of nested tuples may take for ever
+            raise TypeError("a key that is no text")
+        target[key] = value
+
+
+def _add(items: list[Any], target: Any) -> None:
+    if not isinstance(target, list):
+        raise TypeError("no list")
+    target += items
+
+
+def _storage(kind: str, cls: _Global, key: str, location: str, count: int) -> _Storage:
+    del location  # of the device that it was saved from
+    if kind != "storage" or cls.module not in ("torch", "torch.cuda", "torch.storage"):
+        raise ValueError("no storage")
+    if type(count) is not int or not isinstance(key, str) or not 0 <= count < 1 << 63:
+        raise TypeError("no storage")
+    return _Storage(_STORAGES.get(cls.name, cls.name), key, count)
+
+
+def _reduced(function: _Global, arguments: tuple[Any, ...]) -> Any:
+    """Return what torch's own functions would make."""
+    place = (function.module, function.name)
+    if place == ("collections", "OrderedDict") and arguments == ():
+        return {}
+    if place == ("torch", "Size"):
+        return tuple(*arguments)
+    if place == ("torch._tensor", "_rebuild_from_type_v2"):  # a tensor that has attributes
+        made, kind, given, _ = arguments
+        if kind in (_Global("torch", "Tensor"), _Global("torch.nn.parameter", "Parameter")):
+            return _reduced(made, given)
+    if function.module == "torch._utils":
+        if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
+            return arguments[0]
+        if function.name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            return _tensor(*arguments[:4])
+        if function.name == "_rebuild_tensor_v3":
+            found, dtype = _tensor(*arguments[:4]), arguments[6]
+            if found.storage is None or dtype.module != "torch":
+                raise TypeError("no dtype")
+            count = found.storage.count // _SIZES[dtype.name]
+            return replace(found, storage=replace(found.storage, dtype=dtype.name, count=count))
+        if function.name.startswith("_rebuild_"):  # sparse, quantised, without data
+            return _Tensor(None)
+    if place == ("torch.serialization", "_get_layout"):
+        return None
+    raise ValueError(f"the call of {function.module}.{function.name}")
+
+
+def _tensor(
+    storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> _Tensor:
+    numbers = (offset, *shape, *stride)
+    fits = isinstance(storage, _Storage) and len(shape) == len(stride) <= MAX_DIMENSIONS
+    if not fits or not all(type(each) is int and 0 <= each < 1 << 63 for each in numbers):
+        raise TypeError("no tensor")
+    return _Tensor(storage, offset, shape, stride)
+
+
+def _located(archive: _Archive, tensor: _Tensor, path: Path, name: str) -> StoredTensor:
+    """Return where a tensor lies.
+
+    Raises:
+        SafeprojError: it is of an unusual kind, or larger than the file.
+        LookupError, ValueError: its storage is not there, or not as long as it says.
+    """
+    storage = tensor.storage
+    size = 0 if storage is None else _SIZES.get(storage.dtype, 0)
+    if storage is None or not size:
+        raise _unusual(path, name, tensor)
+    start, nbytes = archive.storage(storage.key)
+    if nbytes // size != storage.count:
+        raise ValueError(f"the storage {storage.key} has {nbytes} bytes")
+    if math.prod(tensor.shape) * size > path.stat().st_size:
+        raise _unusual(path, name, tensor)  # a few bytes can describe what no memory holds
+    last = tensor.offset + sum(
+        (count - 1) * step for count, step in zip(tensor.shape, tensor.stride, strict=True)
+    )
+    empty = 0 in tensor.shape
+    if not empty and last >= storage.count:
+        raise ValueError(f"it ends beyond its storage {storage.key}")
+    return StoredTensor(
+        storage.dtype,
+        tensor.shape,
+        tensor.stride,
+        start + tensor.offset * size,
+        0 if empty else (last - tensor.offset + 1) * size,
+    )
+
+
+def _unusual(path: Path, name: str, tensor: _Tensor) -> SafeprojError:
+    return SafeprojError(
+        f"{path}: {name} is no ordinary tensor that the file holds (shape "
+        f"{shorten(map(str, tensor.shape), MAX_DIMENSIONS)}); expected dense tensors on the CPU"
+    )

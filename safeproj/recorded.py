@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +20,16 @@ from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 import numpy
 
 from safeproj.adapter.files import bytes_of
-from safeproj.checkpoint import Weight
+from safeproj.checkpoint import Reader, Weight
 from safeproj.checkpoint.expression import Expression, Head, Swapped, stored_names
 from safeproj.checkpoint.interface import TensorInfo, as_matrix
 from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.errors import SafeprojError, first_line, shorten
+from safeproj.jsontext import parse
 from safeproj.names import Layout, Names
+from safeproj.publish import AppearedError, appearing
 from safeproj.source import LocalFolder, open_folder
-from safeproj.tensorfile import Header, read_header, require_printable, unique, write
+from safeproj.tensorfile import Header, read_header, require_printable, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,6 +110,7 @@ class RecordedFile(Generic[W]):
     content: Content = field(repr=False)
     weights: dict[str, W] = field(repr=False)
     maps: tuple[str, ...] = ()
+    _vectors: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def document(self) -> Mapping[str, Any]:
@@ -127,6 +129,10 @@ class RecordedFile(Generic[W]):
     @property
     def documents(self) -> tuple[Path, ...]:
         return ()
+
+    @property
+    def document_digests(self) -> Mapping[str, str]:
+        return {}
 
     def describe(self, name: str) -> TensorInfo:
         return TensorInfo("F32", self.content.parameters[name][0])
@@ -182,11 +188,20 @@ class RecordedFile(Generic[W]):
         return {"tensors": tensors, "metadata": hashlib.sha256(text.encode()).hexdigest()}
 
     def _bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor."""
-        entry = self.content.header.tensors[name]
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            return file.read(entry.nbytes)
+        """Return the bytes of a small tensor, which is read once: its digest is of what was used.
+
+        Raises:
+            SafeprojError: the file has become shorter, or cannot be read.
+        """
+        if name not in self._vectors:
+            entry, reader = self.content.header.tensors[name], Reader()
+            found = bytearray(entry.nbytes)
+            try:
+                reader.fill(self.path, entry.start, memoryview(found))
+            finally:
+                reader.close()
+            self._vectors[name] = bytes(found)
+        return self._vectors[name]
 
 
 class _RecordedNames(Names):
@@ -263,7 +278,7 @@ def _content(source: str, kind: FileKind[W], header: Header, text: str) -> Conte
         SafeprojError: it is of another schema.
         LookupError, TypeError, ValueError: it is damaged.
     """
-    document = json.loads(text, object_pairs_hook=unique)
+    document = parse(text.encode())
     json.dumps(document, allow_nan=False, ensure_ascii=False).encode()  # as it will be repeated
     schema = document["schema"]
     if schema != kind.schema:
@@ -377,6 +392,8 @@ def write_recorded(
     kind: FileKind[Any],
     tensors: Iterable[tuple[str, Tensor]],
     document: Callable[[], Mapping[str, Any]],
+    *,
+    overwrite: bool = False,
 ) -> int:
     """Write a file; it appears complete or not at all.
 
@@ -388,6 +405,8 @@ def write_recorded(
         kind: what kind of file it is: what is written must be readable as that.
         tensors: name and float32 tensor, each asked for when the one before is on the disk.
         document: returns the JSON of the metadata; called after the last tensor.
+        overwrite: whether a file of the same kind that is there may be replaced. It is looked at
+            again directly before.
 
     Returns:
         The size of the file in bytes.
@@ -396,28 +415,28 @@ def write_recorded(
         SafeprojError: it cannot be written; nothing is left behind.
     """
     place = out.resolve()
-    hidden = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
     try:
-        with tempfile.TemporaryFile(dir=place.parent) as spool:
+        with tempfile.TemporaryFile(dir=place.parent) as spool, appearing(place) as found:
             for name, tensor in tensors:
                 layout[name] = ("F32", tuple(tensor.shape), tensor.nbytes)
                 spool.write(bytes_of(tensor))
             text = json.dumps(document(), ensure_ascii=False, separators=(",", ":"))
             spool.seek(0)
-            try:
-                write(hidden, {"format": "pt", METADATA: text}, layout, _chunks(spool))
-                with hidden.open("rb+") as file:
-                    os.fsync(file.fileno())
-                open_recorded(str(hidden), kind)
-                hidden.replace(place)
-            finally:
-                hidden.unlink(missing_ok=True)
+            write(found.path, {"format": "pt", METADATA: text}, layout, _chunks(spool))
+            open_recorded(str(found.path), kind)
+            size = found.path.stat().st_size
+            found.appear((lambda: check_file(out, overwrite, kind)) if overwrite else None)
+    except AppearedError as error:
+        raise SafeprojError(
+            f"--out {out}: has appeared while this run went on; it is left as it is, and nothing "
+            "was written: choose another name, or give --overwrite"
+        ) from error
     except OSError as error:
         raise SafeprojError(
             f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
         ) from error
-    return place.stat().st_size
+    return size
 
 
 def _chunks(file: IO[bytes]) -> Iterator[memoryview]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safeproj.errors import SafeprojError, first_line, printable
-from safeproj.tensorfile import Header, TensorEntry, read_header, unique
+from safeproj.jsontext import MAX_BYTES, parse
+from safeproj.tensorfile import Header, TensorEntry, read_header
+from safeproj.wholefile import read_whole
+
+MAX_FILES = 200_000
+"""Files below a directory that is given as a SRC; far more than a training run leaves there."""
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
 
@@ -49,6 +53,10 @@ class Folder(Identified, Protocol):
     def header(self, name: str) -> Header:
         """Return the header of a safetensors file without fetching its tensors."""
 
+    @property
+    def held(self) -> dict[str, bytearray]:
+        """The bytes of the files that were read whole, by name; see `contents`."""
+
 
 @dataclass(frozen=True)
 class LocalFolder:
@@ -65,6 +73,7 @@ class LocalFolder:
     source: str
     only: str | None = None
     revision: str | None = None
+    held: dict[str, bytearray] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def files(self) -> frozenset[str]:
@@ -79,6 +88,11 @@ class LocalFolder:
             subdirectories[:] = [name for name in subdirectories if name not in skipped]
             paths = (Path(directory) / name for name in (*names, *links))
             found.update(path.relative_to(self.root) for path in paths)
+            if len(found) > MAX_FILES:
+                raise SafeprojError(
+                    f"{self.source}: has more than {MAX_FILES} files; expected the directory of "
+                    "one model or adapter"
+                )
         return frozenset(path.as_posix() for path in found)
 
     @property
@@ -112,6 +126,7 @@ class HubFolder:
     asked: str
     source: str
     files: frozenset[str] = field(repr=False)
+    held: dict[str, bytearray] = field(default_factory=dict, repr=False, compare=False)
     _paths: dict[str, Path] = field(default_factory=dict, repr=False)
 
     @property
@@ -171,6 +186,29 @@ class HubFolder:
         return Header(remote.metadata, tensors)
 
 
+def contents(folder: Folder, name: str, limit: int = MAX_BYTES) -> bytearray:
+    """Return the bytes of a file, which is read once: what it became later does not count.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or has more than `limit` bytes.
+        SafeprojError: it cannot be had, or is no regular file.
+    """
+    if name not in folder.held:
+        folder.held[name] = read_whole(folder.path(name), limit)
+    return folder.held[name]
+
+
+def content_sha256(folder: Folder, name: str) -> str:
+    """Return the SHA-256 of a file: of the bytes that were read, if it was read whole before.
+
+    Raises:
+        SafeprojError: it cannot be read.
+    """
+    if name in folder.held:
+        return hashlib.sha256(folder.held[name]).hexdigest()
+    return file_sha256(folder.path(name))
+
+
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
     """Return the JSON object that a file of the folder holds.
 
@@ -178,7 +216,7 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
         SafeprojError: the file cannot be read, or holds something else.
     """
     try:
-        found = json.loads(folder.path(name).read_text("utf-8"), object_pairs_hook=unique)
+        found = parse(contents(folder, name))
     except (OSError, ValueError, RecursionError) as error:
         raise SafeprojError(
             f"{folder.source}: {name} is not JSON ({first_line(error)}); {folder.advice}"
@@ -198,12 +236,53 @@ def identity(found: Identified) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file.
+
+    Raises:
+        SafeprojError: it cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise SafeprojError(
+            f"{printable(str(path))}: cannot be read ({error.strerror or error})"
+        ) from error
     return digest.hexdigest()
+
+
+def expanded(source: str) -> Path:
+    """Return the path that a SRC may be.
+
+    Raises:
+        SafeprojError: no system has such a path.
+    """
+    try:
+        path = Path(source).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise SafeprojError(f"{source}: cannot be looked at ({reason})") from error
+    return path
+
+
+def require_no_root(source: str, path: Path) -> None:
+    """Refuse the root of a file system, in which everything would be looked at.
+
+    Raises:
+        SafeprojError: it is one.
+    """
+    place = path.resolve()
+    if place == Path(place.anchor):
+        raise SafeprojError(
+            f"{source}: the root of the file system; expected the directory of one model or adapter"
+        )
 
 
 def open_folder(source: str) -> Folder:
@@ -214,8 +293,9 @@ def open_folder(source: str) -> Folder:
     """
     if not source.strip():
         raise SafeprojError("an empty SRC; expected a path, or org/name of a Hub repository")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
+        require_no_root(source, path)
         return LocalFolder(path, source)
     if path.is_file():
         return LocalFolder(path.parent, source, only=path.name)

@@ -1,23 +1,37 @@
 """The safetensors container: where each tensor of a file lies, and writing one in a given order.
 
-Reading goes through the `safetensors` library wherever whole tensors are wanted. What it does not
-offer is here: byte offsets, for reading rows into reused buffers, and a writer that keeps the order
-of tensors and metadata, so that the same input gives the same file.
+What the `safetensors` library does not offer is here: byte offsets, for reading rows into reused
+buffers; headers without mapping the file, which ends the process when the file shrinks; and a
+writer that keeps the order of tensors and metadata, so that the same input gives the same file.
+What the library refuses is refused here too.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
-from safeproj.errors import SafeprojError, first_line
+from safeproj import jsontext
+from safeproj.errors import SafeprojError, first_line, printable
+from safeproj.jsontext import unique as unique
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself, so that a forged length allocates nothing."""
+
+MAX_TENSORS = 300_000
+"""Tensors of one file: a mixture of experts with one pair of factors for each has 94,000."""
+
+MAX_DIMENSIONS = 64
+"""Of one tensor; torch's own limit."""
+
+PREFIX = 8
+"""Bytes before the header, which say how long it is."""
 
 MAX_NAME = 1000
 """Characters of a tensor name: names are matched against the patterns of transformers and of the
@@ -44,6 +58,18 @@ OTHER_DTYPES = {
 """Dtypes that whole tensors may have which are only copied: safetensors name to torch name."""
 
 
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Bits of a value of every dtype of the format."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a safetensors file: `dtype` as the format names it, `start` from byte 0."""
@@ -68,33 +94,102 @@ def read_header(path: Path) -> Header:
     Raises:
         SafeprojError: the file is missing, truncated, or not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        # The library checks lengths, offsets, overlaps and that the file is covered to its end.
-        with safe_open(path, framework="numpy"), path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length), object_pairs_hook=unique)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _header_length(file.read(PREFIX), size)
+            return _header(str(path), file.read(length), size)
     except FileNotFoundError as error:
         raise SafeprojError(f"{path}: no such file") from error
-    except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
-        raise SafeprojError(
-            f"{path}: not a complete safetensors file ({first_line(error)}); fetch it again"
-        ) from error
-    require_printable(str(path), header)
-    metadata = header.pop("__metadata__", None)
-    return Header(metadata, {name: _entry(8 + length, found) for name, found in header.items()})
+    except (OSError, ValueError, RecursionError) as error:
+        raise incomplete(path, error) from error
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a JSON object with duplicate keys, on which readers disagree about which one counts.
+def parse_header(source: str, content: bytearray) -> Header:
+    """Return the header of a safetensors file that was read whole.
 
-    For `json.loads(..., object_pairs_hook=unique)`.
+    Raises:
+        SafeprojError: it names its tensors in a way that cannot be shown.
+        ValueError, RecursionError: it is no complete, valid safetensors file.
     """
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("duplicate keys")
-    return found
+    length = _header_length(content[:PREFIX], len(content))
+    return _header(source, bytes(content[PREFIX : PREFIX + length]), len(content))
+
+
+def incomplete(path: Path, error: Exception) -> SafeprojError:
+    """Return the error for a file that is no complete safetensors file."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return SafeprojError(
+        f"{printable(str(path))}: not a complete safetensors file ({reason}); fetch it again"
+    )
+
+
+def _header_length(start: bytes | bytearray, size: int) -> int:
+    length = int.from_bytes(start, "little")
+    if len(start) < PREFIX or length > min(MAX_HEADER, size - PREFIX):
+        raise ValueError(f"its header would have {length} bytes, of {size} in all")
+    return length
+
+
+def _header(source: str, text: bytes, size: int) -> Header:
+    """Return what a header says, checked as the safetensors library checks it.
+
+    Raises:
+        ValueError: the tensors do not lie one after another up to the end of the file, or one of
+            them is not as long as its shape says.
+    """
+    count = text.count(b'"data_offsets"')
+    if count > MAX_TENSORS:
+        raise ValueError(f"it names {count} tensors; expected at most {MAX_TENSORS}")
+    found = jsontext.parse(text)
+    if not isinstance(found, dict):
+        raise ValueError("its header is no JSON object")
+    metadata = found.pop("__metadata__", None)
+    if metadata is not None and not _is_metadata(metadata):
+        raise ValueError("its metadata does not map texts to texts")
+    require_printable(source, found)
+    start = PREFIX + len(text)
+    tensors = {name: _entry(start, name, given) for name, given in found.items()}
+    end = start
+    for entry in sorted(tensors.values(), key=lambda entry: (entry.start, entry.nbytes)):
+        if entry.start != end:
+            raise ValueError(f"a tensor begins at byte {entry.start}; expected {end}")
+        end += entry.nbytes
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end} of {size}")
+    return Header(metadata, tensors)
+
+
+def _is_metadata(given: object) -> bool:
+    return isinstance(given, dict) and all(isinstance(value, str) for value in given.values())
+
+
+def _entry(start: int, name: str, given: object) -> TensorEntry:
+    """Return where one tensor lies.
+
+    Raises:
+        ValueError: it is not as long as its shape says, or of an unknown dtype.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{name!a} is no JSON object")
+    dtype, shape, offsets = (given.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{name!a} has the unknown dtype {str(dtype)[:40]!a}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name!a} has no usable shape or data_offsets")
+    begin, end = offsets
+    bits = math.prod(shape) * BITS[dtype]
+    if bits % 8 or end - begin != bits // 8:
+        raise ValueError(f"{name!a} has {end - begin} bytes; expected {bits / 8:g}")
+    return TensorEntry(dtype, tuple(shape), start + begin, end - begin)
+
+
+def _are_sizes(given: object) -> TypeGuard[list[int]]:
+    return (
+        isinstance(given, list)
+        and len(given) <= MAX_DIMENSIONS
+        and all(type(each) is int and 0 <= each < 1 << 63 for each in given)
+    )
 
 
 def require_printable(source: str, names: Iterable[str]) -> None:
@@ -113,11 +208,6 @@ def require_printable(source: str, names: Iterable[str]) -> None:
             raise SafeprojError(
                 f"{source}: the tensor name {name!a} has characters that are not printable"
             )
-
-
-def _entry(data_start: int, found: Mapping[str, Any]) -> TensorEntry:
-    begin, end = found["data_offsets"]
-    return TensorEntry(found["dtype"], tuple(found["shape"]), data_start + begin, end - begin)
 
 
 def write(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from safeproj.__main__ import INTERRUPTED, end_at_once
-from safeproj.errors import SafeprojError, first_line, printable
+from safeproj.errors import SafeprojError, cut, explained, first_line, printable
 from safeproj.rules import UNUSABLE
 from safeproj.wholefile import replace_file
 
@@ -37,7 +37,7 @@ def say(text: str) -> None:
     """Write one line to stderr, if there is one."""
     if sys.stderr is not None:
         with suppress(OSError):
-            print(printable(text), file=sys.stderr, flush=True)
+            print(cut(printable(text)), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -59,8 +59,8 @@ def command(verbose: bool) -> Iterator[None]:
     except (typer.Exit, SystemExit):
         raise
     except Exception as error:
-        message = str(error)
-        if not isinstance(error, SafeprojError):
+        message = explained(error) or ""
+        if not message:
             where = "" if verbose else "; --verbose shows where, please report it"
             message = f"unexpected {type(error).__name__}: {first_line(error)}{where}"
         if verbose:

@@ -11,11 +11,17 @@ from pathlib import Path, PurePosixPath
 from safeproj.adapter import FORMATS, stands_for_folder
 from safeproj.adapter.interface import CONFIG
 from safeproj.errors import SafeprojError, first_line
+from safeproj.publish import is_leftover
 from safeproj.select import natural_order
+from safeproj.source import expanded, require_no_root
 
 LIST = ".txt"
 """How the name of a list ends: one SRC per line; blank lines and those that begin with # are
 left out."""
+
+
+MAX_ENTRIES = 1_000_000
+"""Files and directories that are looked at in a directory of adapters."""
 
 
 @dataclass(frozen=True)
@@ -133,17 +139,27 @@ def _listed(source: str) -> Iterator[str]:
 
 def _below(source: str, *, hidden: bool) -> Iterator[Member]:
     """Yield the adapters below a directory that is none itself."""
-    root = Path(source).expanduser()
+    root = expanded(source)
     if not source.strip() or not root.is_dir():
         return
+    require_no_root(source, root)
     found: list[tuple[str, Path]] = []
     seen: set[str] = set()
+    count = 0
     for directory, subdirectories, files in os.walk(root, followlinks=True, onerror=_refuse):
         place = Path(directory)
         if os.path.realpath(place) in seen:  # links may lead in circles
             subdirectories.clear()
             continue
         seen.add(os.path.realpath(place))
+        count += len(files) + len(subdirectories)
+        if count > MAX_ENTRIES:
+            raise SafeprojError(
+                f"{source}: has more than {MAX_ENTRIES} files and directories; expected one that "
+                "holds adapters"
+            )
+        # What killed runs left behind is no adapter; but a gate does not believe names.
+        files = [name for name in files if hidden or not is_leftover(name)]
         single = [name for name in files if name.endswith(".gguf")]
         named = [name.casefold() for name in files] if hidden else files
         if _is_adapter(named) and not (len(single) > 1 and CONFIG not in files):

@@ -9,32 +9,75 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safeproj import tensorfile
-from safeproj.errors import SafeprojError, first_line, printable
+from safeproj.errors import SafeprojError
+from safeproj.source import Folder, contents
+from safeproj.wholefile import MAX_WEIGHTS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from safeproj.adapter.record import AdaptedModule
 
+_TORCH = {
+    **{code: name for code, (name, _) in tensorfile.DTYPES.items()},
+    **tensorfile.OTHER_DTYPES,
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "C64": "complex64",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+"""Dtypes of whole bytes: safetensors name to torch name."""
 
-def read_safetensors(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
+
+def read_safetensors(folder: Folder, name: str) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
     """Return the metadata and all tensors of a file, in the file's order.
+
+    The file is read once, whole: the tensors lie in the bytes of which `content_sha256` tells the
+    digest, and stay what they are whatever becomes of the file.
 
     Raises:
         SafeprojError: it cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    header = tensorfile.read_header(path)
+    path = folder.path(name)
     try:
-        loaded = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        content = contents(folder, name, MAX_WEIGHTS)
+        header = tensorfile.parse_header(str(path), content)
+    except FileNotFoundError as error:
+        raise SafeprojError(f"{path}: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise tensorfile.incomplete(path, error) from error
+    return header.metadata, {
+        key: _tensor(str(path), content, key, entry) for key, entry in header.tensors.items()
+    }
+
+
+def _tensor(source: str, content: bytearray, key: str, entry: tensorfile.TensorEntry) -> Tensor:
+    import torch
+
+    name = _TORCH.get(entry.dtype)
+    dtype = None if name is None else getattr(torch, name, None)
+    if dtype is None:
         raise SafeprojError(
-            f"{printable(str(path))}: cannot be read ({first_line(error)}); if its name is no "
-            "text, rename it"
-        ) from error
-    return header.metadata, {name: loaded[name] for name in header.tensors}
+            f"{source}: {key} has dtype {entry.dtype}; expected float64, float32, float16 or "
+            "bfloat16"
+        )
+    return from_bytes(content, dtype, entry.start, entry.nbytes).view(entry.shape)
+
+
+def from_bytes(content: bytearray, dtype: torch.dtype, start: int, nbytes: int) -> Tensor:
+    """Return numbers that lie in a file's bytes, flat: a view, where processors allow that."""
+    import torch
+
+    if nbytes == 0:
+        return torch.empty(0, dtype=dtype)
+    count = nbytes // dtype.itemsize
+    if start % dtype.itemsize:
+        content, start = content[start : start + nbytes], 0
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=start)
 
 
 def write_safetensors(

@@ -81,10 +81,11 @@ class Gguf(Format):
                 "file itself"
             )
         path = folder.path(names[0])
-        header = ggufile.read_header(path)
+        folder.held[names[0]] = content = ggufile.read_file(path)
+        header = ggufile.read_header(path, content)
         _require_lora(source, header)
         _require_floats(source, header)
-        tensors = _load(header, ggufile.read_tensors(path, header))
+        tensors = _load(header, ggufile.read_tensors(path, content, header))
         modules, changes = _classified(source, header, tensors)
         check_values(source, tensors)
         return Adapter(
@@ -147,7 +148,8 @@ class Gguf(Format):
                 yield view
 
         ggufile.write(path, self.header, types, data())
-        ggufile.read_tensors(path, ggufile.read_header(path))
+        content = ggufile.read_file(path)
+        ggufile.read_tensors(path, content, ggufile.read_header(path, content))
         return digests
 
 

@@ -6,7 +6,6 @@ not give the metadata back byte for byte. All that is read here is bounded by th
 
 from __future__ import annotations
 
-import mmap
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from safeproj.errors import SafeprojError
-from safeproj.tensorfile import require_printable
+from safeproj.tensorfile import MAX_TENSORS, require_printable
+from safeproj.wholefile import MAX_WEIGHTS, read_whole
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -82,7 +82,7 @@ class _DamagedError(Exception):
 class _Cursor:
     """Reads one thing after another, and never past the end."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: bytearray) -> None:
         self._data = data
         self.at = 0
 
@@ -90,7 +90,7 @@ class _Cursor:
         end = self.at + count
         if end > min(len(self._data), MAX_HEADER):
             raise _DamagedError("its header is cut off, or names a size that cannot be")
-        found = self._data[self.at : end]
+        found = bytes(self._data[self.at : end])
         self.at = end
         return found
 
@@ -124,40 +124,59 @@ class _Cursor:
             raise _DamagedError(f"an array has items of the unknown type {kind}")
 
 
-def read_header(path: Path) -> Header:
+def read_file(path: Path) -> bytearray:
+    """Return a GGUF file's bytes, read once.
+
+    Raises:
+        SafeprojError: it cannot be read.
+    """
+    try:
+        return read_whole(path, MAX_WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_header(path: Path, content: bytearray) -> Header:
     """Return the header of a GGUF file.
+
+    Args:
+        path: the file, for messages.
+        content: its bytes.
 
     Raises:
         SafeprojError: the file is damaged, or of another format or version.
     """
+    magic, number = bytes(content[:4]), bytes(content[4:8])
+    if magic != MAGIC:
+        raise SafeprojError(
+            f"{path}: not a GGUF file (it starts with {magic!r}, expected {MAGIC!r}); "
+            "fetch it again"
+        )
+    version = int.from_bytes(number, "little")
+    if int.from_bytes(number, "big") in VERSIONS:
+        raise SafeprojError(
+            f"{path}: a big-endian GGUF file, which is not supported; convert the adapter "
+            "again, without --bigendian"
+        )
+    if version not in VERSIONS and len(number) == 4:
+        raise SafeprojError(
+            f"{path}: GGUF version {version} is not supported; expected "
+            f"{' or '.join(map(str, VERSIONS))}: convert the adapter again"
+        )
     try:
-        with path.open("rb") as file:
-            magic, number = file.read(4), file.read(4)
-            if magic != MAGIC:
-                raise SafeprojError(
-                    f"{path}: not a GGUF file (it starts with {magic!r}, expected {MAGIC!r}); "
-                    "fetch it again"
-                )
-            version = int.from_bytes(number, "little")
-            if int.from_bytes(number, "big") in VERSIONS:
-                raise SafeprojError(
-                    f"{path}: a big-endian GGUF file, which is not supported; convert the adapter "
-                    "again, without --bigendian"
-                )
-            if version not in VERSIONS and len(number) == 4:
-                raise SafeprojError(
-                    f"{path}: GGUF version {version} is not supported; expected "
-                    f"{' or '.join(map(str, VERSIONS))}: convert the adapter again"
-                )
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _header(str(path), _Cursor(data), version)
-    except (OSError, ValueError, _DamagedError) as error:
+        return _header(str(path), _Cursor(content), version)
+    except (ValueError, _DamagedError) as error:
         raise _damaged(path, error) from error
 
 
 def _header(source: str, cursor: _Cursor, version: int) -> Header:
     cursor.take(8)
     tensor_count, value_count = cursor.integer("Q"), cursor.integer("Q")
+    if tensor_count > MAX_TENSORS or value_count > MAX_TENSORS:
+        raise _DamagedError(
+            f"it names {tensor_count} tensors and {value_count} values; expected at most "
+            f"{MAX_TENSORS}"
+        )
     begin, values = cursor.at, dict[str, Value]()
     for _ in range(value_count):
         key = cursor.text()
@@ -191,29 +210,24 @@ def _tensor_info(cursor: _Cursor) -> TensorInfo:
     return TensorInfo(name, dims, cursor.integer(), cursor.integer("Q"))
 
 
-def read_tensors(path: Path, header: Header) -> dict[str, bytearray]:
+def read_tensors(path: Path, content: bytearray, header: Header) -> dict[str, bytearray]:
     """Return the bytes of all tensors, whose types must be among `DTYPES`.
 
     Raises:
         SafeprojError: they do not lie one after another, as ggml wants them, or not in the file.
     """
     found: dict[str, bytearray] = {}
-    try:
-        size, expected = path.stat().st_size - header.data_start, 0
-        for info in header.tensors:
-            if info.offset != expected:
-                raise _DamagedError(f"{info.name} lies at {info.offset}, expected {expected}")
-            if info.offset + info.nbytes > size:
-                raise _DamagedError(
-                    f"{info.name} ends at byte {info.offset + info.nbytes} of {max(size, 0)}"
-                )
-            expected = _aligned(info.offset + info.nbytes, header.alignment)
-        with path.open("rb") as file:
-            for info in header.tensors:
-                file.seek(header.data_start + info.offset)
-                found[info.name] = bytearray(file.read(info.nbytes))
-    except (OSError, _DamagedError) as error:
-        raise _damaged(path, error) from error
+    size, expected = len(content) - header.data_start, 0
+    for info in header.tensors:
+        if info.offset != expected:
+            error = f"{info.name} lies at {info.offset}, expected {expected}"
+            raise _damaged(path, _DamagedError(error))
+        if info.offset + info.nbytes > size:
+            error = f"{info.name} ends at byte {info.offset + info.nbytes} of {max(size, 0)}"
+            raise _damaged(path, _DamagedError(error))
+        expected = _aligned(info.offset + info.nbytes, header.alignment)
+        start = header.data_start + info.offset
+        found[info.name] = content[start : start + info.nbytes]
     return found
 
 

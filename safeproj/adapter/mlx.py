@@ -80,7 +80,7 @@ class Mlx(Format):
             )
         config = read_json(folder, CONFIG)
         _require_lora(source, config)
-        metadata, tensors = read_safetensors(folder.path(WEIGHTS))
+        metadata, tensors = read_safetensors(folder, WEIGHTS)
         modules = tuple(_modules(source, tensors))
         _check(source, config, tensors, modules)
         return Adapter(

@@ -18,10 +18,12 @@ from safeproj.adapter.interface import CONFIG, Format
 from safeproj.adapter.peft_config import (
     ADALORA,
     PREFIX,
+    Endings,
     allowed_ranks,
     changed_base,
     differing,
     disagreements,
+    ends_of,
     other_scalings,
     scalings,
     unloaded,
@@ -61,6 +63,12 @@ SUPPORTED = (
     "supported are LoRA, rsLoRA, DoRA and AdaLoRA on linear layers, embeddings, convolutions, "
     "attention and expert stacks"
 )
+
+MAX_LEAVES = 100
+"""Kinds of target parameters of all modules."""
+
+MAX_TIED = 16
+"""Embeddings whose factors are looked for among those of all heads."""
 
 MAX_TARGETS = 6
 """Target parameters of one module: all orders are tried, and the list comes from the file."""
@@ -130,7 +138,7 @@ class Peft(Format):
             raise SafeprojError(
                 f"{source}: neither {SAFETENSORS} nor {BIN} found; is this an adapter directory?"
             )
-        metadata, tensors = _read_tensors(folder.path(weights_file))
+        metadata, tensors = _read_tensors(folder, weights_file)
         found = _Classifier(source, config, tensors)
         check_values(source, tensors, {c.key for c in found.full_changes} | found.unknown.keys())
         return Adapter(
@@ -202,10 +210,10 @@ def _refuse_settings(source: str, config: dict[str, Any]) -> None:
             )
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
-    if path.name == SAFETENSORS:
-        return read_safetensors(path)
-    return None, {name: tensor.contiguous() for name, tensor in read_pickle(path).items()}
+def _read_tensors(folder: Folder, name: str) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
+    if name == SAFETENSORS:
+        return read_safetensors(folder, name)
+    return None, read_pickle(folder, name)
 
 
 class _Classifier:
@@ -224,6 +232,9 @@ class _Classifier:
         self._config = config
         self._tensors = tensors
         self._known: set[str] = set()
+        saved = config.get("modules_to_save") or ()
+        saved = [saved] if isinstance(saved, str) else saved if isinstance(saved, list) else ()
+        self._saved = Endings("modules_to_save", [each for each in saved if isinstance(each, str)])
         forms = self._forms()
         targets = self._target_parameters(forms)
         wrapped = {key for target in targets for pair in target.pairs for key in pair}
@@ -263,6 +274,13 @@ class _Classifier:
             raise SafeprojError(
                 f"{self._source}: {CONFIG}: target_parameters is no list of parameter names"
             )
+        self._leaves = dict.fromkeys(name.rpartition(".")[2] for name in given)
+        if len(self._leaves) > MAX_LEAVES:
+            raise SafeprojError(
+                f"{self._source}: {CONFIG}: target_parameters names {len(self._leaves)} kinds of "
+                f"parameters; expected at most {MAX_LEAVES}"
+            )
+        given = frozenset(given)
         found: dict[str, list[str]] = {}
         for name in sorted(forms, key=len):  # outermost first: each wrapper adds a base_layer
             module = _without_trailing(name, ".base_layer")
@@ -283,11 +301,10 @@ class _Classifier:
             targets.append(TargetParameters(module, parameters, pairs, plain))
         return tuple(targets)
 
-    def _parameters_of(self, module: str, given: list[str]) -> tuple[str, ...]:
+    def _parameters_of(self, module: str, given: Collection[str]) -> tuple[str, ...]:
         """Return the target parameters that are in this module; as in PEFT, suffixes match."""
-        leaves = dict.fromkeys(name.rpartition(".")[2] for name in given)
-        parameters = (f"{module}.{leaf}" for leaf in leaves)
-        return tuple(p for p in parameters if any(f".{p}".endswith(f".{name}") for name in given))
+        parameters = (f"{module}.{leaf}" for leaf in self._leaves)
+        return tuple(p for p in parameters if any(end in given for end in ends_of(p)))
 
     def _pair(self, name: str, form: _Suffixes) -> tuple[str, str]:
         keys = (PREFIX + name + form.A, PREFIX + name + form.B)
@@ -380,7 +397,13 @@ class _Classifier:
         if not self._config.get("ensure_weight_tying"):
             return tuple(modules)
         found = {module.name: module for module in modules}
-        for embedding in [m for m in modules if m.kind is Kind.embedding]:
+        embeddings = [m for m in modules if m.kind is Kind.embedding]
+        if len(embeddings) > MAX_TIED:
+            raise SafeprojError(
+                f"{self._source}: {len(embeddings)} adapted embeddings with ensure_weight_tying; "
+                f"expected at most {MAX_TIED}"
+            )
+        for embedding in embeddings:
             for head in [m for m in modules if m.kind is Kind.linear]:
                 A, B = (f.view(self._tensors) for f in (embedding.input, embedding.output))
                 A_head, B_head = (f.view(self._tensors) for f in (head.input, head.output))
@@ -400,8 +423,9 @@ class _Classifier:
             allowed = allowed_ranks(self._config)
         except SafeprojError as error:
             raise SafeprojError(f"{self._source}: {CONFIG}: {error}") from error
+        ranks = set(allowed)
         for module in self.modules:
-            if module.rank not in allowed:
+            if module.rank not in ranks:
                 raise SafeprojError(
                     f"{self._source}: {module.name} has rank {module.rank}, but {CONFIG} allows "
                     f"{shorten(map(str, allowed))}; PEFT would not load it"
@@ -417,15 +441,13 @@ class _Classifier:
                 )
         path = key[len(PREFIX) :] if key.startswith(PREFIX) else ""
         plain = path.replace(".base_layer", "")
-        saved = self._config.get("modules_to_save") or ()
-        saved = [saved] if isinstance(saved, str) else saved if isinstance(saved, list) else ()
         if path.endswith(".trainable_tokens_delta"):
             module = path.rpartition(".")[0].removesuffix(".token_adapter")
             rows = self._token_rows(key, module)
             return FullChange(key, f"{module}.weight", "trainable tokens", rows)
         parts = path.split(".")
         modules = [".".join(parts[:stop]) for stop in range(1, len(parts))]
-        if any(module.endswith(name) for module in modules for name in saved):  # as PEFT matches
+        if any(map(self._saved.end, modules)):  # as PEFT matches
             return FullChange(key, plain, "modules_to_save")
         if path.endswith(".base_layer.weight"):
             return FullChange(key, plain, "copy of the base layer's weight")

@@ -12,7 +12,7 @@ from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.record import AdaptedModule, Adapter, Kind
 from safeproj.errors import SafeprojError, shorten
 from safeproj.names.layout import EMBEDDING, LINEAR, layout_by_name
-from safeproj.patterns import fullmatches
+from safeproj.patterns import first_matches, fullmatches
 
 T = TypeVar("T")
 
@@ -23,6 +23,18 @@ ALL_LINEAR = "all-linear"
 
 ADALORA = "ADALORA"
 """The `peft_type` whose factors have singular values between them."""
+
+MAX_LISTED = 100_000
+"""Items of a list in the config: every expert of a mixture may be named."""
+
+MAX_LAYERS_PATTERNS = 100
+"""Names in `layers_pattern`: models have one."""
+
+MAX_DEPTHS = 32
+"""How many parts the names in `modules_to_save` may have, counted by kind."""
+
+MAX_LENGTHS = 200
+"""How many lengths they may have, counted by kind."""
 
 PREFIX = "base_model.model."
 """What PEFT puts before the path of a module in the names of its tensors."""
@@ -49,9 +61,9 @@ def scalings(config: Mapping[str, Any], modules: Sequence[AdaptedModule]) -> dic
         return {m.name: (default if default > 0 else rank) / (rank + 1e-5) for m in modules}
     alphas = {p: finite_number("alpha_pattern", a) for p, a in _patterns(config, "alpha").items()}
     keys = {m.name: _forms(m) for m in modules}
-    matching = _matching(alphas, keys.values())
+    first = _first(alphas, list(alphas), keys.values())
     largest = {
-        name: max((_first(alphas, matching[key], default) for key in forms), key=abs)
+        name: max((first.get(key, default) for key in forms), key=abs)
         for name, forms in keys.items()
     }
     root = bool(config.get("use_rslora"))
@@ -120,19 +132,13 @@ def _patterns(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return found
 
 
-def _matching(patterns: Iterable[str], names: Iterable[Iterable[str]]) -> dict[str, list[str]]:
-    """Return each name's patterns in their order, as PEFT matches them (`get_pattern_key`)."""
+def _first(
+    values: Mapping[str, T], patterns: Sequence[str], names: Iterable[Iterable[str]]
+) -> dict[str, T]:
+    """Return the value of each name's first pattern, as PEFT does (`get_pattern_key`)."""
     distinct = sorted({name for each in names for name in each})
-    found: dict[str, list[str]] = {name: [] for name in distinct}
-    for pattern in patterns:
-        for name in fullmatches(pattern, distinct, prefix=r"(.*\.)?"):
-            found[name].append(pattern)
-    return found
-
-
-def _first(values: Mapping[str, T], patterns: Iterable[str], default: T) -> T:
-    """Return the value of the first pattern."""
-    return next((values[pattern] for pattern in patterns), default)
+    found = first_matches(patterns, distinct, prefix=r"(.*\.)?")
+    return {name: values[patterns[number]] for name, number in found.items()}
 
 
 def differing(config: Mapping[str, Any], modules: Sequence[AdaptedModule]) -> Iterator[str]:
@@ -152,12 +158,12 @@ def differing(config: Mapping[str, Any], modules: Sequence[AdaptedModule]) -> It
     keys = {m.name: _forms(m) for m in modules}
     for kind in ("rank", "alpha"):
         values = _patterns(config, kind)
-        matching = _matching(values, keys.values())
-        turned = {name: _first(values, sorted(matching[name]), None) for name in matching}
+        first = _first(values, list(values), keys.values())
+        turned = _first(values, sorted(values), keys.values())
         saved = [
             name
             for name, forms in keys.items()
-            if any(_first(values, matching[form], None) != turned[form] for form in forms)
+            if any(first.get(form) != turned.get(form) for form in forms)
         ]
         if saved:
             yield (
@@ -170,7 +176,7 @@ def differing(config: Mapping[str, Any], modules: Sequence[AdaptedModule]) -> It
         others = [
             m.name
             for m in modules
-            if m.rank not in {_first(values, matching[form], default) for form in keys[m.name]}
+            if m.rank not in {first.get(form, default) for form in keys[m.name]}
         ]
         if others:
             yield (
@@ -289,16 +295,16 @@ def _without_tensors(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
     config, changes = adapter.config, adapter.full_changes
     given = config.get("modules_to_save") or []
     saved = [given] if isinstance(given, str) else _list("modules_to_save", given)
-    modules = {name.rpartition(".")[0] for name in names}
-    stored = {change.parameter for change in changes}
-    for each in dict.fromkeys(map(str, saved)):
-        is_there = any(_is_within(name, each) for name in modules)  # heads of tasks may not be
-        if is_there and not any(_is_within(name, each) for name in stored):
+    wanted = dict.fromkeys(map(str, saved))
+    there = {each for _, each in _saved_parts((n.rpartition(".")[0] for n in names), wanted)}
+    stored = {each for _, each in _saved_parts((c.parameter for c in changes), wanted)}
+    for each in wanted:
+        if each in there - stored:  # heads of tasks may not be there
             yield f"modules_to_save names {each[:80]!a}, and there are no tensors of it"
     indices = config.get("trainable_token_indices") or []
-    wanted = list(map(str, indices)) if isinstance(indices, dict) else [""] if indices else []
+    rows = list(map(str, indices)) if isinstance(indices, dict) else [""] if indices else []
     tokens = [c.parameter.rpartition(".")[0] for c in changes if c.kind == "trainable tokens"]
-    for each in wanted:
+    for each in rows:
         if not any(f".{name}".endswith(each and f".{each}") for name in tokens):
             where = f" for {each[:80]!a}" if each else ""
             yield f"trainable_token_indices is set{where}, and there are no tensors of it"
@@ -314,14 +320,15 @@ def _filled(adapter: Adapter, own: Sequence[str], names: Collection[str]) -> Ite
     """Yield what the config targets and no tensor is for."""
     config = adapter.config
     weights = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    stored = set(own)
     # The checkpoint may leave out the first parts of a path that the running model has.
-    ends = {end for name in own for end in _ends(name)}
+    ends = {end for name in own for end in ends_of(name)}
     for name in sorted(_targeted(config, weights)):
-        if name not in ends and not any(end in own for end in _ends(name)):
+        if name not in ends and stored.isdisjoint(ends_of(name)):
             yield name
+    targeted = {end for target in adapter.targets for p in target.parameters for end in ends_of(p)}
     for given in _list("target_parameters", config.get("target_parameters") or []):
-        found = [p for target in adapter.targets for p in target.parameters]
-        if not any(f".{p}".endswith(f".{given}") for p in found):
+        if str(given) not in targeted:
             yield str(given)
     for target in adapter.targets:
         if len(target.pairs) < len(target.parameters):
@@ -330,9 +337,13 @@ def _filled(adapter: Adapter, own: Sequence[str], names: Collection[str]) -> Ite
         yield from (f"{m.name} (bias)" for m in adapter.modules if m.bias is None)
 
 
-def _ends(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    yield from (".".join(parts[start:]) for start in range(len(parts)))
+def ends_of(name: str) -> Iterator[str]:
+    """Yield a name without its first 0, 1, 2, … parts."""
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
 
 
 def _targeted(config: Mapping[str, Any], names: Sequence[str]) -> frozenset[str]:
@@ -343,35 +354,95 @@ def _targeted(config: Mapping[str, Any], names: Sequence[str]) -> frozenset[str]
     found -= _named("exclude_modules", config.get("exclude_modules"), names)
     given = config.get("modules_to_save") or []
     saved = [given] if isinstance(given, str) else _list("modules_to_save", given)
-    found -= {name for name in found if any(_is_within(name, str(each)) for each in saved)}
+    found -= set(_within(found, {str(each) for each in saved}))
     layers = config.get("layers_to_transform")
     if layers is None or layers == [] or isinstance(targets, str):
         return found
-    whole = _list("target_modules", targets or [])  # a path that is named whole counts anyway
-    wanted = [layers] if isinstance(layers, int) else _list("layers_to_transform", layers)
+    # A path that is named whole counts anyway.
+    whole = {str(each) for each in _list("target_modules", targets or [])}
+    given = [layers] if isinstance(layers, int) else _list("layers_to_transform", layers)
+    wanted = {each for each in given if isinstance(each, int)}
     given = config.get("layers_pattern") or []
     patterns = [given] if isinstance(given, str) else _list("layers_pattern", given)
+    if len(patterns) > MAX_LAYERS_PATTERNS:
+        raise SafeprojError(
+            f"layers_pattern has {len(patterns)} names; expected at most {MAX_LAYERS_PATTERNS}"
+        )
     return frozenset(n for n in found if n in whole or _layer(n, patterns) in wanted)
 
 
-def _is_within(name: str, module: str) -> bool:
-    """Tell whether a module, or one that it is part of, is saved whole."""
-    return f".{module}." in f".{name}."
+def _within(names: Collection[str], modules: Collection[str]) -> Iterator[str]:
+    """Yield the names of modules that are saved whole, or are part of one that is.
+
+    Raises:
+        SafeprojError: the modules lie at more depths than those of any model.
+    """
+    yield from dict.fromkeys(name for name, _ in _saved_parts(names, modules))
+
+
+def _saved_parts(names: Iterable[str], modules: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield each name with each of the modules that it is, or is part of.
+
+    Raises:
+        SafeprojError: the modules lie at more depths than those of any model.
+    """
+    by_dots: dict[int, set[str]] = {}
+    for module in modules:
+        by_dots.setdefault(module.count("."), set()).add(module)
+    if len(by_dots) > MAX_DEPTHS:
+        raise SafeprojError(
+            f"modules_to_save names modules at {len(by_dots)} depths; expected at most {MAX_DEPTHS}"
+        )
+    for name in names:
+        parts = name.split(".")
+        for dots, wanted in by_dots.items():
+            for start in range(len(parts) - dots):
+                if (module := ".".join(parts[start : start + dots + 1])) in wanted:
+                    yield name, module
+
+
+class Endings:
+    """Texts, of which one may be the end of another text.
+
+    Args:
+        what: the setting that they come from, for messages.
+        texts: the texts.
+
+    Raises:
+        SafeprojError: they are of more lengths than the names of any model's modules.
+    """
+
+    def __init__(self, what: str, texts: Collection[str]) -> None:
+        self._by_length: dict[int, set[str]] = {}
+        for text in texts:
+            self._by_length.setdefault(len(text), set()).add(text)
+        if len(self._by_length) > MAX_LENGTHS:
+            raise SafeprojError(
+                f"{what} has names of {len(self._by_length)} lengths; expected at most "
+                f"{MAX_LENGTHS}"
+            )
+
+    def end(self, text: str) -> bool:
+        """Tell whether one of them is the end of a text."""
+        return any(
+            len(text) >= length and text[len(text) - length :] in texts
+            for length, texts in self._by_length.items()
+        )
 
 
 def _named(what: str, given: object, names: Sequence[str]) -> frozenset[str]:
     """Return the names that a setting means: a pattern, or ends of names."""
     if isinstance(given, str):
         return fullmatches(given, names)
-    ends = {str(item) for item in _list(what, given or [])}
-    return frozenset(
-        name for name in names if any(f".{name}".endswith(f".{end}") for end in ends if end)
-    )
+    ends = {str(item) for item in _list(what, given or [])} - {""}
+    return frozenset(name for name in names if not ends.isdisjoint(ends_of(name)))
 
 
 def _list(what: str, given: object) -> list[Any]:
     if not isinstance(given, list):
-        raise SafeprojError(f"{what} is {given!r}; expected a list")
+        raise SafeprojError(f"{what} is {str(given)[:80]!a}; expected a list")
+    if len(given) > MAX_LISTED:
+        raise SafeprojError(f"{what} has {len(given)} items; expected at most {MAX_LISTED}")
     return given
 
 

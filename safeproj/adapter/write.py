@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import secrets
 import shutil
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +14,7 @@ from safeproj.adapter import FORMATS, card, stands_for_folder
 from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.record import Adapter
 from safeproj.errors import SafeprojError, printable
+from safeproj.publish import AppearedError, appearing, unremovable
 from safeproj.source import LocalFolder
 
 if TYPE_CHECKING:
@@ -85,6 +81,12 @@ def check_place(out: Path, overwrite: bool) -> None:
             raise SafeprojError(
                 f"--out {out}: is a git repository, whose history --overwrite would delete; write "
                 "to another directory and copy the files"
+            )
+        stays = unremovable(out)
+        if stays is not None:
+            raise SafeprojError(
+                f"--out {out}: --overwrite would have to remove {stays}, which is not permitted; "
+                "remove the directory yourself, or choose another one"
             )
     parent = out.resolve().parent
     if not parent.is_dir():
@@ -153,8 +155,10 @@ def write_adapter(
     section: str,
     out: Path,
     documents: Mapping[str, bytes | None] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Write the patched adapter to `out`, replacing a directory that is there.
+    """Write the patched adapter to `out`.
 
     Args:
         adapter: the input.
@@ -164,12 +168,13 @@ def write_adapter(
         out: the directory.
         documents: name to content of further files, or of files in place of the input's; None for a
             file of the input that is left out.
+        overwrite: whether an adapter that is there may be replaced.
 
     Raises:
         SafeprojError: it cannot be written; nothing is left behind.
     """
     tensors = {**adapter.tensors, **replaced}
-    with appears_at(out) as directory:
+    with appears_at(out, overwrite) as directory:
         given = documents or {}
         for name in _copied_files(adapter):
             if name in given:
@@ -241,89 +246,30 @@ def _safe_path(adapter: Adapter, name: str) -> Path:
 
 
 @contextmanager
-def appears_at(out: Path) -> Iterator[Path]:
+def appears_at(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden directory beside `out` that becomes `out` in one step at the end.
 
     Whatever happens, `out` is complete or as it was, and the hidden directory is gone.
 
+    Args:
+        out: the directory.
+        overwrite: whether an adapter that is there may be replaced. It is looked at again directly
+            before.
+
     Raises:
-        SafeprojError: a file cannot be written, or what is copied to it not be read.
+        SafeprojError: a file cannot be written, or what is copied to it not be read; or something
+            is there that may not be replaced.
     """
-    place = out.resolve()
-    directory = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:
-        directory.mkdir()
-        yield directory
-        for path in [*directory.rglob("*"), directory]:
-            _sync(path)
-        with _uninterrupted():
-            _move(directory, place)
-            _sync(place.parent)
-            shutil.rmtree(directory, ignore_errors=True)
-    except BaseException as error:
-        with _uninterrupted():
-            shutil.rmtree(directory, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
+        with appearing(out.resolve(), directory=True) as found:
+            yield found.path
+            found.appear((lambda: check_place(out, overwrite)) if overwrite else None)
+    except AppearedError as error:
+        raise SafeprojError(
+            f"--out {out}: has appeared while this run went on; it is left as it is, and nothing "
+            "was written: choose another directory, or give --overwrite"
+        ) from error
+    except OSError as error:
         raise SafeprojError(
             f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
         ) from error
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let no SIGINT or SIGTERM come between steps that belong together.
-
-    They last milliseconds. Their signals are dropped: when `_move` is done, so is the work.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only it handles signals
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk, where the system can."""
-    if path.is_dir() and sys.platform == "win32":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _move(directory: Path, place: Path) -> None:
-    """Give the finished directory its name; what had that name ends up at `directory`."""
-    if not os.path.lexists(place):
-        directory.rename(place)
-    elif not _exchange(directory, place):
-        # No atomic exchange here: for a moment the old directory has only its other name.
-        old = directory.with_suffix(".old")
-        place.rename(old)
-        try:
-            directory.rename(place)
-        except OSError:
-            old.rename(place)
-            raise
-        old.rename(directory)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one atomic step, where the system offers it."""
-    calls = {"linux": ("renameat2", -100, 2), "darwin": ("renameatx_np", -2, 2)}
-    if sys.platform not in calls:
-        return False
-    name, here, swap = calls[sys.platform]  # AT_FDCWD; RENAME_EXCHANGE or RENAME_SWAP
-    with suppress(AttributeError, OSError):
-        call = getattr(ctypes.CDLL(None, use_errno=True), name)
-        paths = os.fsencode(first), os.fsencode(second)
-        return int(call(here, paths[0], here, paths[1], swap)) == 0
-    return False

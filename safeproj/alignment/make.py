@@ -109,6 +109,8 @@ def make_file(
     ],
     wanted: Mapping[str, Any],
     out: Path,
+    *,
+    overwrite: bool = False,
 ) -> Made:
     """Write the file; it appears complete or not at all.
 
@@ -117,7 +119,8 @@ def make_file(
         targets: the weights.
         kept: of each weight, in the same order: what `Form.keep` returned, and the digests.
         wanted: the options, for the file.
-        out: the file to create or to replace.
+        out: the file to create.
+        overwrite: whether an alignment file that is there may be replaced.
 
     Raises:
         SafeprojError: it cannot be written; nothing is left behind.
@@ -137,7 +140,7 @@ def make_file(
         quantised.update(_quantised(pair, targets))
         return _document(pair, targets, weights, digests, wanted, quantised)
 
-    nbytes = write_recorded(out, KIND, tensors(), document)
+    nbytes = write_recorded(out, KIND, tensors(), document, overwrite=overwrite)
     warnings = (quantised_warning(role, found) for role, found in quantised.items() if found)
     return Made(weights, nbytes, tuple(warnings))
 

@@ -13,7 +13,7 @@ from safeproj.engine import Comparison, Difference, Score
 from safeproj.match import Plan, PlannedChange, PlannedModule, plan
 from safeproj.names import Names
 from safeproj.select import Selection
-from safeproj.source import file_sha256, identity
+from safeproj.source import identity
 
 
 class Pair:
@@ -85,7 +85,6 @@ class Pair:
             tensors: dict[str, str] = {}
             for side in sides:
                 tensors |= side[index]
-            documents = self.checkpoints[role].documents
-            files = {path.name: file_sha256(path) for path in documents}
+            files = dict(self.checkpoints[role].document_digests)
             found[role] = {"tensors": tensors, "files": files}
         return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safeproj.errors import SafeprojError
-from safeproj.source import Folder, read_json
+from safeproj.source import Folder, content_sha256, read_json
 from safeproj.tensorfile import require_printable
 
 
@@ -54,6 +54,11 @@ class FolderCheckpoint:
         index = () if self.single in self.folder.files else (self.index,)
         found = (name for name in ("config.json", *index) if name in self.folder.files)
         return tuple(self.folder.path(name) for name in found)
+
+    @property
+    def document_digests(self) -> dict[str, str]:
+        """The SHA-256 of each of `documents`, of the bytes that were read."""
+        return {path.name: content_sha256(self.folder, path.name) for path in self.documents}
 
     @property
     def names(self) -> KeysView[str]:

@@ -71,6 +71,15 @@ class Reader:
         Raises:
             SafeprojError: the file ends early or cannot be read.
         """
+        self.fill(path, offset, out)
+        self.record(label, out)
+
+    def fill(self, path: Path, offset: int, out: memoryview) -> None:
+        """Do the same, for bytes of which `record` is told when they are used.
+
+        Raises:
+            SafeprojError: the file ends early or cannot be read.
+        """
         start = time.perf_counter()
         try:
             file = self._open(path)
@@ -84,7 +93,6 @@ class Reader:
         except OSError as error:
             raise SafeprojError(f"{path}: cannot be read ({error.strerror})") from error
         self.seconds += time.perf_counter() - start
-        self.record(label, out)
 
     def prefetch(self, path: Path, start: int, stop: int) -> None:
         """Ask the system for bytes that will be read soon: a hint, without which all works too."""
@@ -225,6 +233,10 @@ class Checkpoint(Protocol):
     @property
     def documents(self) -> tuple[Path, ...]:
         """Local paths of the small files that were read to understand the tensors."""
+
+    @property
+    def document_digests(self) -> Mapping[str, str]:
+        """The SHA-256 of each of `documents`, by file name: of the bytes that were read."""
 
     def describe(self, name: str) -> TensorInfo:
         """Return what is known of a tensor without reading it.

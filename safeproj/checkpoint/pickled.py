@@ -1,6 +1,6 @@
 """Checkpoints in PyTorch's own format: `pytorch_model.bin`, one file or shards with an index.
 
-The files are mapped into memory: a weight's rows are read when they are asked for.
+It is known where each tensor lies in its file: a weight's rows are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safeproj.checkpoint.interface import (
     TensorInfo,
     as_matrix,
 )
-from safeproj.picklefile import read_pickle
+from safeproj.picklefile import StoredTensor, find_tensors
 from safeproj.source import Folder
 
 if TYPE_CHECKING:
@@ -32,8 +32,12 @@ class PickledWeight:
 
     label: str
     path: Path
-    dtype: str
+    stored: StoredTensor
     shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> str:
+        return _dtype_name(self.stored)
 
     @property
     def row_bytes(self) -> int:
@@ -49,19 +53,28 @@ class PickledWeight:
         raw = buffer[: (stop - start) * self.row_bytes]
         dtype = getattr(torch, STORED_DTYPES[self.dtype][0])
         rows = raw.view(dtype).view(stop - start, self.shape[1])
-        rows.copy_(self._matrix(reader)[start:stop].view(dtype))
-        reader.record(self.label, raw.numpy().data)
+        if self.stored.is_contiguous:
+            first = self.stored.start + start * self.row_bytes
+            reader.read(self.label, self.path, first, raw.numpy().data)
+        else:
+            rows.copy_(self._matrix(reader)[start:stop].view(dtype))
+            reader.record(self.label, raw.numpy().data)
         return rows
 
     def prefetch(self, reader: Reader, start: int, stop: int) -> None:
-        pass  # where the rows lie in the file is not known
+        if self.stored.is_contiguous:
+            first, width = self.stored.start, self.row_bytes
+            reader.prefetch(self.path, first + start * width, first + stop * width)
 
     def _matrix(self, reader: Reader) -> Tensor:
-        tensor = reader.keep(self.path, read_pickle)[self.label]
-        if tensor.shape == self.shape:
-            return tensor
-        # A view, unless the tensor is a stack in an unusual memory layout.
-        return reader.once((self.path, self.label, self.shape), lambda: tensor.reshape(self.shape))
+        """Return a tensor whose values lie in another order, read whole."""
+
+        def read() -> Tensor:
+            content = bytearray(self.stored.nbytes)
+            reader.fill(self.path, self.stored.start, memoryview(content))
+            return self.stored.lay(content).reshape(self.shape)
+
+        return reader.once((self.path, self.label, self.shape), read)
 
 
 @dataclass
@@ -71,22 +84,22 @@ class PickledCheckpoint(FolderCheckpoint):
     single = SINGLE
     index = INDEX
 
-    _tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _tensors: dict[str, dict[str, StoredTensor]] = field(default_factory=dict, repr=False)
 
     def describe(self, name: str) -> TensorInfo:
-        tensor = self._tensor(name)
-        return TensorInfo(_dtype_name(tensor), tuple(tensor.shape))
+        stored = self._tensor(name)
+        return TensorInfo(_dtype_name(stored), stored.shape)
 
     def weight(self, name: str, columns: int | None = None) -> PickledWeight:
-        info = self.describe(name)
+        stored = self._tensor(name)
         path = self.folder.path(self.location[name])
-        return PickledWeight(name, path, info.dtype, as_matrix(info.shape, columns))
+        return PickledWeight(name, path, stored, as_matrix(stored.shape, columns))
 
-    def _tensor(self, name: str) -> Tensor:
-        """Return a tensor, not yet read; there is no header to ask for, so its file is needed."""
+    def _tensor(self, name: str) -> StoredTensor:
+        """Return where a tensor lies; there is no header to ask for, so its file is needed."""
         file = self.file_of(name)
         if file not in self._tensors:
-            self._tensors[file] = read_pickle(self.folder.path(file))
+            self._tensors[file] = find_tensors(self.folder.path(file))
         if name not in self._tensors[file]:
             raise self.not_held(name)
         return self._tensors[file][name]
@@ -106,12 +119,12 @@ def open_pickled(folder: Folder, files: frozenset[str]) -> PickledCheckpoint | N
     found = [SINGLE] if SINGLE in files else [f for f in files if f.endswith(".bin")]
     if len(found) != 1:
         return None
-    tensors = read_pickle(folder.path(found[0]))
+    tensors = find_tensors(folder.path(found[0]))
     return PickledCheckpoint(folder, dict.fromkeys(tensors, found[0]), {found[0]: tensors})
 
 
-def _dtype_name(tensor: Tensor) -> str:
+def _dtype_name(stored: StoredTensor) -> str:
     """Return the safetensors name of a tensor's dtype, or torch's for one that cannot be read."""
-    found = str(tensor.dtype).removeprefix("torch.")
+    found = stored.dtype
     names = {torch_name: name for name, (torch_name, _) in STORED_DTYPES.items()}
     return {**names, "float8_e8m0fnu": "F8_E8M0"}.get(found, found)

@@ -88,6 +88,10 @@ class QuantisedCheckpoint:
     def documents(self) -> tuple[Path, ...]:
         return self.stored.documents
 
+    @property
+    def document_digests(self) -> Mapping[str, str]:
+        return self.stored.document_digests
+
     @cached_property
     def names(self) -> Collection[str]:
         """Names of what is stored and of what the MXFP4 tensors stand for."""

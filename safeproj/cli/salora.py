@@ -196,6 +196,7 @@ def init_command(
                 inputs=models.recorded_inputs(folder, samples),
                 memory=bound,
                 on_batch=step,
+                overwrite=overwrite,
             )
         terminal.done()
         result = f"wrote {out} ({len(initial.A)} layers, rank {rank})"

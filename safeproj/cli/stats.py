@@ -112,6 +112,7 @@ def stats_command(
                 positions=positions.value,
                 memory=bound,
                 on_batch=step,
+                overwrite=overwrite,
             )
         terminal.done()
         result = f"wrote {out} ({len(samples.samples)} samples, {size / 1e6:.1f} MB)"

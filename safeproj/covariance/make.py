@@ -28,6 +28,7 @@ def make_statistics(
     positions: str = "all",
     memory: int = MEMORY,
     on_batch: OnBatch | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Write the second moments of what layers read to a file, and return its size in bytes.
 
@@ -42,6 +43,7 @@ def make_statistics(
         positions: one of `moments.POSITIONS`.
         memory: bytes of sums that are held at a time.
         on_batch: told about the progress.
+        overwrite: whether statistics that are at `out` may be replaced.
 
     Raises:
         SafeprojError: a target names nothing or cannot be used, or the file cannot be written.
@@ -83,7 +85,7 @@ def make_statistics(
             "weights": {f"{name}.weight": weights[name] for name in layers},
         }
 
-    return write_recorded(out, KIND, tensors(), document)
+    return write_recorded(out, KIND, tensors(), document, overwrite=overwrite)
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import IO, Any
 
 from safeproj.errors import SafeprojError, first_line, printable
 from safeproj.evaluate.sets import Prompt
+from safeproj.jsontext import parse
+from safeproj.publish import hold, is_held
 from safeproj.recorded import DAMAGES
-from safeproj.tensorfile import unique
 from safeproj.wholefile import replace_file
 
 SCHEMA = "safeproj.responses/1"
@@ -59,18 +61,26 @@ class Responses:
         """
         if self.path is None:
             return
+        if is_held(self.path):
+            raise SafeprojError(
+                f"--responses {self.path}: another run is writing it; wait for that, or use "
+                "another directory"
+            )
         try:
             if self.path.exists() and not overwrite:
                 self._read(self.path)
             self._rewrite(self.path, None, {})  # without the line that an interruption tore
             self._file = self.path.open("ab")
+            hold(self._file)
         except OSError as error:
-            raise SafeprojError(
-                f"--responses {self.path}: cannot be written ({error.strerror or error})"
-            ) from error
+            raise self._unwritable(error) from error
 
     def add(self, name: str, found: Iterable[tuple[int, Prompt, str]]) -> None:
-        """Keep answers to prompts of a set; they are in the file when this returns."""
+        """Keep answers to prompts of a set; they are in the file when this returns.
+
+        Raises:
+            SafeprojError: the file cannot be written; what was in it before still is.
+        """
         rows = []
         for index, prompt, answer in found:
             row = {"set": name, "index": index, "prompt": _prompt(prompt), "response": answer}
@@ -85,16 +95,29 @@ class Responses:
         Args:
             judge: its identity.
             said: what each line gets beside the answer.
+
+        Raises:
+            SafeprojError: it cannot be written; the answers stay.
         """
         self.close()
         if self.path is not None:
-            self._rewrite(self.path, judge, said)
+            try:
+                self._rewrite(self.path, judge, said)
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> SafeprojError:
+        return SafeprojError(
+            f"--responses {self.path}: cannot be written ({error.strerror or error}); the answers "
+            "that are in it stay, a further run goes on from them"
+        )
 
     def close(self) -> None:
         """Close the file; what was added stays."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with suppress(OSError):  # said already, where it was written
+                file.close()
 
     def _rewrite(
         self,
@@ -113,14 +136,17 @@ class Responses:
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if self._file is not None:
-            self._file.write(b"".join(map(_line, rows)))
-            self._file.flush()
+            try:
+                self._file.write(b"".join(map(_line, rows)))
+                self._file.flush()
+            except OSError as error:
+                raise self._unwritable(error) from error
 
     def _read(self, path: Path) -> None:
         """Take over what the file holds, but for a last line without its end."""
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
             try:
-                row = json.loads(line, object_pairs_hook=unique)
+                row = parse(line)
                 if number == 1:
                     self._require_fit(path, row)
                     continue

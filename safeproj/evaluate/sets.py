@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from safeproj.errors import SafeprojError, first_line
+from safeproj.jsontext import parse
 from safeproj.recorded import is_plain
-from safeproj.tensorfile import unique
 
 Kind = Literal["harmful", "skill"]
 """Answers to `harmful` prompts are judged, those to `skill` prompts compared with the right one."""
@@ -130,8 +129,7 @@ def _named(spec: str, option: str) -> tuple[str, Path]:
 
 def _row(where: str, line: str, kind: Kind) -> tuple[Prompt, str | None]:
     try:
-        row = json.loads(line, object_pairs_hook=unique)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        row = parse(line.encode())
     except (ValueError, RecursionError) as error:
         raise SafeprojError(f"{where}: not JSON ({first_line(error)})") from error
     if not isinstance(row, dict):

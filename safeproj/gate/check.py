@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +24,15 @@ from safeproj.gate.settings import about_settings
 from safeproj.gate.signing import verify_signature
 from safeproj.gate.weights import Context, about_weights, found
 from safeproj.job import Run
+from safeproj.patterns import one_budget
 from safeproj.projection import Approx, Complement, Covariance, Exact, Projector
 from safeproj.report.check import Check, Evidence, Finding
 from safeproj.rules import Level
 from safeproj.source import LocalFolder, read_json
 from safeproj.subspace import Subspace
+
+MAX_FINDINGS = 2_000
+"""Findings of one rule and level that are listed; how many more there are is said in a last one."""
 
 STRENGTH = {kind: number for number, kind in enumerate(Evidence)}
 
@@ -41,6 +46,7 @@ class Original:
     subspace: Subspace
 
 
+@one_budget()
 def judged(
     member: Member,
     run: Run,
@@ -178,7 +184,7 @@ def _check(
     if run is not None:
         warnings = (*adapter.warnings, *run.plan.warnings)
         report = dataclasses.replace(run.report, warnings=warnings)
-    ordered = sorted(findings, key=lambda finding: finding.id)
+    ordered = _cut(sorted(findings, key=lambda finding: finding.id))
     return Check(
         name=printable(member.name),
         source=printable(member.source),
@@ -189,6 +195,21 @@ def _check(
         report=report,
         remarks=remarks,
     )
+
+
+def _cut(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the first findings of each rule and level, and how many more there are."""
+    kept: list[Finding] = []
+    counts: Counter[tuple[str, Level]] = Counter()
+    for finding in findings:
+        kind = finding.id, finding.level
+        counts[kind] += 1
+        if counts[kind] <= MAX_FINDINGS:
+            kept.append(finding)
+    for (rule, level), count in counts.items():
+        if count > MAX_FINDINGS:
+            kept.append(found(rule, f"and {count - MAX_FINDINGS} more of this kind", level=level))
+    return sorted(kept, key=lambda finding: finding.id)
 
 
 def _about_signature(adapter: Adapter, key: Path, remarks: list[str]) -> list[Finding]:

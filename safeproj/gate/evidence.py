@@ -16,7 +16,7 @@ from safeproj.job import Run
 from safeproj.report.check import Evidence, Finding
 from safeproj.report.record import SCHEMA, ModuleReport
 from safeproj.salora.folding import SCHEMA as FOLDED
-from safeproj.source import file_sha256, read_json
+from safeproj.source import content_sha256, read_json
 
 NORM_ROUNDING = 1e-4
 """How far two computations of `‖V‖_F` may lie apart, relative to it."""
@@ -179,7 +179,7 @@ def _require_read(before: Adapter, recorded: Mapping[str, Any]) -> None:
     read = recorded["sha256"]["files"]
     for name in {*read, *before.format.documents, before.weights_file}:
         here = name in read and name in before.folder.files
-        if not here or file_sha256(before.path(name)) != read[name]:
+        if not here or content_sha256(before.folder, name) != read[name]:
             raise _MismatchError(
                 "SP021", f"{MANIFEST} records another {printable(str(name))} than the original's"
             )
@@ -227,9 +227,9 @@ def _require_documents(adapter: Adapter, document: Mapping[str, Any]) -> None:
     """Compare the config, which patching copies: `lora_alpha` could undo what projection did."""
     read = document["inputs"]["adapter"]["sha256"]["files"]
     for name in adapter.format.documents:
-        if read[name] != file_sha256(adapter.path(name)):
+        if read[name] != content_sha256(adapter.folder, name):
             raise _MismatchError("SP021", f"{name} is not the one that {MANIFEST} records")
-    weights = file_sha256(adapter.path(adapter.weights_file))
+    weights = content_sha256(adapter.folder, adapter.weights_file)
     if document["output"]["projected"] and weights in read.values():
         raise _MismatchError(
             "SP021",

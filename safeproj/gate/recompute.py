@@ -21,7 +21,7 @@ from safeproj.gate.weights import found
 from safeproj.job import Run
 from safeproj.manifest import versions
 from safeproj.report.check import Evidence, Finding
-from safeproj.source import LocalFolder, file_sha256, read_json
+from safeproj.source import LocalFolder, content_sha256, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -219,7 +219,7 @@ def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
             continue  # said already
         if name not in given:
             yield found("SP025", f"{name} is in the patched adapter alone", file=name)
-        elif file_sha256(before.path(name)) != file_sha256(patched.path(name)):
+        elif content_sha256(before.folder, name) != content_sha256(patched.folder, name):
             yield found("SP025", f"{name} differs from the original's", file=name)
     if patched.weights_file != before.format.output_file:
         text = f"the tensors are in {patched.weights_file}; expected {before.format.output_file}"

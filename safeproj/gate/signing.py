@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from safeproj.adapter import FORMATS
 from safeproj.adapter.interface import CONFIG, SIGNATURE
 from safeproj.errors import SafeprojError, first_line, printable, shorten
-from safeproj.wholefile import replace_file
+from safeproj.publish import AppearedError
+from safeproj.wholefile import write_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -111,7 +112,12 @@ def sign(
             made = Path(scratch) / SIGNATURE
             signer.sign(root, made)
             content = made.read_bytes()
-        replace_file(place, content)
+        look = (lambda: _check_signable(directory, place, overwrite)) if overwrite else None
+        write_file(place, content, look)
+    except AppearedError as error:
+        raise SafeprojError(
+            f"{place}: has appeared while this run went on; it is left as it is"
+        ) from error
     except (_InvalidError, ValueError) as error:
         raise SafeprojError(f"{directory}: cannot be signed: {first_line(error)}") from error
     except OSError as error:

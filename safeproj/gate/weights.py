@@ -10,7 +10,7 @@ from typing import Any
 
 from safeproj.adapter.peft_config import paths
 from safeproj.adapter.record import AdaptedModule
-from safeproj.errors import SafeprojError, printable, shorten
+from safeproj.errors import SafeprojError, cut, printable, shorten
 from safeproj.gate.policy import ALLOWANCES, Policy
 from safeproj.job import Run, update_of
 from safeproj.match import PlannedModule
@@ -62,7 +62,7 @@ def found(
     return Finding(
         rule,
         level or (Level.note if allowed else RULES[rule].level),
-        printable(message),
+        cut(printable(message)),
         None if module is None else printable(module),
         None if tensor is None else printable(tensor),
         None if file is None else printable(file),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from safeproj.errors import SafeprojError, first_line
-from safeproj.source import file_sha256
-from safeproj.tensorfile import unique
+from safeproj.jsontext import parse
 
 IGNORED = -100
 """Label of positions that do not count, as in transformers' loss."""
@@ -128,7 +128,8 @@ def read_data(
     """
     place = Path(path).expanduser()
     try:
-        lines = place.read_text("utf-8-sig").split("\n")
+        content = place.read_bytes()
+        lines = io.StringIO(content.decode("utf-8-sig"), newline=None).read().split("\n")
     except FileNotFoundError as error:
         raise SafeprojError(f"{option} {path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -152,7 +153,7 @@ def read_data(
         samples.append(sample)
     if not samples:
         raise SafeprojError(f"{option} {path}: no lines; expected {EXPECTED} in each")
-    return Data(str(path), file_sha256(place), tuple(samples), cut, option)
+    return Data(str(path), hashlib.sha256(content).hexdigest(), tuple(samples), cut, option)
 
 
 def random_data(
@@ -186,8 +187,7 @@ def random_data(
 
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line, object_pairs_hook=unique)
-        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        found = parse(line.encode())
     except (ValueError, RecursionError) as error:
         raise SafeprojError(f"{where}: not JSON ({first_line(error)})") from error
     if not isinstance(found, dict):

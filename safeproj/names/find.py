@@ -26,6 +26,10 @@ _SHOWN = 3
 """How many names a message lists."""
 
 
+MAX_CLOSEST = 20
+"""Names that are not there for which the one that looks most like it is said."""
+
+
 class Names:
     """The weights of a running model in one checkpoint.
 
@@ -46,6 +50,7 @@ class Names:
         self._rules = parse_rules(maps)
         self._checkpoint = checkpoint
         self._suffixes = Suffixes(checkpoint)
+        self._close: dict[str, str] = {}
         self._may_import = architecture
         self._types = model_types(checkpoint.config)
 
@@ -167,8 +172,17 @@ class Names:
         return f"{shorten(stored_names(expression), _SHOWN)} {list(shape)}"
 
     def _closest(self, name: str) -> str:
-        close = difflib.get_close_matches(name, list(self._checkpoint.names), n=1)
-        return f", closest is {close[0]}" if close else ", nothing looks like it"
+        """Return which name looks most like one that is not there; only for the first few.
+
+        Each has to be compared with all names, and an adapter may have any number of such.
+        """
+        if name not in self._close:
+            if len(self._close) == MAX_CLOSEST:
+                return ""
+            found = difflib.get_close_matches(name, list(self._checkpoint.names), n=1)
+            text = f", closest is {found[0]}" if found else ", nothing looks like it"
+            self._close[name] = text
+        return self._close[name]
 
     def _not_found(self, parameter: str) -> SafeprojError:
         return SafeprojError(

@@ -109,15 +109,18 @@ def fold(
     """
     if isinstance(adapter, str | Path):
         check_out(Path(out), overwrite, [("--adapter", local_path(str(adapter)))])
-        return _fold(str(adapter), module.cut(rank), Path(out), initial)
+        return _fold(str(adapter), module.cut(rank), Path(out), initial, overwrite)
     check_out(Path(out), overwrite, [])
     with tempfile.TemporaryDirectory() as directory:
         name = active_adapter(adapter)
         adapter.save_pretrained(directory, selected_adapters=[name])
-        return _fold(str(saved_in(directory, name)), module.cut(rank), Path(out), initial)
+        saved = str(saved_in(directory, name))
+        return _fold(saved, module.cut(rank), Path(out), initial, overwrite)
 
 
-def _fold(source: str, module: SafetyModule, out: Path, initial: Initial | None) -> Folded:
+def _fold(
+    source: str, module: SafetyModule, out: Path, initial: Initial | None, overwrite: bool
+) -> Folded:
     adapter = read_adapter(source)
     if initial is None and INITIAL in adapter.folder.files:
         initial = Initial.load(adapter.path(INITIAL))
@@ -131,9 +134,8 @@ def _fold(source: str, module: SafetyModule, out: Path, initial: Initial | None)
         documents[CONFIG] = text.encode()
     ranks = [replaced[item.output.key].shape[1] for item in adapter.modules]
     folded = Folded(len(ranks), max(ranks), initial is not None, max(removed))
-    write_adapter(
-        adapter, replaced, _record(adapter, module, folded), _section(folded), out, documents
-    )
+    record, section = _record(adapter, module, folded), _section(folded)
+    write_adapter(adapter, replaced, record, section, out, documents, overwrite=overwrite)
     return folded
 
 

@@ -24,6 +24,7 @@ from safeproj.salora.constraint import (
 from safeproj.salora.directions import output_directions
 from safeproj.salora.formulas import initial_factors, without
 from safeproj.salora.module import RANK, SafetyModule
+from safeproj.source import LocalFolder
 
 INITIAL = "salora_init.safetensors"
 """The file beside an adapter that keeps its initial factors, named as in the adapter."""
@@ -70,7 +71,7 @@ class Initial:
             SafeprojError: it cannot be read, or holds something else.
         """
         path = Path(place) / INITIAL if Path(place).is_dir() else Path(place)
-        _, tensors = read_safetensors(path)
+        _, tensors = read_safetensors(LocalFolder(path.parent, str(place)), path.name)
         check_values(str(path), tensors)
         factors: dict[str, dict[str, Tensor]] = {LORA_A: {}, LORA_B: {}}
         for key, tensor in tensors.items():

@@ -114,7 +114,9 @@ class SafetyModule:
             SafeprojError: it cannot be written.
         """
         check_file(Path(path), overwrite, KIND)
-        return write_recorded(Path(path), KIND, self._tensors(), self._document)
+        return write_recorded(
+            Path(path), KIND, self._tensors(), self._document, overwrite=overwrite
+        )
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, each in self.directions.items():

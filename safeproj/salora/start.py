@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safeproj import __version__
-from safeproj.adapter.interface import MANIFEST
+from safeproj.adapter.interface import CONFIG, MANIFEST
 from safeproj.adapter.write import appears_at
 from safeproj.lm.data import Batch
 from safeproj.lm.layers import MEMORY, OnBatch, find_layers
@@ -44,6 +44,7 @@ def write_start(
     inputs: Mapping[str, Any] | None = None,
     memory: int = MEMORY,
     on_batch: OnBatch | None = None,
+    overwrite: bool = False,
 ) -> Initial:
     """Initialise an adapter and write it to the directory `out`, complete or not at all.
 
@@ -60,6 +61,7 @@ def write_start(
         inputs: identities for the record.
         memory: as for `safety_module`.
         on_batch: as for `safety_module`.
+        overwrite: whether an adapter that is at `out` may be replaced.
 
     Raises:
         SafeprojError: something cannot be used, or `out` cannot be written; nothing is written.
@@ -90,8 +92,9 @@ def write_start(
         "inputs": dict(inputs or {}),
         "versions": versions(),
     }
-    with appears_at(out) as directory:
+    with appears_at(out, overwrite) as directory:
         peft_model.save_pretrained(str(directory))
+        _sort_targets(directory / CONFIG)
         initial.save(directory)
         (directory / "README.md").write_text(CARD.format(version=__version__), "utf-8")
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
@@ -99,7 +102,14 @@ def write_start(
     return initial
 
 
+def _sort_targets(path: Path) -> None:
+    """Put `target_modules` in order: PEFT keeps a set, whose order differs from run to run."""
+    config = json.loads(path.read_text("utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+
+
 def _shortest(model: Any, names: Sequence[str]) -> list[str]:
     """Return `target_modules`: the last parts of the names where they mean the same layers."""
     parts = sorted({name.rpartition(".")[2] for name in names})
-    return parts if find_layers(model, parts).keys() == set(names) else list(names)
+    return parts if find_layers(model, parts).keys() == set(names) else sorted(names)

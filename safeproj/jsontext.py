@@ -1,0 +1,47 @@
+"""JSON out of files: with a bound on what it may cost, and without what readers disagree about."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+MAX_BYTES = 64 << 20
+"""Bytes of a JSON file: a record of 10,000 modules has about 10 MB."""
+
+MAX_VALUES = 4_000_000
+"""Values in it: two bytes of JSON can take a hundred in memory."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse(content: bytes | bytearray) -> Any:
+    """Return what JSON text holds.
+
+    Raises:
+        ValueError: it is no JSON in UTF-8, too large, has duplicate keys, or half of a character.
+        RecursionError: it is nested too deeply.
+    """
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has {len(content)} bytes; expected at most {MAX_BYTES}")
+    values = sum(map(content.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES:
+        raise ValueError(f"it has about {values} values; expected at most {MAX_VALUES}")
+    found = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    if _SURROGATE.search(content):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it has half of a surrogate pair, which is no character") from error
+    return found
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a JSON object with duplicate keys, on which readers disagree about which one counts.
+
+    For `json.loads(..., object_pairs_hook=unique)`.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("duplicate keys")
+    return found

@@ -1,0 +1,174 @@
+"""Files of `torch.save`: nothing in them is called, and nothing large is made for them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tracemalloc
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safeproj.adapter.files import bytes_of
+from safeproj.errors import SafeprojError
+from safeproj.picklefile import find_tensors, read_pickle
+from safeproj.source import LocalFolder
+
+ALLOCATED = 8 << 20
+"""Bytes that reading a file of a few hundred may take."""
+
+
+def saved(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None) -> Path:
+    """Write what `torch.save` would, with another pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", b"little")
+        for key, content in (storages or {}).items():
+            archive.writestr(f"archive/data/{key}", content)
+    return path
+
+
+def called(module: str, name: str, *arguments: Any) -> bytes:
+    """Return the pickle of a dictionary with the result of a call."""
+    packed = pickle.dumps(arguments, protocol=2)[2:-1]
+    return b"\x80\x02}X\x01\x00\x00\x00wc" + f"{module}\n{name}\n".encode() + packed + b"Rs."
+
+
+HUGE = 10**11
+
+BOMBS = {
+    "a large array of bytes": called("builtins", "bytearray", HUGE),
+    "a large tensor": called("torch", "FloatTensor", HUGE),
+    "a large storage": called("torch", "FloatStorage", HUGE),
+    "large text": called("_codecs", "encode", "x" * 9, "latin1"),
+    "keys whose hash takes for ever": b"\x80\x02}(" + b"))" + b"\x85q\x00h\x00\x86" * 40 + b"Nu.",
+    "a set of such": b"\x80\x04\x8f(" + b")" + b"\x85\x94h\x00\x86" * 40 + b"\x90.",
+    "a number of a million digits": b"\x80\x02}X\x01\x00\x00\x00w\x8b\x40\x42\x0f\x00"
+    + b"\x01" * 1_000_000
+    + b"s.",
+    "text that is not there": b"\x80\x04X\xff\xff\xff\x7fabc.",
+    "code": called("os", "system", "true"),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_little_is_made_for_what_is_refused(tmp_path: Path, case: str) -> None:
+    path = saved(tmp_path / "x.bin", BOMBS[case])
+    with pytest.raises(SafeprojError):  # torch and its parts are imported now
+        find_tensors(path)
+    tracemalloc.start()
+    try:
+        for read in (
+            lambda: find_tensors(path),
+            lambda: read_pickle(LocalFolder(tmp_path, "x"), path.name),
+        ):
+            with pytest.raises(SafeprojError, match=r"cannot be loaded as plain|nothing else"):
+                read()
+        assert tracemalloc.get_traced_memory()[1] < ALLOCATED + 3 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_deflated_pickle_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * (300 << 20))
+    assert (tmp_path / "x.bin").stat().st_size < 1 << 20
+    tracemalloc.start()
+    try:
+        with pytest.raises(SafeprojError, match="cannot be loaded as plain tensors"):
+            find_tensors(tmp_path / "x.bin")
+        assert tracemalloc.get_traced_memory()[1] < ALLOCATED
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_directory_of_the_zip_that_is_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safeproj import picklefile
+
+    path = tmp_path / "x.bin"
+    torch.save({"w": torch.ones(2, 2)}, path)
+    assert find_tensors(path).keys() == {"w"}
+    monkeypatch.setattr(picklefile, "MAX_DIRECTORY", 100)
+    with pytest.raises(SafeprojError, match="cannot be loaded as plain tensors"):
+        find_tensors(path)
+
+
+@pytest.mark.parametrize("limit", ["MAX_OPERATIONS", "MAX_PICKLE"])
+def test_a_pickle_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    from safeproj import picklefile
+
+    torch.save({"w": torch.ones(2, 2)}, tmp_path / "x.bin")
+    monkeypatch.setattr(picklefile, limit, 20)
+    with pytest.raises(SafeprojError, match="cannot be loaded as plain tensors"):
+        find_tensors(tmp_path / "x.bin")
+
+
+def contents() -> dict[str, dict[str, Any]]:
+    """Return what programs save as the weights of models and adapters."""
+    W = torch.randn(5, 4)
+    marked = torch.nn.Parameter(torch.randn(3))
+    marked.note = "an attribute"
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    return {
+        "a state dict, with versions of its modules": layer.state_dict(),
+        "parameters": OrderedDict(w=torch.nn.Parameter(W), m=marked),
+        "views": {"whole": W, "turned": W.T, "part": W[1:3, ::2], "one": W[2, 2], "none": W[:0]},
+        "dtypes": {
+            str(dtype): torch.ones(2, 3).to(dtype)
+            for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+        },
+        "dtypes without a class of storages": {
+            str(dtype): torch.ones(2, 3).to(dtype) for dtype in (torch.float8_e4m3fn, torch.uint16)
+        },
+    }
+
+
+@pytest.mark.parametrize("case", contents())
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_programs_save_is_read_as_torch_reads_it(
+    tmp_path: Path, case: str, protocol: int
+) -> None:
+    path = tmp_path / "x.bin"
+    content = contents()[case]
+    torch.save(content, path, pickle_protocol=protocol)
+    found = read_pickle(LocalFolder(tmp_path, "x"), path.name)
+    if protocol == 2:  # the only one that torch's own restricted reader knows
+        assert list(found) == list(torch.load(path, weights_only=True))
+    assert list(found) == list(contents()[case])
+    for name, tensor in content.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert bytes_of(found[name]) == bytes_of(tensor)
+
+
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"w": torch.ones(64, 64)}, path)
+    content = path.read_bytes()
+    for stored, other in ((b"K@K@\x86", b"KAK@\x86"), (b"K@K\x01\x86", b"KBK\x01\x86")):
+        assert content.count(stored) == 1
+        buffer = io.BytesIO(content.replace(stored, other))
+        path.write_bytes(buffer.getvalue())
+        with pytest.raises(SafeprojError):
+            find_tensors(path)
+
+
+def test_weights_of_a_file_that_shrank_are_an_error_and_no_signal(tmp_path: Path) -> None:
+    from safeproj.checkpoint import open_checkpoint
+    from tests.checkpoint.reading import read
+
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(512, 512), "turned": torch.ones(512, 512).T}, path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    weights = [checkpoint.weight(name) for name in ("w", "turned")]
+    with path.open("r+b") as file:
+        file.truncate(4096)
+    for weight in weights:
+        with pytest.raises(SafeprojError, match="truncated while reading"):
+            read(weight)
