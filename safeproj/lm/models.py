@@ -76,7 +76,11 @@ def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any
         options["device_map"] = "auto"
     with quietly(), _errors(folder.source):
         found: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True, adapter_kwargs=_NO_ADAPTER, **options
+            place,
+            dtype=dtype,
+            output_loading_info=True,
+            adapter_kwargs=dict(_NO_ADAPTER),
+            **options,
         )
     model, info = found
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -119,6 +123,7 @@ def recorded_inputs(folder: Folder, data: Data) -> dict[str, dict[str, Any]]:
             "sha256": data.sha256,
             "rows": len(data.samples),
             "positions": data.positions,
+            **data.recorded_chat,
         },
     }
 
