@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,24 @@ from safeproj.evaluate.generate import (
     MAX_NEW_TOKENS,
     Generator,
     OnBatch,
-    has_template,
 )
 from safeproj.evaluate.judges import Judge
-from safeproj.evaluate.measure import CORRECT, EXACT, Outcomes, outcomes, rates
+from safeproj.evaluate.measure import (
+    CORRECT,
+    EXACT,
+    Outcomes,
+    outcomes,
+    prompt_warnings,
+    rates,
+    unfinished,
+    unfinished_warnings,
+)
 from safeproj.evaluate.rates import Difference, paired
 from safeproj.evaluate.responses import Key, Responses, file_names
 from safeproj.evaluate.sets import PromptSet
 from safeproj.evaluate.tasks import Tasks
+from safeproj.evaluate.thoughts import Spoken, Tag, Thoughts
+from safeproj.lm.chat import ChatOptions
 from safeproj.lm.models import load_tokenizer, model_identity
 from safeproj.report.evaluation import Evaluation, Subject
 from safeproj.source import Folder, open_folder
@@ -49,6 +60,8 @@ class Settings:
         seed: of torch, set before each subject.
         responses: directory for the answers, None to keep none.
         overwrite: forget the answers that are there.
+        options: how chats are put to the model.
+        tags: of thoughts, beside those that are always known.
     """
 
     batch_size: int = BATCH_SIZE
@@ -59,6 +72,8 @@ class Settings:
     seed: int = 0
     responses: Path | None = None
     overwrite: bool = False
+    options: ChatOptions = field(default_factory=ChatOptions)
+    tags: tuple[Tag, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,11 +115,18 @@ def evaluate(
         raise SafeprojError("no adapter, and the model itself is left out; give --adapter")
     folder = open_folder(model)
     found = [_opened(each) for each in adapters]
-    tokenizer = load_tokenizer(folder)
+    generator = Generator(
+        load_tokenizer(folder),
+        settings.batch_size,
+        settings.max_new_tokens,
+        settings.chat,
+        settings.options,
+        Thoughts(settings.tags),
+    )
     run = _Run(
         identity=model_identity(folder),
         host=Host(folder, settings.device, settings.dtype),
-        generator=Generator(tokenizer, settings.batch_size, settings.max_new_tokens, settings.chat),
+        generator=generator,
         sets=tuple(sets),
         judge=judge,
         settings=settings,
@@ -112,6 +134,7 @@ def evaluate(
         total=sum(len(each.prompts) for each in sets) * (len(found) + alone),
         on_batch=on_batch,
     )
+    subjects = tuple(run.subjects(found, alone))
     return Evaluation(
         __version__,
         {name: version(name) for name in ("torch", "transformers", "peft")},
@@ -119,8 +142,8 @@ def evaluate(
         judge.identity(),
         _options(settings),
         tuple(_described(each) for each in sets),
-        tuple(run.subjects(found, alone)),
-        _warnings(run.generator, sets),
+        subjects,
+        (*prompt_warnings(generator, sets), *_cut_off(subjects, sets)),
     )
 
 
@@ -140,7 +163,8 @@ class _Run:
     done: int = 0
 
     def subjects(self, adapters: Sequence[_Adapter], alone: bool) -> Iterator[Subject]:
-        """Yield each subject, measured."""
+        """Yield each subject, measured; every prompt is looked at before anything is run."""
+        assert self._inputs is not None
         files = file_names([ALONE, *(each.name for each in adapters)])
         reference = None
         if alone:
@@ -153,7 +177,7 @@ class _Run:
         self, adapter: _Adapter | None, file: str, reference: Mapping[str, Outcomes] | None
     ) -> tuple[Subject, Mapping[str, Outcomes]]:
         torch.manual_seed(self.settings.seed)
-        kept = Responses(self._place(file), self._made_of(adapter), self._digests)
+        kept = Responses(self._place(file), self._made_of(adapter), self._digests, self._inputs)
         kept.open(self.settings.overwrite)
         with self._model(adapter) as load:
             try:
@@ -161,7 +185,8 @@ class _Run:
             finally:
                 kept.close()
             reached = {} if self.tasks is None else self.tasks.run(load(), self.generator.tokenizer)
-        found = self._outcomes(kept)
+        said = {each.name: self._said(each, kept) for each in self.sets}
+        found = self._outcomes(said)
         kept.judged(self.judge.identity(), _said(found))
         differences = None
         if reference is not None:
@@ -172,6 +197,7 @@ class _Run:
             {name: rates(each) for name, each in found.items()},
             differences,
             reached,
+            {name: unfinished(each) for name, each in said.items()},
         )
         return subject, found
 
@@ -201,18 +227,35 @@ class _Run:
         if self.on_batch is not None:
             self.on_batch(self.done, self.total)
 
-    def _outcomes(self, kept: Responses) -> dict[str, Outcomes]:
+    def _said(self, prompts: PromptSet, kept: Responses) -> list[Spoken]:
+        """Return the answers to a set without thoughts."""
+        return [
+            self.generator.spoken(prompt, kept.answers[prompts.name, i])
+            for i, prompt in enumerate(prompts.prompts)
+        ]
+
+    def _outcomes(self, said: Mapping[str, Sequence[Spoken]]) -> dict[str, Outcomes]:
         return {
             each.name: outcomes(
                 each,
-                [kept.answers[each.name, i] for i in range(len(each.prompts))],
+                [one.text for one in said[each.name]],
                 self.judge,
+                self.generator.thoughts,
             )
             for each in self.sets
         }
 
     def _place(self, file: str) -> Path | None:
         return None if self.settings.responses is None else self.settings.responses / file
+
+    @cached_property
+    def _inputs(self) -> dict[Key, str]:
+        """The digests of what the model gets."""
+        return {
+            (each.name, i): self.generator.rendered(prompt).sha256
+            for each in self.sets
+            for i, prompt in enumerate(each.prompts)
+        }
 
     @property
     def _digests(self) -> dict[str, str]:
@@ -288,15 +331,14 @@ def _options(settings: Settings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
+        **settings.options.to_dict(),
+        "thought_tags": Thoughts(settings.tags).names,
     }
 
 
-def _warnings(generator: Generator, sets: Sequence[PromptSet]) -> tuple[str, ...]:
-    """Return what the user should know about how the prompts were put."""
-    plain = any(isinstance(prompt, str) for each in sets for prompt in each.prompts)
-    if plain and not generator.chat and has_template(generator.tokenizer):
-        return (
-            "the model has a chat template, but plain prompts were continued as they are; see "
-            "--chat",
-        )
-    return ()
+def _cut_off(subjects: Sequence[Subject], sets: Sequence[PromptSet]) -> tuple[str, ...]:
+    return tuple(
+        warning
+        for each in subjects
+        for warning in unfinished_warnings(each.unfinished, sets, each.name)
+    )
