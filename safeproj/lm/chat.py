@@ -20,6 +20,9 @@ long as it stays the same. It is the one that Llama 3's own templates fall back 
 Chat = Sequence[Mapping[str, str]]
 """Messages, each with `role` and `content`."""
 
+_MARK = "e7b1c94f"
+"""What tells where a message ends in what a template writes; its own words may be there too."""
+
 _SWITCHES = re.compile(r"/(?:no_)?think\b")
 """Words in a message that switch thoughts on or off, which some templates take out."""
 
@@ -123,12 +126,14 @@ def render(
     """
     options.require_read(tokenizer)
     problem = ""
-    for messages in (chat, _in_parts(chat)):
-        text, failed = _written(tokenizer, messages, options, answer)
+    for form in (list, _in_parts):
+        text, failed = _written(tokenizer, form(chat), options, answer)
         lost = None if text is None else _lost(text, chat if needed is None else needed)
-        if text is not None and lost is None and (messages is chat or not _is_quoted(text, chat)):
-            tokens = _apply(tokenizer, messages, options, answer, tokenize=True)["input_ids"]
-            return Rendered(single_start(tokens, tokenizer), text, _tail(text, chat))
+        if text is not None and lost is None and not (form is _in_parts and _quotes(text, chat)):
+            tokens = _apply(tokenizer, form(chat), options, answer, tokenize=True)["input_ids"]
+            marked, _ = _written(tokenizer, form(_marked(chat)), options, answer)
+            _, found, tail = (marked or "").rpartition(_MARK)
+            return Rendered(single_start(tokens, tokenizer), text, tail if found else None)
         problem = problem or (
             f"leaves out the message {_shown(lost)}" if lost else f"does not take it ({failed})"
         )
@@ -246,7 +251,7 @@ def _bare(text: str) -> str:
     return "".join(_SWITCHES.sub("", text).split())
 
 
-def _is_quoted(text: str, chat: Chat) -> bool:
+def _quotes(text: str, chat: Chat) -> bool:
     """Tell whether a template that expects text wrote a list of parts as Python or JSON has it."""
     return any(
         quoted in text
@@ -256,11 +261,10 @@ def _is_quoted(text: str, chat: Chat) -> bool:
     )
 
 
-def _tail(text: str, chat: Chat) -> str | None:
-    """Return what follows the last message; nothing tells where that is if it was changed."""
-    last = chat[-1]["content"].strip()
-    start = text.rfind(last)
-    return None if start < 0 else text[start + len(last) :]
+def _marked(chat: Chat) -> list[Mapping[str, str]]:
+    """Return a chat whose last message ends in a word that is nowhere else."""
+    *rest, last = chat
+    return [*rest, {**last, "content": f"{last['content']} {_MARK}"}]
 
 
 def _shown(text: str) -> str:

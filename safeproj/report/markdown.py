@@ -64,7 +64,7 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
             source = _code(str(subject.adapter["source"]))
             lines.append(f"- adapter {_code(subject.name)}: {source}")
     lines.append(f"- judge: {_code(judge_words(evaluation.judge))}")
-    lines += [f"- warning: {warning}" for warning in evaluation.warnings]
+    lines += [f"- warning: {escaped(warning)}" for warning in evaluation.warnings]
     for each in evaluation.sets:
         outcomes = evaluation.outcomes(each["name"])
         headings = [WORDS.get(outcome, outcome) for outcome in outcomes]

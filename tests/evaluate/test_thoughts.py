@@ -173,6 +173,15 @@ OPENS = (
 )
 
 
+@pytest.mark.parametrize("prompt", ["hi", "think", "<think>", "w1 <think> w2", "a", ">"])
+def test_what_the_template_opens_is_told_from_what_the_messages_say(prompt: str) -> None:
+    generator = Generator(tokenizer(template=OPENS), chat=True)
+    assert generator.spoken(prompt, "sure") == Spoken("", unfinished=True)
+    options = ChatOptions(arguments={"enable_thinking": False})
+    generator = Generator(tokenizer(template=OPENS), chat=True, options=options)
+    assert generator.spoken(prompt, "sure") == Spoken("sure")
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_model_that_thinks_past_the_limit_says_nothing() -> None:
     model, tokens = random_model("llama"), tokenizer(template=OPENS)
