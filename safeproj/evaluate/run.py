@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -128,6 +127,7 @@ def evaluate(
         host=Host(folder, settings.device, settings.dtype),
         generator=generator,
         sets=tuple(sets),
+        inputs=_inputs(generator, sets),
         judge=judge,
         settings=settings,
         tasks=tasks,
@@ -155,6 +155,7 @@ class _Run:
     host: Host
     generator: Generator
     sets: tuple[PromptSet, ...]
+    inputs: Mapping[Key, str]
     judge: Judge
     settings: Settings
     tasks: Tasks | None
@@ -163,8 +164,7 @@ class _Run:
     done: int = 0
 
     def subjects(self, adapters: Sequence[_Adapter], alone: bool) -> Iterator[Subject]:
-        """Yield each subject, measured; every prompt is looked at before anything is run."""
-        assert self._inputs is not None
+        """Yield each subject, measured."""
         files = file_names([ALONE, *(each.name for each in adapters)])
         reference = None
         if alone:
@@ -177,7 +177,7 @@ class _Run:
         self, adapter: _Adapter | None, file: str, reference: Mapping[str, Outcomes] | None
     ) -> tuple[Subject, Mapping[str, Outcomes]]:
         torch.manual_seed(self.settings.seed)
-        kept = Responses(self._place(file), self._made_of(adapter), self._digests, self._inputs)
+        kept = Responses(self._place(file), self._made_of(adapter), self._digests, self.inputs)
         kept.open(self.settings.overwrite)
         with self._model(adapter) as load:
             try:
@@ -248,15 +248,6 @@ class _Run:
     def _place(self, file: str) -> Path | None:
         return None if self.settings.responses is None else self.settings.responses / file
 
-    @cached_property
-    def _inputs(self) -> dict[Key, str]:
-        """The digests of what the model gets."""
-        return {
-            (each.name, i): self.generator.rendered(prompt).sha256
-            for each in self.sets
-            for i, prompt in enumerate(each.prompts)
-        }
-
     @property
     def _digests(self) -> dict[str, str]:
         return {each.name: each.sha256 for each in self.sets}
@@ -272,6 +263,19 @@ class _Run:
                 "max_new_tokens": self.settings.max_new_tokens,
             },
         }
+
+
+def _inputs(generator: Generator, sets: Sequence[PromptSet]) -> dict[Key, str]:
+    """Return the digest of what the model gets, of each prompt.
+
+    Raises:
+        SafeprojError: a prompt cannot be used.
+    """
+    return {
+        (each.name, i): generator.rendered(prompt).sha256
+        for each in sets
+        for i, prompt in enumerate(each.prompts)
+    }
 
 
 def _opened(member: Member) -> _Adapter:

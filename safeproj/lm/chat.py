@@ -126,7 +126,7 @@ def render(
     """
     options.require_read(tokenizer)
     problem = ""
-    for form in (list, _in_parts):
+    for form in (_as_text, _in_parts):
         text, failed = _written(tokenizer, form(chat), options, answer)
         lost = None if text is None else _lost(text, chat if needed is None else needed)
         if text is not None and lost is None and not (form is _in_parts and _quotes(text, chat)):
@@ -160,6 +160,10 @@ def without_end(tokens: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
     while last and tokens[last - 1] == tokenizer.eos_token_id:
         last -= 1
     return tuple(tokens[:last])
+
+
+def _as_text(chat: Chat) -> list[dict[str, Any]]:
+    return [dict(each) for each in chat]
 
 
 def _in_parts(chat: Chat) -> list[dict[str, Any]]:
