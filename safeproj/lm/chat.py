@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import date, datetime
 from typing import Any
 
 from safeproj.errors import SafeprojError, first_line, printable
 
-DATE = date(2024, 7, 26)
+DATE = datetime.date(2024, 7, 26)
 """What day it is for templates that print the date, unless another is given: any day would do, as
 long as it stays the same. It is the one that Llama 3's own templates fall back to."""
 
@@ -36,11 +36,11 @@ class ChatOptions:
         arguments: further variables of the template, such as `enable_thinking`.
     """
 
-    date: date | None = None
+    date: datetime.date | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def day(self) -> date:
+    def day(self) -> datetime.date:
         """What day it is."""
         return DATE if self.date is None else self.date
 
@@ -196,7 +196,7 @@ def _apply(
 
 
 @contextmanager
-def _on(day: date | None, tokenizer: Any) -> Iterator[None]:
+def _on(day: datetime.date | None, tokenizer: Any) -> Iterator[None]:
     """Let templates print a day in place of today.
 
     `strftime_now` is a function that transformers gives to templates; no argument replaces it. So
@@ -207,10 +207,12 @@ def _on(day: date | None, tokenizer: Any) -> Iterator[None]:
         return
     from transformers.utils import chat_template_utils
 
-    class Fixed(datetime):
+    moment = datetime.datetime.combine(day, datetime.time(12))
+
+    class Fixed(datetime.datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> Fixed:  # noqa: ARG003 - as `datetime` has it
-            return cls(day.year, day.month, day.day, 12)
+        def now(cls, tz: Any = None) -> Any:  # noqa: ARG003 - as `datetime` has it
+            return moment
 
     clock: Any = chat_template_utils
     before = clock.datetime
@@ -317,7 +319,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def parse_date(text: str) -> date:
+def parse_date(text: str) -> datetime.date:
     """Return `YYYY-MM-DD`.
 
     Raises:
@@ -325,7 +327,7 @@ def parse_date(text: str) -> date:
     """
     try:
         if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text, re.ASCII):
-            return date.fromisoformat(text)
+            return datetime.date.fromisoformat(text)
     except ValueError:
         pass
     raise SafeprojError(f"--date {text!a}: expected a day as YYYY-MM-DD, such as {DATE}")
