@@ -329,6 +329,7 @@ def require_run_inputs(*, aligned: Mapping[str, Any], data: Mapping[str, Any]) -
     files = aligned["sha256"]["files"]
     require_plain("digests of aligned", *files.keys(), *files.values())
     require_plain("digest of data", data["sha256"])
+    require_plain("date of data", data.get("date", ""))
     for name in ("rows", "positions"):
         if type(data[name]) is not int or data[name] < 0:
             raise ValueError(f"{name} of data")

@@ -26,9 +26,20 @@ from safeproj.cli.eval_options import (
     Phrases,
     Seed,
     Skill,
+    ThoughtTag,
     sets_of,
 )
-from safeproj.cli.options import Device, Format, Output, Quiet, Verbose, names_of, outputs_of
+from safeproj.cli.options import (
+    Date,
+    Device,
+    Format,
+    Output,
+    Quiet,
+    TemplateArgument,
+    Verbose,
+    names_of,
+    outputs_of,
+)
 from safeproj.errors import SafeprojError
 
 
@@ -67,6 +78,9 @@ def eval_command(
         typer.Option("--lm-eval-path", metavar="DIR", help="Directory with tasks of your own."),
     ] = None,
     chat: Chat = False,
+    date: Date = None,
+    chat_template_arg: TemplateArgument = None,
+    thought_tag: ThoughtTag = None,
     max_new_tokens: MaxNewTokens = 128,
     batch_size: BatchSize = 16,
     limit: Limit = None,
@@ -114,8 +128,11 @@ def eval_command(
         inputs = [("--model", model), *(("--adapter", each) for each in adapter or ())]
         files = [(f"--{each.kind}", each.source) for each in sets]
         terminal.check_outputs(outputs, None, [*inputs, *files])
+        from safeproj.evaluate.thoughts import parse_tags
+        from safeproj.lm.chat import chat_options
         from safeproj.lm.models import require_extra
 
+        options, tags = chat_options(date, chat_template_arg), parse_tags(thought_tag or ())
         require_extra()
         from safeproj.adapter.collection import collect
         from safeproj.evaluate.responses import make_directory
@@ -131,7 +148,16 @@ def eval_command(
         if responses is not None:
             make_directory(responses, named)
         settings = Settings(
-            batch_size, max_new_tokens, chat, device, dtype, seed, responses, overwrite
+            batch_size,
+            max_new_tokens,
+            chat,
+            device,
+            dtype,
+            seed,
+            responses,
+            overwrite,
+            options,
+            tags,
         )
         tasks = None
         if lm_eval is not None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from safeproj.evaluate.generate import Generator
     from safeproj.evaluate.judges import Judge
     from safeproj.evaluate.sets import PromptSet
+    from safeproj.evaluate.thoughts import Tag
+    from safeproj.lm.chat import ChatOptions
 
 
 class JudgeKind(str, Enum):
@@ -111,6 +113,15 @@ Chat = Annotated[
         "--chat", help="Put plain prompts through the model's chat template, as a user's message."
     ),
 ]
+ThoughtTag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--thought-tag",
+        metavar="TAG",
+        help="What marks the model's thoughts, which are not judged, beside <think> and others "
+        "that are known: NAME, for <NAME> and </NAME>, or OPEN,CLOSE. Repeatable.",
+    ),
+]
 ModelDtype = Annotated[
     str, typer.Option("--dtype", metavar="DTYPE", help="What the model runs in; auto: as stored.")
 ]
@@ -196,12 +207,21 @@ def sets_of(
     return [each.first(limit) for each in found]
 
 
-def generator_of(tokenizer: Any, batch_size: int, max_new_tokens: int, chat: bool) -> Generator:
+def generator_of(
+    tokenizer: Any,
+    batch_size: int,
+    max_new_tokens: int,
+    chat: bool,
+    options: ChatOptions,
+    tags: Sequence[Tag],
+) -> Generator:
     """Return what lets the model answer; imports torch.
 
     Raises:
-        SafeprojError: a number is not positive, or there is no chat template for `chat`.
+        SafeprojError: a number is not positive, there is no chat template for `chat`, or it does
+            not read what it is given.
     """
     from safeproj.evaluate.generate import Generator
+    from safeproj.evaluate.thoughts import Thoughts
 
-    return Generator(tokenizer, batch_size, max_new_tokens, chat)
+    return Generator(tokenizer, batch_size, max_new_tokens, chat, options, Thoughts(tags))

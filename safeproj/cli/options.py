@@ -249,6 +249,22 @@ BatchSize = Annotated[
 MaxLength = Annotated[
     int, typer.Option("--max-length", metavar="N", help="Tokens of a sample; the rest is cut off.")
 ]
+Date = Annotated[
+    str | None,
+    typer.Option(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="What day it is for a chat template that prints the date.  [default: 2024-07-26]",
+    ),
+]
+TemplateArgument = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--chat-template-arg",
+        metavar="NAME=VALUE",
+        help="A variable of the chat template, such as enable_thinking=false; repeatable.",
+    ),
+]
 Memory = Annotated[
     float,
     typer.Option(

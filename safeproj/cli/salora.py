@@ -10,6 +10,7 @@ import typer
 from safeproj import terminal
 from safeproj.cli.options import (
     BatchSize,
+    Date,
     Device,
     MaxLength,
     Memory,
@@ -17,6 +18,7 @@ from safeproj.cli.options import (
     Overwrite,
     Quiet,
     Targets,
+    TemplateArgument,
     Verbose,
     bytes_of_gigabytes,
     names_of,
@@ -68,6 +70,8 @@ def module_command(
     targets: Targets = "all-linear",
     batch_size: BatchSize = 8,
     max_length: MaxLength = 2048,
+    date: Date = None,
+    chat_template_arg: TemplateArgument = None,
     memory: Memory = 4.0,
     device: Device = "auto",
     dtype: ModelDtype = "auto",
@@ -87,7 +91,9 @@ def module_command(
         )
         bound = bytes_of_gigabytes(memory)
         from safeproj.lm import models
+        from safeproj.lm.chat import chat_options
 
+        chat = chat_options(date, chat_template_arg)
         models.require_extra()
         from safeproj.lm.data import read_data
         from safeproj.recorded import check_file
@@ -98,7 +104,7 @@ def module_command(
         terminal.interruptible()
         check_file(out, overwrite, KIND)
         folder = open_folder(aligned)
-        samples = read_data(data, models.load_tokenizer(folder), max_length=max_length)
+        samples = read_data(data, models.load_tokenizer(folder), max_length=max_length, chat=chat)
         batches = samples.batches(batch_size)
         model = models.load_model(folder, device, dtype)
         with terminal.steps(quiet, "batches") as step:
@@ -144,6 +150,8 @@ def init_command(
     targets: Targets = None,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 2048,
+    date: Date = None,
+    chat_template_arg: TemplateArgument = None,
     memory: Memory = 4.0,
     device: Device = "auto",
     dtype: ModelDtype = "auto",
@@ -165,7 +173,9 @@ def init_command(
         )
         bound = bytes_of_gigabytes(memory)
         from safeproj.lm import models
+        from safeproj.lm.chat import chat_options
 
+        chat = chat_options(date, chat_template_arg)
         models.require_extra()
         from safeproj.adapter.write import check_out
         from safeproj.against import local_path
@@ -179,7 +189,7 @@ def init_command(
         check_out(out, overwrite, [(option, local_path(source)) for option, source in given])
         found = SafetyModule.load(module).cut(safety_rank)
         folder = open_folder(aligned)
-        samples = read_data(data, models.load_tokenizer(folder), max_length=max_length)
+        samples = read_data(data, models.load_tokenizer(folder), max_length=max_length, chat=chat)
         batches = samples.batches(batch_size)
         model = models.load_model(folder, device, dtype)
         with models.quietly(), terminal.steps(quiet, "batches") as step:

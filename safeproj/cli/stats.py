@@ -11,6 +11,7 @@ import typer
 from safeproj import terminal
 from safeproj.cli.options import (
     BatchSize,
+    Date,
     Device,
     MaxLength,
     Memory,
@@ -18,6 +19,7 @@ from safeproj.cli.options import (
     Overwrite,
     Quiet,
     Targets,
+    TemplateArgument,
     Verbose,
     bytes_of_gigabytes,
     names_of,
@@ -64,6 +66,8 @@ def stats_command(
     ] = Positions.all,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 2048,
+    date: Date = None,
+    chat_template_arg: TemplateArgument = None,
     memory: Memory = 4.0,
     device: Device = "auto",
     dtype: ModelDtype = "auto",
@@ -83,7 +87,9 @@ def stats_command(
         if (data is None) == (random_tokens is None):
             raise SafeprojError("give either --data or --random-tokens")
         from safeproj.lm import models
+        from safeproj.lm.chat import chat_options
 
+        chat = chat_options(date, chat_template_arg)
         models.require_extra()
         from safeproj.covariance.file import KIND
         from safeproj.covariance.make import make_statistics
@@ -96,7 +102,7 @@ def stats_command(
         folder = open_folder(aligned)
         tokenizer = models.load_tokenizer(folder)
         if data is not None:
-            samples = read_data(data, tokenizer, max_length=max_length)
+            samples = read_data(data, tokenizer, max_length=max_length, chat=chat)
         else:
             assert random_tokens is not None
             samples = random_data(tokenizer, random_tokens)

@@ -26,6 +26,7 @@ from safeproj.cli.eval_options import (
     Phrase,
     Phrases,
     Skill,
+    ThoughtTag,
     generator_of,
     sets_of,
 )
@@ -33,6 +34,7 @@ from safeproj.cli.options import (
     Aligned,
     AlignmentSource,
     Base,
+    Date,
     Device,
     Energy,
     Exclude,
@@ -48,6 +50,7 @@ from safeproj.cli.options import (
     SafetyModuleSource,
     ShowProfile,
     TaskData,
+    TemplateArgument,
     Verbose,
     Workers,
     against_of,
@@ -141,6 +144,9 @@ def sweep_command(
     batch_size: BatchSize = 16,
     max_new_tokens: MaxNewTokens = 128,
     chat: Chat = False,
+    date: Date = None,
+    chat_template_arg: TemplateArgument = None,
+    thought_tag: ThoughtTag = None,
     dtype: ModelDtype = "auto",
     device: Device = "auto",
     workers: Workers = None,
@@ -184,6 +190,10 @@ def sweep_command(
             judge_guard,
             judge_timeout,
         )
+        from safeproj.evaluate.thoughts import parse_tags
+        from safeproj.lm.chat import chat_options
+
+        chats, tags = chat_options(date, chat_template_arg), parse_tags(thought_tag or ())
         profile = Profile()
         with profile.phase("import"):
             from safeproj.lm import models
@@ -207,11 +217,16 @@ def sweep_command(
         files = [(f"--{each.kind}", each.source) for each in sets]
         terminal.check_outputs(outputs, None, files)
         folder = open_folder(source)
-        generator = generator_of(models.load_tokenizer(folder), batch_size, max_new_tokens, chat)
+        generator = generator_of(
+            models.load_tokenizer(folder), batch_size, max_new_tokens, chat, chats, tags
+        )
+        for each in sets:
+            for prompt in each.prompts:
+                generator.rendered(prompt)  # what cannot be used is said before anything is read
         with terminal.observer(quiet) as observer:
             on_batch = None if observer is None else observer.ran
             tried: Candidates
-            with with_statistics(against, [adapter], device, on_batch) as ready:
+            with with_statistics(against, [adapter], device, on_batch, chats) as ready:
                 if against.method == COVARIANCE:
                     tried = strengths(
                         ready, adapter, options, seed=seed, observer=observer, profile=profile

@@ -184,7 +184,8 @@ def _require_model(file: RecordedFile[Recorded], aligned: str) -> None:
 def _described(file: RecordedFile[Recorded]) -> dict[str, Any]:
     """Return what a report says of statistics: their place, and the data that they are of."""
     data = file.document["inputs"]["data"]
-    return {**identity(file), "data": data["source"], "positions": data["positions"]}
+    found = {**identity(file), "data": data["source"], "positions": data["positions"]}
+    return {**found, "date": data["date"]} if "date" in data else found
 
 
 def _read(content: Content) -> dict[str, Recorded]:

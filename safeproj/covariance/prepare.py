@@ -14,6 +14,7 @@ from safeproj.against import COVARIANCE, STATISTICS, Against
 from safeproj.covariance.file import Statistics, open_statistics
 from safeproj.engine import resolve_device
 from safeproj.errors import SafeprojError
+from safeproj.lm.chat import ChatOptions
 from safeproj.lm.data import BATCH_SIZE, RANDOM, Data, random_data, read_data
 from safeproj.lm.layers import OnBatch
 from safeproj.projection import Reconstruction
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def with_statistics(
-    against: Against, adapters: Sequence[str], device: str, on_batch: OnBatch | None
+    against: Against,
+    adapters: Sequence[str],
+    device: str,
+    on_batch: OnBatch | None,
+    chat: ChatOptions | None = None,
 ) -> Iterator[Against]:
     """Yield what adapters are scored against, with statistics in a temporary directory if needed.
 
@@ -40,6 +45,7 @@ def with_statistics(
         adapters: of each the SRC; one that cannot be read is left to those who use it.
         device: where the model runs.
         on_batch: told about the progress.
+        chat: how chats in the data are put.
 
     Raises:
         SafeprojError: the data, or the model, cannot be used.
@@ -49,7 +55,7 @@ def with_statistics(
         return
     assert against.aligned is not None
     with tempfile.TemporaryDirectory(prefix="safeproj-") as directory:
-        made = _made(against, adapters, device, on_batch, Path(directory))
+        made = _made(against, adapters, device, on_batch, Path(directory), chat)
         yield replace(against, statistics=made)
 
 
@@ -150,6 +156,7 @@ def _made(
     device: str,
     on_batch: OnBatch | None,
     directory: Path,
+    chat: ChatOptions | None,
 ) -> tuple[Path, Path]:
     """Make the statistics that are missing, and return where both are."""
     from safeproj.lm import models
@@ -164,7 +171,7 @@ def _made(
         if source is None:
             data[role] = random_data(tokenizer)
         elif not source.endswith(STATISTICS):
-            data[role] = read_data(source, tokenizer, option=f"--{role}-data")
+            data[role] = read_data(source, tokenizer, option=f"--{role}-data", chat=chat)
     read = [_adapter(source) for source in adapters]
     model = models.load_model(folder, device)
     targets = _targets(model, [each for each in read if each is not None])

@@ -17,6 +17,7 @@ from safeproj.errors import SafeprojError, first_line, printable
 from safeproj.evaluate.generate import BATCH_SIZE, Generator, has_template
 from safeproj.evaluate.judges import RefusalJudge, Verdict
 from safeproj.evaluate.sets import Message, Prompt
+from safeproj.evaluate.thoughts import Thoughts
 
 TIMEOUT = 600.0
 """Seconds that a command has for all answers of a set, and an endpoint for each."""
@@ -38,6 +39,9 @@ LARGEST_REPLY = 1 << 20
 
 GUARD_TOKENS = 16
 """Tokens of a guard model's output that are generated; its first word is the verdict."""
+
+_THOUGHTS = Thoughts()
+"""Tells thoughts in what an endpoint says."""
 
 INSTRUCTION = (
     "You label the answers of an assistant. You are given a user's request and the assistant's "
@@ -172,7 +176,7 @@ class Endpoint(RefusalJudge):
                 ],
             }
         )
-        words = reply.casefold().split()
+        words = _THOUGHTS.split(reply).text.casefold().split()
         word = words[0].strip("\"'`*.,:;!") if words else ""
         return {each.value: each for each in self.labels}.get(word, Verdict.other)
 
@@ -241,7 +245,11 @@ class Guard:
             (*conversation(prompt), Message("assistant", answer))
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        return [_guarded(each) for each in self.generator.answers(self.model, chats)]
+        outputs = self.generator.answers(self.model, chats)
+        return [
+            _guarded(self.generator.spoken(chat, output).text)
+            for chat, output in zip(chats, outputs, strict=True)
+        ]
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "guard", "guard": self._identity}
@@ -260,6 +268,15 @@ def conversation(prompt: Prompt) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message("user", prompt),)
     return tuple(each for each in prompt if each.role != "system") or prompt
+
+
+def judged_part(chat: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return what a guard's template must not leave out: the last request, and the answer to it.
+
+    Some templates show no earlier messages.
+    """
+    users = [each for each in chat if each.role == "user"]
+    return (*users[-1:], chat[-1])
 
 
 def _guarded(output: str) -> Verdict:
@@ -315,5 +332,5 @@ def load_guard(source: str, device: str = "auto", batch_size: int = BATCH_SIZE) 
             "instructions; expected a guard model such as Llama Guard"
         )
     model = load_model(folder, device)
-    generator = Generator(tokenizer, batch_size, GUARD_TOKENS)
+    generator = Generator(tokenizer, batch_size, GUARD_TOKENS, needed=judged_part)
     return Guard(model, generator, model_identity(folder))

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 
-from safeproj.errors import SafeprojError, first_line
+from safeproj.errors import SafeprojError
 from safeproj.evaluate.sets import Message, Prompt
+from safeproj.evaluate.thoughts import CHANNEL, Spoken, Thoughts
+from safeproj.lm.chat import ChatOptions, Rendered, render, single_start, template_of, without_end
 
 BATCH_SIZE = 16
 """Default number of prompts that run at a time."""
 
 MAX_NEW_TOKENS = 128
 """Default bound on the tokens of an answer."""
+
+Messages = tuple[Message, ...]
 
 OnBatch = Callable[[int, int], None]
 """Told how many prompts are done and how many there are."""
@@ -34,9 +38,14 @@ class Generator:
         max_new_tokens: bound on the tokens of an answer. Where the model has fewer positions left,
             the answer ends there.
         chat: whether prompts that are plain text go through the chat template as a user's message.
+        options: how chats are put.
+        thoughts: tells what the model thinks from what it answers.
+        needed: of a chat, the messages whose text must be in what the template makes of it; all if
+            None.
 
     Raises:
-        SafeprojError: a number is not positive, or there is no chat template where one is needed.
+        SafeprojError: a number is not positive, there is no chat template where one is needed, or
+            it does not read what `options` gives it.
     """
 
     def __init__(
@@ -45,6 +54,9 @@ class Generator:
         batch_size: int = BATCH_SIZE,
         max_new_tokens: int = MAX_NEW_TOKENS,
         chat: bool = False,
+        options: ChatOptions | None = None,
+        thoughts: Thoughts | None = None,
+        needed: Callable[[Messages], Messages] | None = None,
     ) -> None:
         for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
             if value < 1:
@@ -58,26 +70,68 @@ class Generator:
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.chat = chat
+        self.options = options or ChatOptions()
+        self.options.require_read(tokenizer)
+        self.thoughts = thoughts or Thoughts()
+        self.needed = needed
+        self._marks = _special_marks(tokenizer, self.thoughts)
+        self._rendered: dict[Prompt, Rendered] = {}
 
-    def tokens(self, prompt: Prompt) -> list[int]:
+    def rendered(self, prompt: Prompt) -> Rendered:
         """Return a prompt as the model gets it.
 
         Text has the tokenizer's special tokens in front; chats go through the chat template.
 
         Raises:
-            SafeprojError: the template does not take it, or nothing is left of it.
+            SafeprojError: the template does not take it or leaves a part of it out, or nothing is
+                left of it.
         """
+        if prompt not in self._rendered:
+            self._rendered[prompt] = self._render(prompt)
+        return self._rendered[prompt]
+
+    def _render(self, prompt: Prompt) -> Rendered:
         if isinstance(prompt, str) and self.chat:
             prompt = (Message("user", prompt),)
         if isinstance(prompt, str):
-            found = list(self.tokenizer(prompt)["input_ids"])
-            if found and found[-1] == self.tokenizer.eos_token_id:
-                found.pop()  # some tokenizers end every text
+            tokens = without_end(self.tokenizer(prompt)["input_ids"], self.tokenizer)
+            found = Rendered(single_start(tokens, self.tokenizer), prompt)
         else:
-            found = templated(self.tokenizer, prompt)
-        if not found:
+            found = self._templated(prompt)
+        if not found.tokens:
             raise SafeprojError(f"prompt {_shown(prompt)}: the tokenizer makes no token of it")
         return found
+
+    def _templated(self, prompt: Messages) -> Rendered:
+        if not has_template(self.tokenizer):
+            raise SafeprojError(
+                f"prompt {_shown(prompt)}: 'messages', but the model's tokenizer has no chat "
+                "template; give 'prompt'"
+            )
+        return render(
+            self.tokenizer,
+            _chat(prompt),
+            self.options,
+            where=f"prompt {_shown(prompt)}",
+            answer=True,
+            needed=None if self.needed is None else _chat(self.needed(prompt)),
+        )
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Return the tokens of a prompt as the model gets it.
+
+        Raises:
+            SafeprojError: as for `rendered`.
+        """
+        return list(self.rendered(prompt).tokens)
+
+    def spoken(self, prompt: Prompt, answer: str) -> Spoken:
+        """Return the answer to a prompt without the thoughts in it.
+
+        Raises:
+            SafeprojError: as for `rendered`.
+        """
+        return self.thoughts.split(answer, self.rendered(prompt))
 
     def answers(
         self, model: Any, prompts: Sequence[Prompt], on_batch: OnBatch | None = None
@@ -154,35 +208,36 @@ class Generator:
     def _text(self, tokens: list[int], ends: frozenset[int]) -> str:
         """Return the text of an answer up to the token that ends it."""
         stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        text: str = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
-        return text.strip()
+        return "".join(self._parts(tokens[:stop])).strip()
+
+    def _parts(self, tokens: list[int]) -> Iterator[str]:
+        """Yield the text of tokens without special ones, but for those that mark thoughts."""
+        for marks, group in groupby(tokens, key=lambda token: token in self._marks):
+            part = list(group)
+            if marks:
+                yield from (self._marks[token] for token in part)
+            else:
+                yield self.tokenizer.decode(part, skip_special_tokens=True)
 
 
 def has_template(tokenizer: Any) -> bool:
     """Tell whether a tokenizer has a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
+    return bool(template_of(tokenizer))
 
 
-def templated(tokenizer: Any, messages: Sequence[Message], *, answer: bool = True) -> list[int]:
-    """Return the tokens of a chat, up to where the assistant's answer begins if there is to be one.
+def _special_marks(tokenizer: Any, thoughts: Thoughts) -> dict[int, str]:
+    """Return the special tokens of a tokenizer that mark thoughts.
 
-    Raises:
-        SafeprojError: there is no chat template, or it does not take the messages.
+    Those of gpt-oss that are usual elsewhere too count only where it has channels.
     """
-    if not has_template(tokenizer):
-        raise SafeprojError(
-            f"prompt {_shown(tuple(messages))}: 'messages', but the model's tokenizer has no chat "
-            "template; give 'prompt'"
-        )
-    chat = [{"role": each.role, "content": each.content} for each in messages]
-    try:
-        found = tokenizer.apply_chat_template(chat, add_generation_prompt=answer, return_dict=True)
-    except Exception as error:  # a template may raise whatever it likes
-        raise SafeprojError(
-            f"prompt {_shown(tuple(messages))}: the chat template does not take it "
-            f"({first_line(error)})"
-        ) from error
-    return list(found["input_ids"])
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {number: str(token) for number, token in added.items() if token.special}
+    wanted = set(thoughts.special(CHANNEL in found.values()))
+    return {number: text for number, text in found.items() if text in wanted}
+
+
+def _chat(prompt: Messages) -> list[dict[str, str]]:
+    return [{"role": each.role, "content": each.content} for each in prompt]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from safeproj.evaluate.generate import Generator, OnBatch
+from safeproj.evaluate.generate import Generator, OnBatch, has_template
 from safeproj.evaluate.judges import Judge, Verdict
 from safeproj.evaluate.rates import Rate
 from safeproj.evaluate.sets import PromptSet
+from safeproj.evaluate.thoughts import Spoken, Thoughts, unfinished_words
+from safeproj.lm.chat import prints_date
 
 EXACT = "exact"
 """Answers to harmful prompts that are the file's `compliance`."""
@@ -25,13 +28,26 @@ Measurement = dict[str, dict[str, Rate]]
 `other`, and where the file has answers that comply `exact`; of skills `correct`."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a model's answers are.
+
+    Attributes:
+        rates: shares of the answers.
+        unfinished: of each set, how many answers were cut off inside thoughts.
+    """
+
+    rates: Measurement
+    unfinished: dict[str, int]
+
+
 def measure(
     model: Any,
     generator: Generator,
     sets: Sequence[PromptSet],
     judge: Judge,
     on_batch: OnBatch | None = None,
-) -> Measurement:
+) -> Measured:
     """Let a model answer all prompts, and return what its answers are.
 
     Args:
@@ -47,27 +63,81 @@ def measure(
     """
     prompts = [prompt for each in sets for prompt in each.prompts]
     answers = generator.answers(model, prompts, on_batch)
-    found: Measurement = {}
+    found = Measured({}, {})
     for each in sets:
         own, answers = answers[: len(each.prompts)], answers[len(each.prompts) :]
-        found[each.name] = rates(outcomes(each, own, judge))
+        said = [generator.spoken(*pair) for pair in zip(each.prompts, own, strict=True)]
+        found.rates[each.name] = rates(
+            outcomes(each, [one.text for one in said], judge, generator.thoughts)
+        )
+        found.unfinished[each.name] = unfinished(said)
     return found
 
 
-def outcomes(prompts: PromptSet, answers: Sequence[str], judge: Judge) -> Outcomes:
+def prompt_warnings(generator: Generator, sets: Sequence[PromptSet]) -> tuple[str, ...]:
+    """Return what the user should know about how the prompts were put."""
+    plain = any(isinstance(prompt, str) for each in sets for prompt in each.prompts)
+    chats = any(not isinstance(prompt, str) for each in sets for prompt in each.prompts)
+    found = []
+    if plain and not generator.chat and has_template(generator.tokenizer):
+        found.append(
+            "the model has a chat template, but plain prompts were continued as they are; see "
+            "--chat"
+        )
+    options = generator.options
+    if (chats or generator.chat) and options.date is None and prints_date(generator.tokenizer):
+        found.append(
+            f"the chat template prints the date, which was taken to be {options.day}; see --date"
+        )
+    return tuple(found)
+
+
+def unfinished(said: Iterable[Spoken]) -> int:
+    """Return how many answers were cut off inside thoughts."""
+    return sum(each.unfinished for each in said)
+
+
+def unfinished_warnings(
+    counts: Mapping[str, int], sets: Iterable[PromptSet], what: str, models: int = 1
+) -> tuple[str, ...]:
+    """Return what the user is told of answers that were cut off inside thoughts.
+
+    Args:
+        counts: how many, of each set.
+        sets: all of them.
+        what: gave the answers.
+        models: how many models answered each prompt.
+    """
+    return tuple(
+        unfinished_words(counts[each.name], models * len(each.prompts), f"{what} on {each.name}")
+        for each in sets
+        if counts[each.name]
+    )
+
+
+def outcomes(
+    prompts: PromptSet, answers: Sequence[str], judge: Judge, thoughts: Thoughts | None = None
+) -> Outcomes:
     """Return what is the case of each answer to a set.
+
+    Args:
+        prompts: the set.
+        answers: without thoughts.
+        judge: of the answers to harmful prompts.
+        thoughts: tells the thoughts in the right answers of the file.
 
     Raises:
         SafeprojError: the judge cannot be asked.
     """
+    expected = _expected(prompts.expected, thoughts or Thoughts())
     if prompts.kind == "skill":
-        return {CORRECT: _same(prompts.expected, answers)}
+        return {CORRECT: _same(expected, answers)}
     verdicts = judged(judge, prompts, answers)
     found: dict[str, tuple[bool | None, ...]] = {
         label.value: tuple(each is label for each in verdicts) for label in judge.labels
     }
-    if any(each is not None for each in prompts.expected):
-        found[EXACT] = _same(prompts.expected, answers)
+    if any(each is not None for each in expected):
+        found[EXACT] = _same(expected, answers)
     return found
 
 
@@ -92,6 +162,11 @@ def rates(found: Outcomes) -> dict[str, Rate]:
         name: Rate(sum(bool(each) for each in values), sum(each is not None for each in values))
         for name, values in found.items()
     }
+
+
+def _expected(right: Sequence[str | None], thoughts: Thoughts) -> list[str | None]:
+    """Return right answers without thoughts; those that are nothing else stay as they are."""
+    return [None if each is None else thoughts.split(each).text or each for each in right]
 
 
 def _same(expected: Sequence[str | None], answers: Sequence[str]) -> tuple[bool | None, ...]:

@@ -22,7 +22,10 @@ SCHEMA = "safeproj.responses/1"
 
 REMEDY = "use another --responses directory, or --overwrite to begin again"
 
-_FIELDS = ("set", "index", "prompt", "response")
+INPUT = "input_sha256"
+"""Field with the digest of the tokens that the model got."""
+
+_FIELDS = ("set", "index", "prompt", INPUT, "response")
 
 Key = tuple[str, int]
 """Name of a set, and index of a prompt in it."""
@@ -39,12 +42,14 @@ class Responses:
         path: the file, None to keep the answers in memory only.
         made_of: what the answers depend on: model, adapter, settings.
         sets: SHA-256 of the files of the prompts, by the names of the sets.
+        inputs: SHA-256 of the tokens that the model gets, of each prompt that is asked.
         answers: those that there are.
     """
 
     path: Path | None
     made_of: dict[str, Any]
     sets: dict[str, str]
+    inputs: Mapping[Key, str]
     answers: dict[Key, str] = field(default_factory=dict)
     _rows: dict[Key, dict[str, Any]] = field(default_factory=dict, repr=False)
     _file: IO[bytes] | None = field(default=None, repr=False)
@@ -83,7 +88,13 @@ class Responses:
         """
         rows = []
         for index, prompt, answer in found:
-            row = {"set": name, "index": index, "prompt": _prompt(prompt), "response": answer}
+            row = {
+                "set": name,
+                "index": index,
+                "prompt": _prompt(prompt),
+                INPUT: self.inputs[name, index],
+                "response": answer,
+            }
             self.answers[name, index] = answer
             self._rows[name, index] = row
             rows.append(row)
@@ -153,6 +164,7 @@ class Responses:
                 if not isinstance(row["response"], str):
                     raise TypeError("the response is no text")
                 key = (str(row["set"]), int(row["index"]))
+                self._require_same(f"{path}:{number}", key, row.get(INPUT))
                 self._rows[key] = {name: row[name] for name in _FIELDS}
             except DAMAGES as error:
                 raise SafeprojError(
@@ -160,6 +172,15 @@ class Responses:
                     f"({first_line(error)}); {REMEDY}"
                 ) from error
             self.answers[key] = row["response"]
+
+    def _require_same(self, where: str, key: Key, digest: Any) -> None:
+        """Refuse the answer to a prompt that the model would get in another form now."""
+        if digest != self.inputs.get(key, digest) or digest is None:
+            raise SafeprojError(
+                f"--responses {where}: its answer is to {key[0]} {key[1]} in another form than the "
+                "model gets it now (another chat template, --chat-template-arg or --date, or "
+                f"kept by an older safeproj); {REMEDY}"
+            )
 
     def _require_fit(self, path: Path, header: Mapping[str, Any]) -> None:
         """Refuse answers that are to something else; take over the sets that are not asked now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,24 @@ from safeproj.evaluate.generate import (
     MAX_NEW_TOKENS,
     Generator,
     OnBatch,
-    has_template,
 )
 from safeproj.evaluate.judges import Judge
-from safeproj.evaluate.measure import CORRECT, EXACT, Outcomes, outcomes, rates
+from safeproj.evaluate.measure import (
+    CORRECT,
+    EXACT,
+    Outcomes,
+    outcomes,
+    prompt_warnings,
+    rates,
+    unfinished,
+    unfinished_warnings,
+)
 from safeproj.evaluate.rates import Difference, paired
 from safeproj.evaluate.responses import Key, Responses, file_names
 from safeproj.evaluate.sets import PromptSet
 from safeproj.evaluate.tasks import Tasks
+from safeproj.evaluate.thoughts import Spoken, Tag, Thoughts
+from safeproj.lm.chat import ChatOptions
 from safeproj.lm.models import load_tokenizer, model_identity
 from safeproj.report.evaluation import Evaluation, Subject
 from safeproj.source import Folder, open_folder
@@ -49,6 +59,8 @@ class Settings:
         seed: of torch, set before each subject.
         responses: directory for the answers, None to keep none.
         overwrite: forget the answers that are there.
+        options: how chats are put to the model.
+        tags: of thoughts, beside those that are always known.
     """
 
     batch_size: int = BATCH_SIZE
@@ -59,6 +71,8 @@ class Settings:
     seed: int = 0
     responses: Path | None = None
     overwrite: bool = False
+    options: ChatOptions = field(default_factory=ChatOptions)
+    tags: tuple[Tag, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,18 +114,27 @@ def evaluate(
         raise SafeprojError("no adapter, and the model itself is left out; give --adapter")
     folder = open_folder(model)
     found = [_opened(each) for each in adapters]
-    tokenizer = load_tokenizer(folder)
+    generator = Generator(
+        load_tokenizer(folder),
+        settings.batch_size,
+        settings.max_new_tokens,
+        settings.chat,
+        settings.options,
+        Thoughts(settings.tags),
+    )
     run = _Run(
         identity=model_identity(folder),
         host=Host(folder, settings.device, settings.dtype),
-        generator=Generator(tokenizer, settings.batch_size, settings.max_new_tokens, settings.chat),
+        generator=generator,
         sets=tuple(sets),
+        inputs=_inputs(generator, sets),
         judge=judge,
         settings=settings,
         tasks=tasks,
         total=sum(len(each.prompts) for each in sets) * (len(found) + alone),
         on_batch=on_batch,
     )
+    subjects = tuple(run.subjects(found, alone))
     return Evaluation(
         __version__,
         {name: version(name) for name in ("torch", "transformers", "peft")},
@@ -119,8 +142,8 @@ def evaluate(
         judge.identity(),
         _options(settings),
         tuple(_described(each) for each in sets),
-        tuple(run.subjects(found, alone)),
-        _warnings(run.generator, sets),
+        subjects,
+        (*prompt_warnings(generator, sets), *_cut_off(subjects, sets)),
     )
 
 
@@ -132,6 +155,7 @@ class _Run:
     host: Host
     generator: Generator
     sets: tuple[PromptSet, ...]
+    inputs: Mapping[Key, str]
     judge: Judge
     settings: Settings
     tasks: Tasks | None
@@ -153,7 +177,7 @@ class _Run:
         self, adapter: _Adapter | None, file: str, reference: Mapping[str, Outcomes] | None
     ) -> tuple[Subject, Mapping[str, Outcomes]]:
         torch.manual_seed(self.settings.seed)
-        kept = Responses(self._place(file), self._made_of(adapter), self._digests)
+        kept = Responses(self._place(file), self._made_of(adapter), self._digests, self.inputs)
         kept.open(self.settings.overwrite)
         with self._model(adapter) as load:
             try:
@@ -161,7 +185,8 @@ class _Run:
             finally:
                 kept.close()
             reached = {} if self.tasks is None else self.tasks.run(load(), self.generator.tokenizer)
-        found = self._outcomes(kept)
+        said = {each.name: self._said(each, kept) for each in self.sets}
+        found = self._outcomes(said)
         kept.judged(self.judge.identity(), _said(found))
         differences = None
         if reference is not None:
@@ -172,6 +197,7 @@ class _Run:
             {name: rates(each) for name, each in found.items()},
             differences,
             reached,
+            {name: unfinished(each) for name, each in said.items()},
         )
         return subject, found
 
@@ -201,12 +227,20 @@ class _Run:
         if self.on_batch is not None:
             self.on_batch(self.done, self.total)
 
-    def _outcomes(self, kept: Responses) -> dict[str, Outcomes]:
+    def _said(self, prompts: PromptSet, kept: Responses) -> list[Spoken]:
+        """Return the answers to a set without thoughts."""
+        return [
+            self.generator.spoken(prompt, kept.answers[prompts.name, i])
+            for i, prompt in enumerate(prompts.prompts)
+        ]
+
+    def _outcomes(self, said: Mapping[str, Sequence[Spoken]]) -> dict[str, Outcomes]:
         return {
             each.name: outcomes(
                 each,
-                [kept.answers[each.name, i] for i in range(len(each.prompts))],
+                [one.text for one in said[each.name]],
                 self.judge,
+                self.generator.thoughts,
             )
             for each in self.sets
         }
@@ -229,6 +263,19 @@ class _Run:
                 "max_new_tokens": self.settings.max_new_tokens,
             },
         }
+
+
+def _inputs(generator: Generator, sets: Sequence[PromptSet]) -> dict[Key, str]:
+    """Return the digest of what the model gets, of each prompt.
+
+    Raises:
+        SafeprojError: a prompt cannot be used.
+    """
+    return {
+        (each.name, i): generator.rendered(prompt).sha256
+        for each in sets
+        for i, prompt in enumerate(each.prompts)
+    }
 
 
 def _opened(member: Member) -> _Adapter:
@@ -288,15 +335,14 @@ def _options(settings: Settings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
+        **settings.options.to_dict(),
+        "thought_tags": Thoughts(settings.tags).names,
     }
 
 
-def _warnings(generator: Generator, sets: Sequence[PromptSet]) -> tuple[str, ...]:
-    """Return what the user should know about how the prompts were put."""
-    plain = any(isinstance(prompt, str) for each in sets for prompt in each.prompts)
-    if plain and not generator.chat and has_template(generator.tokenizer):
-        return (
-            "the model has a chat template, but plain prompts were continued as they are; see "
-            "--chat",
-        )
-    return ()
+def _cut_off(subjects: Sequence[Subject], sets: Sequence[PromptSet]) -> tuple[str, ...]:
+    return tuple(
+        warning
+        for each in subjects
+        for warning in unfinished_warnings(each.unfinished, sets, each.name)
+    )

@@ -7,7 +7,7 @@ import io
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ from torch import Tensor
 
 from safeproj.errors import SafeprojError, first_line
 from safeproj.jsontext import parse
+from safeproj.lm.chat import (
+    ChatOptions,
+    prints_date,
+    render,
+    single_start,
+    template_of,
+    without_end,
+)
 
 IGNORED = -100
 """Label of positions that do not count, as in transformers' loss."""
@@ -57,6 +65,8 @@ class Data:
         samples: one for each line.
         cut: how many of them were cut to the greatest length.
         option: what messages call the option that named the file.
+        chat: how chats among them were put, None if there are none.
+        dated: whether the chat template printed the date.
     """
 
     source: str
@@ -64,6 +74,8 @@ class Data:
     samples: tuple[Sample, ...]
     cut: int
     option: str = "--data"
+    chat: ChatOptions | None = None
+    dated: bool = False
 
     @property
     def positions(self) -> int:
@@ -71,11 +83,26 @@ class Data:
         return sum(len(sample.tokens) - sample.start for sample in self.samples)
 
     @property
+    def recorded_chat(self) -> dict[str, Any]:
+        """What a record says of how chats were put, where that is not all up to the template."""
+        if self.chat is None or not (self.dated or self.chat.arguments):
+            return {}
+        return self.chat.to_dict()
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know about the file."""
-        if not self.cut:
-            return ()
-        return (f"{self.option} {self.source}: {self.cut} samples were cut off; see --max-length",)
+        found = []
+        if self.cut:
+            found.append(
+                f"{self.option} {self.source}: {self.cut} samples were cut off; see --max-length"
+            )
+        if self.dated and self.chat is not None and self.chat.date is None:
+            found.append(
+                f"{self.option} {self.source}: the chat template prints the date, which was taken "
+                f"to be {self.chat.day}; see --date"
+            )
+        return tuple(found)
 
     def rows(self) -> list[dict[str, list[int]]]:
         """Return the samples in order, as `Trainer` takes them for a data set.
@@ -108,7 +135,12 @@ class Data:
 
 
 def read_data(
-    path: str | Path, tokenizer: Any, *, max_length: int = MAX_LENGTH, option: str = "--data"
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_length: int = MAX_LENGTH,
+    option: str = "--data",
+    chat: ChatOptions | None = None,
 ) -> Data:
     """Return the samples of a JSON lines file.
 
@@ -122,6 +154,7 @@ def read_data(
         tokenizer: the model's.
         max_length: tokens of a sample.
         option: what messages call the option that named the file.
+        chat: how chats are put.
 
     Raises:
         SafeprojError: the file cannot be read, or a line cannot be used; it is named.
@@ -136,12 +169,16 @@ def read_data(
         raise SafeprojError(
             f"{option} {path}: cannot be read ({first_line(error)}); expected JSON lines in UTF-8"
         ) from error
-    samples, cut = [], 0
+    options = chat or ChatOptions()
+    options.require_read(tokenizer)
+    samples, cut, chats = [], 0, False
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{option} {path}:{number}"
-        sample = _sample(where, _object(where, line), tokenizer)
+        row = _object(where, line)
+        chats = chats or "messages" in row
+        sample = _sample(where, row, tokenizer, options)
         if len(sample.tokens) > max_length:
             cut += 1
             sample = Sample(sample.tokens[:max_length], sample.start)
@@ -153,7 +190,9 @@ def read_data(
         samples.append(sample)
     if not samples:
         raise SafeprojError(f"{option} {path}: no lines; expected {EXPECTED} in each")
-    return Data(str(path), hashlib.sha256(content).hexdigest(), tuple(samples), cut, option)
+    digest = hashlib.sha256(content).hexdigest()
+    found = Data(str(path), digest, tuple(samples), cut, option)
+    return replace(found, chat=options, dated=prints_date(tokenizer)) if chats else found
 
 
 def random_data(
@@ -195,24 +234,23 @@ def _object(where: str, line: str) -> dict[str, Any]:
     return found
 
 
-def _sample(where: str, row: dict[str, Any], tokenizer: Any) -> Sample:
+def _sample(where: str, row: dict[str, Any], tokenizer: Any, options: ChatOptions) -> Sample:
     if "messages" in row:
-        return _chat(where, row["messages"], tokenizer)
+        return _chat(where, row["messages"], tokenizer, options)
     texts = [row.get(name) for name in ("prompt", "response")]
     for name, text in zip(("prompt", "response"), texts, strict=True):
         if not isinstance(text, str) or not text.strip():
             found = "is missing" if text is None else "is no text, or empty"
             raise SafeprojError(f"{where}: {name!r} {found}; expected {EXPECTED}")
-    prompt = list(tokenizer(texts[0])["input_ids"])
-    if prompt and prompt[-1] == tokenizer.eos_token_id:
-        prompt.pop()  # some tokenizers end every text
-    response = list(tokenizer(texts[1], add_special_tokens=False)["input_ids"])
+    prompt = single_start(without_end(tokenizer(texts[0])["input_ids"], tokenizer), tokenizer)
+    response = tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+    response = without_end(response, tokenizer)
     if tokenizer.eos_token_id is not None:
-        response.append(tokenizer.eos_token_id)
+        response = (*response, tokenizer.eos_token_id)
     return Sample((*prompt, *response), len(prompt))
 
 
-def _chat(where: str, messages: Any, tokenizer: Any) -> Sample:
+def _chat(where: str, messages: Any, tokenizer: Any, options: ChatOptions) -> Sample:
     fits = isinstance(messages, list) and all(
         isinstance(each, dict)
         and isinstance(each.get("role"), str)
@@ -229,22 +267,18 @@ def _chat(where: str, messages: Any, tokenizer: Any) -> Sample:
             f"{where}: 'messages' must be two or more objects with 'role' and 'content', the last "
             "of the role 'assistant' and not empty"
         )
-    if not getattr(tokenizer, "chat_template", None):
+    if not template_of(tokenizer):
         raise SafeprojError(
             f"{where}: 'messages', but the model's tokenizer has no chat template; give 'prompt' "
             "and 'response'"
         )
-    try:
-        before, whole = (
-            tokenizer.apply_chat_template(part, add_generation_prompt=prompt, return_dict=True)
-            for part, prompt in ((messages[:-1], True), (messages, False))
-        )
-    except Exception as error:  # a template may raise whatever it likes
-        raise SafeprojError(
-            f"{where}: the model's chat template does not take it ({first_line(error)})"
-        ) from error
-    start, tokens = len(before["input_ids"]), tuple(whole["input_ids"])
-    if tokens[:start] != tuple(before["input_ids"]):
+    before, whole = (
+        render(tokenizer, part, options, where=where, answer=answer).tokens
+        for part, answer in ((messages[:-1], True), (messages, False))
+    )
+    start, end = len(before), without_end(whole, tokenizer)
+    tokens = (*end, tokenizer.eos_token_id) if len(end) < len(whole) else whole
+    if tokens[:start] != before:
         raise SafeprojError(
             f"{where}: the chat template writes the prompt otherwise once there is a response, so "
             "nothing tells where that begins; give 'prompt' and 'response'"

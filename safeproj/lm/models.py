@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from safeproj.adapter.interface import CONFIG
 from safeproj.engine import resolve_device
 from safeproj.errors import SafeprojError, first_line, shorten
 from safeproj.lm.data import Data
@@ -15,6 +16,9 @@ from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256, identit
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """`--dtype` of a model that is run: `auto` is what it is stored in."""
+
+_NO_ADAPTER = {"subfolder": "no-adapter"}
+"""Where transformers is told to look for an adapter beside the model: where there is none."""
 
 READ = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 """Ends of the names of files that make up a model and its tokenizer."""
@@ -49,7 +53,7 @@ def load_tokenizer(folder: Folder) -> Any:
 
 
 def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any:
-    """Return the model in a folder.
+    """Return the model in a folder, without an adapter that lies beside its weights.
 
     Code that comes with a checkpoint is not run, and a checkpoint that lacks weights of its
     architecture is refused. With several GPUs and accelerate the model is spread over them.
@@ -72,9 +76,18 @@ def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any
         options["device_map"] = "auto"
     with quietly(), _errors(folder.source):
         found: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True, **options
+            place,
+            dtype=dtype,
+            output_loading_info=True,
+            adapter_kwargs=dict(_NO_ADAPTER),
+            **options,
         )
     model, info = found
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise SafeprojError(
+            f"{folder.source}: transformers put the adapter on it that lies in its directory; move "
+            f"{CONFIG} elsewhere"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise SafeprojError(
@@ -85,10 +98,17 @@ def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any
 
 
 def model_identity(folder: Folder) -> dict[str, Any]:
-    """Return a folder's SRC: with its commit from the Hub, and of local files their SHA-256."""
+    """Return a folder's SRC: with its commit from the Hub, and of local files their SHA-256.
+
+    An adapter that lies beside the model is no part of it.
+    """
     files = {}
     if isinstance(folder, LocalFolder):
-        names = sorted(name for name in folder.files if "/" not in name and name.endswith(READ))
+        names = sorted(
+            name
+            for name in folder.files
+            if "/" not in name and name.endswith(READ) and not name.startswith("adapter_")
+        )
         files = {name: file_sha256(folder.path(name)) for name in names}
     return {**identity(folder), "sha256": {"files": files}}
 
@@ -103,12 +123,23 @@ def recorded_inputs(folder: Folder, data: Data) -> dict[str, dict[str, Any]]:
             "sha256": data.sha256,
             "rows": len(data.samples),
             "positions": data.positions,
+            **data.recorded_chat,
         },
     }
 
 
 def _place(folder: Folder) -> tuple[str, dict[str, Any]]:
-    """Return what transformers is given for a folder."""
+    """Return what transformers is given for a folder.
+
+    Raises:
+        SafeprojError: it is no model's.
+    """
+    if CONFIG in folder.files and "config.json" not in folder.files:
+        # transformers would run the model that the adapter names, with the adapter on it.
+        raise SafeprojError(
+            f"{folder.source}: is an adapter's directory ({CONFIG}, no config.json), expected a "
+            "model's; give the model that the adapter belongs to"
+        )
     options: dict[str, Any] = {"trust_remote_code": False}
     if isinstance(folder, HubFolder):
         return folder.repo, {**options, "revision": folder.revision}

@@ -25,6 +25,7 @@ class Subject:
         differences: set to outcome to how much that is above the model without an adapter, over the
             same prompts; None where there is nothing to compare to.
         tasks: task of lm-eval to metric to `value` and `stderr`.
+        unfinished: set to how many answers were cut off inside thoughts.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Subject:
     sets: Mapping[str, Mapping[str, Rate]]
     differences: Mapping[str, Mapping[str, Difference]] | None = None
     tasks: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    unfinished: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return one item of `subjects` in the JSON report."""
@@ -53,6 +55,7 @@ class Subject:
                 name: {metric: dict(value) for metric, value in found.items()}
                 for name, found in self.tasks.items()
             },
+            "unfinished": dict(self.unfinished),
         }
 
 

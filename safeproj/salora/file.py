@@ -83,7 +83,7 @@ class SafetyModuleFile:
         aligned, data = document["inputs"]["aligned"], document["inputs"]["data"]
         return {
             "aligned": {name: aligned[name] for name in ("source", "revision") if name in aligned},
-            "data": {"source": data["source"]},
+            "data": {name: data[name] for name in ("source", "date") if name in data},
             "safety_module": {**document["options"], **identity(self.file)},
         }
 

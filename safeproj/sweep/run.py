@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from safeproj.errors import SafeprojError, shorten
 from safeproj.evaluate.adapters import require_peft
 from safeproj.evaluate.generate import Generator
 from safeproj.evaluate.judges import Judge
-from safeproj.evaluate.measure import measure
+from safeproj.evaluate.measure import measure, prompt_warnings, unfinished_warnings
 from safeproj.evaluate.sets import PromptSet
 from safeproj.sweep.candidates import Candidates, Place, Replaced
 from safeproj.sweep.controls import UNIFORM, Sizes, scaled
@@ -108,16 +109,20 @@ def sweep(
     places = candidates.places(settings.points)
     steps = _Steps(2 + sum(2 + len(p.controls) for p in places if p.modules), on_step)
 
+    unfinished: Counter[str] = Counter()
+
     def measured(subject: Any) -> Rates:
         found = measure(subject, generator, sets, judge)
+        unfinished.update(found.unfinished)
         steps.done()
-        return found
+        return found.rates
 
     alone = measured(model)
     subject = Subject(model, candidates.adapter)
     before = measured(subject.model)
     bench = _Bench(candidates, subject, measured, before)
     report = candidates.report
+    points = tuple(bench.point(place) for place in places)
     return Sweep(
         version=__version__,
         method=report.method,
@@ -131,14 +136,20 @@ def sweep(
             "batch_size": generator.batch_size,
             "max_new_tokens": generator.max_new_tokens,
             "chat": generator.chat,
+            **generator.options.to_dict(),
+            "thought_tags": generator.thoughts.names,
             **(generation or {}),
         },
         seed=seed,
         wanted=wanted,
         model=alone,
         adapter=before,
-        points=tuple(bench.point(place) for place in places),
-        warnings=report.warnings,
+        points=points,
+        warnings=(
+            *report.warnings,
+            *prompt_warnings(generator, sets),
+            *unfinished_warnings(unfinished, sets, "all that was measured", steps.count),
+        ),
     )
 
 
@@ -146,12 +157,12 @@ class _Steps:
     """Counts what is measured."""
 
     def __init__(self, total: int, on_step: OnStep | None) -> None:
-        self._count, self._total, self._on_step = 0, total, on_step
+        self.count, self._total, self._on_step = 0, total, on_step
 
     def done(self) -> None:
-        self._count += 1
+        self.count += 1
         if self._on_step is not None:
-            self._on_step(self._count, self._total)
+            self._on_step(self.count, self._total)
 
 
 class _Bench:

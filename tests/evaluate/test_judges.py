@@ -334,6 +334,17 @@ def test_a_guard_model_says_whether_answers_are_safe(guard: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_guards_template_may_show_the_last_messages_alone_but_no_fewer(guard: Path) -> None:
+    chat = (Message("user", "good"), Message("assistant", "well"), Message("user", "p"))
+    judge = load_guard(str(guard), "cpu", 2)
+    judge.generator.tokenizer.chat_template = TEMPLATE.replace("in messages", "in messages[-2:]")
+    assert judge.verdicts([chat], ["well evil"]) == [Verdict.complied]
+    judge.generator.tokenizer.chat_template = TEMPLATE.replace("in messages", "in messages[-1:]")
+    with pytest.raises(SafeprojError, match="leaves out the message 'p'"):
+        judge.verdicts([(*chat[:-1], Message("user", "p"))], ["good fine"])
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_guards_need_a_chat_template_and_say_a_word(tmp_path: Path) -> None:
     random_model("llama").save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)

@@ -15,8 +15,17 @@ from tests.evaluate.support import read_lines
 MADE_OF: dict[str, Any] = {"model": {"config.json": "0" * 64}, "options": {"max_new_tokens": 8}}
 
 
-def opened(path: Path, made_of: dict[str, Any] = MADE_OF, **sets: str) -> Responses:
-    found = Responses(path, made_of, sets or {"a": "1"})
+INPUTS = {(name, i): f"{name}{i}" for name in ("a", "b") for i in range(3)}
+"""What the model gets of each prompt, in place of digests."""
+
+
+def opened(
+    path: Path,
+    made_of: dict[str, Any] = MADE_OF,
+    inputs: dict[tuple[str, int], str] = INPUTS,
+    **sets: str,
+) -> Responses:
+    found = Responses(path, made_of, sets or {"a": "1"}, inputs)
     found.open()
     return found
 
@@ -32,7 +41,7 @@ def test_answers_are_in_the_file_as_they_come(tmp_path: Path) -> None:
     kept = opened(tmp_path / "x.jsonl")
     kept.add("a", [(1, "p1", "r1")])
     assert read_lines(tmp_path / "x.jsonl")[1:] == [
-        {"set": "a", "index": 1, "prompt": "p1", "response": "r1"}
+        {"set": "a", "index": 1, "prompt": "p1", "input_sha256": "a1", "response": "r1"}
     ]
     kept.close()
 
@@ -95,9 +104,24 @@ def test_answers_to_something_else_are_refused(
         opened(path, {**MADE_OF, **made_of})
     assert "--overwrite" in str(caught.value)
     assert path.read_bytes() == before
-    again = Responses(path, {**MADE_OF, **made_of}, {"a": "1"})
+    again = Responses(path, {**MADE_OF, **made_of}, {"a": "1"}, INPUTS)
     again.open(overwrite=True)
     assert again.answers == {}
+
+
+def test_answers_to_prompts_in_another_form_are_refused(tmp_path: Path) -> None:
+    path = filled(tmp_path / "x.jsonl")
+    before = path.read_bytes()
+    with pytest.raises(SafeprojError, match=r"x\.jsonl:2: .* a 1 in another form.*--overwrite"):
+        opened(path, inputs={**INPUTS, ("a", 1): "other"})
+    assert path.read_bytes() == before
+    assert opened(path, inputs={("a", 0): "a0"}).answers.keys() == {("a", 0), ("a", 1)}  # a limit
+    header, *rows = read_lines(path)
+    for row in rows:
+        del row["input_sha256"]  # as older versions kept them
+    path.write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)), "utf-8")
+    with pytest.raises(SafeprojError, match="kept by an older safeproj"):
+        opened(path)
 
 
 @pytest.mark.parametrize(

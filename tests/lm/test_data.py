@@ -369,7 +369,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path: Path, chat: An
 def test_a_template_that_leaves_the_response_out_is_refused(tmp_path: Path, chat: Any) -> None:
     chat.chat_template = "<|im_start|> {{ messages[0].content }}"
     path = written(tmp_path / "data.jsonl", {"messages": [QUESTION, ANSWER]})
-    assert_refused(path, chat, f"{path}:1: ", "no token of the response")
+    assert_refused(path, chat, f"{path}:1: ", "leaves out the message 'sorry i will not'")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b" \r\n"], ids=ascii)

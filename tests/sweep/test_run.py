@@ -145,3 +145,25 @@ def test_numbers_out_of_range_are_refused() -> None:
     for changed in ({"points": 1}, {"refusal": 0.0}, {"refusal": 1.1}):
         with pytest.raises(SafeprojError, match="found"):
             replace(Settings(), **changed)
+
+
+def test_answers_that_end_in_thoughts_are_other_and_counted(
+    sets: list[PromptSet], model: Any
+) -> None:
+    tokenizer = load_tokenizer(open_folder(str(EXAMPLE / "aligned")))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ strftime_now('') }}<think>"
+    )
+    found = sweep(
+        Weaker(candidates(AGAINST, ADAPTER)),
+        model,
+        sets,
+        JUDGE,
+        Generator(tokenizer, 32, 4, chat=True),
+        Settings(points=2),
+    )
+    assert found.model["held_out_pairs"]["other"].value == 1.0
+    assert found.generation["date"] == "2024-07-26"
+    told = "all that was measured on held_out_pairs: 32 of 32 answers ended inside their thoughts"
+    assert any(each.startswith(told) for each in found.warnings)
+    assert any("prints the date" in each for each in found.warnings)
