@@ -154,17 +154,17 @@ class HubFolder:
 
     def head(self, name: str, count: int) -> tuple[bytes, int]:
         """Return the first bytes of a file, and its size, without downloading all of it."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub import hf_hub_url, utils
 
         url = hf_hub_url(self.repo, name, revision=self.revision)
-        headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}"}
+        client: Any = utils  # which lists what it exports otherwise than type checkers read it
+        headers = {**client.build_hf_headers(), "range": f"bytes=0-{count - 1}"}
         with _hub_errors(self.source):
-            response = get_session().get(url, headers=headers)
+            response = client.get_session().get(url, headers=headers)
             size = response.headers.get("Content-Range", "").rpartition("/")[2]
             if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return b"", 0  # there is no first byte
-            hf_raise_for_status(response)
+            client.hf_raise_for_status(response)
         content = response.content
         return content[:count], int(size) if size.isdecimal() else len(content)
 

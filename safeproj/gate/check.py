@@ -156,8 +156,8 @@ def verified(
         findings += about_manifest(patched)
     else:
         # What can be said of the patched modules by their record is said of the original's scores.
-        run = dataclasses.replace(original.run, adapter=patched)
-        findings += recorded(run, original.subspace.digests(run.scores), Policy())[1]
+        written = dataclasses.replace(original.run, adapter=patched)
+        findings += recorded(written, original.subspace.digests(written.scores), Policy())[1]
     evidence: dict[str, Evidence] = {}
     if public_key is not None:
         findings += _about_signature(patched, public_key, remarks)

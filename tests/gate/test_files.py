@@ -226,7 +226,7 @@ def test_files_on_the_hub_are_known_by_their_first_bytes(trio: Trio) -> None:
     with running() as hub:
         hub.publish("org/adapter", {**files, **hidden})
         env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
-        pair = ["--base", trio.base, "--aligned", trio.aligned]
+        pair = ("--base", trio.base, "--aligned", trio.aligned)
         done = safeproj("check", "org/adapter", *pair, "--format", "json", env=env)
         asked = [r for r in hub.requests if r.file == "notes.md" and r.method == "GET"]
     assert done.returncode == 1, done.stderr
