@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from safeproj.adapter.files import finite_number
@@ -122,12 +123,24 @@ def _patterns(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _matching(patterns: Iterable[str], names: Iterable[Iterable[str]]) -> dict[str, list[str]]:
     """Return each name's patterns in their order, as PEFT matches them (`get_pattern_key`)."""
-    distinct = sorted({name for each in names for name in each})
+    distinct = tuple(sorted({name for each in names for name in each}))
     found: dict[str, list[str]] = {name: [] for name in distinct}
     for pattern in patterns:
-        for name in fullmatches(pattern, distinct, prefix=r"(.*\.)?"):
+        matched = _matched(pattern, distinct)
+        if isinstance(matched, SafeprojError):
+            raise SafeprojError(str(matched))
+        for name in matched:
             found[name].append(pattern)
     return found
+
+
+@lru_cache(maxsize=64)
+def _matched(pattern: str, names: tuple[str, ...]) -> frozenset[str] | SafeprojError:
+    """Return the names that a pattern matches, or why it cannot be used: it is asked only once."""
+    try:
+        return fullmatches(pattern, names, prefix=r"(.*\.)?")
+    except SafeprojError as error:
+        return error
 
 
 def _first(values: Mapping[str, T], patterns: Iterable[str], default: T) -> T:
@@ -201,6 +214,7 @@ def unloaded(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
         adapter: the adapter.
         names: of the model's weights.
     """
+    names = frozenset(names)
     modules = {path: module for module in adapter.modules for path in paths(module)}
     targets = {
         pair[0].partition(".lora_")[0].removeprefix(PREFIX)
@@ -289,11 +303,10 @@ def _without_tensors(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
     config, changes = adapter.config, adapter.full_changes
     given = config.get("modules_to_save") or []
     saved = [given] if isinstance(given, str) else _list("modules_to_save", given)
-    modules = {name.rpartition(".")[0] for name in names}
-    stored = {change.parameter for change in changes}
+    present = _parts_of(name.rpartition(".")[0] for name in names)
+    stored = _parts_of(change.parameter for change in changes)
     for each in dict.fromkeys(map(str, saved)):
-        is_there = any(_is_within(name, each) for name in modules)  # heads of tasks may not be
-        if is_there and not any(_is_within(name, each) for name in stored):
+        if each in present and each not in stored:  # heads of other tasks may be in neither
             yield f"modules_to_save names {each[:80]!a}, and there are no tensors of it"
     indices = config.get("trainable_token_indices") or []
     wanted = list(map(str, indices)) if isinstance(indices, dict) else [""] if indices else []
@@ -302,6 +315,17 @@ def _without_tensors(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
         if not any(f".{name}".endswith(each and f".{each}") for name in tokens):
             where = f" for {each[:80]!a}" if each else ""
             yield f"trainable_token_indices is set{where}, and there are no tensors of it"
+
+
+def _parts_of(paths_: Iterable[str]) -> frozenset[str]:
+    """Return all that can be cut out of paths: `a.b.c` holds `b`, `a.b` and so on."""
+    parts = [path.split(".") for path in dict.fromkeys(paths_)]
+    return frozenset(
+        ".".join(each[start:stop])
+        for each in parts
+        for start in range(len(each))
+        for stop in range(start + 1, len(each) + 1)
+    )
 
 
 def paths(module: AdaptedModule) -> list[str]:
