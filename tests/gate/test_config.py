@@ -194,8 +194,8 @@ def test_a_saved_module_that_the_model_does_not_have_wants_none(trio: Trio, tmp_
 @pytest.mark.parametrize("value", [True, 4.0, "4", None, 0, -4, [4]], ids=repr)
 @pytest.mark.parametrize("where", ["r", "rank_pattern"])
 def test_ranks_are_whole_numbers(trio: Trio, tmp_path: Path, where: str, value: object) -> None:
-    given = value if where == "r" else {"q_proj": value}
-    adapter = copied(trio, tmp_path / "a", **{where: given})
+    given: dict[str, Any] = {where: value if where == "r" else {"q_proj": value}}
+    adapter = copied(trio, tmp_path / "a", **given)
     assert checked(trio, adapter).outcome is Outcome.undecided
     with pytest.raises(SafeprojError, match="whole number of at least 1"):
         read_adapter(str(adapter))
@@ -209,7 +209,7 @@ def test_a_rank_that_no_module_has_fails(trio: Trio, tmp_path: Path) -> None:
 
 
 def test_ranks_by_pattern_pass(trio: Trio, tmp_path: Path) -> None:
-    settings = {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 8}}
+    settings: dict[str, Any] = {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 8}}
     adapter = save_adapter(trio.aligned_model, tmp_path / "a", **settings)
     assert checked(trio, adapter).outcome is Outcome.passed
 
@@ -234,7 +234,7 @@ def scaling(model: Any, module: str) -> float:
 def test_alpha_of_the_config_is_bounded_whatever_patterns_say(
     trio: Trio, tmp_path: Path, root: bool
 ) -> None:
-    settings = {"lora_alpha": 200, "alpha_pattern": {".*": 8}, "use_rslora": root}
+    settings: dict[str, Any] = {"lora_alpha": 200, "alpha_pattern": {".*": 8}, "use_rslora": root}
     adapter = copied(trio, tmp_path / "a", **settings)
     limit = 200 / (2 if root else 4)
     for bound, passes in ((limit, True), (limit - 0.5, False)):
@@ -290,7 +290,8 @@ def test_adalora_is_scaled_by_the_rank_it_began_with(trio: Trio, tmp_path: Path)
 
 @pytest.mark.parametrize("switch", ["use_rslora", "lora_bias", "fan_in_fan_out"])
 def test_switches_are_truths(trio: Trio, tmp_path: Path, switch: str) -> None:
-    adapter = copied(trio, tmp_path / "a", **{switch: "false"})
+    given: dict[str, Any] = {switch: "false"}
+    adapter = copied(trio, tmp_path / "a", **given)
     assert f"{switch} is 'false'" in said(checked(trio, adapter), "SP011")
 
 
@@ -332,7 +333,8 @@ def test_settings_are_noted_and_fail_where_the_policy_says_so(
 
 def test_empty_settings_are_none(trio: Trio, tmp_path: Path) -> None:
     names = ("auto_map", "quantization_config", "alora_invocation_tokens", "arrow_config")
-    adapter = copied(trio, tmp_path / "a", revision="main", **dict.fromkeys(names))
+    unset: dict[str, Any] = dict.fromkeys(names)
+    adapter = copied(trio, tmp_path / "a", revision="main", **unset)
     assert {each.id for each in checked(trio, adapter).findings} == {"SP020"}
 
 

@@ -220,7 +220,10 @@ def test_pickled_weights(trio: Trio, tmp_path: Path) -> None:
 
 def test_an_early_peft_takes_one_key_for_both_patterns(trio: Trio, tmp_path: Path) -> None:
     """Run with PEFT 0.11.1: q_proj is scaled by 1 here, by PEFT 0.21 by 25."""
-    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.0.self_attn.q_proj": 100}}
+    patterns: dict[str, Any] = {
+        "rank_pattern": {"q_proj": 4},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 100},
+    }
     adapter = made(trio, tmp_path / "a", **patterns)
     rewrite(adapter, EARLY)
     (said,) = differences(trio, adapter, "peft-0.11")
