@@ -207,6 +207,7 @@ def unloaded(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
         adapter: the adapter.
         names: of the model's weights.
     """
+    names = frozenset(names)
     modules = {path: module for module in adapter.modules for path in paths(module)}
     targets = {
         pair[0].partition(".lora_")[0].removeprefix(PREFIX)
@@ -295,11 +296,10 @@ def _without_tensors(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
     config, changes = adapter.config, adapter.full_changes
     given = config.get("modules_to_save") or []
     saved = [given] if isinstance(given, str) else _list("modules_to_save", given)
-    wanted = dict.fromkeys(map(str, saved))
-    there = {each for _, each in _saved_parts((n.rpartition(".")[0] for n in names), wanted)}
-    stored = {each for _, each in _saved_parts((c.parameter for c in changes), wanted)}
-    for each in wanted:
-        if each in there - stored:  # heads of tasks may not be there
+    present = _parts_of(name.rpartition(".")[0] for name in names)
+    stored = _parts_of(change.parameter for change in changes)
+    for each in dict.fromkeys(map(str, saved)):
+        if each in present and each not in stored:  # heads of other tasks may be in neither
             yield f"modules_to_save names {each[:80]!a}, and there are no tensors of it"
     indices = config.get("trainable_token_indices") or []
     rows = list(map(str, indices)) if isinstance(indices, dict) else [""] if indices else []
@@ -308,6 +308,17 @@ def _without_tensors(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
         if not any(f".{name}".endswith(each and f".{each}") for name in tokens):
             where = f" for {each[:80]!a}" if each else ""
             yield f"trainable_token_indices is set{where}, and there are no tensors of it"
+
+
+def _parts_of(paths_: Iterable[str]) -> frozenset[str]:
+    """Return all that can be cut out of paths: `a.b.c` holds `b`, `a.b` and so on."""
+    parts = [path.split(".") for path in dict.fromkeys(paths_)]
+    return frozenset(
+        ".".join(each[start:stop])
+        for each in parts
+        for start in range(len(each))
+        for stop in range(start + 1, len(each) + 1)
+    )
 
 
 def paths(module: AdaptedModule) -> list[str]:
@@ -377,15 +388,6 @@ def _within(names: Collection[str], modules: Collection[str]) -> Iterator[str]:
     Raises:
         SafeprojError: the modules lie at more depths than those of any model.
     """
-    yield from dict.fromkeys(name for name, _ in _saved_parts(names, modules))
-
-
-def _saved_parts(names: Iterable[str], modules: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield each name with each of the modules that it is, or is part of.
-
-    Raises:
-        SafeprojError: the modules lie at more depths than those of any model.
-    """
     by_dots: dict[int, set[str]] = {}
     for module in modules:
         by_dots.setdefault(module.count("."), set()).add(module)
@@ -395,10 +397,12 @@ def _saved_parts(names: Iterable[str], modules: Collection[str]) -> Iterator[tup
         )
     for name in names:
         parts = name.split(".")
-        for dots, wanted in by_dots.items():
-            for start in range(len(parts) - dots):
-                if (module := ".".join(parts[start : start + dots + 1])) in wanted:
-                    yield name, module
+        if any(
+            ".".join(parts[start : start + dots + 1]) in wanted
+            for dots, wanted in by_dots.items()
+            for start in range(len(parts) - dots)
+        ):
+            yield name
 
 
 class Endings:

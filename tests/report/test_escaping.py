@@ -59,7 +59,7 @@ EVALUATION = Evaluation(
     warnings=(EVIL,),
 )
 
-RECORDS = {
+RECORDS: dict[str, Any] = {
     "report": RECORD,
     "reports": Reports("1.2.3", {EVIL: RECORD}, {f"{EVIL}2": Failure(EVIL, EVIL)}),
     "check": hostile(),
