@@ -296,9 +296,10 @@ def _without_tensors(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
     config, changes = adapter.config, adapter.full_changes
     given = config.get("modules_to_save") or []
     saved = [given] if isinstance(given, str) else _list("modules_to_save", given)
-    present = _parts_of(name.rpartition(".")[0] for name in names)
-    stored = _parts_of(change.parameter for change in changes)
-    for each in dict.fromkeys(map(str, saved)):
+    wanted = dict.fromkeys(map(str, saved))
+    present = {each for _, each in _within((n.rpartition(".")[0] for n in names), wanted)}
+    stored = {each for _, each in _within((c.parameter for c in changes), wanted)}
+    for each in wanted:
         if each in present and each not in stored:  # heads of other tasks may be in neither
             yield f"modules_to_save names {each[:80]!a}, and there are no tensors of it"
     indices = config.get("trainable_token_indices") or []
@@ -308,17 +309,6 @@ def _without_tensors(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
         if not any(f".{name}".endswith(each and f".{each}") for name in tokens):
             where = f" for {each[:80]!a}" if each else ""
             yield f"trainable_token_indices is set{where}, and there are no tensors of it"
-
-
-def _parts_of(paths_: Iterable[str]) -> frozenset[str]:
-    """Return all that can be cut out of paths: `a.b.c` holds `b`, `a.b` and so on."""
-    parts = [path.split(".") for path in dict.fromkeys(paths_)]
-    return frozenset(
-        ".".join(each[start:stop])
-        for each in parts
-        for start in range(len(each))
-        for stop in range(start + 1, len(each) + 1)
-    )
 
 
 def paths(module: AdaptedModule) -> list[str]:
@@ -365,7 +355,7 @@ def _targeted(config: Mapping[str, Any], names: Sequence[str]) -> frozenset[str]
     found -= _named("exclude_modules", config.get("exclude_modules"), names)
     given = config.get("modules_to_save") or []
     saved = [given] if isinstance(given, str) else _list("modules_to_save", given)
-    found -= set(_within(found, {str(each) for each in saved}))
+    found -= {name for name, _ in _within(found, {str(each) for each in saved})}
     layers = config.get("layers_to_transform")
     if layers is None or layers == [] or isinstance(targets, str):
         return found
@@ -382,8 +372,8 @@ def _targeted(config: Mapping[str, Any], names: Sequence[str]) -> frozenset[str]
     return frozenset(n for n in found if n in whole or _layer(n, patterns) in wanted)
 
 
-def _within(names: Collection[str], modules: Collection[str]) -> Iterator[str]:
-    """Yield the names of modules that are saved whole, or are part of one that is.
+def _within(names: Iterable[str], modules: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield each name with each of the modules that it is, or is part of.
 
     Raises:
         SafeprojError: the modules lie at more depths than those of any model.
@@ -397,12 +387,10 @@ def _within(names: Collection[str], modules: Collection[str]) -> Iterator[str]:
         )
     for name in names:
         parts = name.split(".")
-        if any(
-            ".".join(parts[start : start + dots + 1]) in wanted
-            for dots, wanted in by_dots.items()
-            for start in range(len(parts) - dots)
-        ):
-            yield name
+        for dots, wanted in by_dots.items():
+            for start in range(len(parts) - dots):
+                if (module := ".".join(parts[start : start + dots + 1])) in wanted:
+                    yield name, module
 
 
 class Endings:
