@@ -518,7 +518,7 @@ def _is_finite(update: Update) -> bool:
 def _change(update: Update, cast: Update) -> float:
     """Return `‖ΔW_cast - ΔW‖_F / ‖ΔW‖_F`, infinite where `ΔW` is zero and the other is not."""
     A, B, A_cast, B_cast = (each.double() for each in (update.A, update.B, cast.A, cast.B))
-    # B' A' - B A = [B' - B, B] [A'; A' - A]: no term is larger than the change but where B A cancels
+    # B' A' - B A = [B' - B, B] [A'; A' - A], in which hardly a term is larger than the change.
     change = factors.norm(torch.cat([A_cast, A_cast - A]), torch.cat([B_cast - B, B], dim=1))
     size = factors.norm(A, B)
     return change / size if size > 0.0 else (math.inf if change > 0.0 else 0.0)

@@ -464,7 +464,7 @@ def gains(A: Tensor, B: Tensor, CB: Tensor) -> tuple[Tensor, Tensor]:
     A, B, CB = settled(A, B, CB)
     L = torch.linalg.qr(A.T)[1]
     U, S, W = torch.linalg.svd(B @ L.T, full_matrices=False)
-    k = int((S > NEGLIGIBLE * S[0]).sum())
+    k = int((NEGLIGIBLE * S[0] < S).sum())
     CU = (CB @ L.T) @ (W[:k].T / S[:k])
     seen, E = torch.linalg.eigh((U[:, :k].T @ CU + CU.T @ U[:, :k]) / 2.0)
     return seen, (E.T * S[:k]).norm(dim=1)

@@ -50,7 +50,7 @@ def transposed(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearly(size: float) -> tuple[Tensor, Tensor]:
-    """Return factors of which no row and no column depends on the others, and that nearly cancel."""
+    """Return factors that nearly cancel; no row and no column depends on the others."""
     A, B = normal(3, 9), normal(12, 3)
     A[2], B[:, 2] = A[1] + A[0] / size, -B[:, 1] * size + B[:, 0]
     B[:, 1] *= size
@@ -151,7 +151,8 @@ def test_zero_is_told_from_all_else(r: int, m: int, n: int, seed: int, power: in
 
 def test_factors_that_hardly_cancel_are_left_as_they_are() -> None:
     A, B, CB = normal(4, 9), normal(12, 4), normal(12, 4, seed=3)
-    assert all(torch.equal(x, y.double()) for x, y in zip(settled(A, B, CB), (A, B, CB)))
+    for found, given_ in zip(settled(A, B, CB), (A, B, CB), strict=True):
+        assert torch.equal(found, given_.double())
 
 
 def test_bounds_of_a_cosine_know_an_empty_update() -> None:

@@ -131,7 +131,7 @@ def check_command(
         typer.Option(
             "--max-cast-change",
             metavar="X",
-            help="Largest relative change of an update where its factors are cast to another dtype.",
+            help="Largest relative change of an update where its factors are cast, as servers do.",
         ),
     ] = None,
     allow: Annotated[

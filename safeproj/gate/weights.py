@@ -26,13 +26,14 @@ MODEL_LIBRARIES = ("transformers", "diffusers", "peft")
 
 
 CANCELLATION = 1e6
-"""Largest share of terms that cancel: they are a thousand times as large as what is left of them.
+"""Most that terms may cancel, `Σ |BᵀB ∘ A Aᵀ| / ‖B A‖²`: they are a thousand times what is left.
 As training leaves factors it is 1 to 1.6; conversions of adapters that were trained on changed
 base weights subtract what they started from, which is up to some hundred times their update."""
 
 UNSEEN = 0.05
 """Output directions in which alignment moved a weight by less than this share of the mean over all
-directions, in squares, count as left alone. In updates as training leaves them the least is 0.07."""
+directions, in squares, count as left alone. In updates as training leaves them the least is 0.07.
+"""
 
 
 @dataclass(frozen=True)

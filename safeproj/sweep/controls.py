@@ -105,4 +105,3 @@ def _factors(module: AdaptedModule, tensors: Mapping[str, Tensor]) -> tuple[Tens
     if module.gain is not None:
         A = A * module.gain.view(tensors).double()
     return module.output.view(tensors).double(), A
-

@@ -1,5 +1,7 @@
 """Numbers that deceive: what is projected and scored where terms cancel, casts, bought cosines."""
 
+# ruff: noqa: ARG001 - all ways take the same two arguments
+
 from __future__ import annotations
 
 import math
@@ -258,7 +260,9 @@ def test_the_part_that_points_away_is_bounded(trio: Trio) -> None:
     assert [f"{expected:.4g} times aligned - base" in message for message in text] == [True]
     assert not [
         message
-        for message in messages(check(trio, trio.adapter, Policy(max_outside=expected * 1.001)), "SP037")
+        for message in messages(
+            check(trio, trio.adapter, Policy(max_outside=expected * 1.001)), "SP037"
+        )
         if Q in message
     ]
 

@@ -235,7 +235,9 @@ def other_update_as_float32(adapter: Path, ground: Ground) -> None:
     B = directions(ground)
     bad, good = B[:, -1:], B[:, :1]
     tensors[key(Q, "A")] = A
-    tensors[key(Q, "B")] = torch.cat([bad, good, -good], dim=1) * torch.tensor([0.05, 2.0**26, 2.0**26])
+    tensors[key(Q, "B")] = torch.cat([bad, good, -good], dim=1) * torch.tensor(
+        [0.05, 2.0**26, 2.0**26]
+    )
     put_tensors(adapter, tensors)
     configure(adapter, rank_pattern={Q: 3}, alpha_pattern={Q: SCALING * 3})
 
