@@ -311,7 +311,7 @@ def check(
     options = dataclasses.replace(
         options, selection=Selection(threshold=policy.threshold), projector=projector
     )
-    job = Job(against, options, observer, profile, digests=None, lenient=True)
+    job = Job(against, options, observer, profile, digests=None, lenient=True, casts=True)
     before = None
     if original is not None:
         before = _original(against, original, projector, options, observer, profile)

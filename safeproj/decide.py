@@ -92,7 +92,13 @@ def decide(
         there = module.factor(projector.side).view(written)
         if projector.side == "output":  # it is the reference code's measure of C B
             distances.append(pdst(there, score.factor))
-        if module.name in chosen and _relative_error(there, score.factor) > LOST_IN_ROUNDING:
+        if module.name in chosen and _lost(there, score, projector.side) > LOST_IN_ROUNDING:
+            if score.settled is not None:
+                raise SafeprojError(
+                    f"{module.name}: the terms of B A cancel so far that its projection cannot be "
+                    f"written beside the other factor in {there.dtype}; save the adapter again "
+                    "from the model it was trained on"
+                )
             lossy.append(module.name)
     unprojected = tuple(_unprojected(adapter, plan, scores, changes, projector.side))
     report = Report(
@@ -173,6 +179,18 @@ def _unprojected(
         if bool(adapter.tensors[bias.key].any()):
             kind = "bias of lora_B" if scored else "bias of lora_B without a cosine"
             yield Unprojected(bias.key, module.name, kind, None)
+
+
+def _lost(there: Tensor, score: Score, side: Side) -> float:
+    """Return how far what was written is from what was computed, relative to it.
+
+    Of the factor; of the update itself where terms cancel, since the factor says little of it.
+    """
+    if score.settled is None:
+        assert score.factor is not None
+        return _relative_error(there, score.factor)
+    columns = there if side == "output" else there.T
+    return _relative_error(score.settled.core.coordinates(columns), score.settled.after)
 
 
 def _relative_error(there: Tensor, factor: Tensor) -> float:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from safeproj import engine
+from safeproj import engine, factors
 from safeproj.adapter import Adapter, card, read_adapter
 from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.write import write_adapter
@@ -43,6 +45,9 @@ from safeproj.subspace import Subspace
 BATCH = 2 << 30
 """Bytes of adapters that are held at a time. Where there are more, the checkpoints are read once
 for each so many."""
+
+CASTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What servers cast factors to, whatever they are stored as."""
 
 T = TypeVar("T")
 
@@ -109,14 +114,41 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cast:
+    """An update from factors that are cast to another dtype.
+
+    Attributes:
+        dtype: its name, one of `CASTS`.
+        change: `‖ΔW_cast - ΔW‖_F / ‖ΔW‖_F`; infinite where `ΔW` is zero and the other is not.
+        least: the least that the cosine of the cast update may be, None where there is none.
+        finite: whether all values are in the dtype's range.
+    """
+
+    dtype: str
+    change: float
+    least: float | None
+    finite: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
-    """What was read of one adapter, scored and decided."""
+    """What was read of one adapter, scored and decided.
+
+    Attributes:
+        adapter: the adapter.
+        plan: what was scored of it.
+        scores: by module.
+        decision: what is to be done to it.
+        projector: what it was scored with.
+        casts: module to its update as servers cast it, where that was asked for and differs.
+    """
 
     adapter: Adapter
     plan: Plan
     scores: dict[str, Score]
     decision: Decision
     projector: Projector
+    casts: dict[str, tuple[Cast, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def report(self) -> Report:
@@ -124,13 +156,16 @@ class Run:
         return self.decision.report
 
 
+_Key = tuple[int, str, str | None]
+
+
 @dataclasses.dataclass
 class _Group:
-    """One weight, and the updates of it by adapter and module."""
+    """One weight, and the updates of it by adapter, module, and the dtype they are cast to."""
 
     name: str
     origin: Origin
-    updates: dict[tuple[int, str], Update] = dataclasses.field(default_factory=dict)
+    updates: dict[_Key, Update] = dataclasses.field(default_factory=dict)
 
 
 class Job:
@@ -146,6 +181,7 @@ class Job:
         lenient: whether to go on where tensors are unknown or modules have no weight: they are in
             the adapter and the plan then, and not in the scores.
         replacements: module to its `A'` (r, n), where that was made by running the model.
+        casts: whether to score the updates as servers cast them, too.
 
     Raises:
         SafeprojError: the options do not go together.
@@ -161,6 +197,7 @@ class Job:
         digests: bool | None,
         lenient: bool = False,
         replacements: Mapping[str, Tensor] | None = None,
+        casts: bool = False,
     ) -> None:
         self._options = options or Options()
         self._against = against
@@ -173,6 +210,7 @@ class Job:
         self._digests = digests
         self._lenient = lenient
         self._replacements = dict(replacements or {})
+        self._casts = CASTS if casts else {}
 
     @cached_property
     def subspace(self) -> Subspace:
@@ -319,32 +357,44 @@ class Job:
                 except SafeprojError as error:
                     failed[number] = error
         scores: list[dict[str, Score]] = [{} for _ in loads]
+        casts: list[dict[tuple[str, str], Score]] = [{} for _ in loads]
         wanted = [group for group in groups.values() if group.updates]
-        for (number, name), score in self._scored(wanted, self._wants_digests(loads)):
+        for (number, name, dtype), score in self._scored(wanted, self._wants_digests(loads)):
             if isinstance(score, SafeprojError):
                 failed.setdefault(number, score)
-            else:
+            elif dtype is None:
                 scores[number][name] = score
+            else:  # what would be written in its place is of no use
+                score = dataclasses.replace(score, factor=None, bias=None, settled=None)
+                casts[number][name, dtype] = score
         for number, loaded in enumerate(loads):
             if number in failed or isinstance(loaded, SafeprojError):
                 yield failed[number]
             else:
                 own, scores[number] = scores[number], {}  # so that each can be let go
-                yield _caught(partial(self._decide, loaded, own))
+                yield _caught(partial(self._decide, loaded, own, casts[number]))
 
     def _group(self, groups: dict[Hashable, _Group], number: int, loaded: Loaded) -> None:
         """Put the updates of one adapter to those of the same weights."""
-        own: list[tuple[_Group, str, Update]] = []
+        own: list[tuple[_Group, _Key, Update]] = []
         for item in loaded.plan.modules:
+            name = item.module.name
             key = self.subspace.group(item)
             if key not in groups:
                 groups[key] = _Group(item.module.name, self.subspace.origin(item))
             update = update_of(loaded.adapter, item)
-            replacement = self._replacements.get(item.module.name)
-            update = dataclasses.replace(update, replacement=replacement)
-            own.append((groups[key], item.module.name, update))
-        for group, name, update in own:  # only now that all of them are known to be there
-            group.updates[number, name] = update
+            replaced = dataclasses.replace(update, replacement=self._replacements.get(name))
+            own.append((groups[key], (number, name, None), replaced))
+            for dtype, cast in self._cast(update).items():
+                if _is_finite(cast):
+                    own.append((groups[key], (number, name, dtype), cast))
+        for group, place, update in own:  # only now that all of them are known to be there
+            group.updates[place] = update
+
+    def _cast(self, update: Update) -> dict[str, Update]:
+        """Return the update as servers cast it, where that is another one."""
+        found = {name: update.cast(dtype) for name, dtype in self._casts.items()}
+        return {name: cast for name, cast in found.items() if cast is not None}
 
     def _wants_digests(self, loads: Sequence[Loaded | SafeprojError]) -> bool:
         if self._digests is not None:
@@ -354,7 +404,7 @@ class Job:
 
     def _scored(
         self, groups: Sequence[_Group], digests: bool
-    ) -> Iterator[tuple[tuple[int, str], Score | SafeprojError]]:
+    ) -> Iterator[tuple[_Key, Score | SafeprojError]]:
         tasks = [Task(g.name, g.origin, tuple(g.updates.values())) for g in groups]
         if self._observer is not None:
             self._observer.start(len(tasks), sum(task.origin.nbytes for task in tasks))
@@ -371,7 +421,9 @@ class Job:
         for group, scores in zip(groups, found, strict=True):
             yield from zip(group.updates, scores, strict=True)
 
-    def _decide(self, loaded: Loaded, scores: dict[str, Score]) -> Run:
+    def _decide(
+        self, loaded: Loaded, scores: dict[str, Score], cast: Mapping[tuple[str, str], Score]
+    ) -> Run:
         scores = {item.module.name: scores[item.module.name] for item in loaded.plan.modules}
         with self._profile.phase("decide"):
             comparisons = {
@@ -390,7 +442,24 @@ class Job:
                 self._projector,
                 self._options.dtype,
             )
-        return Run(loaded.adapter, loaded.plan, scores, decision, self._projector)
+            casts = {
+                item.module.name: tuple(self._compared(loaded.adapter, item, cast))
+                for item in loaded.plan.modules
+            }
+        return Run(loaded.adapter, loaded.plan, scores, decision, self._projector, casts)
+
+    def _compared(
+        self, adapter: Adapter, item: PlannedModule, scores: Mapping[tuple[str, str], Score]
+    ) -> Iterator[Cast]:
+        """Yield how the update of a module changes where servers cast its factors."""
+        update = update_of(adapter, item)
+        for dtype, cast in self._cast(update).items():
+            score = scores.get((item.module.name, dtype))
+            least = None if score is None else score.cosine
+            if score is not None and score.bounds is not None:
+                least = score.bounds[0]
+            finite = _is_finite(cast)
+            yield Cast(dtype, _change(update, cast) if finite else math.inf, least, finite)
 
 
 def _projector(against: Against, given: Projector | None) -> Projector:
@@ -449,6 +518,19 @@ def update_of(adapter: Adapter, item: PlannedModule) -> Update:
         bias=None if module.bias is None else module.bias.view(tensors),
         gain=None if module.gain is None else module.gain.view(tensors),
     )
+
+
+def _is_finite(update: Update) -> bool:
+    return bool(update.A.isfinite().all()) and bool(update.B.isfinite().all())
+
+
+def _change(update: Update, cast: Update) -> float:
+    """Return `‖ΔW_cast - ΔW‖_F / ‖ΔW‖_F`, infinite where `ΔW` is zero and the other is not."""
+    A, B, A_cast, B_cast = (each.double() for each in (update.A, update.B, cast.A, cast.B))
+    # B' A' - B A = [B' - B, B] [A'; A' - A], in which hardly a term is larger than the change.
+    change = factors.norm(torch.cat([A_cast, A_cast - A]), torch.cat([B_cast - B, B], dim=1))
+    size = factors.norm(A, B)
+    return change / size if size > 0.0 else (math.inf if change > 0.0 else 0.0)
 
 
 def _notes(adapter: Adapter, projector: Projector) -> Iterator[str]:

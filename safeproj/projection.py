@@ -29,6 +29,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from safeproj.factors import settled
+
 Blocks = Iterable[Tensor]
 """`V` (m, n) as consecutive float32 row blocks. It can be iterated twice with the same result; a
 block may be overwritten as soon as the next one is asked for."""
@@ -43,6 +45,10 @@ Side = Literal["output", "input"]
 RIDGE = 1e-3
 """What is added to the diagonal of `S`, relative to its mean: benign data need not reach every
 direction."""
+
+NEGLIGIBLE = 1e-3
+"""Singular values of an update below this, relative to the largest, are too close to the rounding
+of `C B` for a direction of their own."""
 
 
 class NotOrthonormalError(Exception):
@@ -375,21 +381,24 @@ def similarity(A: Tensor, B: Tensor, CB: Tensor) -> float | None:
         CB: (m, r).
 
     Returns:
-        None where `ΔW = 0`. Where `C ΔW = 0` but `ΔW` is not, 0: all of the update lies outside
-        the safety-aligned subspace.
+        None where `ΔW` is exactly zero. Where `C ΔW = 0` but `ΔW` is not, 0: all of the update lies
+        outside the safety-aligned subspace.
+
+    Raises:
+        CancellationError: the terms of `ΔW` cancel further than float64 can tell.
 
     >>> A, B = torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     >>> similarity(A, B, torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
     0.6
     """
-    A, B, CB = A.double(), B.double(), CB.double()
+    A, B, CB = settled(A, B, CB)
     G = A @ A.T
 
     def inner(X: Tensor, Y: Tensor) -> float:
         return float(((X.T @ Y) * G).sum())
 
     before, after = inner(B, B), inner(CB, CB)
-    if before <= _cancelled(B, G):
+    if before <= 0.0:
         return None
     if after <= 0.0:
         return 0.0
@@ -408,27 +417,57 @@ def share(A: Tensor, B: Tensor, XB: Tensor) -> float | None:
         XB: `X B`, any number of rows.
 
     Returns:
-        None where `ΔW = 0`.
+        None where `ΔW` is exactly zero.
+
+    Raises:
+        CancellationError: the terms of `ΔW` cancel further than float64 can tell.
 
     >>> A, B = torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     >>> share(A, B, torch.tensor([[3.0, 0.0]]))
     0.36
     """
-    A, B, XB = A.double(), B.double(), XB.double()
+    A, B, XB = settled(A, B, XB)
     G = A @ A.T
 
     def square(X: Tensor) -> float:
         return float(((X.T @ X) * G).sum())
 
     before = square(B)
-    if before <= _cancelled(B, G):
+    if before <= 0.0:
         return None
     return min(max(square(XB) / before, 0.0), 1.0)
 
 
-def _cancelled(B: Tensor, G: Tensor) -> float:
-    """Return what float64 can lose where the terms of `⟨B A, B A⟩` cancel; `G = A Aᵀ`."""
-    return B.shape[1] * torch.finfo(torch.float64).eps * float(((B.T @ B) * G).abs().sum())
+def gains(A: Tensor, B: Tensor, CB: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how much `C` sees of an update's output directions, and how much of it lies in each.
+
+    The directions `u` (m,) are an orthonormal basis of the column space of `ΔW = B A` in which `C`
+    is diagonal: what alignment sees and what it does not see come apart, whatever is added to the
+    update along the former. Directions of less than `NEGLIGIBLE` of the largest are left out.
+
+    Args:
+        A: (r, n).
+        B: (m, r), `ΔW` not zero.
+        CB: (m, r).
+
+    Returns:
+        `⟨u, C u⟩`, ascending, and `‖uᵀ ΔW‖`.
+
+    Raises:
+        CancellationError: the terms of `ΔW` cancel further than float64 can tell.
+
+    >>> A, B = torch.eye(2), torch.tensor([[3.0, 3.0], [4.0, -4.0]])
+    >>> seen, sizes = gains(A, B, torch.tensor([[3.0, 3.0], [0.0, 0.0]]))
+    >>> [round(abs(value), 4) for value in (*seen.tolist(), *sizes.tolist())]
+    [0.0, 1.0, 5.6569, 4.2426]
+    """
+    A, B, CB = settled(A, B, CB)
+    L = torch.linalg.qr(A.T)[1]
+    U, S, W = torch.linalg.svd(B @ L.T, full_matrices=False)
+    k = int((NEGLIGIBLE * S[0] < S).sum())
+    CU = (CB @ L.T) @ (W[:k].T / S[:k])
+    seen, E = torch.linalg.eigh((U[:, :k].T @ CU + CU.T @ U[:, :k]) / 2.0)
+    return seen, (E.T * S[:k]).norm(dim=1)
 
 
 def scale(B: Tensor, CB: Tensor) -> float:

@@ -275,6 +275,36 @@ _RULES = (
         "Sign the directory as it is published with `safeproj sign`, last of all steps.",
     ),
     Rule(
+        "SP035",
+        "cancelling-factors",
+        Level.fail,
+        "The terms of a module's `B A` cancel: its factors are more than a thousand times as large "
+        "as the update that is left of them, and sums in lower precision see something else. The "
+        "scores here are computed without the cancellation.",
+        "Find out what the cancelling rows and columns are for, and save the adapter again from "
+        "the model that it was trained on.",
+    ),
+    Rule(
+        "SP036",
+        "changes-when-cast",
+        Level.fail,
+        "Cast to bfloat16 or float16, as servers do, the factors of a module make another update "
+        "than as they are stored, or are beyond the range: what is served is not what is "
+        "published.",
+        "Save the adapter in the dtype that it is served in, and evaluate it so; raise "
+        "`max-cast-change` if it is only ever served as it is stored.",
+    ),
+    Rule(
+        "SP037",
+        "outside-alignment",
+        Level.fail,
+        "Too much of an update, in absolute terms, points away from its projection, or lies in "
+        "output directions in which alignment hardly moved the weight: whatever its cosine, which "
+        "a further part along alignment lifts.",
+        "Patch the adapter with `safeproj patch`, train again, or raise `max-outside` or "
+        "`max-unseen` if an evaluation of the adapter justifies it.",
+    ),
+    Rule(
         "SP038",
         "unknown-file",
         Level.note,

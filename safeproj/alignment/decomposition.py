@@ -172,7 +172,7 @@ def cosine_bounds(
 
     Args:
         A: (r, n).
-        B: (m, r).
+        B: (m, r), factors whose terms do not cancel.
         CB: `C_K B`, (m, r).
         UB: `Uᵀ B`, (K, r).
         residual: `ε`.
@@ -198,8 +198,8 @@ def cosine_bounds(
         """Return what `⟨X A, X A⟩` would be if none of its terms cancelled."""
         return float(((X.T @ X) * G).abs().sum())
 
-    square, rounding = inner(B, B), B.shape[1] * torch.finfo(torch.float64).eps * terms(B)
-    if square <= rounding:
+    square = inner(B, B)
+    if square <= 0.0:
         return None
     x, y = math.sqrt(square), math.sqrt(max(inner(CB, CB), 0.0))
     slack = SLACK * max(math.sqrt(terms(B)) / x, math.sqrt(terms(CB)) / y if y > 0.0 else 0.0)

@@ -110,6 +110,30 @@ def check_command(
             "--max-size", metavar="X", help="Largest norm of an update, relative to aligned - base."
         ),
     ] = None,
+    max_outside: Annotated[
+        float | None,
+        typer.Option(
+            "--max-outside",
+            metavar="X",
+            help="The same of the part that points away from its projection.",
+        ),
+    ] = None,
+    max_unseen: Annotated[
+        float | None,
+        typer.Option(
+            "--max-unseen",
+            metavar="X",
+            help="The same of the part in output directions that alignment left alone.",
+        ),
+    ] = None,
+    max_cast_change: Annotated[
+        float | None,
+        typer.Option(
+            "--max-cast-change",
+            metavar="X",
+            help="Largest relative change of an update where its factors are cast, as servers do.",
+        ),
+    ] = None,
     allow: Annotated[
         list[str] | None,
         typer.Option("--allow", metavar="NAME", help="Allow what the policy names so; repeatable."),
@@ -189,6 +213,9 @@ def check_command(
             "coverage": coverage,
             "max-scaling": max_scaling,
             "max-size": max_size,
+            "max-outside": max_outside,
+            "max-unseen": max_unseen,
+            "max-cast-change": max_cast_change,
             "allow": allow,
             "forbid": forbid,
             "evidence": evidence,

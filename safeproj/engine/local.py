@@ -39,11 +39,13 @@ from safeproj.engine.task import (
     Progress,
     SafetyBasis,
     Score,
+    Settled,
     StoredMoment,
     Task,
     Update,
 )
 from safeproj.errors import SafeprojError
+from safeproj.factors import CANCELS, CancellationError, Core, cancellation, core
 from safeproj.profile import Usage
 from safeproj.projection import (
     Approx,
@@ -55,6 +57,7 @@ from safeproj.projection import (
     Projected,
     Projector,
     Reconstruction,
+    Side,
     SingularError,
     scale,
     share,
@@ -282,7 +285,9 @@ def _score(
     """Score all updates of one weight in one reading: their factors lie side by side."""
     if isinstance(task.origin, Moments):
         return _corrected(task, task.origin, projector, buffers, digests)
-    factors = [_output(update) for update in task.updates]
+    cores = [_core(task.name, update, "output") for update in task.updates]
+    pairs = zip(task.updates, cores, strict=True)
+    factors = [_output(update, known) for update, known in pairs]
     B = torch.cat(factors, dim=1).to(buffers.device)
     try:
         found, sha256 = _project(task, projector, buffers, B, digests)
@@ -297,14 +302,37 @@ def _score(
         for each in (found.CB, found.UB)
     )
     return tuple(
-        _update_score(task, update, found, CB, UB, sha256)
-        for update, CB, UB in zip(task.updates, CBs, UBs, strict=True)
+        known
+        if isinstance(known, SafeprojError)
+        else _update_score(task, update, known, found, CB, UB, sha256)
+        for update, known, CB, UB in zip(task.updates, cores, CBs, UBs, strict=True)
     )
 
 
-def _output(update: Update) -> Tensor:
-    """Return `B` in float32 with the bias as a further column."""
-    parts = [update.B] if update.bias is None else [update.B, update.bias]
+def _core(name: str, update: Update, side: Side) -> Core | SafeprojError | None:
+    """Return what is computed with where the terms of an update cancel, None where they do not.
+
+    It is that of `B A`, or of its transpose where `A` is the factor that is changed. None, too,
+    where the update is exactly zero.
+    """
+    A, B = (update.A, update.B) if side == "output" else (_gained(update).T, update.stored.T)
+    if not cancellation(A, B) > CANCELS:
+        return None
+    try:
+        return core(A, B)
+    except CancellationError as error:
+        return SafeprojError(f"{name}: {error}")
+
+
+def _gained(update: Update) -> Tensor:
+    """Return `B` with AdaLoRA's gain: times `A` as it is stored it is the update."""
+    return update.B if update.gain is None else update.B.double() * update.gain.double().T
+
+
+def _output(update: Update, known: Core | SafeprojError | None) -> Tensor:
+    """Return `B`, or what stands for it, in float32 with the bias as a further column."""
+    B = known.M if isinstance(known, Core) else update.B
+    parts = [B] if update.bias is None else [B, update.bias]
     return torch.cat([part.float() for part in parts], dim=1)
 
 
@@ -363,14 +391,16 @@ def corrected(
     Raises:
         SafeprojError: the moments are none.
     """
+    cores = [_core(task.name, update, "input") for update in task.updates]
+    pairs = list(zip(task.updates, cores, strict=True))
     if isinstance(projector, Reconstruction):
-        made = [update.replacement for update in task.updates]
-        parts = [each.to(H.matrix.device) for each in made if each is not None]
+        made = [_input(known, update.replacement) for update, known in pairs]
         return tuple(
-            _corrected_score(task.name, update, own, (H, S), sha256)
-            for update, own in zip(task.updates, parts, strict=True)
+            _corrected_score(task.name, update, known, own.to(H.matrix.device), (H, S), sha256)
+            for (update, known), own in zip(pairs, made, strict=True)
         )
-    A = torch.cat([update.stored.float() for update in task.updates]).to(H.matrix.device)
+    inputs = [_input(known, update.stored) for update, known in pairs]
+    A = torch.cat(inputs).to(H.matrix.device)
     try:
         found = projector.from_moments(H, S, A).float()
     except SingularError as error:
@@ -379,11 +409,17 @@ def corrected(
             f"{task.name}: {error} in the statistics of {sources}; expected those of data that "
             "reaches the layer: make them again with `safeproj stats`"
         ) from error
-    widths = [len(update.stored) for update in task.updates]
+    parts = found.split([len(each) for each in inputs])
     return tuple(
-        _corrected_score(task.name, update, own, (H, S), sha256)
-        for update, own in zip(task.updates, found.split(widths), strict=True)
+        _corrected_score(task.name, update, known, own, (H, S), sha256)
+        for (update, known), own in zip(pairs, parts, strict=True)
     )
+
+
+def _input(known: Core | SafeprojError | None, stored: Tensor | None) -> Tensor:
+    """Return a factor (r, n) as it is stored, or what stands for it, in float32."""
+    assert stored is not None
+    return known.coordinates(stored.T).T.float() if isinstance(known, Core) else stored.float()
 
 
 def required(results: Sequence[Score | SafeprojError]) -> list[Score]:
@@ -427,18 +463,28 @@ def _moment(
 def _corrected_score(
     name: str,
     update: Update,
+    known: Core | SafeprojError | None,
     corrected: Tensor,
     moments: tuple[Moment, Moment],
     sha256: tuple[dict[str, str], dict[str, str]] | None,
 ) -> Score | SafeprojError:
-    """Return the score of an update from its `A'`, as it is stored."""
+    """Return the score of an update from its `A'`, as it is stored, or what stands for it."""
+    if isinstance(known, SafeprojError):
+        return known
     device, factor = corrected.device, corrected.cpu().clone()
     if not bool(factor.isfinite().all()):
         return SafeprojError(f"{name}: the corrected factor has a value that is not finite")
-    A, B = update.A.double(), update.B
-    after = update.with_gain(factor).double()  # M acts on columns, AdaLoRA's gain on rows
+    if known is None:
+        A, B = update.A.double(), update.B
+        after = update.with_gain(factor).double()  # M acts on columns, AdaLoRA's gain on rows
+        settled = None
+    else:
+        A, B, after = known.M.T, known.Q.T, factor.double()
+        settled, factor = Settled(known, after.T), known.factor(after.T).T.float()
+        if not bool(factor.isfinite().all()):
+            return SafeprojError(f"{name}: the corrected factor has a value that is not finite")
     cosine = similarity(B.T, A.T, after.T)
-    found = Score(None, factor, None, cosine, None, None, sha256)
+    found = Score(None, factor, None, cosine, None, None, sha256, settled=settled)
     if cosine is None:
         return found
     products = B.double().T @ B.double()
@@ -458,6 +504,7 @@ def _corrected_score(
 def _update_score(
     task: Task,
     update: Update,
+    known: Core | None,
     found: Projected,
     CB: Tensor | None,
     UB: Tensor | None,
@@ -470,11 +517,15 @@ def _update_score(
             f"{task.name}: the projected factor has a value that is not finite, though its weights "
             "are: they are too large for float32"
         )
-    rank = update.B.shape[1]
+    A, B = (update.A, update.B) if known is None else (known.Q, known.M)
+    rank = B.shape[1]
     Cb = None if update.bias is None else CB[:, rank:].clone()
     CB = CB[:, :rank].clone()  # the others' may be let go
     UB = None if UB is None else UB[:, :rank]
-    score = _measured(task.origin, update, CB, UB)
+    score = _measured(task.origin, A, B, CB, UB)
+    if known is not None:
+        settled = Settled(known, CB.double())
+        score = replace(score, factor=known.factor(CB).float(), settled=settled)
     if score.cosine is not None and not math.isfinite(score.cosine):
         return SafeprojError(
             f"{task.name}: the cosine is not finite; the adapter's factors are too large"
@@ -483,15 +534,14 @@ def _update_score(
         score,
         alignment_norm=found.alignment_norm,
         bias=Cb,
-        scale=None if score.cosine is None else scale(update.B, CB),
+        scale=None if score.cosine is None else scale(B, CB),
         rank=found.rank,
         sha256=sha256,
     )
 
 
-def _measured(origin: Origin, update: Update, CB: Tensor, UB: Tensor | None) -> Score:
+def _measured(origin: Origin, A: Tensor, B: Tensor, CB: Tensor, UB: Tensor | None) -> Score:
     """Return the score of an update as far as its cosine, and what is known of that, go."""
-    A, B = update.A, update.B
     score = Score(None, CB, None, None, None, None, None)
     if isinstance(origin, SafetyBasis):
         assert UB is not None
@@ -505,7 +555,8 @@ def _measured(origin: Origin, update: Update, CB: Tensor, UB: Tensor | None) -> 
     score = replace(score, cosine=similarity(A, B, CB))
     if isinstance(origin, Kept) and UB is not None:
         bounds = cosine_bounds(A, B, CB, UB, origin.residual, origin.leak)
-        return replace(score, bounds=bounds, truncation=origin.error)
+        residual = origin.residual
+        return replace(score, bounds=bounds, truncation=origin.error, residual=residual)
     return score
 
 

@@ -9,7 +9,10 @@ from safeproj.checkpoint import Weight
 from safeproj.checkpoint.expression import Matrix
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from safeproj.factors import Core
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,18 @@ class Update:
         """Return what the update has of a factor (r, n) that is stored."""
         return stored if self.gain is None else stored * self.gain
 
+    def cast(self, dtype: torch.dtype) -> Update | None:
+        """Return the update without its bias from factors of a dtype; None if they are the same."""
+        own = (self.stored, self.B, self.gain)
+        cast = [None if each is None else each.to(dtype) for each in own]
+        pairs = zip(own, cast, strict=True)
+        if all(a is None or b is None or bool((a.double() == b.double()).all()) for a, b in pairs):
+            return None
+        stored, B, gain = cast
+        assert stored is not None
+        assert B is not None
+        return Update(stored, B, gain=gain)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -214,6 +229,19 @@ class Effects:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What the engine computed with in place of factors whose terms cancel.
+
+    Attributes:
+        core: of the update as `B A = M Q` where `B` is changed, and of its transpose where `A` is.
+        after: what takes the place of `M`, (m, k), or (n, k).
+    """
+
+    core: Core
+    after: Tensor
+
+
+@dataclass(frozen=True)
 class Score:
     """What the engine found out about one update.
 
@@ -234,6 +262,8 @@ class Score:
         energies: those of the `SafetyBasis`, for SaLoRA.
         before: how strongly the update acts, for moments.
         after: the same of what takes its place.
+        residual: upper bound of `‖C - C_K‖₂` where `C` is truncated, else 0.
+        settled: what was computed with where the terms of `B A` cancel.
     """
 
     alignment_norm: float | None
@@ -249,6 +279,8 @@ class Score:
     energies: tuple[float, ...] = ()
     before: Effects | None = None
     after: Effects | None = None
+    residual: float = 0.0
+    settled: Settled | None = None
 
 
 @dataclass(frozen=True)

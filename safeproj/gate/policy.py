@@ -63,6 +63,9 @@ READERS = ("vllm", "sglang", "llama.cpp", "ollama", "openvino", "peft-0.11")
 
 PROJECTORS = ("approx", "exact")
 
+LIMITS = ("max-scaling", "max-size", "max-outside", "max-unseen", "max-cast-change")
+"""Fields that bound how far updates go, each a number of more than 0."""
+
 _IDENTITY = re.compile(r"sha256:[0-9a-f]{64}|[^@\s]+@[^@\s]+", re.ASCII)
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?)%", re.ASCII)
 
@@ -91,6 +94,10 @@ class Policy:
         coverage: the share of the adapted modules that must have been scored.
         max_scaling: largest `s` by which the config may scale an update.
         max_size: largest `‖ΔW‖_F / ‖V‖_F`: the update relative to what alignment moved.
+        max_outside: the same of `ΔW` less its best multiple of `C ΔW`: what points elsewhere.
+        max_unseen: the same of the part of `ΔW` in output directions that alignment left alone.
+        max_cast_change: largest `‖ΔW' - ΔW‖_F / ‖ΔW‖_F` of an update `ΔW'` whose factors are cast
+            to another dtype, as servers do.
         evidence: the least that shows that a module was projected.
         projector: which `C` is scored with, `approx` or `exact`; not for a safety module.
         rank: of the exact projector, or how many directions of a safety module are used.
@@ -113,7 +120,10 @@ class Policy:
     overrides: tuple[Override, ...] = ()
     coverage: float = 1.0
     max_scaling: float = 64.0
-    max_size: float = 100.0
+    max_size: float = 25.0
+    max_outside: float = 20.0
+    max_unseen: float = 0.1
+    max_cast_change: float = 0.05
     evidence: Evidence = Evidence.recorded
     projector: str = "approx"
     rank: int | None = None
@@ -129,7 +139,8 @@ class Policy:
     def __post_init__(self) -> None:
         _require_share("threshold", self.threshold)
         _require_share("coverage", self.coverage)
-        for name, value in (("max-scaling", self.max_scaling), ("max-size", self.max_size)):
+        for name in LIMITS:
+            value = getattr(self, name.replace("-", "_"))
             if not 0.0 < value < math.inf:
                 raise SafeprojError(f"{name} must be a number of more than 0, found {value}")
         _below(self.max_below)
@@ -202,8 +213,7 @@ class Policy:
             "max-below": self.max_below,
             "overrides": [dataclasses.asdict(override) for override in self.overrides],
             "coverage": self.coverage,
-            "max-scaling": self.max_scaling,
-            "max-size": self.max_size,
+            **{name: getattr(self, name.replace("-", "_")) for name in LIMITS},
             "evidence": self.evidence.value,
             "projector": self.projector,
             "rank": self.rank,
@@ -301,8 +311,7 @@ def _parsed(path: Path, table: Mapping[str, Any]) -> Policy:
         "max-below": _count_or_share,
         "overrides": _overrides,
         "coverage": _number,
-        "max-scaling": _number,
-        "max-size": _number,
+        **dict.fromkeys(LIMITS, _number),
         "evidence": _evidence,
         "projector": _string,
         "rank": _count,
@@ -405,8 +414,7 @@ def changed(policy: Policy, given: Mapping[str, Any]) -> Policy:
     Raises:
         SafeprojError: an option is none that a policy can have.
     """
-    limits = ("threshold", "coverage", "max-scaling", "max-size")
-    plain = (*limits, "projector", "rank", "energy", "mu")
+    plain = ("threshold", "coverage", *LIMITS, "projector", "rank", "energy", "mu")
     options = {name: value for name, value in given.items() if value}
     options |= {name: given[name] for name in plain if given.get(name) is not None}
     found: dict[str, Any] = {n.replace("-", "_"): options[n] for n in plain if n in options}
@@ -523,7 +531,16 @@ coverage = 1.0
 # Limits to how far updates go: the scaling s that the config sets, and the norm of an update
 # relative to that of aligned - base (SP012).
 max-scaling = 64.0
-max-size = 100.0
+max-size = 25.0
+
+# The same for the part of an update that points away from its projection, and for the part in
+# output directions in which alignment moved the weight next to not at all (SP037): a further part
+# along alignment lifts a cosine, and leaves these two where they are.
+max-outside = 20.0
+max-unseen = 0.1
+
+# How much of an update may change where servers cast its factors to another dtype (SP036).
+max-cast-change = 0.05
 
 # What must show that a module was projected: "recorded" takes the word of safeproj.json for
 # tensors with the digests it names, "signed" wants that signed by public-key as well, and

@@ -6,17 +6,30 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from safeproj.adapter.peft_config import paths
 from safeproj.adapter.record import AdaptedModule
 from safeproj.errors import SafeprojError, cut, printable, shorten
+from safeproj.factors import norm
 from safeproj.gate.policy import ALLOWANCES, Policy
-from safeproj.job import Run, update_of
+from safeproj.job import Cast, Run, update_of
 from safeproj.match import PlannedModule
+from safeproj.projection import gains
 from safeproj.report.check import Evidence, Finding
 from safeproj.report.record import ModuleReport
 from safeproj.rules import RULES, Level
+
+CANCELLATION = 1e6
+"""Most that terms may cancel, `Σ |BᵀB ∘ A Aᵀ| / ‖B A‖²`: they are a thousand times what is left.
+As training leaves factors it is 1 to 1.6; conversions of adapters that were trained on changed
+base weights subtract what they started from, which is up to some hundred times their update."""
+
+UNSEEN = 0.05
+"""Output directions in which alignment moved a weight by less than this share of the mean over all
+directions, in squares, count as left alone. In updates as training leaves them the least is 0.07.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,31 @@ class Context:
         """The scored modules, with what the report says of them."""
         reports = {module.name: module for module in self.run.report.modules}
         return [(item, reports[item.module.name]) for item in self.run.plan.modules]
+
+    @property
+    def adapted_paths(self) -> list[AdaptedModule]:
+        """The modules under each path that their tensors name."""
+        return [
+            dataclasses.replace(item.module, name=path)
+            for item, _ in self.modules
+            for path in paths(item.module)
+        ]
+
+    @cached_property
+    def scalings(self) -> Mapping[str, float] | SafeprojError:
+        """By what the config multiplies each module's update, or why that is not known."""
+        adapter = self.run.adapter
+        try:
+            return adapter.format.scalings(adapter, self.adapted_paths)
+        except SafeprojError as error:
+            return error
+
+    @cached_property
+    def other_scalings(self) -> Mapping[str, tuple[float, ...]]:
+        """What readers that know no patterns multiply each module's update by."""
+        if isinstance(self.scalings, SafeprojError):
+            return {}
+        return self.run.adapter.format.other_scalings(self.run.adapter, self.adapted_paths)
 
 
 def found(
@@ -79,6 +117,7 @@ def about_weights(context: Context) -> Iterator[Finding]:
     yield from _beside_the_update(context)
     yield from _config(context)
     yield from _strength(context)
+    yield from _deceptive(context)
 
 
 def _unknown(context: Context) -> Iterator[Finding]:
@@ -102,13 +141,17 @@ def _low(context: Context) -> Iterator[Finding]:
         scored += 1
         threshold = policy.threshold_of(module.name)
         least, most = module.bounds or (module.cosine, module.cosine)
-        if module.name in context.evidence or least > threshold:
+        cast = _least_cast(context, module)
+        if module.name in context.evidence or (least > threshold and cast is None):
             continue
         # Not `most <= threshold`: a cosine that is no number must not slip through.
-        (uncertain if most > threshold else low).append((module, threshold))
+        (uncertain if most > threshold and cast is None else low).append((module, threshold))
     allowed = policy.may_be_below(scored)
     for module, threshold in low:
+        cast = _least_cast(context, module)
         text = f"cosine {module.cosine:.4f} is at or below {threshold:g}"
+        if cast is not None:
+            text = f"cosine {cast.least:.4f} as {cast.dtype} is at or below {threshold:g}"
         if module.scale is not None:
             text += f" (projection would leave {module.scale:.1%} of its factor)"
         level = Level.fail if len(low) > allowed else Level.note
@@ -123,6 +166,23 @@ def _low(context: Context) -> Iterator[Finding]:
             level=level,
             module=module.name,
         )
+
+
+def _least_cast(context: Context, module: ModuleReport) -> Cast | None:
+    """Return how a module is served with the least cosine, if that is below what counts against it.
+
+    None where the update as it is stored has the lower one, or none is at or below the threshold.
+    """
+    least = module.bounds[0] if module.bounds else module.cosine
+    cast = min(
+        (each for each in context.run.casts.get(module.name, ()) if each.least is not None),
+        key=lambda each: each.least or 0.0,
+        default=None,
+    )
+    threshold = context.policy.threshold_of(module.name)
+    if cast is None or cast.least is None or cast.least > threshold:
+        return None
+    return None if least is not None and least <= threshold else cast
 
 
 def _unscored(context: Context) -> Iterator[Finding]:
@@ -228,19 +288,12 @@ def _config(context: Context) -> Iterator[Finding]:
 
 def _strength(context: Context) -> Iterator[Finding]:
     """Yield updates that go further than the policy allows, and ranks that no training needs."""
-    adapter, policy = context.run.adapter, context.policy
-    try:
-        modules = [
-            dataclasses.replace(item.module, name=path)
-            for item, _ in context.modules
-            for path in paths(item.module)
-        ]
-        scalings = adapter.format.scalings(adapter, modules)
-        others = adapter.format.other_scalings(adapter, modules)
-    except SafeprojError as error:
-        yield found("SP012", f"the scaling is not known: {error}")
-        scalings, others = {}, {}
-    yield from _by_others(context, others)
+    policy, scalings = context.policy, context.scalings
+    if isinstance(scalings, SafeprojError):
+        yield found("SP012", f"the scaling is not known: {scalings}")
+        scalings = {}
+    others = context.other_scalings
+    yield from _by_others(context)
     for item, module in context.modules:
         name, s = module.name, scalings.get(module.name)
         if module.rank > min(module.shape):
@@ -258,11 +311,11 @@ def _strength(context: Context) -> Iterator[Finding]:
             yield found("SP012", f"{text}at most {policy.max_size:g}", module=name)
 
 
-def _by_others(context: Context, scalings: Mapping[str, tuple[float, ...]]) -> Iterator[Finding]:
+def _by_others(context: Context) -> Iterator[Finding]:
     """Yield what readers multiply updates by that take it from `lora_alpha` alone."""
     limit = context.policy.max_scaling
     beyond: dict[float, list[str]] = {}
-    for path, values in scalings.items():
+    for path, values in context.other_scalings.items():
         for value in dict.fromkeys(values):
             if not 0.0 < value <= limit:
                 beyond.setdefault(value, []).append(path)
@@ -273,10 +326,84 @@ def _by_others(context: Context, scalings: Mapping[str, tuple[float, ...]]) -> I
 
 def _size(context: Context, item: PlannedModule, s: float) -> float | None:
     """Return `‖s B A‖_F / ‖V‖_F`, None where there is no `V`."""
-    norm = context.run.scores[item.module.name].alignment_norm
-    if not norm:
+    length = context.run.scores[item.module.name].alignment_norm
+    if not length:
         return None
     update = update_of(context.run.adapter, item)
-    A, B = update.A.double(), update.B.double()
-    square = float(((B.T @ B) * (A @ A.T)).sum())
-    return abs(s) * math.sqrt(max(square, 0.0)) / norm
+    return abs(s) * norm(update.A, update.B) / length
+
+
+def _deceptive(context: Context) -> Iterator[Finding]:
+    """Yield updates whose scores do not say what they do."""
+    yield from _cancelling(context)
+    yield from _cast(context)
+    yield from _outside(context)
+
+
+def _cancelling(context: Context) -> Iterator[Finding]:
+    for item, module in context.modules:
+        settled = context.run.scores[item.module.name].settled
+        if settled is None or settled.core.ratio <= CANCELLATION:
+            continue
+        times = math.sqrt(settled.core.ratio)
+        text = f"{module.name}: the terms of B A cancel; they are {times:.1e} times as large as it"
+        yield found("SP035", text, module=module.name)
+
+
+def _cast(context: Context) -> Iterator[Finding]:
+    """Yield updates that are others where servers cast their factors."""
+    limit = context.policy.max_cast_change
+    for item, module in context.modules:
+        for cast in context.run.casts.get(item.module.name, ()):
+            if cast.change <= limit:
+                continue
+            text = f"{module.name}: as {cast.dtype} the update changes by {cast.change:.2g} times "
+            text += f"its norm; expected at most {limit:g}"
+            if not cast.finite:
+                text = f"{module.name}: has values beyond the range of {cast.dtype}"
+            yield found("SP036", text, module=module.name)
+
+
+def _outside(context: Context) -> Iterator[Finding]:
+    """Yield updates of which too much lies outside of what alignment moved.
+
+    Both sizes are relative to `‖V‖_F` and not to the update, so that no further part of it along
+    alignment makes them smaller.
+    """
+    policy, scalings = context.policy, context.scalings
+    if isinstance(scalings, SafeprojError):
+        return  # said already
+    for item, module in context.modules:
+        name, s = module.name, scalings.get(module.name)
+        if s is None or name in context.evidence:
+            continue
+        size = _size(context, item, s)
+        if size is None or module.cosine is None:
+            continue
+        least = module.bounds[0] if module.bounds else module.cosine
+        outside = size * math.sqrt(max(1.0 - least**2, 0.0))
+        if not outside <= policy.max_outside:
+            text = f"{name}: {outside:.4g} times aligned - base of the update point away from its "
+            text += f"projection; expected at most {policy.max_outside:g}"
+            yield found("SP037", text, module=name)
+        unseen = _unseen(context, item, s)
+        if not unseen <= policy.max_unseen:
+            text = f"{name}: {unseen:.4g} times aligned - base of the update lie in output "
+            text += "directions in which alignment moved the weight next to not at all; expected "
+            yield found("SP037", f"{text}at most {policy.max_unseen:g}", module=name)
+
+
+def _unseen(context: Context, item: PlannedModule, s: float) -> float:
+    """Return `‖s ΔW‖_F / ‖V‖_F` of the part in output directions that alignment left alone.
+
+    `C` has trace `‖V‖_F`, so in the mean over all m directions `⟨u, C u⟩` is `‖V‖_F / m`. Zero for
+    exact projectors, which leave most directions alone by their definition.
+    """
+    score = context.run.scores[item.module.name]
+    if context.run.projector.kind != "approx" or not score.alignment_norm or score.factor is None:
+        return 0.0
+    update = update_of(context.run.adapter, item)
+    seen, sizes = gains(update.A, update.B, score.factor)
+    mean = score.alignment_norm / len(score.factor)
+    alone = sizes[seen + score.residual < UNSEEN * mean]
+    return abs(s) * float(alone.norm()) / score.alignment_norm

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from safeproj import factors
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.engine import Score, Update
 
@@ -77,8 +78,9 @@ class Sizes:
         """Return `‖ΔW'‖_F` of the adapter with these tensors in place of its own."""
         tensors = {**self._tensors, **replaced}
         squares = (
-            self._scalings[module.name] ** 2 * _square(*_factors(module, tensors))
+            (self._scalings[module.name] * factors.norm(A, B)) ** 2
             for module in self._modules
+            for B, A in [_factors(module, tensors)]
         )
         return math.sqrt(math.fsum(squares))
 
@@ -89,10 +91,10 @@ class Sizes:
         for module in self._modules:
             (B, A), (B_new, A_new) = (_factors(module, each) for each in (self._tensors, tensors))
             if torch.equal(A, A_new):
-                square = _square(B_new - B, A)
+                size = factors.norm(A, B_new - B)
             else:  # ΔW' - ΔW = [B', -B] [A'; A]
-                square = _square(torch.cat([B_new, -B], dim=1), torch.cat([A_new, A]))
-            squares.append(self._scalings[module.name] ** 2 * square)
+                size = factors.norm(torch.cat([A_new, A]), torch.cat([B_new, -B], dim=1))
+            squares.append((self._scalings[module.name] * size) ** 2)
         norm = self.norm
         return math.sqrt(math.fsum(squares)) / norm if norm else 0.0
 
@@ -103,8 +105,3 @@ def _factors(module: AdaptedModule, tensors: Mapping[str, Tensor]) -> tuple[Tens
     if module.gain is not None:
         A = A * module.gain.view(tensors).double()
     return module.output.view(tensors).double(), A
-
-
-def _square(B: Tensor, A: Tensor) -> float:
-    """Return `‖B A‖_F²` from products of the rank's size."""
-    return max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)

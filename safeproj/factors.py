@@ -1,0 +1,182 @@
+"""Products of two factors `B A` whose terms may cancel; imports only torch.
+
+`‖B A‖_F² = Σ (BᵀB) ∘ (A Aᵀ)` is what the formulas use: it never forms the product. Where its terms
+cancel, what is left of them in float64 may be noise. Factors as training makes them cancel hardly
+at all (the terms' magnitudes add up to 1.0 to 1.6 times their sum); two further columns `K e, -K e`
+beside one row twice can hide any update from such a sum. There the product is taken in an
+orthonormal basis of the rows of `A`, whose error is relative to the root of those magnitudes, and
+what even that cannot tell from zero is told by whole numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CANCELS = 100.0
+"""From which `cancellation` on the plain sums are left: an order of magnitude in `C B`, which is
+computed in float32, is lost."""
+
+RESOLVED = 1e-3
+"""Largest relative error with which a product still counts as known."""
+
+EPS = torch.finfo(torch.float64).eps
+
+
+class CancellationError(Exception):
+    """A product is not zero, and so small beside its terms that float64 does not tell it.
+
+    Attributes:
+        bound: what its norm is at most.
+    """
+
+    def __init__(self, bound: float) -> None:
+        super().__init__(
+            "the terms of B A cancel so far that double precision does not tell what is left; "
+            "no training makes such factors: save the adapter again from the model it was trained "
+            "on"
+        )
+        self.bound = bound
+
+
+@dataclass(frozen=True)
+class Core:
+    """`B A = M Q` with orthonormal rows of `Q`, so that nothing cancels in `M`.
+
+    Attributes:
+        M: (m, k), float64, k at most r.
+        Q: (k, n), float64.
+        ratio: the `cancellation` of `A` and `B`.
+        scales: (r,), and
+        L: (r, k): `A = diag(scales) L Q`.
+    """
+
+    M: Tensor
+    Q: Tensor
+    ratio: float
+    scales: Tensor
+    L: Tensor
+
+    def coordinates(self, X: Tensor) -> Tensor:
+        """Return `Y` (p, k) with `X A = Y Q` for `X` (p, r)."""
+        return (X.double() * self.scales) @ self.L
+
+    def factor(self, Y: Tensor) -> Tensor:
+        """Return the smallest `X` (p, r) with `X A = Y Q` for `Y` (p, k), float64.
+
+        Where rows of `A` depend on each other there are many; in the smallest nothing cancels.
+        """
+        inverse: Tensor = torch.linalg.pinv(self.L, rtol=1e-11)
+        return (Y.double() @ inverse) / self.scales
+
+
+def cancellation(A: Tensor, B: Tensor) -> float:
+    """Return `Σ |BᵀB ∘ A Aᵀ| / ‖B A‖_F²`: 1 where no terms cancel, infinite where all do.
+
+    Args:
+        A: (r, n).
+        B: (m, r).
+
+    >>> B, row = torch.tensor([[1.0, 8.0, -8.0]]), torch.ones(1, 4)
+    >>> cancellation(row, B[:, :1]), cancellation(row.expand(3, 4), B)
+    (1.0, 289.0)
+    """
+    A, B = A.double(), B.double()
+    terms = (B.T @ B) * (A @ A.T)
+    square, magnitude = float(terms.sum()), float(terms.abs().sum())
+    if magnitude == 0.0:
+        return 1.0
+    return magnitude / square if square > 0.0 else math.inf
+
+
+def core(A: Tensor, B: Tensor) -> Core | None:
+    """Return `B A` as `M Q`, None where it is exactly zero.
+
+    The rows of `A` are scaled to lengths of about 1 first, so that those that are short beside
+    others do not drown.
+
+    Args:
+        A: (r, n), any dtype.
+        B: (m, r), any dtype.
+
+    Raises:
+        CancellationError: the product is not zero, and `M` is not known.
+    """
+    A, B = A.double(), B.double()
+    lengths = A.norm(dim=1)
+    scales = torch.where(lengths > 0.0, lengths, 1.0).log2().round().exp2()
+    Q, R = torch.linalg.qr((A / scales[:, None]).T)
+    M = (B * scales) @ R.T
+    size = float(M.norm())
+    noise = 4.0 * A.shape[0] * EPS * float((B * scales).norm() * R.norm())
+    if not noise <= RESOLVED * size:
+        if is_zero(A, B):
+            return None
+        raise CancellationError(size + noise)
+    return Core(M, Q.T, cancellation(A, B), scales, R.T)
+
+
+def settled(A: Tensor, B: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Return factors in float64 with the same products, in whose sums no terms cancel.
+
+    Args:
+        A: (r, n).
+        B: (m, r).
+        *others: (p, r), which are multiplied by `A` too.
+
+    Returns:
+        All of them; as they are where the terms of `B A` do not cancel. `B` is zero where `B A` is.
+
+    Raises:
+        CancellationError: `B A` is not known.
+    """
+    if not cancellation(A, B) > CANCELS:
+        return tuple(each.double() for each in (A, B, *others))
+    found = core(A, B)
+    if found is None:
+        return A.double(), torch.zeros_like(B, dtype=torch.float64), *(X.double() for X in others)
+    return found.Q, found.M, *map(found.coordinates, others)
+
+
+def norm(A: Tensor, B: Tensor) -> float:
+    """Return `‖B A‖_F`, also where terms cancel; what it is at most where that is not known.
+
+    >>> row, B = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 2e9, -2e9]])
+    >>> round(norm(row.expand(3, 2), B), 5)
+    5.0
+    """
+    try:
+        A, B = settled(A, B)
+    except CancellationError as error:
+        return error.bound
+    return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
+
+
+def is_zero(A: Tensor, B: Tensor) -> bool:
+    """Tell whether `B A` is exactly zero, in whole numbers.
+
+    By `B (A x)` for a random `x` (Freivalds): wrong with a probability of 2⁻⁶⁴. Nobody who chose
+    the factors knows `x`.
+
+    >>> big = torch.tensor([[1e30, -1e30]])
+    >>> is_zero(torch.ones(2, 3), big), is_zero(torch.ones(3, 3), torch.tensor([[1e30, 1, -1e30]]))
+    (True, False)
+    """
+    x = [secrets.randbits(64) for _ in range(A.shape[1])]
+    y = [sum(map(int.__mul__, row, x)) for row in _integers(A)]
+    return not any(sum(map(int.__mul__, row, y)) for row in _integers(B))
+
+
+def _integers(X: Tensor) -> list[list[int]]:
+    """Return finite floating-point numbers as whole numbers, all times one power of two."""
+    mantissas, exponents = torch.frexp(X.double())
+    shifts = exponents - int(exponents.min()) if X.numel() else exponents
+    whole = mantissas.mul(2.0**53).long()
+    return [
+        [number << shift for number, shift in zip(*rows, strict=True)]
+        for rows in zip(whole.tolist(), shifts.tolist(), strict=True)
+    ]
