@@ -50,7 +50,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
         )
         lines.append(f"| {' | '.join(cells)} |")
     for name, failure in reports.failures.items():
-        lines.append(f"- failed: {_code(name)}: {' '.join(printable(failure.error).split())}")
+        lines.append(f"- failed: {_code(name)}: {failure.describe()}")
     for name, report in reports.reports.items():
         lines += ["", f"### {_code(name)}", "", *_body(report)]
     return "\n".join(lines) + "\n"
@@ -65,6 +65,8 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
             lines.append(f"- adapter {_code(subject.name)}: {source}")
     lines.append(f"- judge: {_code(judge_words(evaluation.judge))}")
     lines += [f"- warning: {warning}" for warning in evaluation.warnings]
+    for name, failure in evaluation.failures.items():
+        lines.append(f"- failed: {_code(name)}: {failure.describe()}")
     for each in evaluation.sets:
         outcomes = evaluation.outcomes(each["name"])
         headings = [WORDS.get(outcome, outcome) for outcome in outcomes]
