@@ -322,3 +322,8 @@ def _warnings(
     copied = copied_adapters(adapter)
     if copied and chosen:
         yield f"other adapters in the folder are copied unpatched: {shorten(copied)}"
+    elif copied:
+        yield (
+            f"other adapters lie below this one, and are not looked at: {shorten(copied)}; give "
+            "each as an --adapter of its own"
+        )

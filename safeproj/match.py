@@ -25,6 +25,7 @@ from safeproj.checkpoint.expression import (
     dtype_and_shape,
     stored_names,
 )
+from safeproj.checkpoint.quantised import leftover_method
 from safeproj.errors import SafeprojError, shorten
 from safeproj.names import Names
 from safeproj.names.layout import CONV1D_MODELS, model_types
@@ -404,6 +405,14 @@ def _quantised(pairs: list[_Pair], sides: tuple[_Side, _Side]) -> Iterator[str]:
     """Warn where rounding is part of what is taken for alignment."""
     parameters = {pair.module.parameter: pair.module for pair in pairs}.values()
     for role, side in zip(("aligned", "base"), sides, strict=True):
+        leftover = leftover_method(side.checkpoint)
+        if leftover is not None and (
+            role == "aligned" or side.checkpoint is not sides[0].checkpoint
+        ):
+            yield (
+                f"the {role} checkpoint's config.json says it is quantised with {leftover}, but "
+                "its tensors are plain numbers, which are taken"
+            )
         wholes = (side.find(module)[0] for module in parameters)
         dtypes = quantised_dtypes(wholes, side.checkpoint)
         if dtypes:

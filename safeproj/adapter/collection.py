@@ -12,6 +12,7 @@ from safeproj.adapter import FORMATS, stands_for_folder
 from safeproj.adapter.interface import CONFIG
 from safeproj.errors import SafeprojError, first_line
 from safeproj.select import natural_order
+from safeproj.source import hub_place
 
 LIST = ".txt"
 """How the name of a list ends: one SRC per line; blank lines and those that begin with # are
@@ -176,7 +177,8 @@ def _name(source: str) -> str:
     A link has its own name, not that of what it leads to.
     """
     path = Path(source).expanduser()
-    given = PurePosixPath(source.partition("@")[0])
+    on_hub = hub_place(source)
+    given = PurePosixPath(source.partition("@")[0] if on_hub is None else on_hub.name)
     if path.exists():
         given = PurePosixPath(Path(os.path.normpath(path.absolute())).as_posix())
         if path.is_file():

@@ -433,7 +433,6 @@ class _Classifier:
             )
         return tuple(given)
 
-
     def _tied_rows(self, key: str, given: Mapping[str, Any]) -> object:
         """Return the rows of an embedding that a tied head repeats, which the config leaves out."""
         for module, rows in given.items():

@@ -306,6 +306,7 @@ def _told(error: Exception) -> str:
 def _place(folder: Folder) -> tuple[str, dict[str, Any]]:
     """Return what PEFT is given for a folder."""
     if isinstance(folder, HubFolder):
-        return folder.repo, {"revision": folder.revision}
+        inside = {"subfolder": folder.subfolder} if folder.subfolder else {}
+        return folder.repo, {"revision": folder.revision, **inside}
     assert isinstance(folder, LocalFolder)
     return str(folder.root), {}

@@ -154,7 +154,8 @@ def _place(folder: Folder) -> tuple[str, dict[str, Any]]:
     """Return what transformers is given for a folder."""
     options: dict[str, Any] = {"trust_remote_code": False}
     if isinstance(folder, HubFolder):
-        return folder.repo, {**options, "revision": folder.revision}
+        inside = {"subfolder": folder.subfolder} if folder.subfolder else {}
+        return folder.repo, {**options, "revision": folder.revision, **inside}
     assert isinstance(folder, LocalFolder)
     if folder.only is not None:
         raise SafeprojError(f"{folder.source}: is a file, expected the model's directory")

@@ -33,16 +33,23 @@ def layer_of(key: str) -> str:
 def relocated(model: Any, paths: Iterable[str]) -> dict[str, str]:
     """Return for each path that a model has under another its own, where that is certain.
 
-    Paths differ in what wraps the language model. One that nothing or more than one layer may be
-    is left out.
+    Paths differ in what wraps the language model. Where a path stays that nothing, or more than
+    one layer, may be, nothing is returned: it is another model, or one that PEFT converts.
     """
     own = {name for name, _ in model.named_modules()}
     wrappers = wrappers_of(model.config.to_dict())
-    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    layers: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in own:
-        found[bare(f"{name}.weight", wrappers)].append(name)
-    candidates = {path: found[bare(f"{path}.weight", wrappers)] for path in paths if path not in own}
-    return {path: names[0] for path, names in candidates.items() if len(names) == 1}
+        layers[bare(f"{name}.weight", wrappers)].append(name)
+    found = {}
+    for path in set(paths) - own:
+        key = bare(f"{path}.weight", wrappers)
+        tail = ".".join(key[:-1])
+        places = [name for name in layers[key] if f".{name}".endswith(f".{tail}")]
+        if len(places) != 1 or not f".{path}".endswith(f".{tail}"):
+            return {}
+        found[path] = places[0]
+    return found
 
 
 def renamed(key: str, moved: Mapping[str, str]) -> str:

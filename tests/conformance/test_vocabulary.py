@@ -102,7 +102,7 @@ def test_they_are_patched_with_what_is_new_listed(pair: Built, tmp_path: Path, n
         f"{EMBEDDING}.weight", f"{HEAD}.weight"
     }  # fmt: skip
     for key, item in listed.items():
-        rows = manifest_rows(pair, adapter, key)
+        rows = manifest_rows(adapter, key)
         own = before[key].double()
         weight = pair.aligned_model.state_dict()[item["parameter"]].double()
         common = [(i, row) for i, row in enumerate(rows) if row < OLD]
@@ -125,7 +125,7 @@ def test_they_are_patched_with_what_is_new_listed(pair: Built, tmp_path: Path, n
     assert not torch.equal(by_peft(pair, out), by_peft(pair, adapter))
 
 
-def manifest_rows(pair: Built, adapter: Path, key: str) -> list[int]:
+def manifest_rows(adapter: Path, key: str) -> list[int]:
     """Return the rows of the vocabulary that a tensor is for."""
     if not key.endswith("trainable_tokens_delta"):
         return list(range(NEW))
