@@ -205,3 +205,37 @@ def test_an_index_far_beyond_the_vocabulary_does_not_fill_the_memory(
         host.lazily(open_folder(str(adapter))) as load,
     ):
         load()
+
+
+@pytest.mark.parametrize("name", ["plain", "saved", "tokens"])
+def test_a_sweep_exchanges_factors_of_a_resized_model(
+    pair: Built, tmp_path: Path, name: str
+) -> None:
+    from safeproj.adapter import read_adapter
+    from safeproj.lm.models import load_model
+    from safeproj.sweep.subject import Subject
+
+    adapter = trained(pair, name, tmp_path / "adapter")
+    oracle.patch(pair, adapter, tmp_path / "out", "--all")
+    subject = Subject(load_model(open_folder(str(pair.aligned)), "cpu"), read_adapter(str(adapter)))
+    assert torch.equal(logits(subject.model), by_peft(pair, adapter))
+    factors = {k: v for k, v in load_file(tmp_path / "out" / FACTORS).items() if ".lora_" in k}
+    subject.put(factors)
+    assert torch.equal(logits(subject.model), by_peft(pair, tmp_path / "out"))
+
+
+def test_a_correction_layer_by_layer_resizes_the_model(pair: Built, tmp_path: Path) -> None:
+    from tests.evaluate.support import tokenizer, write_lines
+
+    words = [f"w{i}" for i in range(OLD - 6)]
+    tokenizer(words).save_pretrained(pair.aligned)
+    rows = [{"prompt": f"w{i} w{i + 1}", "response": "w9 w8"} for i in range(8)]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    adapter = trained(pair, "plain", tmp_path / "adapter")
+    done = forked("patch", "--method", "covariance", "--aligned", pair.aligned,
+                  "--safety-data", data, "--task-data", data, "--adapter", adapter,
+                  "--out", tmp_path / "out", "--reconstruct", "--device", "cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = load_file(adapter / FACTORS), load_file(tmp_path / "out" / FACTORS)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {key for key in before if "lora_A" in key}

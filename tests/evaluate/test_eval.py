@@ -342,6 +342,25 @@ def test_one_adapter_that_does_not_fit_leaves_the_others_alone(tmp_path: Path) -
     assert found["failures"]["wide"]["source"] == str(wide)
 
 
+def test_what_shapes_alone_do_not_tell_is_found_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safeproj.adapter.collection import collect
+    from safeproj.evaluate import run as module
+    from safeproj.evaluate.judges import Keywords
+    from safeproj.evaluate.sets import read_prompts
+
+    monkeypatch.setattr(module, "unfit", lambda *_: {})
+    members = collect([str(misfit(tmp_path / "wide")), str(TINY / "adapters" / "bad")]).members
+    prompts = read_prompts(str(PAIRS), "harmful").first(2)
+    found = module.evaluate(
+        str(TINY / "aligned"), members, [prompts], Keywords(("sorry",)),
+        module.Settings(device="cpu"),
+    )  # fmt: skip
+    assert [each.name for each in found.subjects] == ["no adapter", "bad"]
+    assert "size mismatch" in found.failures["wide"].error
+
+
 def test_where_no_adapter_fits_nothing_is_run(tmp_path: Path) -> None:
     answers = tmp_path / "answers"
     done = run(*tiny("--adapter", misfit(tmp_path / "wide"), "--responses", answers))

@@ -1,7 +1,5 @@
 """What is brought in with added tokens, or under the names of what PEFT saves with them."""
 
-
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -29,7 +27,7 @@ def grown(ground: Ground, module: str, scale: float = 1.0) -> torch.Tensor:
     return torch.cat([weight, scale * torch.ones(NEW, weight.shape[1])])
 
 
-@attack("vocabulary", "SP004", says="4 new rows", installed=True)
+@attack("vocabulary", "SP004", says="4 new rows")
 def soft_prompt_in_new_tokens(adapter: Path, ground: Ground) -> None:
     """The tokens are new, so that nothing compares them, and the chat template opens with them."""
     add(adapter, f"{PREFIX}{EMBEDDING}.weight", grown(ground, EMBEDDING, 9.0))
