@@ -406,9 +406,7 @@ def _quantised(pairs: list[_Pair], sides: tuple[_Side, _Side]) -> Iterator[str]:
     parameters = {pair.module.parameter: pair.module for pair in pairs}.values()
     for role, side in zip(("aligned", "base"), sides, strict=True):
         leftover = leftover_method(side.checkpoint)
-        if leftover is not None and (
-            role == "aligned" or side.checkpoint is not sides[0].checkpoint
-        ):
+        if leftover is not None:
             yield (
                 f"the {role} checkpoint's config.json says it is quantised with {leftover}, but "
                 "its tensors are plain numbers, which are taken"

@@ -222,10 +222,11 @@ def _block_size(quantisation: Mapping[str, Any]) -> Any:
 def leftover_method(checkpoint: Checkpoint) -> str | None:
     """Return what a checkpoint of plain numbers says it is quantised with, None if it says nothing.
 
-    Such a `quantization_config` stays where weights are merged or decoded and saved again. The
-    checkpoint is one that was opened.
+    Such a `quantization_config` stays where weights are merged or decoded and saved again. A file
+    that stands for a model holds none of its weights, and is not asked.
     """
-    return _unsupported_method(checkpoint.config)
+    opened = isinstance(checkpoint, QuantisedCheckpoint)
+    return _unsupported_method(checkpoint.config) if opened else None
 
 
 def _refuse_method(checkpoint: Checkpoint) -> None:
