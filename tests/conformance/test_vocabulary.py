@@ -85,10 +85,6 @@ def by_peft(pair: Built, adapter: Path) -> torch.Tensor:
         return logits(PeftModel.from_pretrained(grown(pair), str(adapter)))
 
 
-def against(pair: Built, adapter: Path) -> list[str | Path]:
-    return ["--base", pair.base, "--aligned", pair.aligned, "--adapter", adapter]
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_they_are_patched_with_what_is_new_listed(pair: Built, tmp_path: Path, name: str) -> None:
     adapter, out = trained(pair, name, tmp_path / "adapter"), tmp_path / "out"
@@ -148,8 +144,7 @@ def test_the_model_that_is_run_is_resized(pair: Built, tmp_path: Path, name: str
 
 def test_a_gate_fails_on_new_rows_and_says_so(pair: Built, tmp_path: Path) -> None:
     adapter = trained(pair, "plain", tmp_path / "adapter")
-    options = ["--base", pair.base, "--aligned", pair.aligned]
-    done = forked("check", adapter, *options)
+    done = forked("check", adapter, "--base", pair.base, "--aligned", pair.aligned)
     assert done.returncode == 1
     found = Counter(line.split()[1] for line in done.stdout.splitlines() if "fail" in line[:5])
     assert found["SP004"] == 2

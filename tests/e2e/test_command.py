@@ -233,8 +233,10 @@ def test_adapters_below_another_are_named(trio: Trio, tmp_path: Path) -> None:
     adapter = tmp_path / "both"
     shutil.copytree(trio.adapter, adapter)
     shutil.copytree(trio.adapter, adapter / "other")
-    options = ["--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter]
-    result = safeproj("inspect", *options, "--threshold", "0")
+    result = safeproj(
+        "inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--threshold", "0",
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "other/adapter_model.safetensors" in result.stderr
     assert "not looked at" in result.stderr

@@ -85,7 +85,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         text_config={**TEXT, **text}, vision_config=vision
     )
     built = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-    path = tmp_path_factory.mktemp(request.param) / request.param
+    path: Path = tmp_path_factory.mktemp(request.param) / request.param
     built.save_pretrained(path)
     tokenizer(LETTERS).save_pretrained(path)
     return path
@@ -107,7 +107,8 @@ def logits(found: Any) -> torch.Tensor:
 def save(host: Any, form: str, path: Path) -> dict[str, tuple[torch.Tensor, float]]:
     """Write an adapter under the names of a form, and return what it adds to each layer."""
     torch.manual_seed(3)
-    tensors, added = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    added: dict[str, tuple[torch.Tensor, float]] = {}
     for name in adapted(host):
         layer = host.get_submodule(name)
         A, B = 0.3 * torch.randn(R, layer.in_features), 0.3 * torch.randn(layer.out_features, R)
