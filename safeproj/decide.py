@@ -169,7 +169,8 @@ def _unprojected(
     """Yield what the adapter changes past every projection."""
     for planned in plan.changes:
         change = planned.change
-        yield Unprojected(change.key, change.parameter, change.kind, changes.get(change.key))
+        size = changes.get(change.key)
+        yield Unprojected(change.key, change.parameter, change.kind, size, planned.added_rows)
     # ΔW may be zero where the bias of lora_B is not: that change of the output stays, and so does
     # every one where A is changed.
     for module in (planned.module for planned in plan.modules):
@@ -317,7 +318,7 @@ def _warnings(
     lossy: list[str],
     unprojected: tuple[Unprojected, ...],
 ) -> Iterator[str]:
-    changed = [item for item in unprojected if item.relative_change != 0.0]
+    changed = [item for item in unprojected if not item.is_copy]
     if changed:
         yield (
             f"{len(changed)} tensors change weights or biases directly, which no projection "
@@ -339,3 +340,8 @@ def _warnings(
     copied = copied_adapters(adapter)
     if copied and chosen:
         yield f"other adapters in the folder are copied unpatched: {shorten(copied)}"
+    elif copied:
+        yield (
+            f"other adapters lie below this one, and are not looked at: {shorten(copied)}; give "
+            "each as an --adapter of its own"
+        )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.experts import StackLayout, resolve
 from safeproj.adapter.record import FullChange, Kind, TargetParameters
+from safeproj.adapter.vocabulary import HEADS
 from safeproj.checkpoint import Checkpoint
 from safeproj.checkpoint.expression import (
     Expression,
@@ -24,14 +25,12 @@ from safeproj.checkpoint.expression import (
     dtype_and_shape,
     stored_names,
 )
+from safeproj.checkpoint.quantised import leftover_method
 from safeproj.errors import SafeprojError, shorten
 from safeproj.names import Names
 from safeproj.names.layout import CONV1D_MODELS, model_types
 from safeproj.select import Selection, natural_order
 from safeproj.tensorfile import DTYPES
-
-HEADS = frozenset({"lm_head", "embed_out", "output", "decoder", "proj_out"})
-"""Names of layers whose rows are the vocabulary."""
 
 UP = frozenset({"gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "input_linear"})
 DOWN = frozenset({"down_proj", "w2", "output_linear"})
@@ -60,10 +59,18 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class PlannedChange:
-    """A change of a whole weight, and that weight in the aligned checkpoint, if it was found."""
+    """A change of a whole weight, and that weight in the aligned checkpoint, if it was found.
+
+    Attributes:
+        change: the adapter's side.
+        aligned: the weight in the aligned checkpoint.
+        added_rows: rows that the weight does not have, such as those of added tokens; negative
+            where the adapter has fewer than it.
+    """
 
     change: FullChange
     aligned: Expression | None
+    added_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -398,6 +405,12 @@ def _quantised(pairs: list[_Pair], sides: tuple[_Side, _Side]) -> Iterator[str]:
     """Warn where rounding is part of what is taken for alignment."""
     parameters = {pair.module.parameter: pair.module for pair in pairs}.values()
     for role, side in zip(("aligned", "base"), sides, strict=True):
+        leftover = leftover_method(side.checkpoint)
+        if leftover is not None:
+            yield (
+                f"the {role} checkpoint's config.json says it is quantised with {leftover}, but "
+                "its tensors are plain numbers, which are taken"
+            )
         wholes = (side.find(module)[0] for module in parameters)
         dtypes = quantised_dtypes(wholes, side.checkpoint)
         if dtypes:
@@ -455,6 +468,7 @@ def _planned_change(adapter: Adapter, change: FullChange, aligned: _Side) -> Pla
     dtype, shape = dtype_and_shape(found, aligned.checkpoint)
     if dtype not in DTYPES or not fits(shape) or (len(shape) > 2 and not isinstance(found, Stored)):
         return PlannedChange(change, None)
-    if change.rows is not None and max(change.rows, default=0) >= shape[0]:
-        return PlannedChange(change, None)
-    return PlannedChange(change, Flat(found) if len(shape) > 2 else found)
+    added = wanted[0] - shape[0]
+    if change.rows is not None:
+        added = sum(row >= shape[0] for row in change.rows)
+    return PlannedChange(change, Flat(found) if len(shape) > 2 else found, added)

@@ -74,10 +74,11 @@ _RULES = (
         "full-weight-change",
         Level.fail,
         "A tensor replaces a weight or bias, or rows of one (modules_to_save, trainable tokens, a "
-        "copy of a base layer), and is not equal to the aligned model's, or cannot be compared: no "
-        "score covers it and no projection touches it.",
+        "copy of a base layer, the vocabulary with added tokens), and is not equal to the aligned "
+        "model's, or cannot be compared: no score covers it and no projection touches it.",
         "Train without modules_to_save and biases, or judge these tensors by an evaluation and "
-        "set `allow.full-weight-changes`.",
+        "set `allow.full-weight-changes`. Where tokens were added, PEFT saves the embedding and "
+        "the head with them by itself; `safeproj eval` resizes the model as they need it.",
     ),
     Rule(
         "SP005",

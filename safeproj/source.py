@@ -12,6 +12,7 @@ from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 from safeproj.errors import SafeprojError, first_line, printable
 from safeproj.jsontext import MAX_BYTES, parse
@@ -21,7 +22,17 @@ from safeproj.wholefile import read_whole
 MAX_FILES = 200_000
 """Files below a directory that is given as a SRC; far more than a training run leaves there."""
 
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
+_HUB_ID = re.compile(
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?P<subfolder>(/\w[\w.+-]*)*)(@(?P<revision>[^@\s]+))?",
+    re.ASCII,
+)
+
+_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
+
+_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
+"""Hosts of the Hub, beside that of HF_ENDPOINT."""
+
+_FORMS = "org/name, org/name/subfolder, org/name@revision or the address of a model on the Hub"
 
 
 class Identified(Protocol):
@@ -119,6 +130,14 @@ class HubFolder:
     """A model repository on the Hugging Face Hub, read at one commit.
 
     Files are downloaded one by one, when they are asked for, into the standard cache.
+
+    Attributes:
+        repo: its id.
+        revision: the commit.
+        asked: the revision that was asked for.
+        source: the SRC as the user gave it.
+        files: names of the files below the subfolder.
+        subfolder: which part of the repository is meant, empty for all.
     """
 
     repo: str
@@ -126,6 +145,7 @@ class HubFolder:
     asked: str
     source: str
     files: frozenset[str] = field(repr=False)
+    subfolder: str = ""
     held: dict[str, bytearray] = field(default_factory=dict, repr=False, compare=False)
     _paths: dict[str, Path] = field(default_factory=dict, repr=False)
 
@@ -144,7 +164,7 @@ class HubFolder:
 
         # By the revision that was asked for, so that the cache can serve it offline later.
         with _hub_errors(self.source):
-            path = Path(hf_hub_download(self.repo, name, revision=self.asked))
+            path = Path(hf_hub_download(self.repo, self._inside(name), revision=self.asked))
         if self.revision not in path.parts:
             raise SafeprojError(
                 f"{self.source}: {self.asked} moved away from commit {self.revision} while it was "
@@ -156,7 +176,7 @@ class HubFolder:
         """Return the first bytes of a file, and its size, without downloading all of it."""
         from huggingface_hub import hf_hub_url, utils
 
-        url = hf_hub_url(self.repo, name, revision=self.revision)
+        url = hf_hub_url(self.repo, self._inside(name), revision=self.revision)
         client: Any = utils  # which lists what it exports otherwise than type checkers read it
         headers = {**client.build_hf_headers(), "range": f"bytes=0-{count - 1}"}
         with _hub_errors(self.source):
@@ -171,6 +191,7 @@ class HubFolder:
     def header(self, name: str) -> Header:
         from huggingface_hub import HfApi, try_to_load_from_cache
 
+        name = self._inside(name)
         cached = try_to_load_from_cache(self.repo, name, revision=self.revision)
         if isinstance(cached, str):
             return read_header(Path(cached))
@@ -184,6 +205,9 @@ class HubFolder:
             # `start` counts from the tensors' data: the bytes are read from the downloaded file.
             tensors[tensor] = TensorEntry(info.dtype, tuple(info.shape), begin, end - begin)
         return Header(remote.metadata, tensors)
+
+    def _inside(self, name: str) -> str:
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
 def contents(folder: Folder, name: str, limit: int = MAX_BYTES) -> bytearray:
@@ -285,8 +309,67 @@ def require_no_root(source: str, path: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class HubPlace:
+    """What a SRC names on the Hub.
+
+    Attributes:
+        repo: the repository's id.
+        subfolder: the directory in it, empty for all of it.
+        revision: a branch, tag or commit, None for the default.
+    """
+
+    repo: str
+    subfolder: str
+    revision: str | None
+
+    @property
+    def name(self) -> str:
+        """`org/name`, with the subfolder, without the revision."""
+        return f"{self.repo}/{self.subfolder}" if self.subfolder else self.repo
+
+
+def hub_place(source: str) -> HubPlace | None:
+    """Return what a SRC that is no local path names on the Hub, None if it has no such form.
+
+    >>> hub_place("https://huggingface.co/org/name/tree/v1/sub")
+    HubPlace(repo='org/name', subfolder='sub', revision='v1')
+    >>> hub_place("org/name/sub@v1").name
+    'org/name/sub'
+    """
+    if _ADDRESS.match(source):
+        return _place_of_address(source)
+    match = _HUB_ID.fullmatch(source)
+    if match is None:
+        return None
+    return HubPlace(match["repo"], match["subfolder"].removeprefix("/"), match["revision"])
+
+
+def _place_of_address(source: str) -> HubPlace | None:
+    """Return what the address of a page of the Hub names: a model, a directory, a file's one."""
+    from huggingface_hub import constants
+
+    try:
+        address = urlsplit(source)
+        hosts = _HOSTS | {urlsplit(constants.ENDPOINT).netloc.casefold()}
+        known = address.netloc.casefold() in hosts
+    except ValueError:  # no address at all
+        return None
+    repo, name, *rest = [unquote(part) for part in address.path.split("/") if part] + ["", ""]
+    rest = rest[:-2] if name else []
+    if not known or (rest and (rest[0] not in ("tree", "blob", "resolve") or len(rest) < 2)):
+        return None
+    inside = rest[2:] if not rest or rest[0] == "tree" else rest[2:-1]
+    match = _HUB_ID.fullmatch("/".join([repo, name, *inside]))
+    if match is None or match["revision"]:
+        return None
+    return HubPlace(match["repo"], "/".join(inside), rest[1] if rest else None)
+
+
 def open_folder(source: str) -> Folder:
-    """Return the folder that SRC names: an existing path, else a Hub id `org/name[@revision]`.
+    """Return the folder that SRC names: an existing path, else a place on the Hub.
+
+    That is `org/name`, `org/name/subfolder`, either with `@revision`, or the address of the page.
 
     Raises:
         SafeprojError: there is no such path, and no such repository either.
@@ -299,19 +382,19 @@ def open_folder(source: str) -> Folder:
         return LocalFolder(path, source)
     if path.is_file():
         return LocalFolder(path.parent, source, only=path.name)
-    match = _HUB_ID.fullmatch(source)
-    if match is None:
+    place = hub_place(source)
+    if place is None:
         raise SafeprojError(
-            f"{source}: no such file or directory, and not a Hub id either (expected org/name or "
-            "org/name@revision)"
+            f"{source}: no such file or directory, and not a Hub id either (expected {_FORMS})"
         )
-    return _open_hub(match["repo"], match["revision"], source)
+    return _open_hub(place, source)
 
 
-def _open_hub(repo: str, revision: str | None, source: str) -> Folder:
+def _open_hub(place: HubPlace, source: str) -> Folder:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    repo, revision = place.repo, place.revision
     if constants.HF_HUB_OFFLINE:
         try:
             with _hub_errors(source):
@@ -323,17 +406,27 @@ def _open_hub(repo: str, revision: str | None, source: str) -> Folder:
                 f"{source}: not in the local Hub cache, and HF_HUB_OFFLINE is set; "
                 "unset it to download the files"
             ) from error
-        return LocalFolder(snapshot, source, revision=snapshot.name)
+        root = snapshot / place.subfolder
+        if not root.is_dir():
+            raise _no_subfolder(place, source)
+        return LocalFolder(root, source, revision=snapshot.name)
     with _hub_errors(source):
         info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     if info.sha is None:
         raise SafeprojError(f"{source}: the Hub names no commit for this repository")
-    return HubFolder(
-        repo,
-        info.sha,
-        revision or constants.DEFAULT_REVISION,
-        source,
-        frozenset(sibling.rfilename for sibling in info.siblings or ()),
+    inside = f"{place.subfolder}/" if place.subfolder else ""
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    files = frozenset(each.removeprefix(inside) for each in names if each.startswith(inside))
+    if inside and not files:
+        raise _no_subfolder(place, source)
+    asked = revision or constants.DEFAULT_REVISION
+    return HubFolder(repo, info.sha, asked, source, files, place.subfolder)
+
+
+def _no_subfolder(place: HubPlace, source: str) -> SafeprojError:
+    return SafeprojError(
+        f"{source}: no such local path, and the repository {place.repo} has no directory "
+        f"{place.subfolder}; expected one with files in it"
     )
 
 

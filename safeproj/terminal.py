@@ -142,7 +142,7 @@ def finish(
         Exit: with exit code 1, if one of many adapters failed or a gate did; with 2, if a gate
             could not decide.
     """
-    from safeproj.report import Checks, Reports
+    from safeproj.report import Checks, Evaluation, Reports
 
     done()
     for format_, output in outputs:
@@ -160,7 +160,7 @@ def finish(
                 f"{where}: the report cannot be written ({reason}){written}"
             ) from error
     closing(record.warnings, quiet, result, profile)
-    if isinstance(record, Reports) and record.failures:
+    if isinstance(record, Reports | Evaluation) and record.failures:
         for name, failure in record.failures.items():
             say(f"safeproj: error: {name}: {' '.join(failure.error.split())}")
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from safeproj.adapter.interface import CONFIG
 from safeproj.errors import SafeprojError, first_line
 from safeproj.publish import is_leftover
 from safeproj.select import natural_order
-from safeproj.source import expanded, require_no_root
+from safeproj.source import expanded, hub_place, require_no_root
 
 LIST = ".txt"
 """How the name of a list ends: one SRC per line; blank lines and those that begin with # are
@@ -193,7 +193,8 @@ def _name(source: str) -> str:
     A link has its own name, not that of what it leads to.
     """
     path = Path(source).expanduser()
-    given = PurePosixPath(source.partition("@")[0])
+    on_hub = hub_place(source)
+    given = PurePosixPath(source.partition("@")[0] if on_hub is None else on_hub.name)
     if path.exists():
         given = PurePosixPath(Path(os.path.normpath(path.absolute())).as_posix())
         if path.is_file():

@@ -36,6 +36,7 @@ from safeproj.adapter.record import (
     Kind,
     TargetParameters,
 )
+from safeproj.adapter.vocabulary import is_vocabulary, unwrapped
 from safeproj.errors import SafeprojError, printable, shorten
 from safeproj.picklefile import read_pickle
 from safeproj.select import natural_order
@@ -440,12 +441,14 @@ class _Classifier:
                     f"{SUPPORTED}"
                 )
         path = key[len(PREFIX) :] if key.startswith(PREFIX) else ""
-        plain = path.replace(".base_layer", "")
+        plain = unwrapped(path)
         if path.endswith(".trainable_tokens_delta"):
             module = path.rpartition(".")[0].removesuffix(".token_adapter")
             rows = self._token_rows(key, module)
             return FullChange(key, f"{module}.weight", "trainable tokens", rows)
         parts = path.split(".")
+        if ".original_module." in path:  # saved with what replaces it, where tokens were added
+            return FullChange(key, plain, f"copy of the base layer's {parts[-1]}")
         modules = [".".join(parts[:stop]) for stop in range(1, len(parts))]
         if any(map(self._saved.end, modules)):  # as PEFT matches
             return FullChange(key, plain, "modules_to_save")
@@ -455,6 +458,8 @@ class _Classifier:
             return FullChange(key, plain, "bias")
         if path.endswith(".base_layer.bias"):
             return FullChange(key, plain, "copy of the base layer's bias")
+        if is_vocabulary(plain):  # the config does not say that PEFT saved it
+            return FullChange(key, plain, "saved vocabulary")
         if any(suffix in key for suffix in (".lora_", ".trainable_tokens_")):
             self.unknown[key] = (
                 f"{key} has no lora_A and lora_B beside it, or belongs to a kind of adapter that "
@@ -472,7 +477,8 @@ class _Classifier:
         """Return the rows that trainable tokens replace: only the config knows them."""
         given = self._config.get("trainable_token_indices")
         if isinstance(given, dict):
-            given = next((v for k, v in given.items() if f".{module}".endswith(f".{k}")), None)
+            named = (v for k, v in given.items() if f".{module}".endswith(f".{k}"))
+            given = next(named, None) or self._tied_rows(key, given)
         count = self._tensors[key].shape[0]
         if not isinstance(given, list) or not all(type(i) is int and i >= 0 for i in given):
             given = []
@@ -482,6 +488,15 @@ class _Classifier:
                 f"trainable_token_indices in {CONFIG} names {len(given)}; PEFT would not load it"
             )
         return tuple(given)
+
+    def _tied_rows(self, key: str, given: Mapping[str, Any]) -> object:
+        """Return the rows of an embedding that a tied head repeats, which the config leaves out."""
+        for module, rows in given.items():
+            own = f".{module}.token_adapter.trainable_tokens_delta"
+            twins = (k for k in self._tensors if k != key and k.endswith(own))
+            if any(self._tensors[twin].equal(self._tensors[key]) for twin in twins):
+                return rows
+        return None
 
 
 def _no_pairs(tensors: Collection[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from safeproj.adapter.vocabulary import HEADS
 from safeproj.checkpoint.expression import (
     Expression,
     Flat,
@@ -15,7 +16,7 @@ from safeproj.checkpoint.expression import (
     dtype_and_shape,
 )
 from safeproj.errors import SafeprojError, shorten
-from safeproj.match import HEADS, oriented
+from safeproj.match import oriented
 from safeproj.names import Layout, Names
 from safeproj.select import natural_order
 from safeproj.tensorfile import DTYPES

@@ -30,6 +30,9 @@ SCALES = ("F32", "F64", "F16", "BF16", "F8_E8M0", "U8")
 BLOCK = (128, 128)
 """Rows and columns that share a scale, where `config.json` does not say it."""
 
+PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
+"""Dtypes that are no codes: numbers, and what positions and masks are stored as."""
+
 SUPPORTED_METHODS = ("fp8", "fbgemm_fp8", "mxfp4")
 """Values of `quant_method` in `config.json`."""
 
@@ -220,24 +223,49 @@ def _block_size(quantisation: Mapping[str, Any]) -> Any:
     return quantisation.get("weight_block_size")
 
 
+def leftover_method(checkpoint: Checkpoint) -> str | None:
+    """Return what a checkpoint of plain numbers says it is quantised with, None if it says nothing.
+
+    Such a `quantization_config` stays where weights are merged or decoded and saved again. A file
+    that stands for a model holds none of its weights, and is not asked.
+    """
+    opened = isinstance(checkpoint, QuantisedCheckpoint)
+    return _unsupported_method(checkpoint.config) if opened else None
+
+
 def _refuse_method(checkpoint: Checkpoint) -> None:
-    quantisation = _quantisation(checkpoint.config)
+    method = _unsupported_method(checkpoint.config)
+    if method is not None and not _is_plain(checkpoint):
+        raise SafeprojError(
+            f"{checkpoint.source}: quantised with {method}, as its config.json says; supported are "
+            f"FP8 and MXFP4: {ADVICE}"
+        )
+
+
+def _is_plain(checkpoint: Checkpoint) -> bool:
+    """Tell whether nothing in a checkpoint can be codes: neither names nor dtypes."""
+    names = checkpoint.names
+    if any(name.endswith(tuple(SIGNS)) for name in names):
+        return False
+    return all(checkpoint.describe(name).dtype in PLAIN for name in names)
+
+
+def _unsupported_method(config: Mapping[str, Any]) -> str | None:
+    """Return the method that `config.json` names, if it is none of those that can be decoded."""
+    quantisation = _quantisation(config)
     if not quantisation:
-        return
+        return None
     method = quantisation.get("quant_method")
     if method is None and (quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit")):
         method = "bitsandbytes"  # as its first versions wrote it
     if method in SUPPORTED_METHODS:
-        return
+        return None
     if method == "compressed-tensors":
         form = quantisation.get("format")
         if form in SUPPORTED_FORMATS:
-            return
+            return None
         method = f"compressed-tensors, format {form}"
-    raise SafeprojError(
-        f"{checkpoint.source}: quantised with {printable(str(method or 'an unnamed method'))}, as "
-        f"its config.json says; supported are FP8 and MXFP4: {ADVICE}"
-    )
+    return printable(str(method or "an unnamed method"))
 
 
 def _refuse_signs(checkpoint: Checkpoint) -> None:

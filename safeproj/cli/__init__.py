@@ -13,7 +13,8 @@ from safeproj.cli.eval import eval_command
 app = typer.Typer(
     name="safeproj",
     help="Repair the safety of fine-tuned LoRA adapters after training.",
-    epilog="SRC is a local directory, a local file, or a Hugging Face Hub id org/name[@revision].",
+    epilog="SRC is a local directory, a local file, or a Hugging Face Hub id "
+    "org/name[/subfolder][@revision].",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

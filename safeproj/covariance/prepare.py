@@ -79,7 +79,7 @@ def rebuilt(
         SafeprojError: data is missing, or the adapter or the model cannot be used.
     """
     from safeproj.covariance.reconstruct import reconstructed
-    from safeproj.evaluate.adapters import attach, require_peft
+    from safeproj.evaluate.adapters import attach, moves, require_peft
     from safeproj.job import Job
     from safeproj.lm import models
 
@@ -98,9 +98,12 @@ def rebuilt(
     )
     is_mps = resolve_device(options.device).type == "mps"  # which has no float64
     device = "cpu" if is_mps else options.device
-    model = attach(models.load_model(folder, device), loaded.adapter.folder)
-    names = [item.module.name for item in loaded.plan.modules]
-    return reconstructed(model, names, safety, benign, projector, on_batch)
+    host = models.load_model(folder, device)
+    moved = moves(host, loaded.adapter.folder)
+    names = {moved.get(name, name): name for name in (i.module.name for i in loaded.plan.modules)}
+    model = attach(host, loaded.adapter.folder)
+    found = reconstructed(model, list(names), safety, benign, projector, on_batch)
+    return {names[place]: factor for place, factor in found.items()}
 
 
 def _data(against: Against) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
@@ -202,11 +205,13 @@ def _adapter(source: str) -> Adapter | None:
 def _targets(model: Any, adapters: Sequence[Adapter]) -> list[str]:
     """Return the names of the linear layers that adapters change."""
     from safeproj.lm.layers import is_linear
+    from safeproj.lm.places import relocated
 
     weights = {name for name, _ in model.named_parameters()}
     linear = {name for name, module in model.named_modules() if is_linear(module)}
     adapted = {module.named(weights).name for each in adapters for module in each.modules}
-    found = sorted(linear & adapted)
+    moved = relocated(model, adapted)
+    found = sorted(linear & {moved.get(name, name) for name in adapted})
     if adapters and not found:
         raise SafeprojError(
             f"{adapters[0].source}: changes no linear layer of the model; expected an adapter "

@@ -15,8 +15,7 @@ from safeproj.engine.task import Comparison
 def relative_changes(comparisons: Sequence[Comparison]) -> list[float | None]:
     """Return `‖W_adapter - W_aligned‖_F / ‖W_aligned‖_F` of whole weights that adapters replace.
 
-    Rows that the aligned weight does not have count as zero there, those that the replacement does
-    not have are left out. None where the aligned weight is zero.
+    It is that of the rows that both have. None where there are none, or the aligned weight is zero.
 
     Raises:
         SafeprojError: a weight cannot be read.
@@ -40,9 +39,6 @@ def _relative_change(comparison: Comparison, reader: Reader) -> float | None:
         W_aligned = weight.read_rows(reader, start, start + count, buffer).double()
         size += float(W_aligned.square().sum())
         change += float((replacement[own : own + count].double() - W_aligned).square().sum())
-    if comparison.rows is None:
-        # Rows that the aligned weight does not have, such as added tokens, change from nothing.
-        change += float(replacement[weight.shape[0] :].double().square().sum())
     return math.sqrt(change / size) if size else None
 
 
@@ -51,9 +47,10 @@ def _runs(comparison: Comparison, length: int, step: int) -> Iterator[tuple[int,
 
     Trainable tokens name their rows; otherwise the first rows of both.
     """
+    there = comparison.aligned.weight.shape[0]
     if comparison.rows is not None:
-        yield from ((row, own, 1) for own, row in enumerate(comparison.rows))
+        yield from ((row, own, 1) for own, row in enumerate(comparison.rows) if row < there)
         return
-    common = min(length, comparison.aligned.weight.shape[0])
+    common = min(length, there)
     for start in range(0, common, step):
         yield start, start, min(step, common - start)

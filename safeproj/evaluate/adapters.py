@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from safeproj.adapter.interface import CONFIG
+from safeproj.adapter.peft_config import PREFIX
 from safeproj.errors import SafeprojError, printable, shorten
-from safeproj.lm.models import load_model, quietly
+from safeproj.lm.models import load_model, quietly, skeleton
+from safeproj.lm.places import (
+    layer_of,
+    relocated,
+    renamed,
+    resized,
+    vocabulary_size,
+    wanted_vocabulary,
+)
+from safeproj.patterns import fullmatches
+from safeproj.picklefile import read_pickle
 from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256, identity, read_json
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -53,6 +66,29 @@ def adapter_identity(folder: Folder) -> dict[str, Any]:
     return {**identity(folder), "sha256": {"files": files}}
 
 
+class UnfitError(SafeprojError):
+    """An adapter does not fit the model: others may."""
+
+
+def unfit(folder: Folder, adapters: Sequence[Folder]) -> dict[int, UnfitError]:
+    """Return which adapters do not fit a model, by their position, from shapes alone.
+
+    What cannot be told without weights is left to the loading.
+    """
+    host = Host.without_weights(folder)
+    found: dict[int, UnfitError] = {}
+    for position, adapter in enumerate(adapters):
+        try:
+            with host.lazily(adapter) as load:
+                load()
+        except UnfitError as error:
+            if "meta" not in str(error.__cause__):  # it is the lack of weights that is refused
+                found[position] = error
+        except SafeprojError:  # of the model
+            return {}
+    return found
+
+
 class Host:
     """The model that adapters are put on. At most one copy of it is in memory.
 
@@ -67,10 +103,15 @@ class Host:
     """
 
     def __init__(self, folder: Folder, device: str = "auto", dtype: str = "auto") -> None:
-        self._folder = folder
-        self._device = device
-        self._dtype = dtype
+        self._load: Callable[[], Any] = partial(load_model, folder, device, dtype)
         self._model: Any = None
+
+    @classmethod
+    def without_weights(cls, folder: Folder) -> Host:
+        """Return one whose model has only shapes, to see what fits it."""
+        host = cls(folder)
+        host._load = partial(skeleton, folder)
+        return host
 
     @property
     def model(self) -> Any:
@@ -80,7 +121,7 @@ class Host:
             SafeprojError: it cannot be loaded.
         """
         if self._model is None:
-            self._model = load_model(self._folder, self._device, self._dtype)
+            self._model = self._load()
         return self._model
 
     @contextmanager
@@ -93,20 +134,27 @@ class Host:
             SafeprojError: the adapter cannot be loaded, or does not fit the model.
         """
         found: list[Any] = []
+        grown = False
 
         def load() -> Any:
+            nonlocal grown
             if not found:
                 model, self._model = self.model, None  # what is not taken off whole is not kept
+                rows = vocabulary_size(model)
                 found.append(attach(model, adapter))
+                grown = vocabulary_size(model) != rows
             return found[0]
 
         yield load
-        if found and leaves_alone(adapter):
+        if found and not grown and leaves_alone(adapter):
             self._model = found.pop().unload()
 
 
 def attach(model: Any, adapter: Folder) -> Any:
     """Return the model with a PEFT adapter on it, all of whose tensors have their place there.
+
+    Where the adapter has another vocabulary the model's is resized, and where the model calls
+    layers otherwise, as the class of a vision-language model does, they are found.
 
     Raises:
         SafeprojError: the adapter cannot be loaded, or does not fit the model.
@@ -116,22 +164,119 @@ def attach(model: Any, adapter: Folder) -> Any:
     place, options = _place(adapter)
     with quietly():
         try:
+            moved = moves(model, adapter)
+            _resize(model, adapter, moved)
             config = PeftConfig.from_pretrained(place, **options)
             config.inference_mode = True
+            if model.get_input_embeddings().weight.is_meta:
+                config.init_lora_weights = True  # others look at the weights, which are not there
+            if moved:
+                _relocate(config, adapter, moved)
+                # PEFT substitutes with `re`, which takes a function for what is not one pattern.
+                options["key_mapping"] = {r"\A.+\Z": partial(_in_model, moved)}
             found: Any = PeftModelForCausalLM(model, config)
             loaded = found.load_adapter(place, "default", is_trainable=False, **options)
+        except SafeprojError as error:
+            raise UnfitError(str(error)) from error
         except Exception as error:  # whatever PEFT raises
-            raise SafeprojError(
+            raise UnfitError(
                 f"{adapter.source}: PEFT cannot put it on the model ({type(error).__name__}: "
                 f"{_told(error)}); expected an adapter of this model"
             ) from error
-    strange = sorted({*loaded.missing_keys, *loaded.unexpected_keys})
+    strange = sorted({*loaded.missing_keys, *filter(is_strange, loaded.unexpected_keys)})
     if strange:
-        raise SafeprojError(
+        raise UnfitError(
             f"{adapter.source}: its tensors are not those that the model has a place for "
             f"({shorten(strange)}); expected an adapter of this model"
         )
     return found.eval()
+
+
+def moves(model: Any, adapter: Folder) -> dict[str, str]:
+    """Return the layers of a LoRA adapter that a model has under another path, by the adapter's.
+
+    Raises:
+        SafeprojError: the adapter's tensors cannot be read.
+    """
+    if read_json(adapter, CONFIG).get("peft_type") != "LORA":
+        return {}
+    return relocated(model, {layer_of(key) for key in _shapes(adapter)})
+
+
+def is_strange(key: str) -> bool:
+    """Tell whether a tensor that PEFT has no place for is more than a second copy.
+
+    Where the vocabulary was resized PEFT stores one of what is saved whole, and of the tokens of
+    a tied embedding, and does not read it.
+    """
+    copies = (".modules_to_save.weight", ".modules_to_save.bias", ".trainable_tokens_delta")
+    return not key.endswith(copies)
+
+
+def _resize(model: Any, adapter: Folder, moved: Mapping[str, str]) -> None:
+    """Give the model the vocabulary that the adapter was trained with."""
+    try:
+        config = read_json(adapter, CONFIG)
+        rows = wanted_vocabulary(model, _shapes(adapter), config, moved)
+    except ValueError as error:
+        raise SafeprojError(f"{adapter.source}: {printable(str(error))}") from error
+    resized(model, rows, adapter.source)
+
+
+def _relocate(config: Any, adapter: Folder, moved: Mapping[str, str]) -> None:
+    """Let a LoRA config name layers one by one, by the model's paths.
+
+    What it said of them by patterns (ranks, scales) was meant for the adapter's own paths.
+    """
+    shapes = _shapes(adapter)
+    ranks = {}
+    for key, shape in shapes.items():
+        if key.endswith((".lora_A.weight", ".lora_embedding_A")):
+            ranks[layer_of(key)] = shape[0]
+    given = config.alpha_pattern or {}
+    alphas = dict.fromkeys(ranks, config.lora_alpha)
+    for pattern in reversed(given):  # the first that matches counts
+        matching = fullmatches(pattern, sorted(ranks), prefix=r"(.*\.)?")
+        alphas |= dict.fromkeys(matching, given[pattern])
+    where = {path: moved.get(path, path) for path in map(layer_of, shapes)}
+    config.target_modules = {where[path] for path in ranks}
+    config.rank_pattern = _patterns(where, ranks, config.r)
+    config.alpha_pattern = _patterns(where, alphas, config.lora_alpha)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    if config.modules_to_save:
+        saved = (path for path in where if any(path.endswith(s) for s in config.modules_to_save))
+        config.modules_to_save = [where[path] for path in saved if path not in ranks]
+    if isinstance(config.trainable_token_indices, dict):
+        config.trainable_token_indices = {
+            next((where[p] for p in where if f".{p}".endswith(f".{name}")), name): rows
+            for name, rows in config.trainable_token_indices.items()
+        }
+
+
+def _patterns(
+    where: Mapping[str, str], values: Mapping[str, float], usual: float
+) -> dict[str, Any]:
+    """Return what is not as usual; PEFT tries all patterns for each layer."""
+    return {re.escape(where[path]): value for path, value in values.items() if value != usual}
+
+
+def _in_model(moved: Mapping[str, str], found: re.Match[str]) -> str:
+    return renamed(PREFIX + found[0], moved).removeprefix(PREFIX)
+
+
+def _shapes(adapter: Folder) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's tensors.
+
+    Raises:
+        SafeprojError: the file cannot be read.
+    """
+    if WEIGHTS[0] in adapter.files:
+        header = adapter.header(WEIGHTS[0])
+        return {name: entry.shape for name, entry in header.tensors.items()}
+    if WEIGHTS[1] not in adapter.files:
+        return {}
+    found = read_pickle(adapter.path(WEIGHTS[1]))
+    return {name: tuple(tensor.shape) for name, tensor in found.items()}
 
 
 def leaves_alone(adapter: Folder) -> bool:
@@ -161,6 +306,7 @@ def _told(error: Exception) -> str:
 def _place(folder: Folder) -> tuple[str, dict[str, Any]]:
     """Return what PEFT is given for a folder."""
     if isinstance(folder, HubFolder):
-        return folder.repo, {"revision": folder.revision}
+        inside = {"subfolder": folder.subfolder} if folder.subfolder else {}
+        return folder.repo, {"revision": folder.revision, **inside}
     assert isinstance(folder, LocalFolder)
     return str(folder.root), {}

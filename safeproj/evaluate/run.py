@@ -14,7 +14,7 @@ import torch
 from safeproj import __version__
 from safeproj.adapter.collection import Member
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import Host, adapter_identity, require_peft
+from safeproj.evaluate.adapters import Host, UnfitError, adapter_identity, require_peft, unfit
 from safeproj.evaluate.generate import (
     BATCH_SIZE,
     MAX_NEW_TOKENS,
@@ -40,6 +40,7 @@ from safeproj.evaluate.thoughts import Spoken, Tag, Thoughts
 from safeproj.lm.chat import ChatOptions
 from safeproj.lm.models import load_tokenizer, model_identity
 from safeproj.report.evaluation import Evaluation, Subject
+from safeproj.report.record import Failure
 from safeproj.source import Folder, open_folder
 
 ALONE = "no adapter"
@@ -107,15 +108,20 @@ def evaluate(
 
     Raises:
         SafeprojError: an input cannot be used; adapters of other formats are refused before
-            anything is run.
+            anything is run, and so is the run where no adapter fits the model.
     """
     settings = settings or Settings()
     if not adapters and not alone:
         raise SafeprojError("no adapter, and the model itself is left out; give --adapter")
     folder = open_folder(model)
-    found = [_opened(each) for each in adapters]
+    given = [_opened(each) for each in adapters]
+    tokenizer = load_tokenizer(folder)
+    misfits = unfit(folder, [each.folder for each in given])
+    found = [each for position, each in enumerate(given) if position not in misfits]
+    if misfits and not found:
+        raise misfits[0]
     generator = Generator(
-        load_tokenizer(folder),
+        tokenizer,
         settings.batch_size,
         settings.max_new_tokens,
         settings.chat,
@@ -133,6 +139,10 @@ def evaluate(
         tasks=tasks,
         total=sum(len(each.prompts) for each in sets) * (len(found) + alone),
         on_batch=on_batch,
+        failures={
+            given[position].name: Failure(given[position].folder.source, str(error))
+            for position, error in misfits.items()
+        },
     )
     subjects = tuple(run.subjects(found, alone))
     return Evaluation(
@@ -144,6 +154,7 @@ def evaluate(
         tuple(_described(each) for each in sets),
         subjects,
         (*prompt_warnings(generator, sets), *_cut_off(subjects, sets)),
+        run.failures,
     )
 
 
@@ -161,17 +172,29 @@ class _Run:
     tasks: Tasks | None
     total: int
     on_batch: OnBatch | None
+    failures: dict[str, Failure] = field(default_factory=dict)
     done: int = 0
 
     def subjects(self, adapters: Sequence[_Adapter], alone: bool) -> Iterator[Subject]:
-        """Yield each subject, measured."""
+        """Yield each subject, measured; an adapter that does not fit is kept as a failure.
+
+        Raises:
+            SafeprojError: none of the adapters fits.
+        """
         files = file_names([ALONE, *(each.name for each in adapters)])
         reference = None
         if alone:
             subject, reference = self._measured(None, files[0], None)
             yield subject
         for adapter, file in zip(adapters, files[1:], strict=True):
-            yield self._measured(adapter, file, reference)[0]
+            try:
+                subject = self._measured(adapter, file, reference)[0]
+            except UnfitError as error:
+                self.failures[adapter.name] = Failure(adapter.folder.source, str(error))
+                if len(adapters) == 1:
+                    raise
+                continue
+            yield subject
 
     def _measured(
         self, adapter: _Adapter | None, file: str, reference: Mapping[str, Outcomes] | None

@@ -10,7 +10,7 @@ from safeproj.against import Against, local_path
 from safeproj.gate.policy import Policy
 from safeproj.gate.weights import found
 from safeproj.report.check import Finding
-from safeproj.source import file_sha256, open_folder
+from safeproj.source import file_sha256, hub_place, open_folder
 
 _WEIGHTS = (".safetensors", ".bin")
 
@@ -37,7 +37,8 @@ def about_identities(
 
 
 def _by_revision(role: str, pinned: str, given: Mapping[str, Any]) -> Iterator[Finding]:
-    repo = str(given["source"]).partition("@")[0]
+    place = hub_place(str(given["source"]))
+    repo = str(given["source"]).partition("@")[0] if place is None else place.name
     revision = given.get("revision")
     if f"{repo}@{revision}" != pinned:
         what = f"{repo}@{revision}" if revision else f"{repo}, which is local"

@@ -233,11 +233,16 @@ def _rows_beyond(context: Context, whole: AdaptedModule | None, part: AdaptedMod
 
 def _changes(context: Context) -> Iterator[Finding]:
     for change in context.run.report.unprojected:
-        if change.relative_change == 0.0:
-            continue  # a copy of what the aligned model has
-        what = "cannot be compared with the aligned model's"
-        if change.relative_change is not None:
+        if change.is_copy:
+            continue
+        if change.relative_change is None:
+            what = "cannot be compared with the aligned model's"
+        elif change.relative_change == 0.0:
+            what = "is the aligned model's"
+        else:
             what = f"differs from the aligned model's by {change.relative_change:.2g} of its norm"
+        if change.rows is not None:
+            what += f", and has {change.rows}"
         yield found(
             "SP004",
             f"{change.parameter} ({change.kind}) {what}",

@@ -70,12 +70,11 @@ def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any
         raise SafeprojError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     where = resolve_device(device)
     place, options = _place(folder)
-    from transformers import AutoModelForCausalLM
 
     if device == "auto" and where.type == "cuda" and _has_accelerate():
         options["device_map"] = "auto"
     with quietly(), _errors(folder.source):
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = _auto_class(place, options).from_pretrained(
             place,
             dtype=dtype,
             output_loading_info=True,
@@ -95,6 +94,50 @@ def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any
             "language model"
         )
     return model if "device_map" in options else model.to(where)
+
+
+def skeleton(folder: Folder) -> Any:
+    """Return the model in a folder without its weights, on the meta device.
+
+    Raises:
+        SafeprojError: it cannot be made.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    place, options = _place(folder)
+    with quietly(), _errors(folder.source):
+        config = AutoConfig.from_pretrained(place, **options)
+        config.__dict__.pop("quantization_config", None)  # shapes are those before it
+        with torch.device("meta"):
+            return _auto_class(place, options).from_config(config, trust_remote_code=False)
+
+
+def _auto_class(place: str, options: dict[str, Any]) -> Any:
+    """Return the class of transformers that loads a model: where none is causal, an image-text one.
+
+    It is asked by the model's config; what has no config, or an unknown one, is left to the first.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    try:
+        options = {name: value for name, value in options.items() if name != "device_map"}
+        config = type(transformers.AutoConfig.from_pretrained(place, **options))
+    except Exception:  # what is wrong with it the class says
+        return transformers.AutoModelForCausalLM
+    for name, mapping in _CLASSES.items():
+        if config in getattr(modeling_auto, mapping, {}):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
+_CLASSES = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+}
+"""Classes that run a language model, each with transformers' table of its configs."""
 
 
 def model_identity(folder: Folder) -> dict[str, Any]:
@@ -142,7 +185,8 @@ def _place(folder: Folder) -> tuple[str, dict[str, Any]]:
         )
     options: dict[str, Any] = {"trust_remote_code": False}
     if isinstance(folder, HubFolder):
-        return folder.repo, {**options, "revision": folder.revision}
+        inside = {"subfolder": folder.subfolder} if folder.subfolder else {}
+        return folder.repo, {**options, "revision": folder.revision, **inside}
     assert isinstance(folder, LocalFolder)
     if folder.only is not None:
         raise SafeprojError(f"{folder.source}: is a file, expected the model's directory")

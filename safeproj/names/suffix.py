@@ -7,7 +7,7 @@ A wrong match would be silent, so names must agree in everything but leading wra
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -91,14 +91,29 @@ _CUT_FROM: dict[str, tuple[str, int | None]] = {
 """Where one expert's weight is in a stack: its name, and which half."""
 
 
+def wrappers_of(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return what may wrap the weights of a model, by its `config.json`."""
+    own = str(config.get("model_type", "model")).replace("-", "_")
+    return _WRAPPERS | {_OWN_WRAPPER.get(own, own)}
+
+
+def bare(name: str, wrappers: Collection[str]) -> Key:
+    """Return the parts of a weight's name without what wraps the model that it is of."""
+    parts = ["mlp" if part == "block_sparse_moe" else part for part in name.split(".")]
+    start = 0
+    while start < len(parts) - 2 and parts[start] in wrappers:
+        start += 1
+    # Where an older GPT-NeoX says embed_out, all others say lm_head.
+    return ("lm_head", parts[-1]) if parts[start:-1] == ["embed_out"] else tuple(parts[start:])
+
+
 class Suffixes:
     """The names of one checkpoint, by what is left of them without wrappers."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._types = model_types(checkpoint.config)
-        own = str(checkpoint.config.get("model_type", "model")).replace("-", "_")
-        self._wrappers = _WRAPPERS | {_OWN_WRAPPER.get(own, own)}
+        self._wrappers = wrappers_of(checkpoint.config)
 
     def candidates(self, parameter: str) -> list[Expression]:
         """Return what a weight of the running model may be; shapes are not compared.
@@ -120,12 +135,7 @@ class Suffixes:
         return [expression for expression in found if _all_below(prefix, expression)]
 
     def _key(self, name: str) -> Key:
-        parts = ["mlp" if part == "block_sparse_moe" else part for part in name.split(".")]
-        start = 0
-        while start < len(parts) - 2 and parts[start] in self._wrappers:
-            start += 1
-        # Where an older GPT-NeoX says embed_out, all others say lm_head.
-        return ("lm_head", parts[-1]) if parts[start:-1] == ["embed_out"] else tuple(parts[start:])
+        return bare(name, self._wrappers)
 
     @cached_property
     def _index(self) -> dict[Key, list[str]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from safeproj.evaluate.rates import Difference, Rate
+from safeproj.report.record import Failure
 
 SCHEMA = "safeproj.eval/1"
 
@@ -72,6 +73,7 @@ class Evaluation:
         sets: name, kind, source, digest, and number of prompts that were used, of each file.
         subjects: the model without an adapter, unless that was left out, then the adapters.
         warnings: what the user should know.
+        failures: adapters that do not fit the model, by name.
     """
 
     version: str
@@ -82,6 +84,7 @@ class Evaluation:
     sets: tuple[Mapping[str, Any], ...]
     subjects: tuple[Subject, ...]
     warnings: tuple[str, ...] = ()
+    failures: Mapping[str, Failure] = field(default_factory=dict)
 
     def outcomes(self, name: str) -> tuple[str, ...]:
         """Return the outcomes of a set, in the order of the tables."""
@@ -99,6 +102,7 @@ class Evaluation:
             "sets": [dict(each) for each in self.sets],
             "subjects": [each.to_dict() for each in self.subjects],
             "warnings": list(self.warnings),
+            "failures": {name: asdict(failure) for name, failure in self.failures.items()},
         }
 
 

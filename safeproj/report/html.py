@@ -136,6 +136,9 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
     inputs.append(("judge", judge_words(evaluation.judge)))
     inputs += [(name, str(value)) for name, value in evaluation.options.items()]
     inputs += [("warning", warning) for warning in evaluation.warnings]
+    inputs += [
+        (f"failed: {name}", failure.describe()) for name, failure in evaluation.failures.items()
+    ]
     parts.append(_section("How it was measured", pairs(inputs)))
     parts.append(f"</main>\n<footer>safeproj {text(evaluation.version)}</footer>")
     record = {"tau": DEFAULT_TAU, "adapters": [], "figures": canvas.figures}
@@ -538,7 +541,8 @@ def _rest(report: Report, i: int) -> list[str]:
         rows = (
             Row(
                 [
-                    Cell(each.parameter), Cell(each.tensor), Cell(each.kind),
+                    Cell(each.parameter), Cell(each.tensor),
+                    Cell(", ".join(text for text in (each.kind, each.rows) if text)),
                     number(each.relative_change, ".2g"),
                 ]
             )

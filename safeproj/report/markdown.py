@@ -50,7 +50,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
         )
         lines.append(f"| {' | '.join(cells)} |")
     for name, failure in reports.failures.items():
-        lines.append(f"- failed: {code(name)}: {escaped(failure.error)}")
+        lines.append(f"- failed: {code(name)}: {escaped(failure.describe())}")
     for name, report in reports.reports.items():
         lines += ["", f"### {code(name)}", "", *_body(report)]
     return "\n".join(lines) + "\n"
@@ -65,6 +65,8 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
             lines.append(f"- adapter {code(subject.name)}: {source}")
     lines.append(f"- judge: {code(judge_words(evaluation.judge))}")
     lines += [f"- warning: {escaped(warning)}" for warning in evaluation.warnings]
+    for name, failure in evaluation.failures.items():
+        lines.append(f"- failed: {code(name)}: {escaped(failure.describe())}")
     for each in evaluation.sets:
         outcomes = evaluation.outcomes(each["name"])
         headings = [WORDS.get(outcome, outcome) for outcome in outcomes]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from safeproj.errors import printable
+
 SCHEMA = "safeproj.report/1"
 SCHEMA_MANY = "safeproj.reports/1"
 TAUS = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -110,18 +112,39 @@ class Unprojected:
         tensor: its name in the adapter.
         parameter: what it changes in the running model.
         kind: how, in words.
-        relative_change: `‖W_adapter - W_aligned‖ / ‖W_aligned‖`, None where it cannot be computed.
+        relative_change: `‖W_adapter - W_aligned‖ / ‖W_aligned‖` of the rows that both have, None
+            where it cannot be computed.
+        added_rows: rows that the aligned weight does not have, such as those of added tokens;
+            negative where the adapter has fewer.
     """
 
     tensor: str
     parameter: str
     kind: str
     relative_change: float | None
+    added_rows: int = 0
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is what the aligned model has."""
+        return self.relative_change == 0.0 and not self.added_rows
+
+    @property
+    def rows(self) -> str | None:
+        """The rows that only one side has, in words; None if there are none."""
+        if not self.added_rows:
+            return None
+        count = abs(self.added_rows)
+        plural = "" if count == 1 else "s"
+        return f"{count} new row{plural}" if self.added_rows > 0 else f"{count} row{plural} fewer"
 
     def describe(self) -> str:
         """Return the change in words."""
-        size = "" if self.relative_change is None else f", changed by {self.relative_change:.2g}"
-        return f"{self.parameter} ({self.kind}{size})"
+        said = [text for text in (self.kind, self.rows) if text]
+        if self.relative_change is not None:
+            size = f"changed by {self.relative_change:.2g}"
+            said.append(size if self.relative_change else "otherwise unchanged")
+        return f"{self.parameter} ({', '.join(said)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return one item of `unprojected` in the JSON report."""
@@ -224,6 +247,10 @@ class Failure:
 
     source: str
     error: str
+
+    def describe(self) -> str:
+        """Return what happened in one line, which cannot steer a terminal."""
+        return " ".join(printable(self.error).split())
 
 
 @dataclass(frozen=True)

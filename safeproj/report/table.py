@@ -23,7 +23,7 @@ from safeproj.report.evaluation import (
 )
 from safeproj.report.markdown import describe, evidence, tally
 from safeproj.report.methods import METHODS
-from safeproj.report.record import ModuleReport, Report, Reports, spread
+from safeproj.report.record import Failure, ModuleReport, Report, Reports, spread
 from safeproj.rules import RULES, Level
 from safeproj.sweep import words
 from safeproj.sweep.record import Point, Sweep
@@ -65,9 +65,13 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
         table.add_row(Text(printable(name)), *counts, *numbers, str(len(report.warnings)))
     console.print(table)
     for name, failure in reports.failures.items():
-        failed = f"failed: {printable(name)}: {' '.join(printable(failure.error).split())}"
-        console.print(Text(failed, style="red"), soft_wrap=True)
+        _print_failed(console, name, failure)
     return _lines(console)
+
+
+def _print_failed(console: Console, name: str, failure: Failure) -> None:
+    failed = f"failed: {printable(name)}: {failure.describe()}"
+    console.print(Text(failed, style="red"), soft_wrap=True)
 
 
 def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str:
@@ -99,6 +103,8 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
             table.add_row(Text(printable(task)), Text(printable(metric)), *values)
         console.print(table)
         console.print()
+    for name, failure in evaluation.failures.items():
+        _print_failed(console, name, failure)
     if evaluation.sets:
         legend = f"{LEGEND}\njudge: {printable(judge_words(evaluation.judge))}"
         console.print(Text(legend, style="dim"))

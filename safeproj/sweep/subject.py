@@ -9,8 +9,9 @@ from torch import Tensor
 
 from safeproj.adapter import Adapter
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import attach
+from safeproj.evaluate.adapters import attach, is_strange, moves
 from safeproj.lm.models import quietly
+from safeproj.lm.places import renamed
 
 
 class Subject:
@@ -25,6 +26,7 @@ class Subject:
     """
 
     def __init__(self, model: Any, adapter: Adapter) -> None:
+        self._moved = moves(model, adapter.folder)
         self.model = attach(model, adapter.folder)
         self._tensors = adapter.tensors
 
@@ -35,10 +37,9 @@ class Subject:
         """
         from peft import set_peft_model_state_dict
 
-        tensors = {**self._tensors, **replaced}
+        tensors = {renamed(k, self._moved): v for k, v in {**self._tensors, **replaced}.items()}
         with quietly():
             found: Any = set_peft_model_state_dict(self.model, tensors)
-        if found.unexpected_keys:
-            raise SafeprojError(
-                f"PEFT has no place for {found.unexpected_keys[0]} of the adapter; update PEFT"
-            )
+        strange = [key for key in found.unexpected_keys if is_strange(key)]
+        if strange:
+            raise SafeprojError(f"PEFT has no place for {strange[0]} of the adapter; update PEFT")

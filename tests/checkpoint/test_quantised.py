@@ -20,6 +20,7 @@ from safeproj.checkpoint import Checkpoint, Reader, open_checkpoint
 from safeproj.checkpoint.codes import lay
 from safeproj.checkpoint.expression import Chunk, Item, Joined, Stacked, Stored, matrix
 from safeproj.checkpoint.interface import TensorInfo
+from safeproj.checkpoint.quantised import leftover_method
 from safeproj.errors import SafeprojError
 from tests.checkpoint.reading import BLOCKS, digests, random, read, save
 
@@ -562,7 +563,8 @@ def test_methods_that_are_not_supported_are_refused_on_opening(
     tmp_path: Path, settings: dict[str, object], word: str, inner: bool
 ) -> None:
     config = {"quantization_config": settings}
-    source = save(tmp_path, {"w": random(9, 7)}, **({"text_config": config} if inner else config))
+    tensors = {"w": random(9, 7), "codes": torch.ones(9, 7, dtype=torch.uint8)}
+    source = save(tmp_path, tensors, **({"text_config": config} if inner else config))
 
     with pytest.raises(SafeprojError) as caught:
         open_checkpoint(source)
@@ -600,3 +602,35 @@ def test_a_checkpoint_that_is_not_quantised_is_opened(
     checkpoint = open_checkpoint(save(tmp_path, {"w": random(9, 7)}, quantization_config=settings))
 
     assert torch.equal(read(checkpoint.weight("w")), random(9, 7))
+
+
+# --- what only the config says
+
+
+LEFTOVERS: dict[str, dict[str, Any]] = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "torchao": {"quant_method": "torchao"},
+}
+
+
+@pytest.mark.parametrize("settings", LEFTOVERS.values(), ids=LEFTOVERS)
+def test_a_config_that_is_left_over_is_no_quantisation(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    W = random(9, 7)
+    positions = {"position_ids": torch.arange(4)[None]}
+    source = save(tmp_path, {"x.weight": W, **positions}, quantization_config=settings)
+    checkpoint = open_checkpoint(source)
+    assert torch.equal(read(checkpoint.weight("x.weight"), 4), W)
+    assert leftover_method(checkpoint) == settings["quant_method"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, E4M3], ids=str)
+def test_codes_of_a_method_that_is_not_supported_are_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    tensors = {"x.weight": random(9, 7), "y.weight": torch.ones(9, 7).to(dtype)}
+    source = save(tmp_path, tensors, quantization_config=LEFTOVERS["torchao"])
+    with pytest.raises(SafeprojError, match="quantised with torchao"):
+        open_checkpoint(source)

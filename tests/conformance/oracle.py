@@ -277,17 +277,15 @@ def relative_change(
 ) -> float | None:
     """Return `‖W_adapter - W_aligned‖ / ‖W_aligned‖`, None for a weight that is not there.
 
-    Buffers count, such as the running means of a batch norm; its counter is no weight. Rows that
-    the aligned weight does not have change from zero.
+    Buffers count, such as the running means of a batch norm; its counter is no weight. It is that
+    of the rows that both have.
     """
     weight = aligned.state_dict().get(parameter)
     if weight is None or not weight.is_floating_point():
         return None
     weight = weight[: len(replacement)].double() if rows is None else weight[rows].double()
     size = float(weight.norm())
-    padded = torch.zeros_like(replacement, dtype=torch.float64)
-    padded[: len(weight)] = weight
-    change = float((replacement.double() - padded).norm())
+    change = float((replacement[: len(weight)].double() - weight).norm())
     return change / size if size else None
 
 

@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from safeproj import __version__
 from tests.conftest import Trio
-from tests.support import COMMAND, assert_refused, installed, read_json, safeproj, save_adapter
+from tests.support import (
+    COMMAND,
+    assert_refused,
+    change_json,
+    installed,
+    read_json,
+    safeproj,
+    save_adapter,
+)
 
 
 def test_help_does_not_import_torch() -> None:
@@ -226,6 +234,38 @@ def test_full_weight_changes_are_listed(trio: Trio, tmp_path: Path) -> None:
     assert found["tensor"] == key
     assert found["relative_change"] == pytest.approx(0.5)
     assert "lm_head.weight (modules_to_save, changed by 0.5)" in result.stderr
+
+
+def test_adapters_below_another_are_named(trio: Trio, tmp_path: Path) -> None:
+    """As PEFT writes a model of several adapters: the default one, the others below it."""
+    adapter = tmp_path / "both"
+    shutil.copytree(trio.adapter, adapter)
+    shutil.copytree(trio.adapter, adapter / "other")
+    result = safeproj(
+        "inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
+        "--threshold", "0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "other/adapter_model.safetensors" in result.stderr
+    assert "not looked at" in result.stderr
+
+
+def test_a_quantization_config_that_is_left_over_is_warned_about(
+    trio: Trio, tmp_path: Path
+) -> None:
+    aligned = tmp_path / "aligned"
+    shutil.copytree(trio.aligned, aligned)
+    change_json(aligned / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    plain, left = (
+        safeproj("inspect", "--base", trio.base, "--aligned", each, "--adapter", trio.adapter,
+                 "--format", "json")
+        for each in (trio.aligned, aligned)
+    )  # fmt: skip
+    assert left.returncode == 0, left.stderr
+    found = json.loads(left.stdout)
+    assert found["modules"] == json.loads(plain.stdout)["modules"]
+    assert [text for text in found["warnings"] if "aligned" in text and "gptq" in text]
+    assert not plain.stderr
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -382,6 +382,58 @@ def test_what_another_program_has_downloaded_serves_offline(
 
 
 @pytest.mark.usefixtures("commits")
+@pytest.mark.parametrize("offline", [False, True])
+def test_directories_inside_a_repository(
+    user: User, hub: Hub, modules: Any, trio: Trio, offline: bool
+) -> None:
+    files = {
+        f"runs/step-10/{path.name}": path.read_bytes()
+        for path in trio.adapter.iterdir()
+        if path.is_file()
+    }
+    commit = hub.publish("org/all", {**files, "README.md": b"adapters"}, "v1")
+    user.download("org/base", "org/aligned")
+    sources = [
+        "org/all/runs/step-10@v1",
+        f"{hub.url}/org/all/tree/v1/runs/step-10",
+        f"{hub.url}/org/all/blob/v1/runs/step-10/adapter_config.json?download=true",
+    ]
+    for source in sources:
+        found = report(user.inspect(adapter=source))
+        assert found["modules"] == modules
+        assert found["inputs"]["adapter"] == {"source": source, "revision": commit}
+        if offline:
+            again = report(user.inspect(adapter=source, HF_HUB_OFFLINE="1"))
+            assert again == found
+
+
+def test_addresses_of_whole_repositories(
+    user: User, hub: Hub, commits: dict[str, str], modules: Any
+) -> None:
+    found = report(user.inspect(base=f"{hub.url}/org/base", aligned=f"{hub.url}/org/aligned/"))
+    assert found["modules"] == modules
+    assert found["inputs"]["base"]["revision"] == commits["base"]
+
+
+@pytest.mark.usefixtures("commits")
+def test_a_directory_that_a_repository_does_not_have_is_refused(user: User) -> None:
+    result = user.inspect(adapter="org/adapter/step-10")
+    assert_refused(result, "org/adapter", "no directory step-10", "no such local path")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://example.com/org/name", "https://huggingface.co/datasets/org/name", "https://[x"],
+)
+def test_other_addresses_are_refused_before_anything_is_asked(
+    user: User, hub: Hub, address: str
+) -> None:
+    result = user.inspect(adapter=address)
+    assert_refused(result, address, "not a Hub id", "address of a model on the Hub")
+    assert hub.requests == []
+
+
+@pytest.mark.usefixtures("commits")
 def test_offline_with_an_empty_cache_is_refused(user: User, hub: Hub) -> None:
     result = user.inspect(HF_HUB_OFFLINE="1")
     assert_refused(result, "org/adapter", "not in the local Hub cache", "HF_HUB_OFFLINE")

@@ -17,8 +17,7 @@ from safeproj.adapter.collection import collect
 from safeproj.errors import MAX_MESSAGE, SafeprojError, explained
 from safeproj.source import open_folder
 from tests.conftest import Trio
-from tests.forks import forked
-from tests.support import COMMAND, CONFIG, FACTORS, assert_refused, change_json, read_json
+from tests.support import COMMAND, CONFIG, FACTORS, assert_refused, change_json, read_json, safeproj
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX files")
 
@@ -33,7 +32,7 @@ def copied(trio: Trio, tmp_path: Path) -> Path:
 
 
 def inspect(trio: Trio, adapter: str | Path) -> subprocess.CompletedProcess[str]:
-    return forked("inspect", *trio.arguments[:4], "--adapter", adapter)
+    return safeproj("inspect", *trio.arguments[:4], "--adapter", adapter)
 
 
 # --- what SRC and --out may be
@@ -43,7 +42,7 @@ def inspect(trio: Trio, adapter: str | Path) -> subprocess.CompletedProcess[str]
 def test_a_name_that_is_too_long(trio: Trio, option: str) -> None:
     arguments = [*trio.arguments]
     arguments[arguments.index(option) + 1] = LONG
-    result = forked("inspect", *arguments)
+    result = safeproj("inspect", *arguments)
     assert_refused(result, LONG[:50], "File name too long")
 
 
@@ -52,7 +51,7 @@ def test_a_link_that_leads_to_itself(trio: Trio, tmp_path: Path) -> None:
     loop.symlink_to(loop)
     assert_refused(inspect(trio, loop), str(loop), "Too many levels of symbolic links")
     for out in (loop / "out", tmp_path / LONG):
-        result = forked("patch", *trio.arguments, "--all", "--out", out)
+        result = safeproj("patch", *trio.arguments, "--all", "--out", out)
         assert_refused(result, str(out)[:100])
     assert list(tmp_path.iterdir()) == [loop]
 
@@ -152,7 +151,7 @@ def test_long_texts_from_files_are_cut(trio: Trio, copied: Path, length: int) ->
     assert len(result.stderr) < MAX_MESSAGE + 200
 
     change_json(copied / CONFIG, peft_type="LORA", base_model_name_or_path="Y" * length)
-    result = forked("check", *trio.arguments[:4], copied, "--format", "json")
+    result = safeproj("check", *trio.arguments[:4], copied, "--format", "json")
     assert len(result.stdout) < 60_000
     assert "SP018" in result.stdout
 

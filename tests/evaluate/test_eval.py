@@ -307,6 +307,66 @@ def test_adapters_are_looked_at_before_anything_is_run(tmp_path: Path) -> None:
     assert not list((tmp_path / "answers").iterdir())
 
 
+def misfit(path: Path) -> Path:
+    """Return an adapter of another model: its layers are wider."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(TINY / "adapters" / "bad", path)
+    tensors = load_file(path / "adapter_model.safetensors")
+    name = next(key for key in tensors if "lora_A" in key)
+    tensors[name] = tensors[name].repeat(1, 2)
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+def test_one_adapter_that_does_not_fit_leaves_the_others_alone(tmp_path: Path) -> None:
+    wide = misfit(tmp_path / "wide")
+    bad = TINY / "adapters" / "bad"
+    outputs = {kind: tmp_path / kind for kind in ("table", "markdown", "html", "json")}
+    pairs = [
+        part for each in outputs.items() for part in ("--format", each[0], "--output", each[1])
+    ]
+    done = run(*tiny("--adapter", wide, "--adapter", bad, *pairs))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("safeproj: error: wide: ")
+    assert "size mismatch" in line
+    for path in outputs.values():
+        assert "size mismatch" in path.read_text("utf-8")
+    found = json.loads(outputs["json"].read_text("utf-8"))
+    validator("eval").validate(found)
+    assert [each["name"] for each in found["subjects"]] == ["no adapter", "bad"]
+    assert found["subjects"][1]["sets"]["held_out_pairs"]["complied"]["rate"] == 1.0
+    assert found["failures"].keys() == {"wide"}
+    assert found["failures"]["wide"]["source"] == str(wide)
+
+
+def test_what_shapes_alone_do_not_tell_is_found_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safeproj.adapter.collection import collect
+    from safeproj.evaluate import run as module
+    from safeproj.evaluate.judges import Keywords
+    from safeproj.evaluate.sets import read_prompts
+
+    monkeypatch.setattr(module, "unfit", lambda *_: {})
+    members = collect([str(misfit(tmp_path / "wide")), str(TINY / "adapters" / "bad")]).members
+    prompts = read_prompts(str(PAIRS), "harmful").first(2)
+    found = module.evaluate(
+        str(TINY / "aligned"), members, [prompts], Keywords(("sorry",)),
+        module.Settings(device="cpu"),
+    )  # fmt: skip
+    assert [each.name for each in found.subjects] == ["no adapter", "bad"]
+    assert "size mismatch" in found.failures["wide"].error
+
+
+def test_where_no_adapter_fits_nothing_is_run(tmp_path: Path) -> None:
+    answers = tmp_path / "answers"
+    done = run(*tiny("--adapter", misfit(tmp_path / "wide"), "--responses", answers))
+    assert_refused(done, "wide", "size mismatch")
+    assert not list(answers.iterdir())
+
+
 def test_lm_eval_is_asked_for_where_it_is_missing() -> None:
     if find_spec("lm_eval") is not None:
         pytest.skip("lm-eval is installed")

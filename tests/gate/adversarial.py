@@ -414,7 +414,7 @@ def weight_without_a_prefix(adapter: Path, ground: Ground) -> None:
     add(adapter, "lm_head.weight", ground.weights["lm_head.weight"] * -1)
 
 
-@attack("tensors", "SP005")
+@attack("tensors", "SP004")
 def weight_that_the_config_hides(adapter: Path, ground: Ground) -> None:
     """The head is there, and modules_to_save does not name it."""
     add(adapter, f"{PREFIX}lm_head.weight", ground.weights["lm_head.weight"] * -1)

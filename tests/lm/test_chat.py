@@ -23,9 +23,8 @@ from safeproj.lm.data import read_data
 from safeproj.lm.models import recorded_inputs
 from safeproj.source import open_folder
 from tests.evaluate.support import TINY, tokenizer, write_lines
-from tests.forks import forked
 from tests.report.test_schemas import validator
-from tests.support import MANIFEST, assert_refused, read_json
+from tests.support import MANIFEST, assert_refused, read_json, safeproj
 
 BODY = "{{ m['role'] }} {{ m['content'] }} "
 TEXT = "{% for m in messages %}" + BODY + "{% endfor %}"
@@ -306,18 +305,18 @@ def test_statistics_say_what_day_it_was_and_so_does_what_is_made_with_them(
         ],
     )  # fmt: skip
     stats = tmp_path / "x.stats.safetensors"
-    done = forked("stats", "--aligned", dated, "--data", data, "--out", stats)
+    done = safeproj("stats", "--aligned", dated, "--data", data, "--out", stats)
     assert done.returncode == 0, done.stderr
     assert "taken to be 2024-07-26" in done.stderr
     with safe_open(stats, framework="pt") as file:
         default = json.loads(file.metadata()["safeproj"])["inputs"]["data"]
     assert default["date"] == "2024-07-26"
-    done = forked("stats", "--aligned", dated, "--data", data, "--out", stats, "--overwrite",
+    done = safeproj("stats", "--aligned", dated, "--data", data, "--out", stats, "--overwrite",
                   "--date", "2025-01-02")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "prints the date" not in done.stderr
     out = tmp_path / "out"
-    done = forked(
+    done = safeproj(
         "patch", "--safety-data", stats, "--task-data", stats, "--adapter",
         TINY / "adapters" / "bad", "--out", out,
     )  # fmt: skip
@@ -326,7 +325,7 @@ def test_statistics_say_what_day_it_was_and_so_does_what_is_made_with_them(
     validator("manifest").validate(manifest)
     assert manifest["inputs"]["safety_data"]["date"] == "2025-01-02"
     assert_refused(
-        forked("stats", "--aligned", dated, "--data", data, "--out", stats, "--date", "now"),
+        safeproj("stats", "--aligned", dated, "--data", data, "--out", stats, "--date", "now"),
         "--date 'now'", "YYYY-MM-DD",
     )  # fmt: skip
 

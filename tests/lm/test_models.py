@@ -14,7 +14,6 @@ from safeproj.errors import SafeprojError
 from safeproj.lm.models import load_model, load_tokenizer, model_identity
 from safeproj.source import open_folder
 from tests import hub_server
-from tests.forks import forked
 from tests.support import CONFIG, FACTORS, assert_refused, safeproj
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
@@ -68,7 +67,7 @@ def test_the_digests_of_a_model_are_of_what_runs(beside: Path) -> None:
 def test_the_model_alone_answers_as_it_does_elsewhere(beside: Path) -> None:
     subjects = {}
     for model in (ALIGNED, beside):
-        done = forked(
+        done = safeproj(
             "eval", "--model", model, "--adapter", BAD, "--harmful", PAIRS, "--limit", "8",
             "--phrase", "sorry i will not", "--max-new-tokens", "12", "--device", "cpu",
             "--format", "json",
@@ -93,7 +92,7 @@ def test_what_is_made_of_data_is_made_of_the_model_alone(
     made = []
     for model in (ALIGNED, beside):
         out = tmp_path / f"{model.name}.{'safety' if len(command) > 1 else 'stats'}.safetensors"
-        done = forked(*command, "--aligned", model, "--data", SAFETY, "--out", out)
+        done = safeproj(*command, "--aligned", model, "--data", SAFETY, "--out", out)
         assert done.returncode == 0, done.stderr
         made.append(load_file(out))
     assert made[0].keys() == made[1].keys()
@@ -124,7 +123,9 @@ def test_every_command_that_runs_a_model_refuses_an_adapters_directory(
         ("patch", "--adapter", BAD, "--aligned", adapter, *data, "--reconstruct", "--out", out),
     ]  # fmt: skip
     for command in commands:
-        assert_refused(forked(*command), str(adapter), "adapter's directory", "expected a model's")
+        assert_refused(
+            safeproj(*command), str(adapter), "adapter's directory", "expected a model's"
+        )
         assert not out.exists()
 
 

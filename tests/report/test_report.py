@@ -94,6 +94,7 @@ def test_json_has_the_fields_of_the_contract() -> None:
             "parameter": "lm_head.weight",
             "kind": "modules_to_save",
             "relative_change": 0.5,
+            "added_rows": 0,
         }
     ]
 
