@@ -155,9 +155,9 @@ def test_every_command_that_runs_a_model_takes_them(model: Path, tmp_path: Path)
     written = []
     for extra in ((), ("--reconstruct",)):
         out = tmp_path / f"out{len(extra)}"
-        done = safeproj("patch", "--method", "covariance", "--aligned", model, "--safety-data", data,
-                      "--task-data", data, "--adapter", tmp_path / "a", "--out", out,
-                      "--device", "cpu", *extra)  # fmt: skip
+        done = safeproj("patch", "--method", "covariance", "--aligned", model, "--safety-data",
+                        data, "--task-data", data, "--adapter", tmp_path / "a", "--out", out,
+                        "--device", "cpu", *extra)  # fmt: skip
         assert done.returncode == 0, done.stderr
         written.append(load_file(out / FACTORS))
     given = load_file(tmp_path / "a" / FACTORS)
