@@ -12,7 +12,6 @@ from torch import Tensor
 from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.peft_config import PREFIX
-from safeproj.adapter.write import copied_adapters
 from safeproj.engine import Score
 from safeproj.errors import SafeprojError, shorten
 from safeproj.match import Plan
@@ -111,7 +110,7 @@ def decide(
         warnings=(
             *adapter.warnings,
             *plan.warnings,
-            *_warnings(adapter, scores, selection, chosen, lossy, unprojected),
+            *_warnings(scores, selection, chosen, lossy, unprojected),
             *_truncation_warnings(scores, chosen, uncertain),
         ),
     )
@@ -292,7 +291,6 @@ def _truncation_warnings(
 
 
 def _warnings(
-    adapter: Adapter,
     scores: Mapping[str, Score],
     selection: Selection,
     chosen: frozenset[str],
@@ -318,6 +316,3 @@ def _warnings(
             f"rounding to the written dtype loses over {LOST_IN_ROUNDING:.0%} of {len(lossy)} "
             f"projected tensors ({shorten(lossy)}); use --dtype float32"
         )
-    copied = copied_adapters(adapter)
-    if copied and chosen:
-        yield f"other adapters in the folder are copied unpatched: {shorten(copied)}"

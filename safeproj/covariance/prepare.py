@@ -73,7 +73,7 @@ def rebuilt(
         SafeprojError: data is missing, or the adapter or the model cannot be used.
     """
     from safeproj.covariance.reconstruct import reconstructed
-    from safeproj.evaluate.adapters import attach, require_peft
+    from safeproj.evaluate.adapters import attach_read, require_peft
     from safeproj.job import Job
     from safeproj.lm import models
 
@@ -82,7 +82,7 @@ def rebuilt(
     job = Job(ready, options, None, None, digests=False)
     read = job.read(adapter)
     require_peft(read.folder)
-    loaded = job.matched(read)
+    loaded = job.runnable(read)
     assert against.aligned is not None
     folder = open_folder(against.aligned)
     tokenizer = models.load_tokenizer(folder)
@@ -92,7 +92,7 @@ def rebuilt(
     )
     is_mps = resolve_device(options.device).type == "mps"  # which has no float64
     device = "cpu" if is_mps else options.device
-    model = attach(models.load_model(folder, device), loaded.adapter.folder)
+    model = attach_read(models.load_model(folder, device), loaded.adapter)
     names = [item.module.name for item in loaded.plan.modules]
     return reconstructed(model, names, safety, benign, projector, on_batch)
 

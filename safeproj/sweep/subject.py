@@ -9,7 +9,7 @@ from torch import Tensor
 
 from safeproj.adapter import Adapter
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import attach
+from safeproj.evaluate.adapters import attach_read
 from safeproj.lm.models import quietly
 
 
@@ -25,7 +25,7 @@ class Subject:
     """
 
     def __init__(self, model: Any, adapter: Adapter) -> None:
-        self.model = attach(model, adapter.folder)
+        self.model = attach_read(model, adapter)
         self._tensors = adapter.tensors
 
     def put(self, replaced: Mapping[str, Tensor]) -> None:
