@@ -22,7 +22,6 @@ from safeproj.adapter.peft_config import PLAIN_INITIALISATIONS, changed_base
 from safeproj.errors import SafeprojError
 from safeproj.residual import PART, difference, olora, pissa
 from tests.conformance.architectures import (
-    ARCHITECTURES,
     GROUPED,
     Architecture,
     Built,
@@ -59,7 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "all-linear": {"target_modules": "all-linear"},
     "with-an-embedding": {"target_modules": ["q_proj", "embed_tokens"]},
-    "full-rank": {"r": 16},
+    "full-rank": {"r": 12},
 }
 
 
@@ -150,8 +149,11 @@ def inspect(pair: Built, adapter: Path) -> Any:
     return safeproj.inspect(base=str(pair.base), aligned=str(pair.aligned), adapter=str(adapter))
 
 
-def close(found: Tensor, wanted: Tensor, scale: Tensor, error: float = 3e-6) -> bool:
-    """Tell whether two are equal but for float32's rounding of something of this size."""
+def close(found: Tensor, wanted: Tensor, scale: Tensor, error: float = 1e-5) -> bool:
+    """Tell whether two are equal but for float32's rounding of something of this size.
+
+    PEFT's decomposition of a weight in float32 is off by some 1e-6 of it.
+    """
     return float((found.double() - wanted.double()).norm()) <= error * float(scale.double().norm())
 
 
@@ -335,21 +337,50 @@ def test_mica_passes_the_gate(llama: Built, tmp_path: Path) -> None:
     assert "SP010" not in check(llama, adapter).stdout
 
 
+# --- where the model is run
+
+
+def test_a_model_gets_the_converted_adapter(llama: Built, tmp_path: Path) -> None:
+    """As sweeps and --reconstruct put it on: from files, on the weights as they are."""
+    from safeproj.against import Against
+    from safeproj.evaluate.adapters import attach_read
+    from safeproj.job import Job
+
+    adapter = trained(llama, tmp_path, "pissa")
+    job = Job(Against(str(llama.base), str(llama.aligned)), None, None, None, digests=False)
+    found = job.runnable(job.read(str(adapter))).adapter
+    model = attach_read(copy.deepcopy(llama.aligned_model), found)
+    wanted = logits(loaded(llama, adapter))
+    assert close(logits(model), wanted, wanted)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    weight = llama.aligned_model.model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(layer.get_base_layer().weight, weight)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "lora_ga"])
+def test_what_peft_puts_on_other_weights_is_not_measured(
+    llama: Built, tmp_path: Path, init: str
+) -> None:
+    from safeproj.evaluate.adapters import attach
+    from safeproj.source import open_folder
+
+    adapter = trained(llama, tmp_path, "pissa_niter_4")
+    change_json(adapter / CONFIG, init_lora_weights=init)
+    with pytest.raises(SafeprojError, match="other weights than it was trained on"):
+        attach(copy.deepcopy(llama.aligned_model), open_folder(str(adapter)))
+
+
 # --- the gate
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_gate_scores_the_true_update_and_fails(llama: Built, tmp_path: Path, init: str) -> None:
-    import json
-
     adapter = trained(llama, tmp_path, init)
-    result = check(llama, adapter, "--format", "json")
-    assert result.returncode == 1
-    (found,) = json.loads(result.stdout)["checks"]
-    assert "SP010" in {each["id"] for each in found["findings"]}
-    scored = {module["name"]: module["cosine"] for module in found["modules"]}
-    own = {module.name: module.cosine for module in inspect(llama, adapter).modules}
-    assert scored == own
+    models = {"base": str(llama.base), "aligned": str(llama.aligned)}
+    (found,) = safeproj.check(**models, adapters=[str(adapter)]).checks
+    assert "SP010" in {each.id for each in found.findings}
+    assert found.report is not None
+    assert found.report.modules == inspect(llama, adapter).modules
 
 
 def test_what_was_converted_and_patched_passes_beside_its_original(
@@ -456,7 +487,3 @@ def test_honest_updates_are_no_part_of_the_weights(size: float, rank: int) -> No
         for factor in (0.2, -0.2, -1.0):
             assert share(W, start.R, start.L, factor) < PART
         assert share(W, start.R, start.L, 1.0) == pytest.approx(1.0)
-
-
-def test_each_architecture_of_the_table_has_a_name() -> None:
-    assert {"llama", "gpt2"} <= ARCHITECTURES.keys()
