@@ -65,12 +65,13 @@ class Start:
 
 
 def pissa(W: Tensor, rank: int, s: float) -> Start:
-    """Return `U_r Σ_r V_rᵀ / s` of `W` (m, n), float64."""
-    if len(W) <= W.shape[1]:
-        U = torch.linalg.eigh(W @ W.T)[1][:, -rank:]
-    else:  # the smaller Gram matrix has the other vectors, and W turns them into these
-        U = torch.linalg.qr(W @ torch.linalg.eigh(W.T @ W)[1][:, -rank:])[0]
-    return Start(U, U.T @ W / s)
+    """Return `U_r Σ_r V_rᵀ / s` of `W` (m, n).
+
+    In float32, as PEFT does: where the r-th singular value is close to the next one, rounding
+    decides between their vectors, and the adapter belongs to what rounding left in training.
+    """
+    U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
+    return Start(U[:, :rank].double(), S[:rank, None].double() / s * Vh[:rank].double())
 
 
 def olora(W: Tensor, rank: int, s: float) -> Start:
