@@ -373,8 +373,8 @@ def test_what_peft_puts_on_other_weights_is_not_measured(
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_gate_scores_the_true_update_and_fails(llama: Built, tmp_path: Path, init: str) -> None:
     adapter = trained(llama, tmp_path, init)
-    models = {"base": str(llama.base), "aligned": str(llama.aligned)}
-    (found,) = safeproj.check(**models, adapters=[str(adapter)]).checks
+    base, aligned = str(llama.base), str(llama.aligned)
+    (found,) = safeproj.check(base=base, aligned=aligned, adapters=[str(adapter)]).checks
     assert "SP010" in {each.id for each in found.findings}
     assert found.report is not None
     assert found.report.modules == inspect(llama, adapter).modules

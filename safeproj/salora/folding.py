@@ -70,7 +70,7 @@ class Folded:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know about the adapter."""
-        left_out = ()
+        left_out: tuple[str, ...] = ()
         if self.left_out:
             names = shorten(self.left_out, NAMED)
             left_out = (f"other weights are not folded, and left out: {names}",)
