@@ -158,7 +158,8 @@ def difference(A: Tensor, B: Tensor, start: Start) -> tuple[Tensor, Tensor]:
     Q, T = torch.linalg.qr(torch.cat([B, -start.L], dim=1))
     P, Z = torch.linalg.qr(torch.cat([A, start.R]).T)
     U, S, Vh = torch.linalg.svd(T @ Z.T, full_matrices=False)
-    S[S < ROUNDING * float(torch.linalg.matrix_norm(start.R, 2))] = 0.0
+    noise = ROUNDING * float(torch.linalg.matrix_norm(start.R, 2))
+    S = S.where(S.gt(noise), 0.0)
     root = S.sqrt()
     A, B = (P @ Vh.T * root).T, Q @ U * root
     largest = A.abs().argmax(dim=1, keepdim=True)
