@@ -121,6 +121,7 @@ def patch(
     task_data: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    copy_weights: bool = False,
     observer: Observer | None = None,
     profile: Profile | None = None,
 ) -> Report:
@@ -140,6 +141,8 @@ def patch(
         task_data: the same of benign data; random tokens if None.
         overwrite: replace an adapter that is at `out`.
         dry_run: do everything but the writing.
+        copy_weights: copy other weights that lie beside the adapter's, which are not patched: left
+            out otherwise.
         observer: told about the progress.
         profile: filled in with where the time went.
 
@@ -152,7 +155,9 @@ def patch(
     )
     check_out(out, overwrite, against.local_paths([adapter]))
     with _job(against, [adapter], options, observer, profile, digests=not dry_run) as job:
-        return job.write(job.one(adapter), None if dry_run else out, overwrite=overwrite)
+        done = job.one(adapter)
+        place = None if dry_run else out
+        return job.write(done, place, overwrite=overwrite, copy_weights=copy_weights)
 
 
 def inspect_many(
@@ -209,6 +214,7 @@ def patch_many(
     task_data: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    copy_weights: bool = False,
     observer: Observer | None = None,
     profile: Profile | None = None,
 ) -> list[Outcome]:
@@ -226,6 +232,7 @@ def patch_many(
         task_data: as for `patch`.
         overwrite: replace adapters that are there.
         dry_run: do everything but the writing.
+        copy_weights: as for `patch`.
         observer: as for `patch`.
         profile: as for `patch`.
 
@@ -253,7 +260,7 @@ def patch_many(
 
         def use(run: Run, number: int) -> Report:
             place = None if dry_run else made_inside(out, free[number].name)
-            return job.write(run, place, overwrite=overwrite)
+            return job.write(run, place, overwrite=overwrite, copy_weights=copy_weights)
 
         done = job.many(usable, use)
         found = [refused[n] if n in refused else next(done) for n in range(len(members))]

@@ -12,7 +12,6 @@ from torch import Tensor
 from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.peft_config import PREFIX
-from safeproj.adapter.write import copied_adapters
 from safeproj.engine import Score
 from safeproj.errors import SafeprojError, shorten
 from safeproj.match import Plan
@@ -117,7 +116,7 @@ def decide(
         warnings=(
             *adapter.warnings,
             *plan.warnings,
-            *_warnings(adapter, scores, selection, chosen, lossy, unprojected),
+            *_warnings(scores, selection, chosen, lossy, unprojected),
             *_truncation_warnings(scores, chosen, uncertain),
         ),
     )
@@ -311,7 +310,6 @@ def _truncation_warnings(
 
 
 def _warnings(
-    adapter: Adapter,
     scores: Mapping[str, Score],
     selection: Selection,
     chosen: frozenset[str],
@@ -336,12 +334,4 @@ def _warnings(
         yield (
             f"rounding to the written dtype loses over {LOST_IN_ROUNDING:.0%} of {len(lossy)} "
             f"projected tensors ({shorten(lossy)}); use --dtype float32"
-        )
-    copied = copied_adapters(adapter)
-    if copied and chosen:
-        yield f"other adapters in the folder are copied unpatched: {shorten(copied)}"
-    elif copied:
-        yield (
-            f"other adapters lie below this one, and are not looked at: {shorten(copied)}; give "
-            "each as an --adapter of its own"
         )

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from safeproj import engine, factors
 from safeproj.adapter import Adapter, card, read_adapter
+from safeproj.adapter.experts import UNSAID, as_today
 from safeproj.adapter.interface import MANIFEST
-from safeproj.adapter.write import write_adapter
+from safeproj.adapter.weightfiles import NAMED
+from safeproj.adapter.write import adapters_below, weights_beside, write_adapter
 from safeproj.against import (
     COVARIANCE,
     HAS_NO_PROJECTOR,
@@ -27,16 +29,19 @@ from safeproj.against import (
 )
 from safeproj.alignment.file import AlignmentFile, open_file
 from safeproj.alignment.pair import Pair
+from safeproj.checkpoint import open_checkpoint
 from safeproj.covariance.prepare import statistics_of
 from safeproj.decide import DTYPES, Decision, decide
 from safeproj.engine import Origin, Progress, Score, Task, Update
-from safeproj.errors import SafeprojError, explained
+from safeproj.errors import SafeprojError, explained, shorten
 from safeproj.manifest import manifest
 from safeproj.match import Plan, PlannedModule
-from safeproj.names import parse_rules
+from safeproj.match import plan as matched
+from safeproj.names import Names, parse_rules
 from safeproj.profile import Profile
 from safeproj.projection import Approx, Complement, Covariance, Projector, Reconstruction
 from safeproj.report.record import Report
+from safeproj.residual import converted, held_parts, told_of
 from safeproj.salora.file import open_safety_module
 from safeproj.select import Selection
 from safeproj.source import Folder, LocalFolder, read_json
@@ -48,6 +53,9 @@ for each so many."""
 
 CASTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What servers cast factors to, whatever they are stored as."""
+
+_TODAY = "\0"
+"""Before the name of a module as today's PEFT reads it; no name begins so."""
 
 T = TypeVar("T")
 
@@ -102,10 +110,19 @@ class Observer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """An adapter and what is to be scored of it."""
+    """An adapter and what is to be scored of it.
+
+    Attributes:
+        adapter: as it is scored.
+        plan: its updates, with their weights.
+        today: those that today's PEFT reads otherwise than the one that wrote them, as that does.
+        held: what tells that its updates are a part of the weights, if they seem to be.
+    """
 
     adapter: Adapter
     plan: Plan
+    today: tuple[PlannedModule, ...] = ()
+    held: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -135,12 +152,14 @@ class Run:
     """What was read of one adapter, scored and decided.
 
     Attributes:
-        adapter: the adapter.
-        plan: what was scored of it.
+        adapter: as it was scored.
+        plan: its updates, with their weights.
         scores: by module.
         decision: what is to be done to it.
         projector: what it was scored with.
         casts: module to its update as servers cast it, where that was asked for and differs.
+        today: module to score as today's PEFT reads it, where that is another update.
+        held: what tells that its updates are a part of the weights, if they seem to be.
     """
 
     adapter: Adapter
@@ -149,6 +168,8 @@ class Run:
     decision: Decision
     projector: Projector
     casts: dict[str, tuple[Cast, ...]] = dataclasses.field(default_factory=dict)
+    today: dict[str, Score] = dataclasses.field(default_factory=dict)
+    held: str | None = None
 
     @property
     def report(self) -> Report:
@@ -262,6 +283,7 @@ class Job:
         documents: Mapping[str, bytes | None] | None = None,
         *,
         overwrite: bool = False,
+        copy_weights: bool = False,
     ) -> Report:
         """Write the patched adapter, if `out` is given, and return the report of `patch`.
 
@@ -270,11 +292,13 @@ class Job:
             out: the directory.
             documents: as for `write_adapter`.
             overwrite: as for `write_adapter`.
+            copy_weights: as for `write_adapter`.
 
         Raises:
             SafeprojError: it cannot be written; nothing is left behind.
         """
-        warnings = (*run.report.warnings, *_notes(run.adapter, self._projector))
+        notes = _notes(run.adapter, self._projector, copy_weights=copy_weights)
+        warnings = (*run.report.warnings, *notes)
         report = dataclasses.replace(run.report, warnings=warnings)
         if out is None:
             return report
@@ -282,20 +306,23 @@ class Job:
             write_adapter(
                 run.adapter,
                 run.decision.replaced,
-                self.manifest(run, report),
+                self.manifest(run, report, copy_weights=copy_weights),
                 card.section(report),
                 out,
                 documents,
                 overwrite=overwrite,
+                copy_weights=copy_weights,
             )
         return report
 
-    def manifest(self, run: Run, report: Report) -> dict[str, Any]:
+    def manifest(self, run: Run, report: Report, *, copy_weights: bool = False) -> dict[str, Any]:
         """Return what `safeproj.json` says of a run, without the digests of what is written."""
-        options = {
+        options: dict[str, Any] = {
             "dtype": self._options.dtype,
             "device": str(engine.resolve_device(self._options.device)),
         }
+        if copy_weights:
+            options["copy_weights"] = True
         return manifest(run.adapter, self.subspace, run.scores, report, options)
 
     @property
@@ -315,21 +342,99 @@ class Job:
     def matched(self, adapter: Adapter) -> Loaded:
         """Return an adapter that was read with what is to be scored of it.
 
+        One that belongs to a changed base is converted.
+
         Raises:
             SafeprojError: it does not fit the weights; unless the job is lenient, also where a
-                module has no weight.
+                module has no weight, or where it belongs to a changed base and is not converted.
         """
         with self._profile.phase("match"):
             subspace = self.subspace
             adapter = adapter.fitted(subspace.names, subspace.config)
             for reason in () if self._lenient else adapter.format.unloaded(adapter, subspace.names):
                 raise SafeprojError(f"{adapter.source}: {reason}")
+        if adapter.format.changed_base(adapter) is not None:
+            with self._profile.phase("convert"):
+                adapter = self._converted(adapter)
+        with self._profile.phase("match"):
             plan = subspace.plan(adapter, self._selection)
-        if self._lenient:
-            plan = self._without_unheld(plan)
-        for _, error in () if self._lenient else plan.unmatched:
-            raise error
-        return Loaded(adapter, plan)
+            if self._lenient:
+                plan = self._without_unheld(plan)
+            for _, error in () if self._lenient else plan.unmatched:
+                raise error
+            today = tuple(self._read_today(adapter, plan))
+            held = self._held(adapter, plan)
+        below = () if self._lenient else adapters_below(adapter)
+        notes = [_two_readings(adapter, today)] if today else []
+        if below:
+            notes.append(
+                f"other adapters lie below this one, and are not looked at: {shorten(below)}; give "
+                "each as an --adapter of its own"
+            )
+        adapter = dataclasses.replace(adapter, warnings=(*adapter.warnings, *notes))
+        return Loaded(adapter, plan, today, held)
+
+    def runnable(self, adapter: Adapter) -> Loaded:
+        """Return the same of an adapter that PEFT is to put on the model.
+
+        Raises:
+            SafeprojError: as `matched`, or PEFT would put another update on the model.
+        """
+        loaded = self.matched(adapter)
+        if loaded.today:
+            raise SafeprojError(
+                f"{adapter.source}: {_two_readings(adapter, loaded.today)}; the model cannot be "
+                "run with it: leave the stacks out of the adapter"
+            )
+        return loaded
+
+    def _converted(self, adapter: Adapter) -> Adapter:
+        """Return an adapter of a changed base, converted; as it is if a lenient job cannot."""
+        try:
+            return converted(adapter, self._weights, self._options.workers)
+        except SafeprojError:
+            if self._lenient:  # the gate has a finding of its own
+                return adapter
+            raise
+
+    @cached_property
+    def _weights(self) -> Names | None:
+        """The aligned weights; None where a file stands for them."""
+        if isinstance(self.subspace, Pair):
+            return self.subspace.aligned
+        aligned = self._against.aligned
+        return None if aligned is None else Names(open_checkpoint(aligned), self._options.maps)
+
+    def _held(self, adapter: Adapter, plan: Plan) -> str | None:
+        """Return what tells that updates are a part of the weights.
+
+        Raises:
+            SafeprojError: they are, and the job is not lenient.
+        """
+        modules = plan.modules
+        if not isinstance(self.subspace, Pair):
+            if self._weights is None or self._against.statistics is None:
+                return None  # no weights are read, and none fetched for this
+            modules = matched(adapter, self._weights, self._weights, Selection()).modules
+        assert self._weights is not None
+        told = told_of(held_parts(adapter, modules, self._weights))
+        if told is None or self._lenient:
+            return told
+        raise SafeprojError(
+            f"{adapter.source}: {told}: it belongs to what PiSSA or its like left of the base "
+            "weights, whatever its config says; use the converted adapter (that of LLaMA-Factory "
+            "is in pissa_converted), or name the initialisation in init_lora_weights"
+        )
+
+    def _read_today(self, adapter: Adapter, plan: Plan) -> Iterator[PlannedModule]:
+        """Yield the updates that today's PEFT takes for others, as it does."""
+        again = as_today(adapter)
+        if again is None:
+            return
+        own = {item.module.name: item.module for item in plan.modules}
+        for item in self.subspace.plan(again, self._selection).modules:
+            if item.module.name in own and item.module != own[item.module.name]:
+                yield item
 
     def _load(self, source: str) -> Loaded:
         return self.matched(self.read(source))
@@ -388,6 +493,10 @@ class Job:
             for dtype, cast in self._cast(update).items():
                 if _is_finite(cast):
                     own.append((groups[key], (number, name, dtype), cast))
+        for item in loaded.today if self._lenient else ():
+            place = (number, _TODAY + item.module.name, None)
+            update = update_of(loaded.adapter, item)
+            own.append((groups[self.subspace.group(item)], place, update))
         for group, place, update in own:  # only now that all of them are known to be there
             group.updates[place] = update
 
@@ -424,6 +533,11 @@ class Job:
     def _decide(
         self, loaded: Loaded, scores: dict[str, Score], cast: Mapping[tuple[str, str], Score]
     ) -> Run:
+        today = {
+            name.removeprefix(_TODAY): score
+            for name, score in scores.items()
+            if name.startswith(_TODAY)
+        }
         scores = {item.module.name: scores[item.module.name] for item in loaded.plan.modules}
         with self._profile.phase("decide"):
             comparisons = {
@@ -446,7 +560,16 @@ class Job:
                 item.module.name: tuple(self._compared(loaded.adapter, item, cast))
                 for item in loaded.plan.modules
             }
-        return Run(loaded.adapter, loaded.plan, scores, decision, self._projector, casts)
+        return Run(
+            loaded.adapter,
+            loaded.plan,
+            scores,
+            decision,
+            self._projector,
+            casts,
+            today,
+            loaded.held,
+        )
 
     def _compared(
         self, adapter: Adapter, item: PlannedModule, scores: Mapping[tuple[str, str], Score]
@@ -533,9 +656,17 @@ def _change(update: Update, cast: Update) -> float:
     return change / size if size > 0.0 else (math.inf if change > 0.0 else 0.0)
 
 
-def _notes(adapter: Adapter, projector: Projector) -> Iterator[str]:
+def _notes(adapter: Adapter, projector: Projector, *, copy_weights: bool) -> Iterator[str]:
     """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
     folder = adapter.folder
+    others = weights_beside(adapter)
+    if others and copy_weights:
+        yield f"other weights are copied as they are, unpatched: {shorten(others, NAMED)}"
+    elif others:
+        yield (
+            f"other weights are not patched, and left out: {shorten(others, NAMED)}; "
+            "--copy-weights copies them as they are"
+        )
     # C_S is an orthogonal projector: what it has removed once it does not find again.
     others = [method for method in _methods_before(folder) if method != Complement.method]
     if others and not isinstance(projector, Complement):
@@ -548,6 +679,16 @@ def _notes(adapter: Adapter, projector: Projector) -> Iterator[str]:
             "the adapter comes from the local Hub cache (HF_HUB_OFFLINE is set): files of "
             "the adapter that are not in the cache are missing from the patched one too"
         )
+
+
+def _two_readings(adapter: Adapter, today: Sequence[PlannedModule]) -> str:
+    """Return which of two readings of square stacks of experts was taken."""
+    version = adapter.config.get("peft_version") or UNSAID
+    names = shorten(dict.fromkeys(item.module.parameter for item in today))
+    return (
+        f"square expert stacks ({names}) are read as PEFT {version} did, which the config names; "
+        "today's PEFT takes the same factors for another update, without an error"
+    )
 
 
 def _methods_before(folder: Folder) -> Iterator[str]:

@@ -51,9 +51,10 @@ def adapter_record(adapter: Adapter, further: Collection[str] = ()) -> dict[str,
     """
     present = [name for name in further if name in adapter.folder.files]
     read = (*adapter.format.documents, adapter.weights_file, *present)
-    found: dict[str, Any] = {
-        "sha256": {"files": {name: content_sha256(adapter.folder, name) for name in read}}
-    }
+    files = {name: content_sha256(adapter.folder, name) for name in read}
+    found: dict[str, Any] = {"sha256": {"files": files}}
+    if adapter.converted_from is not None:
+        found["converted_from"] = adapter.converted_from
     if MANIFEST in adapter.folder.files:
         found["previous"] = read_json(adapter.folder, MANIFEST)
     return found

@@ -56,9 +56,12 @@ _RULES = (
         "SP002",
         "module-uncertain",
         Level.undecided,
-        "The alignment file keeps part of C, and within the bound of that error the module's "
-        "cosine may lie on either side of the threshold.",
-        "Check against the two checkpoints, or against an alignment file that keeps more of C.",
+        "The module's cosine may lie on either side of the threshold: the alignment file keeps "
+        "part of C, and within the bound of that error both are possible; or `peft_version` says "
+        "that an earlier PEFT wrote a square stack of experts, which today's reads as another "
+        "update.",
+        "Check against the two checkpoints, or against an alignment file that keeps more of C; "
+        "train stacks of experts again with PEFT 0.19.1 or later.",
     ),
     Rule(
         "SP003",
@@ -126,9 +129,10 @@ _RULES = (
         "changed-base-weights",
         Level.fail,
         "The adapter was trained from an initialisation that changes the base weights, so that "
-        "its tensors are not the update of the weights that it was checked against.",
-        "Convert it on saving (save_pretrained with path_initial_model_for_weight_conversion), or "
-        "fold it with `safeproj salora fold`.",
+        "its tensors are not the update of the weights that it was checked against: the config "
+        "names it, or the updates are a part of the weights themselves.",
+        "Convert it on saving (save_pretrained with path_initial_model_for_weight_conversion), "
+        "patch it, which converts PiSSA and OLoRA, or fold it with `safeproj salora fold`.",
     ),
     Rule(
         "SP011",

@@ -182,11 +182,13 @@ def assert_complete(out: Path, adapter: Path) -> None:
         name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         for name, tensor in load_file(out / FACTORS).items()
     }
-    assert digests == read_json(out / MANIFEST)["output"]["tensors"]
+    output = read_json(out / MANIFEST)["output"]
+    assert digests == output["tensors"]
     assert read_json(out / CONFIG) == read_json(adapter / CONFIG)
     given, found = snapshot(adapter), snapshot(out)
-    assert set(found) == {*given, MANIFEST}
-    assert {n for n in given if found[n] != given[n]} == {FACTORS, "README.md"}
+    kept = given.keys() - set(output.get("left_out", ()))
+    assert set(found) == {*kept, MANIFEST}
+    assert {n for n in kept if found[n] != given[n]} == {FACTORS, "README.md"}
 
 
 def save_safety_module(

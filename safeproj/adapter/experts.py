@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, Kind, TargetParameters
@@ -19,6 +19,9 @@ from safeproj.errors import SafeprojError, shorten
 
 CURRENT = (0, 19, 1)
 """The version of PEFT since which stacks are stored as they are today."""
+
+UNSAID = "0.17 or one that does not say"
+"""The version where the config has none."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,18 @@ def _is_direct(adapter: Adapter, layout: StackLayout, a: int, b: int) -> bool:
     if version >= (0, 19, 0):
         return layout.marked
     return False
+
+
+def as_today(adapter: Adapter) -> Adapter | None:
+    """Return the adapter as today's PEFT reads it, where an earlier one wrote stacks of experts.
+
+    Where their factors fit both ways, because the parameter is square, today's PEFT takes them for
+    another update, without an error: it does not look at the version in the config.
+    """
+    if not adapter.targets or peft_version(adapter.config) >= CURRENT:
+        return None
+    version = ".".join(map(str, CURRENT))
+    return replace(adapter, config={**adapter.config, "peft_version": version})
 
 
 def peft_version(config: Mapping[str, Any]) -> tuple[int, ...]:

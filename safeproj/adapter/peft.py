@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from safeproj.adapter.experts import CURRENT, peft_version
+from safeproj.adapter.experts import CURRENT, UNSAID, peft_version
 from safeproj.adapter.files import (
     check_values,
     dora_warnings,
@@ -528,22 +528,8 @@ def _warnings(config: dict[str, Any], found: _Classifier) -> Iterator[str]:
             "PEFT 0.21 loads them under that name alone, and versions before load nothing of them; "
             "take '.default' out of the names"
         )
-    init = changed_base(config)
-    if init == "salora":
-        yield (
-            "the adapter was trained from the task-specific initialisation of SaLoRA, so it "
-            "belongs to changed weights and the scores are wrong; fold it first with `safeproj "
-            "salora fold`"
-        )
-    elif init is not None:
-        yield (
-            f"init_lora_weights is {init!r}: such adapters belong to a changed base weight, so "
-            "B A is the update of the stored weight only if it was converted on saving "
-            "(save_pretrained(path_initial_model_for_weight_conversion=...)); the scores are "
-            "wrong if it was not"
-        )
     if found.targets and peft_version(config) < CURRENT:
-        version = config.get("peft_version", "0.17 or one that does not say")
+        version = config.get("peft_version", UNSAID)
         yield (
             f"expert stacks as PEFT {version} stores them: PEFT 0.19.1 and later read such files "
             "otherwise, and may load another update without an error; serve the adapter, patched "

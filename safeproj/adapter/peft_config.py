@@ -16,8 +16,11 @@ from safeproj.patterns import first_matches, fullmatches
 
 T = TypeVar("T")
 
-CONVERTED_INITIALISATIONS = ("gaussian", "orthogonal", "eva")
+PLAIN_INITIALISATIONS = ("gaussian", "orthogonal", "eva", "mica")
 """Named initialisations that leave the base weight as it was."""
+
+ON_SAVING = "save_pretrained(path_initial_model_for_weight_conversion=...)"
+"""How PEFT converts an adapter of a changed base whose start is at hand."""
 
 ALL_LINEAR = "all-linear"
 
@@ -41,10 +44,42 @@ PREFIX = "base_model.model."
 
 
 def changed_base(config: Mapping[str, Any]) -> str | None:
-    """Return the initialisation, if it is one that changes the base weights."""
+    """Return the initialisation, if it is one that changes the base weights.
+
+    PEFT writes `true` when it converts such an adapter on saving: a name means that it did not.
+    """
     init = config.get("init_lora_weights")
-    changes = isinstance(init, str) and init.lower() not in CONVERTED_INITIALISATIONS
+    changes = isinstance(init, str) and init.lower() not in PLAIN_INITIALISATIONS
     return init if changes else None
+
+
+def drawn_anew(config: Mapping[str, Any]) -> str | None:
+    """Return the initialisation, if PEFT puts such an adapter on other weights than in training.
+
+    `pissa_niter_N` draws its start at random each time, and that of LoRA-GA follows from gradients
+    that are only there in training. PEFT computes that of the others again.
+    """
+    init = changed_base(config)
+    drawn = init is not None and (init.startswith("pissa_niter_") or init == "lora_ga")
+    return init if drawn else None
+
+
+def doubled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of twice the rank at the same scaling `s`, for the weights themselves.
+
+    Raises:
+        SafeprojError: it names no rank.
+    """
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    finite_number("lora_alpha", alpha)
+    if type(rank) is not int:
+        raise SafeprojError(f"r is {rank!r}; expected a whole number")
+    growth = math.sqrt(2.0) if config.get("use_rslora") else 2  # s = α / √r, or α / r
+    found = {**config, "init_lora_weights": True, "r": 2 * rank, "lora_alpha": growth * alpha}
+    patterns = {"rank_pattern": 2, "alpha_pattern": growth}
+    for name, factor in patterns.items():
+        found[name] = {key: factor * value for key, value in (config.get(name) or {}).items()}
+    return found
 
 
 def scalings(config: Mapping[str, Any], modules: Sequence[AdaptedModule]) -> dict[str, float]:

@@ -192,6 +192,9 @@ class Adapter:
         unknown: tensors that belong to neither, each with what is said of it.
         warnings: what the user should know about the adapter.
         format: how it is stored, for writing it back.
+        documents: files that take the place of the folder's, by name.
+        converted_from: the initialisation that changed the base weights, if the adapter belonged to
+            those; `tensors`, `modules`, `config` and `documents` are what it was converted to.
     """
 
     folder: Folder
@@ -204,6 +207,8 @@ class Adapter:
     warnings: tuple[str, ...]
     format: Format
     unknown: Mapping[str, str] = field(default_factory=dict)
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+    converted_from: str | None = None
 
     @property
     def source(self) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import FORMATS, card, stands_for_folder
 from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.record import Adapter
+from safeproj.adapter.weightfiles import other_weights
 from safeproj.errors import SafeprojError, printable
 from safeproj.publish import AppearedError, appearing, unremovable
 from safeproj.source import LocalFolder
@@ -157,6 +159,7 @@ def write_adapter(
     documents: Mapping[str, bytes | None] | None = None,
     *,
     overwrite: bool = False,
+    copy_weights: bool = False,
 ) -> None:
     """Write the patched adapter to `out`.
 
@@ -169,15 +172,17 @@ def write_adapter(
         documents: name to content of further files, or of files in place of the input's; None for a
             file of the input that is left out.
         overwrite: whether an adapter that is there may be replaced.
+        copy_weights: copy other weights in the folder too, as they are.
 
     Raises:
         SafeprojError: it cannot be written; nothing is left behind.
     """
     tensors = {**adapter.tensors, **replaced}
+    given = {**adapter.documents, **(documents or {})}
+    others = [] if copy_weights else weights_beside(adapter, given)
     with appears_at(out, overwrite) as directory:
-        given = documents or {}
-        for name in _copied_files(adapter):
-            if name in given:
+        for name in _files_beside(adapter):
+            if name in given or name in others:
                 continue
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -192,25 +197,54 @@ def write_adapter(
         card_path = directory / CARD
         old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
         card_path.write_bytes(card.with_section(old_card, section))
-        output = {"projected": sorted(replaced), "tensors": digests}
+        output: dict[str, Any] = {"projected": sorted(replaced), "tensors": digests}
+        if adapter.documents:
+            output["documents"] = {n: sha256(c).hexdigest() for n, c in adapter.documents.items()}
+        if others:
+            output["left_out"] = others
         text = json.dumps({**manifest, "output": output}, indent=2, ensure_ascii=False) + "\n"
         (directory / MANIFEST).write_bytes(text.encode())
 
 
-def copied_adapters(adapter: Adapter) -> tuple[str, ...]:
-    """Return other weights in the folder, such as checkpoints: they are copied unpatched."""
+def weights_beside(adapter: Adapter, given: Collection[str] = ()) -> list[str]:
+    """Return other weights in the folder, which are left out, and what belongs to them alone.
+
+    Such as checkpoints, converted copies, and a whole model that the adapter was merged into: they
+    hold the updates as they were.
+
+    Args:
+        adapter: the adapter.
+        given: names of files that are dealt with otherwise.
+
+    Raises:
+        SafeprojError: a file is a link that leads out of the folder, or to none.
+    """
+    return other_weights(adapter, [name for name in _files_beside(adapter) if name not in given])
+
+
+def adapters_below(adapter: Adapter) -> tuple[str, ...]:
+    """Return the weights of other adapters in the folder, such as checkpoints, by their names."""
+    if isinstance(adapter.folder, LocalFolder) and adapter.folder.only is not None:
+        return ()
     return tuple(
         name
-        for name in _copied_files(adapter)
+        for name in sorted(adapter.folder.files - adapter.format.replaced_files)
         if any(kind.is_weights(name.rpartition("/")[2]) for kind in FORMATS)
     )
 
 
-def _copied_files(adapter: Adapter) -> list[str]:
-    """Return every file but those that are written; none where SRC names one file."""
+def _files_beside(adapter: Adapter) -> list[str]:
+    """Return every file but those that are written; none where SRC names one file.
+
+    Raises:
+        SafeprojError: one is a link that leads out of the folder, or to none.
+    """
     if isinstance(adapter.folder, LocalFolder) and adapter.folder.only is not None:
         return []
-    return sorted(adapter.folder.files - adapter.format.replaced_files - {MANIFEST, SIGNATURE})
+    names = adapter.folder.files - adapter.format.replaced_files - {MANIFEST, SIGNATURE}
+    for name in names if isinstance(adapter.folder, LocalFolder) else ():
+        _safe_path(adapter, name)
+    return sorted(names)
 
 
 def leads_out(name: str) -> bool:

@@ -94,6 +94,14 @@ def patch_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but the writing.")
     ] = False,
+    copy_weights: Annotated[
+        bool,
+        typer.Option(
+            "--copy-weights",
+            help="Copy other weights that lie beside the adapter's, such as a merged model or "
+            "checkpoints; they are not patched, and left out otherwise.",
+        ),
+    ] = False,
     format_: Format = None,
     output: Output = None,
     show_profile: ShowProfile = False,
@@ -147,6 +155,7 @@ def patch_command(
                     task_data=task_data,
                     overwrite=overwrite,
                     dry_run=dry_run,
+                    copy_weights=copy_weights,
                     observer=observer,
                     profile=profile,
                 )
@@ -166,6 +175,7 @@ def patch_command(
                     task_data=task_data,
                     overwrite=overwrite,
                     dry_run=dry_run,
+                    copy_weights=copy_weights,
                     observer=observer,
                     profile=profile,
                 )

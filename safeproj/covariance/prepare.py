@@ -79,7 +79,7 @@ def rebuilt(
         SafeprojError: data is missing, or the adapter or the model cannot be used.
     """
     from safeproj.covariance.reconstruct import reconstructed
-    from safeproj.evaluate.adapters import attach, moves, require_peft
+    from safeproj.evaluate.adapters import attach_read, moves, require_peft
     from safeproj.job import Job
     from safeproj.lm import models
 
@@ -88,7 +88,7 @@ def rebuilt(
     job = Job(ready, options, None, None, digests=False)
     read = job.read(adapter)
     require_peft(read.folder)
-    loaded = job.matched(read)
+    loaded = job.runnable(read)
     assert against.aligned is not None
     folder = open_folder(against.aligned)
     tokenizer = models.load_tokenizer(folder)
@@ -101,7 +101,7 @@ def rebuilt(
     host = models.load_model(folder, device)
     moved = moves(host, loaded.adapter.folder)
     names = {moved.get(name, name): name for name in (i.module.name for i in loaded.plan.modules)}
-    model = attach(host, loaded.adapter.folder)
+    model = attach_read(host, loaded.adapter)
     found = reconstructed(model, list(names), safety, benign, projector, on_batch)
     return {names[place]: factor for place, factor in found.items()}
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from safeproj.adapter import Adapter
 from safeproj.adapter.interface import CONFIG
-from safeproj.adapter.peft_config import PREFIX
+from safeproj.adapter.peft_config import ON_SAVING, PREFIX, drawn_anew
 from safeproj.errors import SafeprojError, printable, shorten
 from safeproj.lm.models import load_model, quietly, skeleton
 from safeproj.lm.places import (
@@ -161,6 +164,12 @@ def attach(model: Any, adapter: Folder) -> Any:
     """
     from peft import PeftConfig, PeftModelForCausalLM
 
+    init = drawn_anew(read_json(adapter, CONFIG))
+    if init is not None:
+        raise SafeprojError(
+            f"{adapter.source}: init_lora_weights is {init!r}: PEFT puts such an adapter on other "
+            f"weights than it was trained on; convert it with PEFT, {ON_SAVING}"
+        )
     place, options = _place(adapter)
     with quietly():
         try:
@@ -277,6 +286,21 @@ def _shapes(adapter: Folder) -> dict[str, tuple[int, ...]]:
         return {}
     found = read_pickle(adapter.path(WEIGHTS[1]))
     return {name: tuple(tensor.shape) for name, tensor in found.items()}
+
+
+def attach_read(model: Any, adapter: Adapter) -> Any:
+    """Return the model with an adapter as it was read: converted, where it was.
+
+    Raises:
+        SafeprojError: as for `attach`.
+    """
+    if not adapter.documents:
+        return attach(model, adapter.folder)
+    with tempfile.TemporaryDirectory(prefix="safeproj-") as directory:
+        for name, content in adapter.documents.items():
+            (Path(directory) / name).write_bytes(content)
+        adapter.format.write(Path(directory) / adapter.format.output_file, adapter.tensors)
+        return attach(model, LocalFolder(Path(directory), adapter.source))
 
 
 def leaves_alone(adapter: Folder) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.interface import MANIFEST, SIGNATURE
 from safeproj.adapter.record import Factor
+from safeproj.adapter.weightfiles import other_weights
 from safeproj.adapter.write import CARD
 from safeproj.errors import SafeprojError, shorten
 from safeproj.gate.card import about_card
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 
 FLOAT32 = 2.0**-24
 """Unit roundoff of the arithmetic."""
+
+CONVERTED = 1e-5
+"""How far a factor of a converted adapter may lie from what another library computes, relative to
+it: float64 before it is rounded to float32, and ill-conditioned where singular values are close."""
 
 
 @dataclass
@@ -76,7 +82,7 @@ def recomputed(original: Run, patched: Adapter, device: str) -> Recomputed:
     """
     result = Recomputed(_same_hardware(patched, device), _dtype(patched))
     before = original.adapter
-    result.findings += _other_tensors(original, patched)
+    result.findings += _other_tensors(original, patched, same=result.same)
     result.findings += _other_files(before, patched)
     result.findings += about_card(before, patched)
     if before.tensors.keys() != patched.tensors.keys():
@@ -108,21 +114,30 @@ def _same_hardware(patched: Adapter, device: str) -> bool:
     return bool(recorded == (device, versions(), __version__))
 
 
-def _other_tensors(original: Run, patched: Adapter) -> Iterator[Finding]:
-    """Yield what differs in tensors that patching copies."""
+def _other_tensors(original: Run, patched: Adapter, *, same: bool) -> Iterator[Finding]:
+    """Yield what differs in tensors that patching copies, or converts."""
     before = original.adapter.tensors
     other = sorted(before.keys() ^ patched.tensors.keys())
     if other:
         yield found("SP025", f"the tensors are not those of the original: {shorten(other)}")
     side = original.projector.side
     written = {f.key for item in original.plan.modules for f in item.module.written(side)}
+    exact = same or original.adapter.converted_from is None
     for key in [key for key in before if key in patched.tensors and key not in written]:
-        if not _identical(before[key], patched.tensors[key]):
+        one, other = before[key], patched.tensors[key]
+        if not (_identical(one, other) if exact else _close(one, other)):
             yield found("SP025", f"{key} differs from the original's", tensor=key)
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and bool(torch.equal(one, other))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Tell whether a factor that was converted elsewhere is this one but for rounding."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return float((one.double() - other.double()).norm()) <= CONVERTED * float(one.double().norm())
 
 
 def _compare(result: Recomputed, run: Run, patched: Adapter, module: AdaptedModule) -> None:
@@ -212,16 +227,22 @@ def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
     there = set(files.names) - written - {patched.weights_file}
     all_of_it = not isinstance(before.folder, LocalFolder) or before.folder.only is None
     given = before.folder.files - before.format.replaced_files - written if all_of_it else set()
-    kinds = listing(before.folder)
-    for name in sorted(given - there):
-        if not kinds.kind(name)[0].may_hold_weights:
-            yield found("SP025", f"{name} is in the original alone", file=name)
+    left_out = set(other_weights(before, given))
+    for name in sorted(given - there - left_out):
+        yield found("SP025", f"{name} is in the original alone", file=name)
     for name in sorted(there):
         if not files.is_file(name):
             continue  # said already
         if name not in given:
             yield found("SP025", f"{name} is in the patched adapter alone", file=name)
-        elif content_sha256(before.folder, name) != content_sha256(patched.folder, name):
+            continue
+        document = before.documents.get(name)
+        wanted = (
+            content_sha256(before.folder, name)
+            if document is None
+            else sha256(document).hexdigest()
+        )
+        if wanted != content_sha256(patched.folder, name):
             yield found("SP025", f"{name} differs from the original's", file=name)
     if patched.weights_file != before.format.output_file:
         text = f"the tensors are in {patched.weights_file}; expected {before.format.output_file}"

@@ -135,6 +135,7 @@ def _low(context: Context) -> Iterator[Finding]:
     policy, scored = context.policy, 0
     low: list[tuple[ModuleReport, float]] = []
     uncertain: list[tuple[ModuleReport, float]] = []
+    two: list[tuple[ModuleReport, float, float]] = []
     for _, module in context.modules:
         if module.cosine is None:
             continue
@@ -143,6 +144,9 @@ def _low(context: Context) -> Iterator[Finding]:
         least, most = module.bounds or (module.cosine, module.cosine)
         cast = _least_cast(context, module)
         if module.name in context.evidence or (least > threshold and cast is None):
+            today = _today(context, module.name)  # of which no evidence says anything
+            if today is not None and not today > threshold:
+                two.append((module, today, threshold))
             continue
         # Not `most <= threshold`: a cosine that is no number must not slip through.
         (uncertain if most > threshold and cast is None else low).append((module, threshold))
@@ -166,6 +170,24 @@ def _low(context: Context) -> Iterator[Finding]:
             level=level,
             module=module.name,
         )
+    for module, today, threshold in two:
+        level = Level.undecided if len(low) + len(uncertain) + len(two) > allowed else Level.note
+        yield found(
+            "SP002",
+            f"{module.name}: the cosine is {module.cosine:.4f} as the peft_version of the config "
+            f"has it, and {today:.4f} as today's PEFT reads this square stack; the threshold is "
+            f"{threshold:g}",
+            level=level,
+            module=module.name,
+        )
+
+
+def _today(context: Context, name: str) -> float | None:
+    """Return the least cosine of a module as today's PEFT reads it, where that is another."""
+    score = context.run.today.get(name)
+    if score is None:
+        return None
+    return score.cosine if score.bounds is None else score.bounds[0]
 
 
 def _least_cast(context: Context, module: ModuleReport) -> Cast | None:
@@ -276,9 +298,11 @@ def _config(context: Context) -> Iterator[Finding]:
     if adapter.config.get("layer_replication"):
         text = "layer_replication puts layers of the model together anew"
         yield found("SP004", text, policy=context.policy)
-    init = adapter.format.changed_base(adapter)
+    init = adapter.converted_from or adapter.format.changed_base(adapter)
     if init is not None:
         yield found("SP010", f"init_lora_weights is {init!r}")
+    elif context.run.held is not None:
+        yield found("SP010", context.run.held)
     modules = [item.module for item, _ in context.modules]
     for look in (
         lambda: adapter.format.disagreements(adapter, context.names),

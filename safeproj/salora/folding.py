@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from safeproj import __version__
 from safeproj.adapter import Adapter, read_adapter
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.peft import Peft
+from safeproj.adapter.peft_config import ON_SAVING, doubled
 from safeproj.adapter.record import Kind
-from safeproj.adapter.write import check_out, write_adapter
+from safeproj.adapter.weightfiles import NAMED
+from safeproj.adapter.write import check_out, weights_beside, write_adapter
 from safeproj.against import local_path
 from safeproj.errors import SafeprojError, shorten
 from safeproj.manifest import adapter_record, versions
@@ -57,19 +58,26 @@ class Folded:
             model though it was trained on `W_0`.
         removed: `‖U_C Uᵀ_C B‖_F / ‖B‖_F`, the largest of any layer: next to nothing where the
             adapter was trained with the constraint.
+        left_out: other weights beside the adapter, which are not folded, and not copied.
     """
 
     modules: int
     rank: int
     unmodified: bool
     removed: float
+    left_out: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know about the adapter."""
+        left_out: tuple[str, ...] = ()
+        if self.left_out:
+            names = shorten(self.left_out, NAMED)
+            left_out = (f"other weights are not folded, and left out: {names}",)
         if self.removed <= NOTICEABLE:
-            return ()
+            return left_out
         return (
+            *left_out,
             f"up to {self.removed:.1%} of a factor B lay in the safety subspace and was removed: "
             "the adapter was not trained with this safety module, evaluate what is left of its "
             "skill",
@@ -130,10 +138,11 @@ def _fold(
     documents: dict[str, bytes | None] = dict.fromkeys((*NOT_SERVED, *random))
     if initial is not None:
         replaced |= _difference(adapter, replaced, initial)
-        text = json.dumps(_doubled(adapter.config), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(doubled(adapter.config), indent=2, ensure_ascii=False) + "\n"
         documents[CONFIG] = text.encode()
     ranks = [replaced[item.output.key].shape[1] for item in adapter.modules]
-    folded = Folded(len(ranks), max(ranks), initial is not None, max(removed))
+    others = tuple(weights_beside(adapter, documents))
+    folded = Folded(len(ranks), max(ranks), initial is not None, max(removed), others)
     record, section = _record(adapter, module, folded), _section(folded)
     write_adapter(adapter, replaced, record, section, out, documents, overwrite=overwrite)
     return folded
@@ -150,7 +159,14 @@ def _check(adapter: Adapter, module: SafetyModule, initial: Initial | None) -> N
             f"{source}: {shorten(others)} is no linear layer, and SaLoRA is for linear layers"
         )
     module.require({item.name: (item.out_features, item.in_features) for item in modules})
-    wanted = adapter.config.get("init_lora_weights") == METHOD
+    init = adapter.format.changed_base(adapter)
+    if init not in (None, METHOD):
+        raise SafeprojError(
+            f"{source}: init_lora_weights is {init!r}: its factors belong to what that leaves of "
+            "the base weights, and a fold would be of those; train it without, or convert it "
+            f"with PEFT first, {ON_SAVING}"
+        )
+    wanted = init == METHOD
     if wanted and initial is None:
         raise SafeprojError(
             f"{source}: was trained from the task-specific initialisation, and there is no "
@@ -211,17 +227,6 @@ def _joined(trained: Tensor, first: Tensor, dim: int) -> Tensor:
     return torch.cat([trained.to(wide), first.to(wide)], dim=dim)
 
 
-def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of twice the rank at the same scaling `s`."""
-    growth = math.sqrt(2.0) if config.get("use_rslora") else 2  # s = α / √r, or α / r
-    found = {**config, "init_lora_weights": True, "r": 2 * config["r"]}
-    found["lora_alpha"] = growth * config["lora_alpha"]
-    patterns = {"rank_pattern": 2, "alpha_pattern": growth}
-    for name, factor in patterns.items():
-        found[name] = {key: factor * value for key, value in (config.get(name) or {}).items()}
-    return found
-
-
 def _record(adapter: Adapter, module: SafetyModule, folded: Folded) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
@@ -231,7 +236,7 @@ def _record(adapter: Adapter, module: SafetyModule, folded: Folded) -> dict[str,
             **module.inputs,
             "adapter": {**identity(adapter.folder), **adapter_record(adapter, [INITIAL])},
         },
-        "summary": dataclasses.asdict(folded),
+        "summary": {k: v for k, v in dataclasses.asdict(folded).items() if k != "left_out"},
         "options": module.options,
         "versions": versions(),
     }
@@ -250,5 +255,7 @@ def _section(folded: Folded) -> str:
             "It was trained from the task-specific initialisation; that is subtracted, so that the "
             "adapter serves on the unmodified model."
         )
+    if folded.left_out:
+        lines.append(f"Other weights were left out: {shorten(folded.left_out, NAMED)}.")
     lines += ["", "This is no proof of safety: evaluate the adapter before you publish it."]
     return "\n".join(lines)

@@ -116,7 +116,7 @@ def candidates(
     both = apart(job.projector)
     read = job.read(adapter)
     require_peft(read.folder)
-    loaded = job.matched(read)
+    loaded = job.runnable(read)
     found, plan, subspace = loaded.adapter, loaded.plan, job.subspace
     reading = _Reading(found, plan, subspace, seed)
     with profile.phase("score"):

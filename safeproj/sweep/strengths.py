@@ -59,7 +59,7 @@ def strengths(
     job = Job(against, options, None, profile, digests=False)
     read = job.read(adapter)
     require_peft(read.folder)
-    loaded = job.matched(read)
+    loaded = job.runnable(read)
     found, plan, subspace = loaded.adapter, loaded.plan, job.subspace
     assert isinstance(subspace, Statistics)
     with profile.phase("score"):

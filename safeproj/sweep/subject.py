@@ -9,7 +9,7 @@ from torch import Tensor
 
 from safeproj.adapter import Adapter
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import attach, is_strange, moves
+from safeproj.evaluate.adapters import attach_read, is_strange, moves
 from safeproj.lm.models import quietly
 from safeproj.lm.places import renamed
 
@@ -27,7 +27,7 @@ class Subject:
 
     def __init__(self, model: Any, adapter: Adapter) -> None:
         self._moved = moves(model, adapter.folder)
-        self.model = attach(model, adapter.folder)
+        self.model = attach_read(model, adapter)
         self._tensors = adapter.tensors
 
     def put(self, replaced: Mapping[str, Tensor]) -> None:

@@ -273,13 +273,14 @@ def test_a_patched_adapter_can_lie_beside_the_file(
     assert (tmp_path / "out" / "lora.gguf").exists()
 
 
-def test_a_converted_file_beside_a_peft_adapter_is_said_to_be_unpatched(
+def test_a_converted_file_beside_a_peft_adapter_is_left_out(
     trio: Trio, all_linear: tuple[Path, Path], tmp_path: Path
 ) -> None:
     adapter = save_adapter(trio.aligned_model, tmp_path / "adapter")
     (adapter / "adapter-F32-LoRA.gguf").write_bytes(all_linear[1].read_bytes())
     manifest = patch(trio, adapter, tmp_path / "out", "--all")
-    assert "copied unpatched: adapter-F32-LoRA.gguf" in " ".join(manifest["warnings"])
+    assert "left out: adapter-F32-LoRA.gguf" in " ".join(manifest["warnings"])
+    assert not (tmp_path / "out" / "adapter-F32-LoRA.gguf").exists()
     assert (tmp_path / "out" / FACTORS).exists()
 
 

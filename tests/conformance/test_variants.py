@@ -696,29 +696,25 @@ def test_adalora_on_conv1d(root: Path, tmp_path: Path) -> None:
 # Initialisations that change the base weight.
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_initialisations_that_change_the_base_weight_are_warned_about(
+@pytest.mark.parametrize("init", ["pissa_niter_4", "loftq", "lora_ga", "corda", "salora", "new"])
+def test_initialisations_that_change_the_base_weight_are_refused(
     llama: Built, tmp_path: Path, init: str
 ) -> None:
-    adapter = oracle.save(llama.aligned_model, lora(init_lora_weights=init), tmp_path / "adapter")
-    result = inspect(llama, adapter)
-    assert result.returncode == 0, result.stderr
-    assert init in result.stderr
-    assert "changed base weight" in result.stderr
+    adapter = oracle.save(llama.aligned_model, lora(), tmp_path / "adapter")
+    change_json(adapter / CONFIG, init_lora_weights=init)
+    what = "salora fold" if init == "salora" else "path_initial_model_for_weight_conversion"
+    assert_refused(inspect(llama, adapter), f"init_lora_weights is '{init}'", what)
 
 
-@pytest.mark.parametrize(
-    ("init", "warned"),
-    [("loftq", True), ("lora_ga", True), ("gaussian", False), ("eva", False)],
-)
-def test_which_initialisations_are_warned_about(
-    llama: Built, tmp_path: Path, init: str | bool, warned: bool
+@pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal", "mica", True, False])
+def test_initialisations_that_leave_the_base_weight_alone(
+    llama: Built, tmp_path: Path, init: str | bool
 ) -> None:
     adapter = oracle.save(llama.aligned_model, lora(), tmp_path / "adapter")
     change_json(adapter / CONFIG, init_lora_weights=init)
     result = inspect(llama, adapter)
     assert result.returncode == 0, result.stderr
-    assert ("init_lora_weights" in result.stderr) == warned
+    assert not result.stderr
 
 
 def test_a_converted_pissa_adapter(llama: Built, tmp_path: Path) -> None:

@@ -269,13 +269,14 @@ def test_a_quantization_config_that_is_left_over_is_warned_about(
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_adapters_of_a_mutated_base_are_warned_about(trio: Trio, tmp_path: Path, init: str) -> None:
+def test_adapters_of_a_mutated_base_are_converted(trio: Trio, tmp_path: Path, init: str) -> None:
     adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", init_lora_weights=init)
     result = safeproj(
         "inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter
     )
     assert result.returncode == 0, result.stderr
     assert f"init_lora_weights is '{init}'" in result.stderr
+    assert "converted" in result.stderr
 
 
 def test_rounding_to_a_short_dtype_is_warned_about(trio: Trio, tmp_path: Path) -> None:

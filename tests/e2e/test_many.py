@@ -36,6 +36,9 @@ from tests.support import (
 CHANGED = {"adapter_model.safetensors", "adapters.safetensors", "README.md", MANIFEST}
 """The files of a patched adapter that are not copied."""
 
+OTHERS = {"checkpoint-5/adapter_config.json", "checkpoint-5/adapter_model.safetensors"}
+"""Those of another adapter inside one, which are left out."""
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "alpha": {},
     "beta": {"r": 8, "target_modules": ["q_proj", "up_proj", "down_proj"], "use_rslora": True},
@@ -179,8 +182,9 @@ def assert_same_adapter(found: Path, expected: Path, given: Path) -> None:
             assert error <= rounding * float(wanted[key].double().norm()), key
         else:
             assert torch.equal(tensor.view(torch.uint8), before[key].view(torch.uint8)), key
+    kept = snapshot(given).keys() - CHANGED - OTHERS
     copied = {name: content for name, content in snapshot(found).items() if name not in CHANGED}
-    assert copied == {n: content for n, content in snapshot(given).items() if n not in CHANGED}
+    assert copied == {n: content for n, content in snapshot(given).items() if n in kept}
 
 
 # --- the same as one by one
@@ -272,16 +276,16 @@ def test_nothing_else_is_written(many: Run) -> None:
         "alpha", "beta", "dora", "embedding", "half", "mlx", "runs",
     ]  # fmt: skip
     assert sorted(path.name for path in (many.out / "runs").iterdir()) == ["step-10", "step-2"]
-    # A checkpoint of its training is part of an adapter, and copied as it is.
-    parts = (many.out / "alpha", many.adapters / "alpha")
-    assert snapshot(parts[0] / "checkpoint-5") == snapshot(parts[1] / "checkpoint-5")
+    # A checkpoint of its training is another adapter, which was not patched.
+    assert list(snapshot(many.out / "alpha" / "checkpoint-5")) == ["README.md"]
+    assert set(read_json(many.out / "alpha" / MANIFEST)["output"]["left_out"]) == OTHERS
 
 
 def test_warnings_say_which_adapter_is_meant(many: Run) -> None:
     *warnings, last = many.result.stderr.splitlines()
     assert last == f"wrote {many.out} (8 of 8 adapters)"
     expected = (
-        "alpha: other adapters",
+        "alpha: other weights are not patched, and left out: checkpoint-5/adapter_config.json",
         "dora: 14 modules are DoRA",
         "runs/step-10: 1 tensors change",
     )
@@ -299,7 +303,11 @@ def test_inspect_says_the_same(trio: Trio, many: Run, tmp_path: Path) -> None:
         cwd=tmp_path,
     )  # fmt: skip
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == many.result.stdout
+    found, wanted = json.loads(result.stdout), json.loads(many.result.stdout)
+    (told,) = wanted["reports"]["alpha"]["warnings"]  # of what is written
+    assert "left out" in told
+    wanted["reports"]["alpha"]["warnings"] = []
+    assert found == wanted
     assert list(tmp_path.iterdir()) == []
     assert snapshot(many.adapters) == before
 

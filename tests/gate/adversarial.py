@@ -853,7 +853,7 @@ def target_outside_the_layers(adapter: Path, ground: Ground) -> None:
 # --- config: kinds
 
 
-for _init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica", "salora"):
+for _init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "salora"):
 
     @attack(
         "config",

@@ -224,6 +224,28 @@ def test_initial_factors_of_something_else_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_factors_of_another_changed_base_are_refused(
+    llama: Any, module: SafetyModule, tmp_path: Path
+) -> None:
+    trained(llama, module, ["q_proj"]).save_pretrained(tmp_path / "a")
+    change_json(tmp_path / "a" / CONFIG, init_lora_weights="pissa")
+    with pytest.raises(SafeprojError, match="'pissa': its factors belong to what that leaves"):
+        fold(tmp_path / "a", module, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_weights_beside_the_adapter_are_left_out(
+    llama: Any, module: SafetyModule, tmp_path: Path
+) -> None:
+    trained(llama, module, ["q_proj"]).save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"")
+    folded = fold(tmp_path / "a", module, tmp_path / "out")
+    assert folded.left_out == ("model.safetensors",)
+    assert "left out: model.safetensors" in " ".join(folded.warnings)
+    assert "left out: model.safetensors" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_a_broken_record_of_an_earlier_run_is_refused(
     llama: Any, module: SafetyModule, tmp_path: Path
 ) -> None:

@@ -1,0 +1,65 @@
+"""Which files beside an adapter are other weights: they are not patched, so not copied either."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from safeproj.adapter.interface import CONFIG
+from safeproj.adapter.record import Adapter
+from safeproj.filekind import EMPTY, PICKLE, ZIP, kind_of
+
+ENDINGS = (
+    *(".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
+    *(".npz", ".npy", ".h5", ".msgpack", ".onnx", ".index.json"),
+)
+"""Ends of names of files that hold weights in some loader's eyes, or say where weights are."""
+
+TRAINING_STATE = re.compile(
+    r"training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
+)
+"""What trainers leave beside an adapter, which no loader takes for weights."""
+
+NAMED = 100
+"""Files that a message names."""
+
+MODEL_CONFIG = "config.json"
+"""What makes loaders take a directory for a whole model."""
+
+
+def is_weights_file(path: Path) -> bool:
+    """Tell whether a loader may take a file for weights, by its name or by its bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if TRAINING_STATE.fullmatch(path.name.lower()):
+        return kind_of(path) not in (EMPTY, PICKLE, ZIP)  # as torch.save writes it
+    return _is_named_so(path.name) or kind_of(path).may_hold_weights
+
+
+def _is_named_so(name: str) -> bool:
+    leaf = name.rpartition("/")[2].lower()
+    return leaf.endswith(ENDINGS) and not TRAINING_STATE.fullmatch(leaf)
+
+
+def other_weights(adapter: Adapter, files: Collection[str]) -> list[str]:
+    """Return which of the files beside an adapter are other weights, or mean nothing without them.
+
+    That is an index, the config of an adapter below, and the `config.json` of a whole model whose
+    weights lie beside it: where they are left out, no loader must take the directory for a model.
+
+    Args:
+        adapter: the adapter.
+        files: names of files of its folder, without those that are written anew.
+    """
+    # By name first: a model on the Hub need not be downloaded to be left out.
+    weights = {n for n in files if _is_named_so(n) or is_weights_file(adapter.path(n))}
+    places = {name.rpartition("/")[0] for name in weights}
+    found = set(weights)
+    for name in files:
+        place, _, leaf = name.rpartition("/")
+        if (leaf == CONFIG and place) or (leaf == MODEL_CONFIG and place in places):
+            found.add(name)
+    return sorted(found)
