@@ -91,6 +91,19 @@ _CUT_FROM: dict[str, tuple[str, int | None]] = {
 """Where one expert's weight is in a stack: its name, and which half."""
 
 
+def unwrapped(name: str, wrappers: frozenset[str] = _WRAPPERS) -> str:
+    """Return a weight's name without what wraps the model that it is in.
+
+    >>> unwrapped("language_model.model.layers.0.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj.weight'
+    """
+    parts = name.split(".")
+    start = 0
+    while start < len(parts) - 2 and parts[start] in wrappers:
+        start += 1
+    return ".".join(parts[start:])
+
+
 class Suffixes:
     """The names of one checkpoint, by what is left of them without wrappers."""
 
@@ -121,11 +134,9 @@ class Suffixes:
 
     def _key(self, name: str) -> Key:
         parts = ["mlp" if part == "block_sparse_moe" else part for part in name.split(".")]
-        start = 0
-        while start < len(parts) - 2 and parts[start] in self._wrappers:
-            start += 1
+        parts = unwrapped(".".join(parts), self._wrappers).split(".")
         # Where an older GPT-NeoX says embed_out, all others say lm_head.
-        return ("lm_head", parts[-1]) if parts[start:-1] == ["embed_out"] else tuple(parts[start:])
+        return ("lm_head", parts[-1]) if parts[:-1] == ["embed_out"] else tuple(parts)
 
     @cached_property
     def _index(self) -> dict[Key, list[str]]:
