@@ -90,6 +90,10 @@ _CUT_FROM: dict[str, tuple[str, int | None]] = {
 }
 """Where one expert's weight is in a stack: its name, and which half."""
 
+_STACKS = frozenset(stack for stack, _ in _CUT_FROM.values())
+_LATEST = ("gate_proj", "up_proj", "down_proj")
+"""What most models call one expert's weights."""
+
 
 def unwrapped(name: str, wrappers: frozenset[str] = _WRAPPERS) -> str:
     """Return a weight's name without what wraps the model that it is in.
@@ -131,6 +135,19 @@ class Suffixes:
         prefix = parameter.rpartition(".")[0] + "."
         found = self._stacks(self._key(parameter))
         return [expression for expression in found if _all_below(prefix, expression)]
+
+    def experts(self) -> Iterator[str]:
+        """Yield the weights of single experts: stored so, or cut out of a stack, by their names."""
+        for name in self._checkpoint.names:
+            parts, shape = name.split("."), self._checkpoint.describe(name).shape
+            if len(parts) > 3 and parts[-4] == "experts" and _number(parts[-3]):
+                if parts[-1] == "weight" and len(shape) == 2:
+                    yield name
+            elif parts[-2:-1] == ["experts"] and parts[-1] in _STACKS and len(shape) == 3:
+                cuts = [leaf for leaf in _LATEST if _CUT_FROM[leaf][0] == parts[-1]]
+                for number in range(shape[0]):
+                    single = (".".join((*parts[:-1], str(number), leaf, "weight")) for leaf in cuts)
+                    yield from (each for each in single if any(self._cuts(self._key(each))))
 
     def _key(self, name: str) -> Key:
         parts = ["mlp" if part == "block_sparse_moe" else part for part in name.split(".")]

@@ -45,7 +45,7 @@ def gguf_of(peft: Path, path: Path, dtype: torch.dtype = torch.float32, alpha: f
 
 @pytest.fixture(scope="module")
 def everything(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PEFT adapter on all linear layers, the embedding and the head, without copies of weights."""
+    """A PEFT adapter on all linear layers, the embedding and the head, without copies of these."""
     path = save_adapter(
         trio.aligned_model,
         tmp_path_factory.mktemp("llamacpp") / "peft",
