@@ -7,7 +7,7 @@ unpickler, which runs no code, and mapped into memory.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safeproj.errors import SafeprojError
 from safeproj.tensorfile import require_printable
@@ -26,11 +26,27 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         SafeprojError: it cannot be read, is in the format before torch 1.6, or holds anything but
             a mapping of names to ordinary tensors.
     """
+    return _as_tensors(path, _loaded(path))
+
+
+def read_nested_pickle(path: Path, inside: str) -> tuple[dict[str, Tensor], bool]:
+    """Return the same of a file that may have its tensors, alone, below one name, and whether so.
+
+    Raises:
+        SafeprojError: as for `read_pickle`.
+    """
+    found = _loaded(path)
+    nested = isinstance(found, dict) and found.keys() == {inside}
+    nested = nested and isinstance(found[inside], dict)
+    return _as_tensors(path, found[inside] if nested else found), nested
+
+
+def _loaded(path: Path) -> Any:
     import torch
 
     _refuse_legacy(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles raise errors of nearly every type
         # Not the error's own text: it advises to switch weights_only off.
         raise SafeprojError(
@@ -38,6 +54,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             "damaged, or it needs code to run, which is refused; fetch it again, or save it as "
             "safetensors"
         ) from error
+
+
+def _as_tensors(path: Path, found: Any) -> dict[str, Tensor]:
+    import torch
+
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()
     ):

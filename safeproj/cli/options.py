@@ -135,8 +135,8 @@ Adapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="SRC",
-        help="LoRA adapter trained on it: PEFT, MLX or GGUF. Repeatable; a directory of adapters "
-        "or a .txt file with one SRC per line stands for many.",
+        help="LoRA adapter trained on it: PEFT, MLX, GGUF or litgpt. Repeatable; a directory of "
+        "adapters or a .txt file with one SRC per line stands for many.",
     ),
 ]
 Threshold = Annotated[
