@@ -13,6 +13,7 @@ from torch import Tensor
 from safeproj import engine
 from safeproj.adapter import Adapter, card, read_adapter
 from safeproj.adapter.interface import MANIFEST
+from safeproj.adapter.portable import portable
 from safeproj.adapter.write import write_adapter
 from safeproj.against import (
     COVARIANCE,
@@ -61,6 +62,7 @@ class Options:
             does not depend on it.
         dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
         maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
+        portable: write an adapter that all readers compute alike.
 
     Raises:
         SafeprojError: a value is out of range, a rule is malformed, or the device is not there.
@@ -72,12 +74,18 @@ class Options:
     workers: int | None = None
     dtype: str = "keep"
     maps: tuple[str, ...] = ()
+    portable: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
         if self.workers is not None and self.workers < 1:
             raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
+        if self.portable and isinstance(self.projector, Reconstruction):
+            raise SafeprojError(
+                "--portable does not go with --reconstruct, which runs the adapter as it is; make "
+                "it portable before"
+            )
         parse_rules(self.maps)
         engine.resolve_device(self.device)
 
@@ -242,15 +250,18 @@ class Job:
                 card.section(report),
                 out,
                 documents,
+                converted=run.decision.converted,
             )
         return report
 
     def manifest(self, run: Run, report: Report) -> dict[str, Any]:
         """Return what `safeproj.json` says of a run, without the digests of what is written."""
-        options = {
+        options: dict[str, Any] = {
             "dtype": self._options.dtype,
             "device": str(engine.resolve_device(self._options.device)),
         }
+        if self._options.portable:
+            options["portable"] = True
         return manifest(run.adapter, self.subspace, run.scores, report, options)
 
     @property
@@ -277,6 +288,8 @@ class Job:
         with self._profile.phase("match"):
             subspace = self.subspace
             adapter = adapter.fitted(subspace.names, subspace.config)
+            if self._options.portable:
+                adapter = portable(adapter, DTYPES[self._options.dtype])
             plan = subspace.plan(adapter, self._selection)
         if self._lenient:
             plan = self._without_unheld(plan)

@@ -232,6 +232,7 @@ class Adapter:
         unknown: tensors that belong to neither, each with what is said of it.
         warnings: what the user should know about the adapter.
         format: how it is stored, for writing it back.
+        documents: files that take the place of the folder's, by name.
     """
 
     folder: Folder
@@ -244,6 +245,7 @@ class Adapter:
     warnings: tuple[str, ...]
     format: Format
     unknown: Mapping[str, str] = field(default_factory=dict)
+    documents: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def source(self) -> str:

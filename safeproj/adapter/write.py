@@ -10,8 +10,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,8 @@ def write_adapter(
     section: str,
     out: Path,
     documents: Mapping[str, bytes | None] | None = None,
+    *,
+    converted: Collection[str] = (),
 ) -> None:
     """Write the patched adapter to `out`, replacing a directory that is there.
 
@@ -164,13 +167,14 @@ def write_adapter(
         out: the directory.
         documents: name to content of further files, or of files in place of the input's; None for a
             file of the input that is left out.
+        converted: those of `replaced` that have another dtype, and are not projected.
 
     Raises:
         SafeprojError: it cannot be written; nothing is left behind.
     """
     tensors = {**adapter.tensors, **replaced}
     with appears_at(out) as directory:
-        given = documents or {}
+        given = {**adapter.documents, **(documents or {})}
         for name in _copied_files(adapter):
             if name in given:
                 continue
@@ -187,7 +191,12 @@ def write_adapter(
         card_path = directory / CARD
         old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
         card_path.write_bytes(card.with_section(old_card, section))
-        output = {"projected": sorted(replaced), "tensors": digests}
+        projected = sorted(replaced.keys() - set(converted))
+        output: dict[str, Any] = {"projected": projected, "tensors": digests}
+        if converted:
+            output["converted"] = sorted(converted)
+        if adapter.documents:
+            output["documents"] = {n: sha256(c).hexdigest() for n, c in adapter.documents.items()}
         text = json.dumps({**manifest, "output": output}, indent=2, ensure_ascii=False) + "\n"
         (directory / MANIFEST).write_bytes(text.encode())
 

@@ -321,13 +321,14 @@ def options_of(
     workers: int | None,
     maps: list[str] | None,
     dtype: str = "keep",
+    portable: bool = False,
 ) -> Options:
     """Return how a run is done; imports torch."""
     from safeproj.api import Options
     from safeproj.select import Selection
 
     chosen = Selection() if selection is None else selection
-    return Options(chosen, projector, device, workers, dtype, tuple(maps or ()))
+    return Options(chosen, projector, device, workers, dtype, tuple(maps or ()), portable)
 
 
 def against_of(

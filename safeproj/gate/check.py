@@ -12,6 +12,7 @@ from safeproj.adapter import Adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
 from safeproj.against import Against
+from safeproj.decide import DTYPES
 from safeproj.errors import SafeprojError, printable
 from safeproj.gate.evidence import about_manifest, recorded
 from safeproj.gate.files import about_files, about_paths
@@ -23,7 +24,7 @@ from safeproj.gate.weights import Context, about_weights, found
 from safeproj.job import Run
 from safeproj.projection import Approx, Complement, Covariance, Exact, Projector
 from safeproj.report.check import Check, Evidence, Finding
-from safeproj.source import LocalFolder, read_json
+from safeproj.source import LocalFolder, open_folder, read_json
 from safeproj.subspace import Subspace
 
 STRENGTH = {kind: number for number, kind in enumerate(Evidence)}
@@ -118,6 +119,23 @@ def recorded_projector(patched: Adapter) -> Projector | None:
     raise SafeprojError(
         f"{patched.source}: {MANIFEST} names no projector that there is; give --projector"
     )
+
+
+def recorded_form(source: str) -> dict[str, Any]:
+    """Return the options that say in which form an adapter was written, as `Options` has them.
+
+    The original is put into the same form, so that both can be compared bit for bit.
+    """
+    try:
+        folder = open_folder(source)
+        document = read_json(folder, MANIFEST) if MANIFEST in folder.files else {}
+    except SafeprojError:  # said where it is looked at
+        return {}
+    found = document.get("options")
+    if not isinstance(found, dict) or found.get("portable") is not True:
+        return {}
+    dtype = found.get("dtype")
+    return {"portable": True, "dtype": dtype if dtype in DTYPES else "keep"}
 
 
 def verified(

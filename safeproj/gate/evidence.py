@@ -109,10 +109,14 @@ def _require_tensors(adapter: Adapter, document: Mapping[str, Any]) -> None:
 
 
 def _require_documents(adapter: Adapter, document: Mapping[str, Any]) -> None:
-    """Compare the config, which patching copies: `lora_alpha` could undo what projection did."""
+    """Compare the config: `lora_alpha` could undo what projection did.
+
+    Patching copies it, or writes another where it converts the adapter.
+    """
     read = document["inputs"]["adapter"]["sha256"]["files"]
+    left = {**read, **document["output"].get("documents", {})}
     for name in adapter.format.documents:
-        if read[name] != file_sha256(adapter.path(name)):
+        if left[name] != file_sha256(adapter.path(name)):
             raise _MismatchError("SP021", f"{name} is not the one that {MANIFEST} records")
     weights = file_sha256(adapter.path(adapter.weights_file))
     if document["output"]["projected"] and weights in read.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,8 +103,22 @@ def _other_tensors(original: Run, patched: Adapter) -> Iterator[Finding]:
     side = original.projector.side
     written = {f.key for item in original.plan.modules for f in item.module.written(side)}
     for key in [key for key in before if key in patched.tensors and key not in written]:
-        if not _identical(before[key], patched.tensors[key]):
+        wanted = before[key].to(_converted(original, patched, key) or before[key].dtype)
+        if not _identical(wanted, patched.tensors[key]):
             yield found("SP025", f"{key} differs from the original's", tensor=key)
+
+
+def _converted(original: Run, patched: Adapter, key: str) -> torch.dtype | None:
+    """Return what patching converts a factor to: the dtype of the factor that it has projected."""
+    side = original.projector.side
+    for item in original.plan.modules:
+        if item.module.factor("input" if side == "output" else "output").key != key:
+            continue
+        other = item.module.factor(side).key
+        before, there = original.adapter.tensors[other], patched.tensors.get(other)
+        if there is not None and there.dtype != before.dtype:
+            return there.dtype
+    return None
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:
@@ -184,5 +199,7 @@ def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
         where = "the original" if name in given else "the patched adapter"
         yield found("SP025", f"{name} is in {where} alone", file=name)
     for name in sorted(given & there):
-        if file_sha256(before.path(name)) != file_sha256(patched.path(name)):
+        written = before.documents.get(name)
+        wanted = file_sha256(before.path(name)) if written is None else sha256(written).hexdigest()
+        if wanted != file_sha256(patched.path(name)):
             yield found("SP025", f"{name} differs from the original's", file=name)

@@ -218,9 +218,12 @@ def test_dtype_changes_the_projected_tensors_only(
     manifest = patch(trio, adapter, tmp_path / "out", "--layers", "3", "--dtype", "float32")
     projected = set(manifest["output"]["projected"])
     assert len(projected) == 3
+    converted_too = {key.replace("lora_b", "lora_a") for key in projected}
+    assert set(manifest["output"]["converted"]) == converted_too
     for key, tensor in read_gguf(tmp_path / "out" / adapter.name).items():
-        assert tensor.dtype == (torch.float32 if key in projected else torch.float16)
-        assert key in projected or torch.equal(tensor, tensors[key])
+        changed = key in projected | converted_too
+        assert tensor.dtype == (torch.float32 if changed else torch.float16)
+        assert key in projected or torch.equal(tensor, tensors[key].to(tensor.dtype))
     assert values(tmp_path / "out" / adapter.name) == values(adapter)
 
 
