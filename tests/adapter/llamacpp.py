@@ -6,6 +6,7 @@ The model is written here by the definition in llama.cpp's converter, not with s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def write_model(model: Any, path: Path, dtype: torch.dtype = torch.float32) -> P
 
 
 def _renamed_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for key, tensor in weights.items():
         module, _, leaf = key.removesuffix(".weight").rpartition(".")
         if leaf == "gate_up_proj":
@@ -136,8 +137,7 @@ def write_adapter(
 
 def log_probabilities(model: Path, vocabulary: int, adapter: Path | None = None) -> Tensor:
     """Return the logarithms of the next token's probabilities after each of `PROMPTS`."""
-    import xllamacpp
-
+    xllamacpp: Any = import_module("xllamacpp")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(model)
     parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = 128, 1, 0
