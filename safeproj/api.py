@@ -303,7 +303,7 @@ def check(
         SafeprojError: something that all of them need cannot be used. An adapter that cannot be
             used is undecided instead.
     """
-    from safeproj.gate.check import judged, unusable
+    from safeproj.gate.check import judged, recorded_form, unusable
     from safeproj.gate.policy import Policy
     from safeproj.gate.signing import require_library
 
@@ -321,7 +321,10 @@ def check(
     job = Job(against, options, observer, profile, digests=None, lenient=True, casts=True)
     before = None
     if original is not None:
-        before = _original(against, original, projector, options, observer, profile)
+        form = recorded_form(members[0].source)
+        before = _original(
+            against, original, projector, dataclasses.replace(options, **form), observer, profile
+        )
 
     def use(run: Run, number: int) -> Check:
         return judged(members[number], run, against, job.subspace, policy, before)
@@ -368,7 +371,7 @@ def verify(
     Raises:
         SafeprojError: an input cannot be used, or there is nothing to compare with.
     """
-    from safeproj.gate.check import recorded_projector, verified
+    from safeproj.gate.check import recorded_form, recorded_projector, verified
     from safeproj.gate.policy import Policy
     from safeproj.gate.signing import require_library
 
@@ -384,6 +387,7 @@ def verify(
             options or Options(),
         )
         projector = options.projector or recorded_projector(adapter)
+        options = dataclasses.replace(options, **recorded_form(patched))
         before = _original(against, original, projector, options, observer, profile, digests=True)
         adapter = adapter.fitted(before.subspace.names, before.subspace.config)
     elif base or aligned or alignment or safety_module or safety_data or task_data:

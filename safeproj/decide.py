@@ -40,10 +40,12 @@ class Decision:
     Attributes:
         replaced: the tensors to write in place of the adapter's, by key.
         report: the record of the run.
+        converted: those of them that have another dtype alone, since the other factor has it.
     """
 
     replaced: dict[str, Tensor]
     report: Report
+    converted: frozenset[str] = frozenset()
 
 
 def decide(
@@ -120,7 +122,10 @@ def decide(
             *_truncation_warnings(scores, chosen, uncertain),
         ),
     )
-    return Decision(replaced, report)
+    converted = {}
+    if dtype != "keep":
+        converted = _converted(adapter, plan, replaced, chosen, projector.side)
+    return Decision({**replaced, **converted}, report, frozenset(converted))
 
 
 def _replaced(
@@ -156,6 +161,39 @@ def _replaced(
                     "--dtype float32"
                 )
     return replaced
+
+
+def _converted(
+    adapter: Adapter,
+    plan: Plan,
+    replaced: Mapping[str, Tensor],
+    chosen: frozenset[str],
+    side: Side,
+) -> dict[str, Tensor]:
+    """Return the other factors of projected modules in the dtype that is written.
+
+    Some readers refuse two dtypes in one module.
+    """
+    other: Side = "input" if side == "output" else "output"
+    modules = [*(planned.module for planned in plan.modules), *plan.excluded]
+    kept = {m.factor(other).key for m in modules if m.name not in chosen}
+    found: dict[str, Tensor] = {}
+    for module in modules:
+        written, key = replaced.get(module.factor(side).key), module.factor(other).key
+        if written is None or module.name not in chosen or key in replaced:
+            continue
+        before, wanted = adapter.tensors[key], written.dtype
+        if key in kept:  # what is kept in it must not be rounded
+            wanted = torch.promote_types(wanted, before.dtype)
+        if before.dtype == wanted:
+            continue
+        found[key] = before.to(wanted)
+        if not bool(found[key].isfinite().all()):
+            raise SafeprojError(
+                f"{key}: does not fit into {wanted}, which its module is written as; use --dtype "
+                "float32"
+            )
+    return found
 
 
 def _unprojected(

@@ -16,6 +16,7 @@ from safeproj import engine, factors
 from safeproj.adapter import Adapter, card, read_adapter
 from safeproj.adapter.experts import UNSAID, as_today
 from safeproj.adapter.interface import MANIFEST
+from safeproj.adapter.portable import portable
 from safeproj.adapter.weightfiles import NAMED
 from safeproj.adapter.write import adapters_below, weights_beside, write_adapter
 from safeproj.against import (
@@ -74,6 +75,7 @@ class Options:
             does not depend on it.
         dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
         maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
+        portable: write an adapter that all readers compute alike.
 
     Raises:
         SafeprojError: a value is out of range, a rule is malformed, or the device is not there.
@@ -85,12 +87,18 @@ class Options:
     workers: int | None = None
     dtype: str = "keep"
     maps: tuple[str, ...] = ()
+    portable: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
         if self.workers is not None and self.workers < 1:
             raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
+        if self.portable and isinstance(self.projector, Reconstruction):
+            raise SafeprojError(
+                "--portable does not go with --reconstruct, which runs the adapter as it is; make "
+                "it portable before"
+            )
         parse_rules(self.maps)
         engine.resolve_device(self.device)
 
@@ -312,6 +320,7 @@ class Job:
                 documents,
                 overwrite=overwrite,
                 copy_weights=copy_weights,
+                converted=run.decision.converted,
             )
         return report
 
@@ -323,6 +332,8 @@ class Job:
         }
         if copy_weights:
             options["copy_weights"] = True
+        if self._options.portable:
+            options["portable"] = True
         return manifest(run.adapter, self.subspace, run.scores, report, options)
 
     @property
@@ -357,6 +368,8 @@ class Job:
             with self._profile.phase("convert"):
                 adapter = self._converted(adapter)
         with self._profile.phase("match"):
+            if self._options.portable:
+                adapter = portable(adapter, DTYPES[self._options.dtype])
             plan = subspace.plan(adapter, self._selection)
             if self._lenient:
                 plan = self._without_unheld(plan)

@@ -109,6 +109,17 @@ def read_pickle(folder: Folder, name: str) -> dict[str, Tensor]:
     Raises:
         SafeprojError: as for `find_tensors`.
     """
+    return read_nested_pickle(folder, name, None)[0]
+
+
+def read_nested_pickle(
+    folder: Folder, name: str, inside: str | None
+) -> tuple[dict[str, Tensor], bool]:
+    """Return the same of a file that may have its tensors, alone, below one name, and whether so.
+
+    Raises:
+        SafeprojError: as for `find_tensors`.
+    """
     import torch
 
     path = folder.path(name)
@@ -122,12 +133,13 @@ def read_pickle(folder: Folder, name: str) -> dict[str, Tensor]:
         return bytes(view[start : start + count])
 
     found = {}
-    for key, stored in _tensors(path, read, len(content)).items():
+    tensors, nested = _tensors(path, read, len(content), inside)
+    for key, stored in tensors.items():
         part: Any = view[stored.start : stored.start + stored.nbytes]
         if stored.start % torch.empty(0, dtype=getattr(torch, stored.dtype)).element_size():
             part = bytearray(part)
         found[key] = stored.lay(part).contiguous()
-    return found
+    return found, nested
 
 
 def find_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -144,7 +156,7 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
                 file.seek(start)
                 return file.read(count)
 
-            return _tensors(path, read, os.fstat(file.fileno()).st_size)
+            return _tensors(path, read, os.fstat(file.fileno()).st_size)[0]
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -158,7 +170,10 @@ Read = Callable[[int, int], bytes]
 """Returns so many bytes from there on."""
 
 
-def _tensors(path: Path, read: Read, size: int) -> dict[str, StoredTensor]:
+def _tensors(
+    path: Path, read: Read, size: int, inside: str | None = None
+) -> tuple[dict[str, StoredTensor], bool]:
+    """Return where the tensors lie, and whether they are below the name `inside`."""
     if read(0, len(_LEGACY)) == _LEGACY:
         raise SafeprojError(
             f"{path}: in the format that torch had before 1.6, which cannot be read in parts; load "
@@ -173,6 +188,9 @@ def _tensors(path: Path, read: Read, size: int) -> dict[str, StoredTensor]:
             "damaged, or it needs code to run, which is refused; fetch it again, or save it as "
             "safetensors"
         ) from error
+    nested = isinstance(found, dict) and found.keys() == {inside}
+    nested = nested and isinstance(found[inside], dict)
+    found = found[inside] if nested else found
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(each, _Tensor) for name, each in found.items()
     ):
@@ -182,12 +200,13 @@ def _tensors(path: Path, read: Read, size: int) -> dict[str, StoredTensor]:
         )
     require_printable(str(path), found)
     try:
-        return {name: _located(archive, each, path, name) for name, each in found.items()}
+        places = {name: _located(archive, each, path, name) for name, each in found.items()}
     except (LookupError, TypeError, ValueError, struct.error) as error:
         raise SafeprojError(
             f"{path}: cannot be loaded as plain tensors ({type(error).__name__}): truncated or "
             "damaged; fetch it again, or save it as safetensors"
         ) from error
+    return places, nested
 
 
 class _Archive:

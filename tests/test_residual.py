@@ -38,8 +38,10 @@ from tests.support import (
     oracle_C,
     oracle_cosine,
     read_json,
-    safeproj,
     save_safety_module,
+)
+from tests.support import (
+    safeproj as command,
 )
 
 IDS = torch.tensor([[1, 7, 8, 9, 10, 3, 22, 5]])
@@ -133,7 +135,7 @@ def updates(pair: Built, adapter: Path) -> dict[str, Tensor]:
 
 
 def patch(pair: Built, adapter: Path, out: Path, *options: str) -> Any:
-    result = safeproj(
+    result = command(
         "patch", "--base", pair.base, "--aligned", pair.aligned, "--adapter", adapter,
         "--out", out, *options,
     )  # fmt: skip
@@ -142,7 +144,7 @@ def patch(pair: Built, adapter: Path, out: Path, *options: str) -> Any:
 
 
 def check(pair: Built, adapter: Path, *options: str | Path) -> Any:
-    return safeproj("check", adapter, "--base", pair.base, "--aligned", pair.aligned, *options)
+    return command("check", adapter, "--base", pair.base, "--aligned", pair.aligned, *options)
 
 
 def inspect(pair: Built, adapter: Path) -> Any:
@@ -282,11 +284,11 @@ def test_starts_are_those_of_peft_whatever_the_shape(shape: tuple[int, int]) -> 
 
 def test_an_alignment_file_does_not_have_the_weights(llama: Built, tmp_path: Path) -> None:
     adapter, file = trained(llama, tmp_path, "pissa"), tmp_path / "a.safealign.safetensors"
-    made = safeproj("align", "--base", llama.base, "--aligned", llama.aligned, "--out", file)
+    made = command("align", "--base", llama.base, "--aligned", llama.aligned, "--out", file)
     assert made.returncode == 0, made.stderr
-    result = safeproj("inspect", "--alignment", file, "--adapter", adapter)
+    result = command("inspect", "--alignment", file, "--adapter", adapter)
     assert_refused(result, "init_lora_weights is 'pissa'", "give --base and --aligned")
-    gate = safeproj("check", adapter, "--alignment", file)
+    gate = command("check", adapter, "--alignment", file)
     assert gate.returncode == 1
     assert "SP010" in gate.stdout
 
@@ -294,7 +296,7 @@ def test_an_alignment_file_does_not_have_the_weights(llama: Built, tmp_path: Pat
 def test_a_safety_module_does_not_have_the_weights(llama: Built, tmp_path: Path) -> None:
     file = save_safety_module(llama.aligned_model, tmp_path / "m.safety.safetensors")
     adapter = trained(llama, tmp_path, "olora")
-    result = safeproj(
+    result = command(
         "patch", "--safety-module", file, "--adapter", adapter, "--out", tmp_path / "out"
     )  # fmt: skip
     assert_refused(result, "init_lora_weights is 'olora'", "give --base and --aligned")
@@ -391,13 +393,13 @@ def test_what_was_converted_and_patched_passes_beside_its_original(
         )
         assert result.returncode == 0, result.stdout
     models = ("--base", llama.base, "--aligned", llama.aligned)
-    result = safeproj("verify", tmp_path / "out", "--original", adapter, *models)
+    result = command("verify", tmp_path / "out", "--original", adapter, *models)
     assert result.returncode == 0, result.stdout
     tensors = load_file(tmp_path / "out" / FACTORS)
     key = next(name for name in tensors if "lora_A" in name)
     tensors[key][0] *= -1
     save_file(tensors, tmp_path / "out" / FACTORS)
-    result = safeproj("verify", tmp_path / "out", "--original", adapter, *models)
+    result = command("verify", tmp_path / "out", "--original", adapter, *models)
     assert "SP025" in result.stdout
 
 
@@ -422,7 +424,7 @@ def test_a_part_of_the_weights_is_no_update(
     trained(llama, tmp_path, init)
     adapter = tmp_path / what
     assert read_json(adapter / CONFIG)["init_lora_weights"] is True
-    result = safeproj(
+    result = command(
         "patch", "--base", llama.base, "--aligned", llama.aligned, "--adapter", adapter,
         "--out", tmp_path / "out",
     )  # fmt: skip

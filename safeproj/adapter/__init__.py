@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from safeproj.adapter.gguf import Gguf
 from safeproj.adapter.interface import CONFIG, Format
+from safeproj.adapter.litgpt import LitGpt
 from safeproj.adapter.mlx import Mlx
 from safeproj.adapter.peft import Peft
 from safeproj.adapter.record import AdaptedModule, Adapter, FullChange
@@ -12,7 +13,7 @@ from safeproj.source import LocalFolder, open_folder
 
 __all__ = ["FORMATS", "AdaptedModule", "Adapter", "FullChange", "read_adapter", "stands_for_folder"]
 
-FORMATS: tuple[type[Format], ...] = (Mlx, Gguf, Peft)
+FORMATS: tuple[type[Format], ...] = (Mlx, Gguf, LitGpt, Peft)
 """Each looks at the names of a folder's files; PEFT comes last, since MLX has a config of the same
 name and a converted GGUF file may lie beside any of them."""
 
@@ -44,5 +45,5 @@ def read_adapter(source: str, *, unknown: bool = False) -> Adapter:
             return adapter
     raise SafeprojError(
         f"{source}: {CONFIG} not found; expected a PEFT adapter directory, as save_pretrained "
-        "writes it, an MLX adapter directory, or a GGUF adapter"
+        "writes it, an adapter directory of MLX or of litgpt, or a GGUF adapter"
     )

@@ -78,6 +78,12 @@ def _assign(
             for parameter, pair in zip(chosen, target.pairs, strict=True)
         )
     ]
+    if len(found) > 1:  # such as up and down without a gate: one is the other turned
+        found = [
+            chosen
+            for chosen in found
+            if all(_is_as_written(adapter, layouts[p], *pair) for p, pair in chosen.items())
+        ]
     if len(found) == 1:
         return found[0]
     shapes = [f"{key} {list(adapter.tensors[key].shape)}" for pair in target.pairs for key in pair]
@@ -93,6 +99,12 @@ def _assign(
 def _fits(adapter: Adapter, layout: StackLayout, a_key: str, b_key: str) -> bool:
     A, B = adapter.tensors[a_key].shape, adapter.tensors[b_key].shape
     return A[0] % layout.experts == 0 and (A[1], B[0]) in (layout.matrix, layout.matrix[::-1])
+
+
+def _is_as_written(adapter: Adapter, layout: StackLayout, a_key: str, b_key: str) -> bool:
+    """Tell whether factors lie as the version of PEFT that wrote them has it for a parameter."""
+    shape = (adapter.tensors[b_key].shape[0], adapter.tensors[a_key].shape[1])
+    return shape == (layout.matrix if _is_direct_in(adapter, layout) else layout.matrix[::-1])
 
 
 def _experts(
@@ -125,8 +137,11 @@ def _experts(
 def _is_direct(adapter: Adapter, layout: StackLayout, a: int, b: int) -> bool:
     """Tell whether `B A`, not its transpose, is the update of the parameter as it is stored."""
     d1, d2 = layout.matrix
-    if d1 != d2:
-        return (b, a) == (d1, d2)
+    return (b, a) == (d1, d2) if d1 != d2 else _is_direct_in(adapter, layout)
+
+
+def _is_direct_in(adapter: Adapter, layout: StackLayout) -> bool:
+    """Tell the same of the version of PEFT that wrote the adapter."""
     if len(layout.shape) == 2:
         return True  # every version has treated these like nn.Linear
     version = peft_version(adapter.config)

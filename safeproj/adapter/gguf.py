@@ -37,12 +37,22 @@ PERMUTED = frozenset(
 )
 """Architectures of which the converter reorders the rows of q and k, and nothing else."""
 
+MROPE = "glm4"
+"""An architecture of which it reorders them only where the rotary embedding has sections."""
+
 PLAIN = frozenset(
-    {"apertus", "cohere2", "command-r", "exaone", "exaone4", "gemma", "gemma2", "gemma3"}
-    | {"llama4", "olmo2", "olmoe", "phi2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe"}
-    | {"seed_oss"}
+    {"apertus", "cohere2", "command-r", "ernie4_5", "exaone", "exaone4", "gemma", "gemma2"}
+    | {"gemma3", "gpt-oss", "hunyuan-dense", "lfm2", "llama4", "nemotron", "olmo2", "olmoe"}
+    | {"phi2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "seed_oss", "stablelm"}
+    | {"starcoder2", MROPE}
 )
 """Architectures of which it leaves the rows of all linear weights as they are."""
+
+INTERLEAVED = frozenset({"gpt-oss"})
+"""Of these it takes gate and up of an expert out of every other row of one weight."""
+
+ALPHA = "adapter.lora.alpha"
+"""What the product of the factors is scaled by, times their rank."""
 
 HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 """What is permuted, and the setting of the model's config that says in how many heads."""
@@ -111,7 +121,10 @@ class Gguf(Format):
 
     def reordered(self, adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
         """Return the adapter with the rows of q and k in the model's order."""
-        permuted = self.header.values["general.architecture"] in PERMUTED
+        architecture = self.header.values["general.architecture"]
+        permuted = architecture in PERMUTED
+        if architecture == MROPE:
+            _require_no_sections(adapter, config)
         heads = {
             key: _heads(adapter, key, setting, config)
             for key in adapter.tensors
@@ -126,8 +139,10 @@ class Gguf(Format):
 
     def scalings(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> dict[str, float]:
         del adapter
-        alpha = finite_number("adapter.lora.alpha", self.header.values.get("adapter.lora.alpha"))
-        return {module.name: alpha / module.rank for module in modules}
+        # llama.cpp (llama_adapter_lora_weight::get_scale) scales by 1 where alpha is 0 or missing.
+        given = self.header.values.get(ALPHA) or 0.0
+        alpha = finite_number(ALPHA, given)
+        return {module.name: alpha / module.rank if alpha else 1.0 for module in modules}
 
     def digests(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         return super().digests({key: self._stored(key, t) for key, t in tensors.items()})
@@ -222,9 +237,10 @@ def _classified(
                     f"{source}: {key} stands alone; expected both {A[1:]} and {B[1:]}"
                 )
             if key.endswith(A):
-                modules += _modules(source, tensors, stem, paths.of(stem))
+                modules += _modules(source, tensors, stem, paths)
         elif key.endswith("_norm.weight"):
-            changes.append(FullChange(key, f"{paths.of(stem)[0]}.weight", "norm"))
+            path, *aliases = paths.of(stem)
+            changes.append(FullChange(key, f"{path}.weight", "norm", aliases=tuple(aliases)))
         else:
             raise SafeprojError(
                 f"{source}: {key} is no tensor of a LoRA adapter; expected <name>.weight{A}, "
@@ -236,13 +252,14 @@ def _classified(
 
 
 def _modules(
-    source: str, tensors: Mapping[str, Tensor], stem: str, paths: tuple[str, ...]
+    source: str, tensors: Mapping[str, Tensor], stem: str, table: _Paths
 ) -> Iterator[AdaptedModule]:
     a_key, b_key = f"{stem}.weight{A}", f"{stem}.weight{B}"
     a, b = tensors[a_key].shape, tensors[b_key].shape
+    paths = table.of(stem)
     if len(b) == 3:
         known = tuple(path for path in paths if ".experts." in path)
-        if not known:
+        if not known or table.architecture in INTERLEAVED:
             raise SafeprojError(
                 f"{source}: {stem} is a stack that no checkpoint's experts are known for; leave it "
                 "out of the adapter"
@@ -279,7 +296,7 @@ class _Paths:
     """What models call llama.cpp's tensors, by the gguf package's table."""
 
     def __init__(self, source: str, architecture: str, names: Collection[str]) -> None:
-        self._source, self._architecture = source, architecture
+        self._source, self.architecture = source, architecture
         blocks = (re.match(r"blk\.(\d{1,9})\.", name) for name in names)
         count = 1 + max((int(block[1]) for block in blocks if block), default=-1)
         if count > MAX_BLOCKS:
@@ -293,7 +310,7 @@ class _Paths:
         found = self._table.get(stem)
         if not found:
             raise SafeprojError(
-                f"{self._source}: {stem} is no weight of {self._architecture} in the gguf "
+                f"{self._source}: {stem} is no weight of {self.architecture} in the gguf "
                 "package's table; is the package older than the file?"
             )
         return tuple(sorted(found, key=lambda path: not path.startswith(("model.", "lm_head"))))
@@ -312,9 +329,29 @@ def _table(package: Any, architecture: str, count: int) -> dict[str, list[str]]:
     return found
 
 
-def _heads(adapter: Adapter, key: str, setting: str, config: Mapping[str, Any]) -> int:
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
-    settings = {**config, **(text if isinstance(text, dict) else {})}
+    return {**config, **(text if isinstance(text, dict) else {})}
+
+
+def _require_no_sections(adapter: Adapter, config: Mapping[str, Any]) -> None:
+    """Refuse q and k of a model of which only the config tells that their rows are reordered."""
+    key = next((k for k in adapter.tensors if k.split(".")[2:3] in ([h] for h in HEADS)), None)
+    if key is None:
+        return
+    settings = _settings(config)
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not settings or "mrope_section" in rope:
+        found = "has mrope_section" if settings else "is not there"
+        raise SafeprojError(
+            f"{adapter.source}: the rows of {key} are in another order where the rotary embedding "
+            f"has sections, and the aligned model's config.json {found}; pass the PEFT adapter "
+            "that it was made from"
+        )
+
+
+def _heads(adapter: Adapter, key: str, setting: str, config: Mapping[str, Any]) -> int:
+    settings = _settings(config)
     heads = settings.get(setting) or settings.get(HEADS["attn_q"])
     rows = len(adapter.tensors[key])
     if type(heads) is not int or heads < 1 or rows % (2 * heads):

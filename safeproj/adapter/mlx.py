@@ -3,7 +3,8 @@
 What mlx-lm adapts is stored turned: `lora_a` (in, r) and `lora_b` (r, out), with
 `ΔW = scale · (lora_a lora_b)ᵀ`. An embedding (vocabulary, d) has `lora_a` (vocabulary, r) and
 `lora_b` (r, d). Stacked experts (`SwitchLinear`) have `lora_a` (E, r, in) and `lora_b` (E, out, r),
-not turned. The scale does not matter here: projection is linear.
+not turned. mlx-vlm wrote `A` (in, r) and `B` (r, out) before it took over these names. The scale
+does not matter here: projection is linear.
 """
 
 from __future__ import annotations
@@ -34,7 +35,19 @@ if TYPE_CHECKING:
 WEIGHTS = "adapters.safetensors"
 OLD_WEIGHTS = "adapters.npz"
 
-A, B, MAGNITUDE = ".lora_a", ".lora_b", ".m"
+MAGNITUDE = ".m"
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What the names of the factors end in, after the module's path."""
+
+    A: str
+    B: str
+
+
+_USUAL = _Ends(".lora_a", ".lora_b")
+_OLD_VLM = _Ends(".A", ".B")
 
 SUPPORTED = "supported are LoRA and DoRA on linear layers, embeddings and switch layers"
 
@@ -55,9 +68,11 @@ class Mlx(Format):
 
     Attributes:
         metadata: metadata of the safetensors file.
+        old_vlm: whether it has the names and the settings of mlx-vlm's older adapters.
     """
 
     metadata: dict[str, str] | None
+    old_vlm: bool = False
 
     documents: ClassVar[tuple[str, ...]] = (CONFIG,)
     stand_ins: ClassVar[frozenset[str]] = frozenset({WEIGHTS})
@@ -81,7 +96,8 @@ class Mlx(Format):
         config = read_json(folder, CONFIG)
         _require_lora(source, config)
         metadata, tensors = read_safetensors(folder, WEIGHTS)
-        modules = tuple(_modules(source, tensors))
+        old_vlm = any(key.endswith((_OLD_VLM.A, _OLD_VLM.B)) for key in tensors)
+        modules = tuple(_modules(source, tensors, _OLD_VLM if old_vlm else _USUAL))
         _check(source, config, tensors, modules)
         return Adapter(
             folder,
@@ -92,7 +108,7 @@ class Mlx(Format):
             (),
             (),
             tuple(dora_warnings(modules)),
-            cls(metadata),
+            cls(metadata, old_vlm),
         )
 
     @classmethod
@@ -112,6 +128,9 @@ class Mlx(Format):
         return self.metadata
 
     def scalings(self, adapter: Adapter, modules: Sequence[AdaptedModule]) -> dict[str, float]:
+        if self.old_vlm:  # its first versions did not divide by the rank: the larger counts
+            alpha = finite_number("alpha", adapter.config.get("alpha"))
+            return dict.fromkeys((m.name for m in modules), alpha)
         parameters = adapter.config.get("lora_parameters")
         scale = parameters.get("scale") if isinstance(parameters, dict) else None
         return dict.fromkeys(
@@ -132,32 +151,36 @@ def _require_lora(source: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _modules(source: str, tensors: Mapping[str, Tensor]) -> Iterator[AdaptedModule]:
+def _modules(source: str, tensors: Mapping[str, Tensor], ends: _Ends) -> Iterator[AdaptedModule]:
     """Yield the updates in natural order; every tensor must belong to one."""
     paths = set()
+    known = (ends.A, ends.B, *((MAGNITUDE,) if ends is _USUAL else ()))
     for key in tensors:
-        suffix = next((suffix for suffix in (A, B, MAGNITUDE) if key.endswith(suffix)), None)
+        suffix = next((suffix for suffix in known if key.endswith(suffix)), None)
         if suffix is None:
             raise SafeprojError(
-                f"{source}: {key} is no tensor of an mlx-lm adapter; expected <module>{A}, {B} or, "
-                f"for DoRA, {MAGNITUDE}; {SUPPORTED}"
+                f"{source}: {key} is no tensor of an mlx-lm adapter; expected <module>{ends.A}, "
+                f"{ends.B} or, for DoRA, {MAGNITUDE}; {SUPPORTED}"
             )
         paths.add(key.removesuffix(suffix))
     if not paths:
-        raise SafeprojError(f"{source}: {WEIGHTS} holds no tensor; expected <module>{A} and {B}")
+        raise SafeprojError(
+            f"{source}: {WEIGHTS} holds no tensor; expected <module>{ends.A} and {ends.B}"
+        )
     for path in sorted(paths, key=natural_order):
-        missing = [path + suffix for suffix in (A, B) if path + suffix not in tensors]
+        missing = [path + suffix for suffix in (ends.A, ends.B) if path + suffix not in tensors]
         if missing:
             raise SafeprojError(
-                f"{source}: {path} has no {missing[0]}; expected both {A[1:]} and {B[1:]}"
+                f"{source}: {path} has no {missing[0]}; expected both {ends.A[1:]} and {ends.B[1:]}"
             )
-        if len(tensors[path + B].shape) == 3:
+        if len(tensors[path + ends.B].shape) == 3 and ends is _USUAL:
             yield from _experts(source, tensors, path)
         else:
-            yield _module(source, tensors, path)
+            yield _module(source, tensors, path, ends)
 
 
-def _module(source: str, tensors: Mapping[str, Tensor], path: str) -> AdaptedModule:
+def _module(source: str, tensors: Mapping[str, Tensor], path: str, ends: _Ends) -> AdaptedModule:
+    A, B = ends.A, ends.B
     a, b = tensors[path + A].shape, tensors[path + B].shape
     if len(a) != 2 or len(b) != 2 or a[1] != b[0] or a[1] == 0:
         raise SafeprojError(
@@ -198,7 +221,7 @@ def _experts(source: str, tensors: Mapping[str, Tensor], path: str) -> Iterator[
     def paths(expert: int) -> tuple[str, ...]:
         return tuple(f"{parent}.experts.{expert}.{leaf}" for leaf in (part, _EXPERT_PARTS[part]))
 
-    yield from stack_modules(source, tensors, path + A, path + B, paths)
+    yield from stack_modules(source, tensors, path + _USUAL.A, path + _USUAL.B, paths)
 
 
 def _check(
@@ -211,7 +234,8 @@ def _check(
     if config.get("fine_tune_type") == "dora" and not all(module.dora for module in modules):
         raise SafeprojError(f"{source}: {CONFIG} says dora, but modules have no {MAGNITUDE}")
     parameters = config.get("lora_parameters")
-    rank = parameters.get("rank") if isinstance(parameters, dict) else None
+    settings = parameters if isinstance(parameters, dict) else config  # mlx-vlm had no such part
+    rank = settings.get("rank")
     other = next((module for module in modules if rank is not None and module.rank != rank), None)
     if other is not None:
         raise SafeprojError(

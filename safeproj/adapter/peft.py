@@ -50,6 +50,9 @@ BIN = "adapter_model.bin"
 SUPPORTED_TYPES = ("LORA", ADALORA)
 """The `peft_type`s whose update is a product of two factors."""
 
+ADAPTER_HUB = frozenset({"pytorch_adapter.bin", "adapter.safetensors"})
+"""What AdapterHub calls its weights, beside a config of the same name as PEFT's."""
+
 REFUSED_SETTINGS = {
     "use_qalora": "QA-LoRA, whose update is not a matrix of the weight's shape",
     "use_bdlora": "BD-LoRA, whose factors are block diagonal: C B is not",
@@ -133,6 +136,11 @@ class Peft(Format):
         if CONFIG not in folder.files:
             return None
         source, config = folder.source, read_json(folder, CONFIG)
+        if "peft_type" not in config and (folder.files & ADAPTER_HUB or "model_class" in config):
+            raise SafeprojError(
+                f"{source}: an adapter of AdapterHub's library `adapters`, which no loader of LoRA "
+                "adapters reads; train it with PEFT, whose adapters are supported"
+            )
         _refuse_settings(source, config)
         weights_file = next((name for name in (SAFETENSORS, BIN) if name in folder.files), None)
         if weights_file is None:
@@ -520,7 +528,21 @@ def _without_trailing(text: str, suffix: str) -> str:
 
 
 def _warnings(config: dict[str, Any], found: _Classifier) -> Iterator[str]:
-    yield from dora_warnings(found.modules)
+    dropped = [m.name for m in found.modules if m.dora and not config.get("use_dora")]
+    if dropped:
+        yield (
+            f"{len(dropped)} modules have DoRA magnitudes, but {CONFIG} does not set use_dora: "
+            "PEFT drops them without an error and loads a plain LoRA, which is what is scored; "
+            "torchtune writes such adapters, with the magnitudes of q and k in another order of "
+            "rows than the factors, so that setting use_dora is no remedy"
+        )
+    else:
+        yield from dora_warnings(found.modules)
+    if any(module.mirrors for module in found.modules):
+        yield (
+            "ensure_weight_tying: PEFT up to 0.18 loads the embedding's update and drops the tied "
+            "head's without an error; serve the adapter with 0.19 or later"
+        )
     named = [module.name for module in found.modules if ".default" in module.output.key]
     if named:
         yield (

@@ -302,7 +302,10 @@ def disagreements(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
     config = adapter.config
     own = [name for module in adapter.modules for name in paths(module)]
     targeted = _targeted(config, own)
-    strangers = [name for name in own if name not in targeted and not _is_part(name, targeted)]
+    # PEFT takes a head that `ensure_weight_tying` ties out of the targets, and ties it on loading.
+    tied = {path for m in adapter.modules if m.name in targeted for path in paths(m)[1:]}
+    known = targeted | tied
+    strangers = [name for name in own if name not in known and not _is_part(name, targeted)]
     if strangers:
         yield (
             f"{len(strangers)} modules have tensors, but {CONFIG} does not name them as targets: "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeproj.errors import SafeprojError, shorten
+from safeproj.names.suffix import unwrapped
 from safeproj.source import Folder
 
 if TYPE_CHECKING:
@@ -63,6 +65,37 @@ class Kind(str, Enum):
     parameter = "parameter"
 
 
+class WeightNames:
+    """Names of a checkpoint's tensors, among which that of a module with aliases is looked for."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+
+    @cached_property
+    def _unwrapped(self) -> frozenset[str]:
+        return frozenset(map(unwrapped, self._names))
+
+    def choose(self, paths: Sequence[str]) -> str:
+        """Return that of a module's paths whose weight is there, the first if none is.
+
+        What wraps a model, as a vision-language model wraps its language model, is in no table of
+        aliases, so it does not count where no path is there as it is.
+
+        Raises:
+            SafeprojError: there is more than one.
+        """
+        found = [path for path in dict.fromkeys(paths) if f"{path}.weight" in self._names]
+        if not found:
+            bare = {unwrapped(f"{path}.weight"): path for path in reversed(paths)}
+            found = [path for name, path in bare.items() if name in self._unwrapped]
+        if len(found) > 1:
+            raise SafeprojError(
+                f"{paths[0]} may be {shorten(found)}: the checkpoint has all of them, which is not "
+                "supported"
+            )
+        return found[0] if found else paths[0]
+
+
 @dataclass(frozen=True)
 class AdaptedModule:
     """One low-rank update `ΔW = s · B A` of one matrix.
@@ -108,7 +141,7 @@ class AdaptedModule:
     dora: bool = False
     aliases: tuple[str, ...] = ()
 
-    def named(self, names: Collection[str]) -> AdaptedModule:
+    def named(self, names: WeightNames) -> AdaptedModule:
         """Return the module under that of its paths whose weight is among a checkpoint's names.
 
         Where none is, it keeps its own: the checkpoint's names may be no paths of a model either.
@@ -118,14 +151,7 @@ class AdaptedModule:
         """
         if not self.aliases:
             return self
-        paths = dict.fromkeys((self.name, *self.aliases))
-        found = [path for path in paths if f"{path}.weight" in names]
-        if len(found) > 1:
-            raise SafeprojError(
-                f"{self.name} may be {shorten(found)}: the checkpoint has all of them, which is "
-                "not supported"
-            )
-        path = found[0] if found else self.name
+        path = names.choose((self.name, *self.aliases))
         return replace(self, name=path, parameter=f"{path}.weight", aliases=())
 
     def factor(self, side: Side) -> Factor:
@@ -169,12 +195,26 @@ class FullChange:
         parameter: name of what it replaces in the running model.
         kind: the setting that it comes from, in words.
         rows: the rows it replaces, None for all.
+        aliases: further paths that models give the module it is in.
     """
 
     key: str
     parameter: str
     kind: str
     rows: tuple[int, ...] | None = None
+    aliases: tuple[str, ...] = ()
+
+    def named(self, names: WeightNames) -> FullChange:
+        """Return the change with that of its paths whose weight is among a checkpoint's names.
+
+        Raises:
+            SafeprojError: there is more than one.
+        """
+        if not self.aliases:
+            return self
+        path, _, leaf = self.parameter.rpartition(".")
+        path = names.choose((path, *self.aliases))
+        return replace(self, parameter=f"{path}.{leaf}", aliases=())
 
 
 @dataclass(frozen=True)
@@ -229,5 +269,8 @@ class Adapter:
         Raises:
             SafeprojError: they do not tell either.
         """
-        modules = tuple(module.named(names) for module in self.modules)
-        return self.format.reordered(replace(self, modules=modules), config)
+        weights = WeightNames(names)
+        modules = tuple(module.named(weights) for module in self.modules)
+        changes = tuple(change.named(weights) for change in self.full_changes)
+        found = replace(self, modules=modules, full_changes=changes)
+        return self.format.reordered(found, config)

@@ -160,6 +160,7 @@ def write_adapter(
     *,
     overwrite: bool = False,
     copy_weights: bool = False,
+    converted: Collection[str] = (),
 ) -> None:
     """Write the patched adapter to `out`.
 
@@ -173,6 +174,7 @@ def write_adapter(
             file of the input that is left out.
         overwrite: whether an adapter that is there may be replaced.
         copy_weights: copy other weights in the folder too, as they are.
+        converted: those of `replaced` that have another dtype, and are not projected.
 
     Raises:
         SafeprojError: it cannot be written; nothing is left behind.
@@ -197,7 +199,10 @@ def write_adapter(
         card_path = directory / CARD
         old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
         card_path.write_bytes(card.with_section(old_card, section))
-        output: dict[str, Any] = {"projected": sorted(replaced), "tensors": digests}
+        projected = sorted(replaced.keys() - set(converted))
+        output: dict[str, Any] = {"projected": projected, "tensors": digests}
+        if converted:
+            output["converted"] = sorted(converted)
         if adapter.documents:
             output["documents"] = {n: sha256(c).hexdigest() for n, c in adapter.documents.items()}
         if others:

@@ -81,6 +81,7 @@ def find_targets(aligned: Names, base: Names, wanted: Sequence[str]) -> list[Tar
         aligned: the weights of the aligned checkpoint.
         base: the weights of the base checkpoint.
         wanted: names of modules or their last parts, as PEFT's `target_modules`; or `all-linear`.
+            Single experts count where no stack has the name: older adapters have them.
 
     Raises:
         SafeprojError: one of `wanted` names nothing, or a weight is not in both checkpoints in the
@@ -90,8 +91,12 @@ def find_targets(aligned: Names, base: Names, wanted: Sequence[str]) -> list[Tar
         raise SafeprojError(f"--targets: names nothing; expected names of modules, or {ALL_LINEAR}")
     parameters = aligned.parameters()
     found: dict[str, Layout] = {}
+    experts: dict[str, Layout] = {}
     for name in wanted:
         chosen = {p: each for p, each in parameters.items() if _is_meant(name, p, each)}
+        if name != ALL_LINEAR and not any(each.kind == "experts" for each in chosen.values()):
+            experts = experts or aligned.experts()
+            chosen |= {p: each for p, each in experts.items() if _is_meant(name, p, each)}
         if not chosen:
             kinds = sorted({_module(parameter).rpartition(".")[2] for parameter in parameters})
             raise SafeprojError(

@@ -135,8 +135,8 @@ Adapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="SRC",
-        help="LoRA adapter trained on it: PEFT, MLX or GGUF. Repeatable; a directory of adapters "
-        "or a .txt file with one SRC per line stands for many.",
+        help="LoRA adapter trained on it: PEFT, MLX, GGUF or litgpt. Repeatable; a directory of "
+        "adapters or a .txt file with one SRC per line stands for many.",
     ),
 ]
 Threshold = Annotated[
@@ -337,13 +337,14 @@ def options_of(
     workers: int | None,
     maps: list[str] | None,
     dtype: str = "keep",
+    portable: bool = False,
 ) -> Options:
     """Return how a run is done; imports torch."""
     from safeproj.api import Options
     from safeproj.select import Selection
 
     chosen = Selection() if selection is None else selection
-    return Options(chosen, projector, device, workers, dtype, tuple(maps or ()))
+    return Options(chosen, projector, device, workers, dtype, tuple(maps or ()), portable)
 
 
 def against_of(

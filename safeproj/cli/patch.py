@@ -78,8 +78,16 @@ def patch_command(
     device: Device = "auto",
     workers: Workers = None,
     dtype: Annotated[
-        Dtype, typer.Option("--dtype", help="Dtype of the projected tensors that are written.")
+        Dtype, typer.Option("--dtype", help="Dtype of the factors of projected modules.")
     ] = Dtype.keep,
+    portable: Annotated[
+        bool,
+        typer.Option(
+            "--portable",
+            help="Write an adapter that all readers compute alike: scalings inside the factors, "
+            "alpha equal to one rank for all modules, and one dtype.",
+        ),
+    ] = False,
     reconstruct: Annotated[
         bool,
         typer.Option(
@@ -131,6 +139,7 @@ def patch_command(
                 workers=workers,
                 maps=map_,
                 dtype=dtype.value,
+                portable=portable,
             )
             from safeproj import api
             from safeproj.adapter.collection import collect

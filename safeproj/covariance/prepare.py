@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import Adapter, read_adapter
+from safeproj.adapter.record import WeightNames
 from safeproj.against import COVARIANCE, STATISTICS, Against
 from safeproj.covariance.file import Statistics, open_statistics
 from safeproj.engine import resolve_device
@@ -207,7 +208,7 @@ def _targets(model: Any, adapters: Sequence[Adapter]) -> list[str]:
     from safeproj.lm.layers import is_linear
     from safeproj.lm.places import relocated
 
-    weights = {name for name, _ in model.named_parameters()}
+    weights = WeightNames({name for name, _ in model.named_parameters()})
     linear = {name for name, module in model.named_modules() if is_linear(module)}
     adapted = {module.named(weights).name for each in adapters for module in each.modules}
     moved = relocated(model, adapted)

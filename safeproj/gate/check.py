@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
 from safeproj.against import Against
+from safeproj.decide import DTYPES
 from safeproj.errors import SafeprojError, printable
 from safeproj.gate.card import about_claim
 from safeproj.gate.evidence import about_history, about_manifest, recorded
@@ -28,7 +30,7 @@ from safeproj.patterns import one_budget
 from safeproj.projection import Approx, Complement, Covariance, Exact, Projector
 from safeproj.report.check import Check, Evidence, Finding
 from safeproj.rules import Level
-from safeproj.source import LocalFolder, read_json
+from safeproj.source import LocalFolder, open_folder, read_json
 from safeproj.subspace import Subspace
 
 MAX_FINDINGS = 2_000
@@ -132,6 +134,23 @@ def recorded_projector(patched: Adapter) -> Projector | None:
     raise SafeprojError(
         f"{patched.source}: {MANIFEST} names no projector that there is; give --projector"
     )
+
+
+def recorded_form(source: str) -> dict[str, Any]:
+    """Return the options that say in which form an adapter was written, as `Options` has them.
+
+    The original is put into the same form, so that both can be compared bit for bit.
+    """
+    try:
+        folder = open_folder(source)
+        document = read_json(folder, MANIFEST) if MANIFEST in folder.files else {}
+    except SafeprojError:  # said where it is looked at
+        return {}
+    found = document.get("options")
+    if not isinstance(found, dict) or found.get("portable") is not True:
+        return {}
+    dtype = found.get("dtype")
+    return {"portable": True, "dtype": dtype if dtype in DTYPES else "keep"}
 
 
 def verified(

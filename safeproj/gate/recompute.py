@@ -124,9 +124,23 @@ def _other_tensors(original: Run, patched: Adapter, *, same: bool) -> Iterator[F
     written = {f.key for item in original.plan.modules for f in item.module.written(side)}
     exact = same or original.adapter.converted_from is None
     for key in [key for key in before if key in patched.tensors and key not in written]:
-        one, other = before[key], patched.tensors[key]
-        if not (_identical(one, other) if exact else _close(one, other)):
+        wanted = before[key].to(_converted(original, patched, key) or before[key].dtype)
+        other = patched.tensors[key]
+        if not (_identical(wanted, other) if exact else _close(wanted, other)):
             yield found("SP025", f"{key} differs from the original's", tensor=key)
+
+
+def _converted(original: Run, patched: Adapter, key: str) -> torch.dtype | None:
+    """Return what patching converts a factor to: the dtype of the factor that it has projected."""
+    side = original.projector.side
+    for item in original.plan.modules:
+        if item.module.factor("input" if side == "output" else "output").key != key:
+            continue
+        other = item.module.factor(side).key
+        before, there = original.adapter.tensors[other], patched.tensors.get(other)
+        if there is not None and there.dtype != before.dtype:
+            return there.dtype
+    return None
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:

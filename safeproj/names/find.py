@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from safeproj.checkpoint.expression import Expression, Stored, dtype_and_shape, stored_names
+from safeproj.checkpoint.expression import (
+    Expression,
+    Item,
+    Stored,
+    Swapped,
+    dtype_and_shape,
+    stored_names,
+)
 from safeproj.checkpoint.interface import Checkpoint
 from safeproj.errors import SafeprojError, printable, shorten
-from safeproj.names.layout import Layout, known_layout, layout_by_name, model_types
+from safeproj.names.layout import LINEAR, Layout, known_layout, layout_by_name, model_types
 from safeproj.names.rules import parse_rules, rewrite
 from safeproj.names.suffix import TURNED_ON_DISK, Suffixes, turned_on_disk
 
@@ -85,6 +93,9 @@ class Names:
 
     def layout(self, parameter: str) -> Layout | None:
         """Return how the running model stores a weight, None if nothing tells."""
+        return LINEAR if self._rules and self._is_item(parameter) else self._own_layout(parameter)
+
+    def _own_layout(self, parameter: str) -> Layout | None:
         found = known_layout(self._checkpoint.config, parameter)
         if found is None and self._mapping is not None:
             found = self._mapping.layout(parameter)
@@ -111,6 +122,10 @@ class Names:
                 found[name] = layout
         return found
 
+    def experts(self) -> dict[str, Layout]:
+        """Return the weights of single experts, as models had them before there were stacks."""
+        return dict.fromkeys(self._suffixes.experts(), LINEAR)
+
     @cached_property
     def _mapping(self) -> Mapping | None:
         """What transformers says, None without it or if it does not know the architecture."""
@@ -127,6 +142,9 @@ class Names:
             for name in rewrite(rule, parameter):
                 if name in self._checkpoint.names:
                     return Stored(name)
+                item = self._item(name)
+                if item is not None:
+                    return item
                 stacks = self._suffixes.stacks(name)
                 if len(stacks) == 1:
                     return stacks[0]
@@ -139,6 +157,35 @@ class Names:
             f"{parameter}, but the checkpoint has no such tensor{self._closest(name)}; correct the "
             "rule, or add one for this checkpoint"
         )
+
+    def _is_item(self, parameter: str) -> bool:
+        """Tell whether a rule says that a weight is one item of a stack."""
+        try:
+            return isinstance(self._mapped(parameter), Item | Swapped)
+        except SafeprojError:
+            return False
+
+    def _item(self, name: str) -> Expression | None:
+        """Return the item of a stack, as (out, in), that the right side of a rule names: `x[3]`.
+
+        Raises:
+            SafeprojError: nothing tells which side of it is the output.
+        """
+        match = re.fullmatch(r"(?P<stack>[^\[\]]+)\[(?P<index>\d{1,6})\]", name, re.ASCII)
+        if match is None or match["stack"] not in self._checkpoint.names:
+            return None
+        stack, index = match["stack"], int(match["index"])
+        shape = self._checkpoint.describe(stack).shape
+        if len(shape) != 3 or index >= shape[0]:
+            return None
+        layout = self._own_layout(stack)
+        if layout is None or layout.out_first is None:
+            raise SafeprojError(
+                f"{self._checkpoint.source}: nothing tells which side of {stack} {list(shape)} is "
+                "the output; install safeproj[train] for transformers, which knows the architecture"
+            )
+        item = Item(Stored(stack), index)
+        return item if layout.out_first else Swapped(item)
 
     def _choose(self, parameter: str, fits: Fits) -> Expression:
         """Return the one weight whose name says the same; the architecture says nothing."""

@@ -90,6 +90,23 @@ _CUT_FROM: dict[str, tuple[str, int | None]] = {
 }
 """Where one expert's weight is in a stack: its name, and which half."""
 
+_STACKS = frozenset(stack for stack, _ in _CUT_FROM.values())
+_LATEST = ("gate_proj", "up_proj", "down_proj")
+"""What most models call one expert's weights."""
+
+
+def unwrapped(name: str, wrappers: Collection[str] = _WRAPPERS) -> str:
+    """Return a weight's name without what wraps the model that it is in.
+
+    >>> unwrapped("language_model.model.layers.0.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj.weight'
+    """
+    parts = name.split(".")
+    start = 0
+    while start < len(parts) - 2 and parts[start] in wrappers:
+        start += 1
+    return ".".join(parts[start:])
+
 
 def wrappers_of(config: Mapping[str, Any]) -> frozenset[str]:
     """Return what may wrap the weights of a model, by its `config.json`."""
@@ -99,12 +116,11 @@ def wrappers_of(config: Mapping[str, Any]) -> frozenset[str]:
 
 def bare(name: str, wrappers: Collection[str]) -> Key:
     """Return the parts of a weight's name without what wraps the model that it is of."""
-    parts = ["mlp" if part == "block_sparse_moe" else part for part in name.split(".")]
-    start = 0
-    while start < len(parts) - 2 and parts[start] in wrappers:
-        start += 1
+    parts = unwrapped(name, wrappers).split(".")
     # Where an older GPT-NeoX says embed_out, all others say lm_head.
-    return ("lm_head", parts[-1]) if parts[start:-1] == ["embed_out"] else tuple(parts[start:])
+    if parts[:-1] == ["embed_out"]:
+        return ("lm_head", parts[-1])
+    return tuple("mlp" if part == "block_sparse_moe" else part for part in parts)
 
 
 class Suffixes:
@@ -134,8 +150,25 @@ class Suffixes:
         found = self._stacks(self._key(parameter))
         return [expression for expression in found if _all_below(prefix, expression)]
 
+    def experts(self) -> Iterator[str]:
+        """Yield the weights of single experts: stored so, or cut out of a stack, by their names."""
+        for name in self._checkpoint.names:
+            parts, shape = name.split("."), self._checkpoint.describe(name).shape
+            if len(parts) > 3 and parts[-4] == "experts" and _number(parts[-3]):
+                if parts[-1] == "weight" and len(shape) == 2:
+                    yield name
+            elif parts[-2:-1] == ["experts"] and parts[-1] in _STACKS and len(shape) == 3:
+                cuts = [leaf for leaf in _LATEST if _CUT_FROM[leaf][0] == parts[-1]]
+                for number in range(shape[0]):
+                    single = (".".join((*parts[:-1], str(number), leaf, "weight")) for leaf in cuts)
+                    yield from (each for each in single if any(self._cuts(self._key(each))))
+
     def _key(self, name: str) -> Key:
         return bare(name, self._wrappers)
+        parts = ["mlp" if part == "block_sparse_moe" else part for part in name.split(".")]
+        parts = unwrapped(".".join(parts), self._wrappers).split(".")
+        # Where an older GPT-NeoX says embed_out, all others say lm_head.
+        return ("lm_head", parts[-1]) if parts[:-1] == ["embed_out"] else tuple(parts)
 
     @cached_property
     def _index(self) -> dict[Key, list[str]]:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from safeproj.adapter import read_adapter
 from safeproj.errors import SafeprojError
+from tests.adapter.llamacpp import LAYER, finish, permute, write_adapter, write_tensor
+from tests.adapter.llamacpp import renamed as renamed_usually
 from tests.adapter.oracle import check, patch, scores, trio_weights
 from tests.conftest import Trio
 from tests.support import (
@@ -33,15 +35,6 @@ from tests.support import (
     snapshot,
 )
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 EXPERTS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 HEADS = {"attn_q": 4, "attn_k": 2}
 """Of `tiny_llama`."""
@@ -50,30 +43,18 @@ SCALE = 2.0
 """Of PEFT's adapters here: alpha / r."""
 
 
-def permute(rows: Tensor, heads: int) -> Tensor:
-    """Return rows as the converter orders them: row i + d/2 of each head comes after row i."""
-    size = len(rows) // heads
-    order = [
-        head * size + half * (size // 2) + i
-        for head in range(heads)
-        for i in range(size // 2)
-        for half in range(2)
-    ]
-    return rows[order]
+def renamed(module: str) -> str:
+    """Return llama.cpp's name of a module."""
+    other = next((name for name in OTHERS if module.endswith(name)), None)
+    return (
+        renamed_usually(module) if other is None else f"blk.{module.split('.')[2]}.{OTHERS[other]}"
+    )
 
 
 def unpermute(rows: Tensor, heads: int) -> Tensor:
     found = torch.empty_like(rows)
     found[permute(torch.arange(len(rows)), heads)] = rows
     return found
-
-
-def renamed(module: str) -> str:
-    """Return llama.cpp's name of a module."""
-    if module in ("lm_head", "model.embed_tokens"):
-        return {"lm_head": "output", "model.embed_tokens": "token_embd"}[module]
-    _, _, layer, leaf = module.split(".", 3)
-    return f"blk.{layer}.{NAMES[leaf]}"
 
 
 def write_gguf(
@@ -99,15 +80,8 @@ def write_gguf(
     for key, value in (values or {}).items():
         writer.add_string(key, value)
     for name, tensor in tensors.items():
-        if tensor.dtype == torch.bfloat16:
-            raw = tensor.contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            writer.add_tensor(name, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        write_tensor(writer, name, tensor)
+    finish(writer)
     return path
 
 
@@ -243,9 +217,12 @@ def test_dtype_changes_the_projected_tensors_only(
     manifest = patch(trio, adapter, tmp_path / "out", "--layers", "3", "--dtype", "float32")
     projected = set(manifest["output"]["projected"])
     assert len(projected) == 3
+    converted_too = {key.replace("lora_b", "lora_a") for key in projected}
+    assert set(manifest["output"]["converted"]) == converted_too
     for key, tensor in read_gguf(tmp_path / "out" / adapter.name).items():
-        assert tensor.dtype == (torch.float32 if key in projected else torch.float16)
-        assert key in projected or torch.equal(tensor, tensors[key])
+        changed = key in projected | converted_too
+        assert tensor.dtype == (torch.float32 if changed else torch.float16)
+        assert key in projected or torch.equal(tensor, tensors[key].to(tensor.dtype))
     assert values(tmp_path / "out" / adapter.name) == values(adapter)
 
 
@@ -300,24 +277,6 @@ def test_an_embedding_and_a_head(trio: Trio, tmp_path: Path) -> None:
     assert scores(trio.base, trio.aligned, adapter) == pytest.approx(
         scores(trio.base, trio.aligned, peft), rel=1e-6
     )
-
-
-def test_rows_of_qwen2_stay_where_they_are(tmp_path: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50,
-    )  # fmt: skip
-    base = Qwen2ForCausalLM(config)
-    aligned = moved(base)
-    for model, name in ((base, "base"), (aligned, "aligned")):
-        model.save_pretrained(tmp_path / name)
-    peft = save_adapter(aligned, tmp_path / "peft", target_modules=["q_proj", "k_proj"])
-    adapter = write_gguf(tmp_path / "lora.gguf", converted(peft, {}), "qwen2")
-    found = scores(tmp_path / "base", tmp_path / "aligned", adapter)
-    assert found == pytest.approx(scores(tmp_path / "base", tmp_path / "aligned", peft), rel=1e-6)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["one by one", "in stacks"])
@@ -403,6 +362,115 @@ def test_a_rank_of_one_may_have_lost_its_dimension(trio: Trio, tmp_path: Path) -
     assert scores(trio.base, trio.aligned, one) == scores(trio.base, trio.aligned, two)
     patch(trio, one, tmp_path / "out", "--all")
     assert read_gguf(tmp_path / "out" / "1.gguf")[f"{name}.lora_a"].shape == (32,)
+
+
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "ernie4_5": ("Ernie4_5", {}),
+    "glm4": ("Glm4", {"head_dim": 8, "pad_token_id": 0}),
+    "gpt-oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "hunyuan-dense": ("HunYuanDenseV1", {"head_dim": 8}),
+    "lfm2": ("Lfm2", {"layer_types": ["full_attention"], "block_auto_adjust_ff_dim": False}),
+    "nemotron": ("Nemotron", {"head_dim": 8}),
+    "qwen2": ("Qwen2", {}),
+    "stablelm": ("StableLm", {}),
+    "starcoder2": ("Starcoder2", {}),
+}
+"""Architectures whose rows the converter leaves where they are, by transformers' names."""
+
+OTHERS = {
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "mlp.gate_up_proj": "ffn_up",
+    "self_attn.out_proj": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
+"""What some of these call a layer, and llama.cpp's name of it."""
+
+
+@pytest.mark.parametrize("architecture", PLAIN)
+def test_rows_that_stay_where_they_are(tmp_path: Path, architecture: str) -> None:
+    import transformers
+
+    kind, settings = PLAIN[architecture]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50, **settings,
+    )  # fmt: skip
+    base = getattr(transformers, f"{kind}ForCausalLM")(config)
+    aligned = moved(base)
+    for model, name in ((base, "base"), (aligned, "aligned")):
+        model.save_pretrained(tmp_path / name)
+    targets = [n for n, m in aligned.named_modules() if isinstance(m, torch.nn.Linear)]
+    targets = [name for name in targets if "layers" in name and not name.endswith("router")]
+    peft = save_adapter(aligned, tmp_path / "peft", target_modules=targets)
+    adapter = write_gguf(tmp_path / "lora.gguf", converted(peft, {}), architecture)
+    found = scores(tmp_path / "base", tmp_path / "aligned", adapter)
+    assert len(found) >= 2 * 4
+    assert found == pytest.approx(scores(tmp_path / "base", tmp_path / "aligned", peft), rel=1e-6)
+
+
+@pytest.mark.parametrize("config", ["sections", "none"])
+def test_glm4_with_sections_is_in_another_order(trio: Trio, tmp_path: Path, config: str) -> None:
+    """The converter reorders q and k where the rotary embedding has sections, as in GLM-4.1V."""
+    tensors = {
+        "blk.0.attn_k.weight.lora_a": torch.ones(4, 32),
+        "blk.0.attn_k.weight.lora_b": torch.ones(16, 4),
+    }
+    adapter = write_gguf(tmp_path / "lora.gguf", tensors, "glm4")
+    for side, model in (("base", trio.base_model), ("aligned", trio.aligned_model)):
+        model.save_pretrained(tmp_path / side)
+        if config == "none":
+            (tmp_path / side / "config.json").unlink()
+        else:
+            rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+            change_json(tmp_path / side / "config.json", rope_parameters=rope)
+    result = safeproj(
+        "inspect", "--base", tmp_path / "base", "--aligned", tmp_path / "aligned",
+        "--adapter", adapter,
+    )  # fmt: skip
+    assert_refused(result, str(adapter), "blk.0.attn_k.weight", "another order")
+
+
+@pytest.mark.parametrize("stem", ["attn_q", "attn_output", "ffn_up", "ffn_gate", "ffn_down"])
+def test_a_model_that_a_vision_language_model_wraps(tmp_path: Path, stem: str) -> None:
+    """The table has several paths for a tensor, and none of them with the wrapper's name."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=50,
+    )  # fmt: skip
+    base = Gemma3ForCausalLM(config)
+    models = {"base": base, "aligned": moved(base)}
+    module = next(name for name, short in LAYER.items() if short == stem)
+    for side, model in models.items():
+        model.save_pretrained(tmp_path / side)
+        stored = load_file(tmp_path / side / "model.safetensors")
+        wrapped = {f"language_model.{name}": tensor for name, tensor in stored.items()}
+        tower = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+        wrapped[tower] = torch.ones(48, 32)
+        save_file(wrapped, tmp_path / side / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / side / "config.json").unlink()
+    path = f"model.layers.0.{module}"
+    peft = save_adapter(models["aligned"], tmp_path / "peft", target_modules=[path])
+    adapter = write_gguf(tmp_path / "lora.gguf", converted(peft, {}), "gemma3")
+    found = scores(tmp_path / "base", tmp_path / "aligned", adapter)
+    assert found == pytest.approx(scores(tmp_path / "base", tmp_path / "aligned", peft), rel=1e-6)
+    assert {name.partition(" ")[0] for name in found} == {path}
+
+
+@pytest.mark.parametrize("alpha", [8.0, 0.0, None])
+def test_the_scale_is_1_where_there_is_no_alpha(
+    all_linear: tuple[Path, Path], tmp_path: Path, alpha: float | None
+) -> None:
+    """As llama.cpp has it, see test_llamacpp.py."""
+    adapter = read_adapter(str(write_adapter(tmp_path / "a.gguf", converted(all_linear[0]), alpha)))
+    found = adapter.format.scalings(adapter, adapter.modules)
+    assert set(found.values()) == {2.0 if alpha else 1.0}
 
 
 def inspect(trio: Trio, adapter: Path) -> Any:
@@ -512,10 +580,7 @@ def test_refused(
     writer.add_string("adapter.type", settings.get("adapter", "lora"))
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert_refused(inspect(trio, adapter), str(adapter), *words)
 
 
@@ -528,10 +593,7 @@ def test_quantised_factors(trio: Trio, tmp_path: Path) -> None:
     for side, shape in (("a", (4, 32)), ("b", (32, 32))):
         data = gguf.quants.quantize(np.ones(shape, dtype=np.float32), kind)
         writer.add_tensor(f"blk.0.attn_q.weight.lora_{side}", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert_refused(inspect(trio, adapter), "has the type Q8_0", "F32, F16 or BF16", "--outtype f32")
 
 

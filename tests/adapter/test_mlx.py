@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safeproj.adapter import read_adapter
+from safeproj.errors import SafeprojError
 from tests.adapter.oracle import check, patch, scores, trio_weights
 from tests.conftest import Trio
 from tests.support import (
@@ -233,6 +235,59 @@ def test_a_head_with_more_rows_than_the_base_has(trio: Trio, tmp_path: Path) -> 
     )
     assert torch.equal(before[:, 46:], after[:, 46:])
     assert not torch.equal(before[:, :46], after[:, :46])
+
+
+def as_old_vlm(peft: Path, out: Path) -> Path:
+    """Write a PEFT adapter as mlx-vlm did before it took over mlx-lm's names."""
+    as_mlx(peft, out)
+    tensors = {
+        "language_model." + key.replace(".lora_a", ".A").replace(".lora_b", ".B"): tensor
+        for key, tensor in load_file(out / WEIGHTS).items()
+    }
+    save_file(tensors, out / WEIGHTS, metadata={"format": "mlx"})
+    (out / CONFIG).write_text(json.dumps({"rank": 4, "alpha": 0.1, "dropout": 0.1}), "utf-8")
+    return out
+
+
+def test_older_names_of_mlx_vlm(trio: Trio, tmp_path: Path) -> None:
+    adapter = as_old_vlm(trio.adapter, tmp_path / "vlm")
+    manifest = patch(trio, adapter, tmp_path / "out", "--all")
+    before, after = (
+        {
+            key.removeprefix("language_model.").removesuffix(".A"): (tensor @ tensors[b]).T
+            for key, tensor in tensors.items()
+            if key.endswith(".A")
+            for b in [key.removesuffix("A") + "B"]
+        }
+        for tensors in (load_file(path / WEIGHTS) for path in (adapter, tmp_path / "out"))
+    )
+    for module in manifest["modules"]:
+        module["name"] = module["name"].removeprefix("language_model.")
+    check(manifest, before, after, trio_weights(trio, before))
+    given, found = (load_file(path / WEIGHTS) for path in (adapter, tmp_path / "out"))
+    assert {key[-2:] for key in given if not torch.equal(given[key], found[key])} == {".B"}
+    assert (tmp_path / "out" / CONFIG).read_bytes() == (adapter / CONFIG).read_bytes()
+    read = read_adapter(str(adapter))
+    assert set(read.format.scalings(read, read.modules).values()) == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.pop("language_model.model.layers.0.self_attn.q_proj.B"), ("has no", ".B")),
+        (lambda t: t.update({"x.lora_a": torch.ones(2, 2)}), ("x.lora_a is no tensor",)),
+        (lambda t: t.update({"x.m": torch.ones(2)}), ("x.m is no tensor",)),
+    ],
+)
+def test_older_names_that_do_not_fit(
+    trio: Trio, tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], words: tuple[str, ...]
+) -> None:
+    adapter = as_old_vlm(trio.adapter, tmp_path / "vlm")
+    change(adapter, edit)
+    with pytest.raises(SafeprojError) as error:
+        read_adapter(str(adapter))
+    for word in words:
+        assert word in str(error.value)
 
 
 def test_magnitudes_are_kept(trio: Trio, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_square_weights_of_an_unknown_architecture_are_refused(
 
 
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16", "float16"])
-def test_dtype_applies_to_the_projected_tensors_only(
+def test_dtype_applies_to_both_factors_of_projected_modules(
     trio: Trio, tmp_path: Path, dtype: str
 ) -> None:
     adapter = save_adapter(trio.aligned_model, tmp_path / "adapter")
@@ -251,12 +251,24 @@ def test_dtype_applies_to_the_projected_tensors_only(
     projected = set(manifest["output"]["projected"])
     assert len(projected) == 2
     wanted = {"keep": torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    others = {key.replace("lora_B", "lora_A") for key in projected}
+    assert manifest["output"].get("converted", []) == sorted(
+        others if wanted != torch.bfloat16 else []
+    )
     for key, tensor in load_file(tmp_path / "out" / WEIGHTS).items():
         if key in projected:
             assert tensor.dtype == wanted
+        elif key in others:
+            assert tensor.dtype == wanted
+            assert torch.equal(tensor, stored[key].to(wanted))
         else:
             assert tensor.dtype == torch.bfloat16
             assert torch.equal(tensor, stored[key])
+    result = safeproj(
+        "verify", "--base", trio.base, "--aligned", trio.aligned, "--original", adapter,
+        tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_bin_adapter_is_written_as_safetensors(trio: Trio, tmp_path: Path) -> None:

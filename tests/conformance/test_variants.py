@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.support import (
     change_json,
     moved,
     oracle_C,
+    oracle_cosine,
     read_json,
     safeproj,
 )
@@ -608,6 +610,63 @@ def test_some_of_the_experts(
         experts = pair.aligned_model.config.num_local_experts
         kept = torch.equal(before[key][:, e::experts], after[key][:, e::experts])
         assert kept != (name in chosen)
+
+
+@pytest.fixture(scope="module")
+def gateless(root: Path) -> Built:
+    """A Nemotron-H, whose experts have no gate: the shape of one stack is the other's, turned."""
+    settings = {
+        **GROUPED, "layers_block_type": ["moe", "attention"], "mamba_num_heads": 4,
+        "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "n_routed_experts": 4,
+        "moe_intermediate_size": 20, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 24,
+    }  # fmt: skip
+    base = Architecture("NemotronHForCausalLM", "NemotronHConfig", settings).build()
+    return save_pair(root / "gateless", base, moved(base))
+
+
+@pytest.mark.parametrize("targets", [["up_proj", "down_proj"], ["down_proj"]], ids=str)
+def test_experts_without_a_gate(gateless: Built, tmp_path: Path, targets: list[str]) -> None:
+    parameters = [f"mixer.experts.{name}" for name in targets]
+    manifest = run(gateless, lora(target_modules=[], target_parameters=parameters), tmp_path)
+    assert len(names(manifest)) == 4 * len(targets)
+
+
+def test_experts_without_a_gate_of_an_earlier_peft(gateless: Built, tmp_path: Path) -> None:
+    """It stored each stack with A and B on the other sides, so the pairs change places."""
+    parameters = [f"mixer.experts.{name}" for name in ("up_proj", "down_proj")]
+    config = lora(target_modules=[], target_parameters=parameters)
+    adapter = oracle.save(gateless.aligned_model, config, tmp_path / "adapter")
+    tensors = load_file(adapter / FACTORS)
+    layer = f"{P}model.layers.0.mixer.experts"
+    changed = dict(tensors)
+    for side in "AB":
+        inner, outer = (f"{layer}{each}.lora_{side}.weight" for each in (".base_layer", ""))
+        changed |= {inner: tensors[outer], outer: tensors[inner]}
+    save_file(changed, adapter / FACTORS, metadata={"format": "pt"})
+    change_json(adapter / CONFIG, peft_version="0.18.1")
+    found = scored(gateless, adapter)
+    assert len(found) == 8
+    for leaf, wrapper in (("up_proj", ".base_layer"), ("down_proj", "")):
+        A, B = (changed[f"{layer}{wrapper}.lora_{side}.weight"] for side in "AB")
+        stacks = [
+            model.get_parameter(f"model.layers.0.mixer.experts.{leaf}").detach()
+            for model in (gateless.aligned_model, gateless.base_model)
+        ]
+        for e in range(4):
+            delta = (B[:, e::4] @ A[3 * e : 3 * e + 3]).T
+            wanted = oracle_cosine(delta, oracle_C(*(stack[e] for stack in stacks)))
+            name = f"model.layers.0.mixer.experts.{leaf}[{e}]"
+            assert found[name] == pytest.approx(wanted, abs=2e-6)
+
+
+def scored(pair: Built, adapter: Path) -> dict[str, float]:
+    result = safeproj(
+        "inspect", "--base", pair.base, "--aligned", pair.aligned, "--adapter", adapter,
+        "--format", "json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return {m["name"]: m["cosine"] for m in json.loads(result.stdout)["modules"]}
 
 
 def test_one_expert(tmp_path: Path) -> None:
