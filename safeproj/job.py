@@ -507,9 +507,9 @@ class Job:
                 if _is_finite(cast):
                     own.append((groups[key], (number, name, dtype), cast))
         for item in loaded.today if self._lenient else ():
-            place = (number, _TODAY + item.module.name, None)
+            again: _Key = (number, _TODAY + item.module.name, None)
             update = update_of(loaded.adapter, item)
-            own.append((groups[self.subspace.group(item)], place, update))
+            own.append((groups[self.subspace.group(item)], again, update))
         for group, place, update in own:  # only now that all of them are known to be there
             group.updates[place] = update
 

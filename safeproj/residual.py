@@ -31,12 +31,13 @@ from safeproj.adapter import Adapter
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.peft_config import ON_SAVING, doubled
 from safeproj.adapter.record import Kind
+from safeproj.adapter.vocabulary import HEADS
 from safeproj.checkpoint import Reader
 from safeproj.checkpoint.expression import Matrix, Swapped, matrix, stored_names
 from safeproj.engine.blocks import row_width, rows_per_block
 from safeproj.engine.local import MAX_WORKERS
 from safeproj.errors import SafeprojError, shorten
-from safeproj.match import HEADS, PlannedModule, plan
+from safeproj.match import PlannedModule, plan
 from safeproj.names import Names
 from safeproj.select import Selection
 

@@ -62,7 +62,7 @@ def test_few_names_are_compared_with_all(tmp_path: Path, monkeypatch: pytest.Mon
         calls += 1
         return real(*arguments, **options)
 
-    monkeypatch.setattr(find.difflib, "get_close_matches", counted)
+    monkeypatch.setattr(difflib, "get_close_matches", counted)
     names = Names(checkpoint(tmp_path, {f"layers.{n}.weight": (2, 2) for n in range(50)}))
     for number in range(200):
         with pytest.raises(SafeprojError, match="no weight for"):

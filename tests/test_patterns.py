@@ -41,7 +41,7 @@ class Processes:
             self.count += 1
             return real(*arguments, **options)
 
-        monkeypatch.setattr(patterns.subprocess, "Popen", started)
+        monkeypatch.setattr(subprocess, "Popen", started)
 
 
 def test_one_process_runs_all_patterns_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:

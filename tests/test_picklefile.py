@@ -112,7 +112,7 @@ def test_a_pickle_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, li
 def contents() -> dict[str, dict[str, Any]]:
     """Return what programs save as the weights of models and adapters."""
     W = torch.randn(5, 4)
-    marked = torch.nn.Parameter(torch.randn(3))
+    marked: Any = torch.nn.Parameter(torch.randn(3))
     marked.note = "an attribute"
     layer = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     return {

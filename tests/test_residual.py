@@ -74,6 +74,10 @@ def llama(root: Path) -> Built:
     return build("llama", root)
 
 
+def base_of(layer: Any) -> Any:
+    return layer.get_base_layer()
+
+
 def trained(pair: Built, path: Path, init: Any, size: float = 0.02, **settings: Any) -> Path:
     """Save an adapter whose factors have moved from their start, and what it was beside it.
 
@@ -128,7 +132,7 @@ def updates(pair: Built, adapter: Path) -> dict[str, Tensor]:
         if isinstance(layer, Linear):
             name = path.removeprefix("base_model.model.")
             before = pair.aligned_model.get_parameter(f"{name}.weight").detach().double()
-            after = layer.get_base_layer().weight.detach().double()
+            after = base_of(layer).weight.detach().double()
             delta = layer.get_delta_weight("default").detach().double()
             found[name] = after + delta - before
     return found
@@ -229,7 +233,7 @@ def test_the_written_factors_do_not_cancel(llama: Built, tmp_path: Path) -> None
 
 def test_a_layer_that_stores_the_input_first(root: Path, tmp_path: Path) -> None:
     pair = build("gpt2", root)
-    targets = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True}
+    targets: dict[str, Any] = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True}
     adapter = trained(pair, tmp_path / "pissa", "pissa", **targets)
     patch(pair, adapter, tmp_path / "out", *KEEP)
     wanted = logits(loaded(pair, adapter))
@@ -271,7 +275,7 @@ def test_starts_are_those_of_peft_whatever_the_shape(shape: tuple[int, int]) -> 
         config = LoraConfig(r=3, lora_alpha=6, init_lora_weights=name)  # type: ignore[arg-type]
         layer = Linear(dense, "default", config=config, r=3, lora_alpha=6)
         own = start(W, 3, 2.0)
-        theirs = (W - layer.get_base_layer().weight.detach().double()) / 2.0
+        theirs = (W - base_of(layer).weight.detach().double()) / 2.0
         assert close(own.L @ own.R, theirs, W)
         A, B = (f["default"].weight.detach().double() for f in (layer.lora_A, layer.lora_B))
         A2, B2 = difference(A + 0.1, B, own)

@@ -70,8 +70,7 @@ def doubled(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SafeprojError: it names no rank.
     """
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    finite_number("lora_alpha", alpha)
+    rank, alpha = config.get("r"), finite_number("lora_alpha", config.get("lora_alpha"))
     if type(rank) is not int:
         raise SafeprojError(f"r is {rank!r}; expected a whole number")
     growth = math.sqrt(2.0) if config.get("use_rslora") else 2  # s = α / √r, or α / r
@@ -253,13 +252,13 @@ def unloaded(adapter: Adapter, names: Collection[str]) -> Iterator[str]:
     for path in (*modules, *sorted(targets)):
         surplus = _surplus(path, names)
         if surplus is not None:
-            text = f"have {surplus!r} in their names, which the model's modules do not: take it out"
-            found.setdefault(text, []).append(path)
+            said = f"have {surplus!r} in their names, which the model's modules do not: take it out"
+            found.setdefault(said, []).append(path)
     ada = adapter.config.get("peft_type") == ADALORA
     for module in adapter.modules:
         raw, _, factor = module.input.key.removeprefix(PREFIX).partition(".lora_")
         layout = layout_by_name(module.parameter)
-        text = None
+        text: str | None = None
         if ".base_layer" in raw and not _is_part(raw.replace(".base_layer", ""), modules):
             text = "have 'base_layer' in their names, where PEFT keeps the model's own weight"
         elif module.kind is not Kind.embedding and (factor == "A") is not ada:

@@ -284,7 +284,7 @@ def _shapes(adapter: Folder) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in header.tensors.items()}
     if WEIGHTS[1] not in adapter.files:
         return {}
-    found = read_pickle(adapter.path(WEIGHTS[1]))
+    found = read_pickle(adapter, WEIGHTS[1])
     return {name: tuple(tensor.shape) for name, tensor in found.items()}
 
 

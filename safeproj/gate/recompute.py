@@ -125,8 +125,8 @@ def _other_tensors(original: Run, patched: Adapter, *, same: bool) -> Iterator[F
     exact = same or original.adapter.converted_from is None
     for key in [key for key in before if key in patched.tensors and key not in written]:
         wanted = before[key].to(_converted(original, patched, key) or before[key].dtype)
-        other = patched.tensors[key]
-        if not (_identical(wanted, other) if exact else _close(wanted, other)):
+        there = patched.tensors[key]
+        if not (_identical(wanted, there) if exact else _close(wanted, there)):
             yield found("SP025", f"{key} differs from the original's", tensor=key)
 
 

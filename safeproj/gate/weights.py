@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from safeproj.adapter.peft_config import paths
@@ -304,10 +304,11 @@ def _config(context: Context) -> Iterator[Finding]:
     elif context.run.held is not None:
         yield found("SP010", context.run.held)
     modules = [item.module for item, _ in context.modules]
-    for look in (
-        lambda: adapter.format.disagreements(adapter, context.names),
-        lambda: adapter.format.differing(adapter, modules),
-    ):
+    looks = (
+        partial(adapter.format.disagreements, adapter, context.names),
+        partial(adapter.format.differing, adapter, modules),
+    )
+    for look in looks:
         try:
             for message in look():
                 yield found("SP011", message)

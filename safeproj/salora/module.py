@@ -27,6 +27,7 @@ from safeproj.recorded import (
 )
 from safeproj.salora.directions import Directions, output_directions
 from safeproj.salora.file import BASIS, KIND, SCHEMA, VALUES, open_safety_module
+from safeproj.source import LocalFolder
 
 RANK = 32
 """Default `r_s` and `d_s`, the authors' own."""
@@ -155,7 +156,7 @@ class SafetyModule:
             SafeprojError: there is none, or it is damaged.
         """
         file = open_safety_module(str(source)).file
-        _, tensors = read_safetensors(file.path)
+        _, tensors = read_safetensors(LocalFolder(file.path.parent, str(source)), file.path.name)
         check_values(str(source), tensors)
         positions = int(file.document["inputs"]["data"]["positions"])
         directions, layouts, columns = {}, {}, {}

@@ -46,7 +46,7 @@ def epoch(trio: Trio, tmp_path: Path) -> Path:
     state = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
     shards = MODEL - {"config.json", "model.safetensors.index.json"}
     names = sorted(state)
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(sorted(shards)):
         part = {name: state[name] for name in names[number::2]}
         save_file(part, adapter / shard, metadata={"format": "pt"})

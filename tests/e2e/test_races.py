@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,8 +85,13 @@ def when_it_writes(process: subprocess.Popen[str], out: Path, act: Callable[[], 
     act()
 
 
+def put(file: Path) -> None:
+    file.parent.mkdir()
+    file.write_text("mine")
+
+
 def patch(trio: Trio, adapter: Path, out: Path, *options: str) -> list[str | Path]:
-    checkpoints = ["--base", trio.base, "--aligned", trio.aligned]
+    checkpoints: list[str | Path] = ["--base", trio.base, "--aligned", trio.aligned]
     return ["patch", *checkpoints, "--adapter", adapter, "--all", "-q", "--out", out, *options]
 
 
@@ -130,7 +136,7 @@ def test_of_many_runs_to_one_place_one_writes_it(
 def test_what_appears_meanwhile_is_left_as_it_is(trio: Trio, slow: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(*patch(trio, slow, out), env={})
-    when_it_writes(process, out, lambda: (out.mkdir(), (out / "mine.txt").write_text("mine")))
+    when_it_writes(process, out, lambda: put(out / "mine.txt"))
 
     assert_refused(ended(process), f"--out {out}", "has appeared while this run went on")
     assert snapshot(out) == {"mine.txt": b"mine"}
@@ -140,7 +146,7 @@ def test_what_appears_meanwhile_is_left_as_it_is(trio: Trio, slow: Path, tmp_pat
 def test_overwrite_looks_again_before_it_replaces(trio: Trio, slow: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(*patch(trio, slow, out, "--overwrite"), env={})
-    when_it_writes(process, out, lambda: (out.mkdir(), (out / "thesis.txt").write_text("mine")))
+    when_it_writes(process, out, lambda: put(out / "thesis.txt"))
 
     assert_refused(ended(process), f"--out {out}", "is no adapter")
     assert snapshot(out) == {"thesis.txt": b"mine"}
@@ -160,13 +166,13 @@ def test_two_runs_that_may_overwrite_leave_a_complete_adapter(
 
 def test_two_runs_of_align_to_one_place(trio: Trio, tmp_path: Path) -> None:
     out = tmp_path / "model.alignment.safetensors"
-    checkpoints = ["--base", trio.base, "--aligned", trio.aligned]
+    checkpoints: list[str | Path] = ["--base", trio.base, "--aligned", trio.aligned]
     system = failing(FAIL_RENAMEAT2="ENOSYS", FAIL_LINK="EPERM")  # the simplest file system
     runs = [start("align", *checkpoints, "-q", "--out", out, env=system) for _ in range(2)]
     results = [ended(run) for run in runs]
 
     assert sorted(result.returncode for result in results) == [0, 2], results
-    arguments = ["inspect", "--alignment", out, "--adapter", trio.adapter, "-q"]
+    arguments: list[str | Path] = ["inspect", "--alignment", out, "--adapter", trio.adapter, "-q"]
     assert safeproj(*arguments).returncode == 0
     assert leftovers(tmp_path) == []
 
@@ -180,7 +186,7 @@ def test_a_recorded_file_replaces_only_its_own_kind(trio: Trio, tmp_path: Path) 
     content = open_recorded(str(given), KIND)
     out = tmp_path / "new.safety.safetensors"
 
-    def appears_meanwhile() -> object:
+    def appears_meanwhile() -> Mapping[str, Any]:
         out.write_text("mine")
         return content.document
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,16 +163,20 @@ def test_half_a_character_is_no_text(trio: Trio, copied: Path) -> None:
     assert_refused(inspect(trio, copied), CONFIG, "surrogate")
 
 
+INPUTS = {("bad", 0): "0", ("bad", 1): "1"}
+"""Digests of what the model gets."""
+
+
 def test_half_a_character_in_saved_answers(tmp_path: Path) -> None:
     from safeproj.evaluate.responses import SCHEMA, Responses
 
     path = tmp_path / "model.jsonl"
-    header = {"schema": SCHEMA, "made_of": {}, "sets": {}, "judge": None}
+    header: dict[str, Any] = {"schema": SCHEMA, "made_of": {}, "sets": {}, "judge": None}
     row = '{"set": "bad", "index": 0, "prompt": "p", "response": "\\udc80"}'
     path.write_text(f"{json.dumps(header)}\n{row}\n")
     before = path.read_bytes()
     with pytest.raises(SafeprojError, match=f"{path}:2: not a line of saved answers"):
-        Responses(path, {}, {}).open()
+        Responses(path, {}, {}, {}).open()
     assert path.read_bytes() == before
 
 
@@ -179,7 +184,7 @@ def test_half_a_character_in_saved_answers(tmp_path: Path) -> None:
 def test_a_full_disk_while_answers_are_written(tmp_path: Path) -> None:
     from safeproj.evaluate.responses import Responses
 
-    found = Responses(tmp_path / "model.jsonl", {"model": "m"}, {"bad": "0"})
+    found = Responses(tmp_path / "model.jsonl", {"model": "m"}, {"bad": "0"}, INPUTS)
     found.open()
     found.add("bad", [(0, "prompt", "answer")])
     before = (tmp_path / "model.jsonl").read_bytes()
@@ -199,7 +204,7 @@ def test_two_runs_do_not_write_the_same_answers(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
         "from safeproj.evaluate.responses import Responses\n"
-        f"found = Responses(Path({str(path)!r}), {{}}, {{}}); found.open()\n"
+        f"found = Responses(Path({str(path)!r}), {{}}, {{}}, {INPUTS!r}); found.open()\n"
         "found.add('bad', [(0, 'p', 'a')]); print('ready', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
@@ -208,12 +213,12 @@ def test_two_runs_do_not_write_the_same_answers(tmp_path: Path) -> None:
     before = path.read_bytes()
     for overwrite in (False, True):
         with pytest.raises(SafeprojError, match="another run is writing it"):
-            Responses(path, {}, {}).open(overwrite)
+            Responses(path, {}, {}, {}).open(overwrite)
     assert path.read_bytes() == before
 
     other.kill()
     other.communicate()
-    found = Responses(path, {}, {})
+    found = Responses(path, {}, {}, INPUTS)
     found.open()
     assert found.answers == {("bad", 0): "a"}
     found.close()
