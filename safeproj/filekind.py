@@ -6,6 +6,7 @@ Loaders look at the bytes too, or open any name that a config gives them.
 from __future__ import annotations
 
 import pickletools
+import re
 import struct
 import tarfile
 import zipfile
@@ -15,6 +16,17 @@ from pathlib import Path
 
 HEAD = 64 << 10
 """Bytes from the start that are looked at."""
+
+WEIGHT_ENDINGS = (
+    *(".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
+    *(".npz", ".npy", ".h5", ".msgpack", ".onnx"),
+)
+"""Ends of names of files that hold weights in some loader's eyes, whatever is in them now."""
+
+TRAINING_STATE = re.compile(
+    r"training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
+)
+"""What trainers leave beside an adapter, which no loader takes for weights."""
 
 
 class Group(str, Enum):

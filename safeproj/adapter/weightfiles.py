@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.record import Adapter
-from safeproj.filekind import EMPTY, PICKLE, ZIP, kind_of
+from safeproj.filekind import EMPTY, PICKLE, TRAINING_STATE, WEIGHT_ENDINGS, ZIP, kind_of
 
-ENDINGS = (
-    *(".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
-    *(".npz", ".npy", ".h5", ".msgpack", ".onnx", ".index.json"),
-)
+ENDINGS = (*WEIGHT_ENDINGS, ".index.json")
 """Ends of names of files that hold weights in some loader's eyes, or say where weights are."""
-
-TRAINING_STATE = re.compile(
-    r"training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
-)
-"""What trainers leave beside an adapter, which no loader takes for weights."""
 
 NAMED = 100
 """Files that a message names."""

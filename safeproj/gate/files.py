@@ -23,6 +23,8 @@ from safeproj.filekind import (
     HEAD,
     PICKLE,
     SCRIPT,
+    TRAINING_STATE,
+    WEIGHT_ENDINGS,
     ZIP,
     FileKind,
     Group,
@@ -35,17 +37,6 @@ from safeproj.gate.weights import found
 from safeproj.report.check import Finding
 from safeproj.rules import Level
 from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256
-
-WEIGHTS = (
-    *(".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
-    *(".npz", ".npy", ".h5", ".msgpack", ".onnx"),
-)
-"""Ends of names of files that hold weights in some loader's eyes, whatever is in them now."""
-
-TRAINING_STATE = re.compile(
-    r"training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
-)
-"""What trainers leave beside an adapter, which no loader takes for weights."""
 
 MAX_STATE = 1 << 20
 """Bytes of such a file; an optimizer's may have `STATE_GROWTH` times the adapter's beside."""
@@ -255,7 +246,7 @@ def _about_content(
         leaf = name.rpartition("/")[2].casefold().rstrip(". ")  # which some systems drop
         if _is_training_state(adapter, leaf, kind, size):
             return
-        if kind.may_hold_weights or leaf.endswith(WEIGHTS):
+        if kind.may_hold_weights or leaf.endswith(WEIGHT_ENDINGS):
             text = f"{name} holds weights that were not checked"
             if kind.may_hold_weights and kind.group is not Group.weights:
                 text = f"{name} is {kind.name}: it may hold weights, which were not checked"
