@@ -49,7 +49,9 @@ def load_tokenizer(folder: Folder) -> Any:
     from transformers import AutoTokenizer
 
     with quietly(), _errors(folder.source):
-        return AutoTokenizer.from_pretrained(place, **options)
+        found = AutoTokenizer.from_pretrained(place, **options)
+        found.decode(found("a")["input_ids"])  # settings of odd types are met only in use
+        return found
 
 
 def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any:

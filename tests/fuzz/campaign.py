@@ -169,11 +169,15 @@ class Campaign:
         child = os.fork()
         if not child:
             os.close(reading)
-            with os.fdopen(writing, "w") as pipe:
-                for number in numbers:
-                    record = self.case(seed, number)
-                    pipe.write(json.dumps(asdict(record)) + "\n")
-                    pipe.flush()
+            try:
+                with os.fdopen(writing, "w") as pipe:
+                    for number in numbers:
+                        record = self.case(seed, number)
+                        pipe.write(json.dumps(asdict(record)) + "\n")
+                        pipe.flush()
+            except BaseException:  # a fault of the campaign: this fork must not go on as its parent
+                traceback.print_exc()
+                os._exit(70)
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading) as pipe:

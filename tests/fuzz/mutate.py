@@ -262,7 +262,7 @@ def torch_file(data: bytes, random: Random) -> bytes:
     elif way == 5:
         records.pop(at)
     elif way == 6:
-        name = random.choice(("x", "../x", records[at][0] + "x", records[at - 1][0], ""))
+        name = random.choice(("x", "../x", records[at][0] + "x", records[at - 1][0]))
         records[at] = (name, records[at][1])
     else:
         compression = zipfile.ZIP_DEFLATED

@@ -14,7 +14,7 @@ from safeproj.errors import SafeprojError
 from safeproj.lm.models import load_model, load_tokenizer, model_identity
 from safeproj.source import open_folder
 from tests import hub_server
-from tests.support import CONFIG, FACTORS, assert_refused, safeproj
+from tests.support import CONFIG, FACTORS, assert_refused, change_json, safeproj
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
 ALIGNED, BAD, DATA = EXAMPLE / "aligned", EXAMPLE / "adapters" / "bad", EXAMPLE / "data"
@@ -153,3 +153,11 @@ def test_a_model_on_the_hub_with_an_adapter_beside_it_is_run_alone(
         assert FACTORS not in hub.downloads("org/model")
     (alone,) = json.loads(done.stdout)["subjects"]
     assert alone["sets"]["held_out_pairs"]["refused"]["rate"] == 1.0
+
+
+@pytest.mark.parametrize("value", [[True], {"a": 1}, "long"])
+def test_a_tokenizer_with_settings_of_odd_types_is_refused(tmp_path: Path, value: object) -> None:
+    model = Path(shutil.copytree(ALIGNED, tmp_path / "model"))
+    change_json(model / "tokenizer_config.json", model_max_length=value)
+    with pytest.raises(SafeprojError, match="transformers cannot load it"):
+        load_tokenizer(open_folder(str(model)))
