@@ -63,6 +63,11 @@ class Adapted:
         """`adapter_config.json`."""
         return self.context.run.adapter.config
 
+    @property
+    def init(self) -> Any:
+        """`init_lora_weights` as it is stored, also where the adapter was converted to score it."""
+        return self.context.run.adapter.converted_from or self.config.get("init_lora_weights")
+
     @cached_property
     def modules(self) -> list[AdaptedModule]:
         """The updates that were scored, and where tensors repeat them."""
@@ -231,7 +236,7 @@ def _wants_settings(adapted: Adapted) -> Iterator[str]:
 
 
 def _changed_base(adapted: Adapted) -> Iterator[str]:
-    init = adapted.config.get("init_lora_weights")
+    init = adapted.init
     known = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
     if isinstance(init, str) and init.lower() not in known:
         yield f"refuses init_lora_weights {init[:80]!r}"
@@ -354,7 +359,7 @@ def _early_settings(adapted: Adapted) -> Iterator[str]:
     unknown = sorted(adapted.config.keys() - set(known.split()))
     if unknown:
         yield f"refuses a config with settings that it does not know: {shorten(unknown)}"
-    init = adapted.config.get("init_lora_weights")
+    init = adapted.init
     if (
         isinstance(init, str)
         and init.lower() not in ("gaussian", "loftq")
