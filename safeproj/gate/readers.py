@@ -39,6 +39,7 @@ BIASES = "biases of the model"
 COPIES = "copies of the model's own weights"
 REPLICATED = "layer_replication"
 TRIGGER = "alora_invocation_tokens"
+CHANGED = "init_lora_weights"
 
 _CHANGES = {
     "modules_to_save": SAVED,
@@ -102,6 +103,8 @@ class Adapted:
             has.setdefault(_CHANGES.get(change.kind, SAVED), []).append(change.key)
         for setting in (REPLICATED, TRIGGER):
             has[setting] = [setting] if config.get(setting) else []
+        if adapter.converted_from is not None:
+            has[CHANGED] = [adapter.converted_from]
         return {kind: places for kind, places in has.items() if places}
 
 
@@ -404,6 +407,7 @@ TABLE: dict[str, Reader] = {
         "SGLang 0.5.23",
         (Peft,),
         {
+            CHANGED: IGNORES,
             DORA: REFUSES,
             LORA_BIAS: "takes for lora_B the tensors of",
             ADA: REFUSES,
@@ -423,6 +427,7 @@ TABLE: dict[str, Reader] = {
         "llama.cpp's converter (b11549)",
         (Peft, Gguf),
         {
+            CHANGED: IGNORES,
             DORA: REFUSES,
             LORA_BIAS: REFUSES,
             ADA: REFUSES,
@@ -441,6 +446,7 @@ TABLE: dict[str, Reader] = {
         "Ollama 0.33.0-rc2",
         (Peft, Gguf),
         {
+            CHANGED: IGNORES,
             DORA: REFUSES,
             LORA_BIAS: REFUSES,
             ADA: REFUSES,
@@ -463,6 +469,7 @@ TABLE: dict[str, Reader] = {
         "OpenVINO GenAI 2026.4.1",
         (Peft,),
         {
+            CHANGED: IGNORES,
             DORA: IGNORES,
             LORA_BIAS: IGNORES,
             ADA: IGNORES,
