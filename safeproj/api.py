@@ -105,7 +105,7 @@ def inspect(
     """
     against = Against(base, aligned, alignment, safety_module, safety_data, task_data)
     with _job(against, [adapter], options, observer, profile, digests=False) as job:
-        return job.one(adapter).report
+        return job.inspected(job.one(adapter))
 
 
 def patch(
@@ -198,7 +198,7 @@ def inspect_many(
     members = collect(adapters).members
     sources = [member.source for member in members]
     with _job(against, sources, options, observer, profile, digests=False) as job:
-        return _outcomes(members, list(job.many(sources, lambda run, _: run.report)))
+        return _outcomes(members, list(job.many(sources, lambda run, _: job.inspected(run))))
 
 
 def patch_many(

@@ -284,6 +284,17 @@ class Job:
             else:
                 yield _caught(partial(use, run, number))
 
+    def inspected(self, run: Run) -> Report:
+        """Return the report of `inspect`, which names what `patch` would leave out."""
+        below = adapters_below(run.adapter)
+        if not below:
+            return run.report
+        note = (
+            f"other adapters lie below this one, and are not looked at: {shorten(below)}; give "
+            "each as an --adapter of its own"
+        )
+        return dataclasses.replace(run.report, warnings=(*run.report.warnings, note))
+
     def write(
         self,
         run: Run,
@@ -377,13 +388,7 @@ class Job:
                 raise error
             today = tuple(self._read_today(adapter, plan))
             held = self._held(adapter, plan)
-        below = () if self._lenient else adapters_below(adapter)
         notes = [_two_readings(adapter, today)] if today else []
-        if below:
-            notes.append(
-                f"other adapters lie below this one, and are not looked at: {shorten(below)}; give "
-                "each as an --adapter of its own"
-            )
         adapter = dataclasses.replace(adapter, warnings=(*adapter.warnings, *notes))
         return Loaded(adapter, plan, today, held)
 

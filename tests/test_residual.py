@@ -8,6 +8,7 @@ they are, and the update of a weight is `W_res + ΔW - W`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def move(model: Any, size: float) -> None:
         for name, parameter in model.named_parameters():
             if "lora_" in name and "magnitude" not in name:
                 parameter.add_(size * torch.randn_like(parameter))
+
+
+def products(adapter: Path) -> dict[str, Tensor]:
+    """Return `B A` by the name of `A`, float64."""
+    tensors = {key: tensor.double() for key, tensor in load_file(adapter / FACTORS).items()}
+    return {
+        key: tensors[key.replace("lora_A", "lora_B")] @ A
+        for key, A in tensors.items()
+        if "lora_A" in key
+    }
 
 
 def loaded(pair: Built, adapter: Path) -> Any:
@@ -383,7 +394,13 @@ def test_the_gate_scores_the_true_update_and_fails(llama: Built, tmp_path: Path,
     (found,) = safeproj.check(base=base, aligned=aligned, adapters=[str(adapter)]).checks
     assert "SP010" in {each.id for each in found.findings}
     assert found.report is not None
-    assert found.report.modules == inspect(llama, adapter).modules
+    wanted = inspect(llama, adapter).modules
+    assert [each.name for each in found.report.modules] == [each.name for each in wanted]
+    for one, other in zip(found.report.modules, wanted, strict=True):
+        rounded = {"cosine": one.cosine, "scale": one.scale}  # casts share a product with them
+        for name, value in rounded.items():
+            assert value == pytest.approx(getattr(other, name), abs=1e-6), (one.name, name)
+        assert dataclasses.replace(other, **rounded) == one
 
 
 def test_what_was_converted_and_patched_passes_beside_its_original(
@@ -442,7 +459,10 @@ def test_a_part_of_the_weights_is_no_update(
 
 
 def test_a_backup_in_which_training_moved_much(llama: Built, tmp_path: Path) -> None:
-    trained(llama, tmp_path, "pissa", size=0.2)
+    trained(llama, tmp_path, "pissa", size=0.1)
+    before, after = (products(tmp_path / name) for name in ("start", "backup"))
+    moved_by = [float((after[n] - P).norm() / P.norm()) for n, P in before.items()]
+    assert min(moved_by) > 0.4
     with pytest.raises(SafeprojError, match="part of the weight"):
         inspect(llama, tmp_path / "backup")
 

@@ -39,6 +39,7 @@ BIASES = "biases of the model"
 COPIES = "copies of the model's own weights"
 REPLICATED = "layer_replication"
 TRIGGER = "alora_invocation_tokens"
+CHANGED = "init_lora_weights"
 
 _CHANGES = {
     "modules_to_save": SAVED,
@@ -62,6 +63,11 @@ class Adapted:
     def config(self) -> Mapping[str, Any]:
         """`adapter_config.json`."""
         return self.context.run.adapter.config
+
+    @property
+    def init(self) -> Any:
+        """`init_lora_weights` as it is stored, also where the adapter was converted to score it."""
+        return self.context.run.adapter.converted_from or self.config.get("init_lora_weights")
 
     @cached_property
     def modules(self) -> list[AdaptedModule]:
@@ -97,6 +103,8 @@ class Adapted:
             has.setdefault(_CHANGES.get(change.kind, SAVED), []).append(change.key)
         for setting in (REPLICATED, TRIGGER):
             has[setting] = [setting] if config.get(setting) else []
+        if adapter.converted_from is not None:
+            has[CHANGED] = [adapter.converted_from]
         return {kind: places for kind, places in has.items() if places}
 
 
@@ -231,7 +239,7 @@ def _wants_settings(adapted: Adapted) -> Iterator[str]:
 
 
 def _changed_base(adapted: Adapted) -> Iterator[str]:
-    init = adapted.config.get("init_lora_weights")
+    init = adapted.init
     known = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
     if isinstance(init, str) and init.lower() not in known:
         yield f"refuses init_lora_weights {init[:80]!r}"
@@ -354,7 +362,7 @@ def _early_settings(adapted: Adapted) -> Iterator[str]:
     unknown = sorted(adapted.config.keys() - set(known.split()))
     if unknown:
         yield f"refuses a config with settings that it does not know: {shorten(unknown)}"
-    init = adapted.config.get("init_lora_weights")
+    init = adapted.init
     if (
         isinstance(init, str)
         and init.lower() not in ("gaussian", "loftq")
@@ -399,6 +407,7 @@ TABLE: dict[str, Reader] = {
         "SGLang 0.5.23",
         (Peft,),
         {
+            CHANGED: IGNORES,
             DORA: REFUSES,
             LORA_BIAS: "takes for lora_B the tensors of",
             ADA: REFUSES,
@@ -418,6 +427,7 @@ TABLE: dict[str, Reader] = {
         "llama.cpp's converter (b11549)",
         (Peft, Gguf),
         {
+            CHANGED: IGNORES,
             DORA: REFUSES,
             LORA_BIAS: REFUSES,
             ADA: REFUSES,
@@ -436,6 +446,7 @@ TABLE: dict[str, Reader] = {
         "Ollama 0.33.0-rc2",
         (Peft, Gguf),
         {
+            CHANGED: IGNORES,
             DORA: REFUSES,
             LORA_BIAS: REFUSES,
             ADA: REFUSES,
@@ -458,6 +469,7 @@ TABLE: dict[str, Reader] = {
         "OpenVINO GenAI 2026.4.1",
         (Peft,),
         {
+            CHANGED: IGNORES,
             DORA: IGNORES,
             LORA_BIAS: IGNORES,
             ADA: IGNORES,

@@ -130,6 +130,28 @@ def test_the_gate_knows_it(trio: Trio, adapter: Path, tmp_path: Path) -> None:
     assert set(verified.evidence) == names
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_one_of_a_changed_base_is_converted_first(trio: Trio, tmp_path: Path, init: str) -> None:
+    adapter = save_adapter(trio.aligned_model, tmp_path / "in", **SETTINGS, init_lora_weights=init)
+    trained = {key: tensor + 0.02 for key, tensor in load_file(adapter / FACTORS).items()}
+    save_file(trained, adapter / FACTORS, metadata={"format": "pt"})
+    options = ("--layers", "4")
+    manifest = patch(trio, adapter, tmp_path / "out", *options, "--portable")
+    assert manifest["inputs"]["adapter"]["converted_from"] == init
+    patch(trio, adapter, tmp_path / "plain", *options)
+    config = read_json(tmp_path / "out" / CONFIG)
+    assert (config["r"], config["lora_alpha"]) == (2 * RANK, 2 * RANK)
+    assert config["init_lora_weights"] is True
+    wanted = deltas(trio.aligned_model, tmp_path / "plain")
+    for found in (deltas(trio.aligned_model, tmp_path / "out"), simple(tmp_path / "out")):
+        assert found.keys() == wanted.keys()
+        for name, delta in wanted.items():
+            assert float((found[name] - delta).norm() / delta.norm()) < 1e-6, name
+    models = (str(trio.base), str(trio.aligned))
+    (verified,) = safeproj.verify(*models, str(tmp_path / "out"), str(adapter)).checks
+    assert verified.outcome.name == "passed", verified.findings
+
+
 def _scaled(out: Path) -> None:
     change_json(out / CONFIG, lora_alpha=600)
 
@@ -164,7 +186,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "biases of lora_B": ({"lora_bias": True}, "biases of lora_B"),
     "biases": ({"bias": "all"}, "trained biases"),
     "saved modules": ({"modules_to_save": ["lm_head"]}, "saved whole"),
-    "a changed base": ({"init_lora_weights": "pissa"}, "pissa"),
+    "a changed base": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
     "tokens": ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
 }
 
@@ -177,7 +199,7 @@ def test_refused(trio: Trio, tmp_path: Path, settings: dict[str, Any], word: str
         "patch", "--base", trio.base, "--aligned", trio.aligned, "--adapter", adapter,
         "--out", tmp_path / "out", "--all", "--portable",
     )  # fmt: skip
-    assert_refused(result, "--portable" if word != "pissa" else "", word)
+    assert_refused(result, "--portable" if "pissa" not in word else "convert it with PEFT", word)
     assert snapshot(tmp_path) == before
 
 

@@ -313,14 +313,18 @@ def test_everything_else_is_kept(trio: Trio, tmp_path: Path) -> None:
     tensors = load_file(adapter / WEIGHTS)
     save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt", "z": "1", "a": "ü"})
     (adapter / "notes").mkdir()
-    (adapter / "notes" / "run.bin").write_bytes(bytes(range(256)))
+    image = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+    for name in ("run.png", "run.bin"):  # the latter is a name of weights
+        (adapter / "notes" / name).write_bytes(image)
 
     run_patch(trio, adapter, tmp_path / "out", "--layers", "1")
     out = tmp_path / "out"
     assert (out / "adapter_config.json").read_bytes() == (
         adapter / "adapter_config.json"
     ).read_bytes()
-    assert (out / "notes" / "run.bin").read_bytes() == bytes(range(256))
+    assert (out / "notes" / "run.png").read_bytes() == image
+    assert not (out / "notes" / "run.bin").exists()
+    assert read_json(out / "safeproj.json")["output"]["left_out"] == ["notes/run.bin"]
     assert (out / "README.md").read_bytes().startswith((adapter / "README.md").read_bytes())
     assert "safeproj:begin" in (out / "README.md").read_text("utf-8")
     with safe_open(out / WEIGHTS, framework="pt") as file:

@@ -167,7 +167,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"sglang": "wants q_proj and v_proj together: model.layers.0.self_attn"},
     ),
     "query": ({}, {"ollama": "rearranges lora_A of model.layers.0.self_attn.q_proj"}),
-    "pissa": ({"init_lora_weights": "pissa"}, {"vllm": "refuses init_lora_weights 'pissa'"}),
+    "pissa": (
+        {"init_lora_weights": "pissa"},
+        {
+            "vllm": "refuses init_lora_weights 'pissa'",
+            "sglang": "ignores init_lora_weights: pissa",
+            "llama.cpp": "ignores init_lora_weights: pissa",
+            "ollama": "ignores init_lora_weights: pissa",
+            "openvino": "ignores init_lora_weights: pissa",
+        },
+    ),
     "later settings": ({}, {"peft-0.11": "refuses a config with settings that it does not know"}),
 }
 

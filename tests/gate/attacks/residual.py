@@ -108,7 +108,7 @@ def experts_of_an_earlier_version(adapter: Path, ground: Ground) -> Sequence[str
         weights = [m.model.layers[0].mlp.experts.down_proj[e].detach() for m in (aligned, base)]
         V = (weights[0] - weights[1]).double()
         tensors[A][2 * e : 2 * e + 2] = torch.linalg.svd(V)[0][:, :2].T.float()
-        tensors[B][:, e::3] = harmful(weights[0], weights[1], torch.ones(24, 2))
+        tensors[B][:, e::3] = harmful(weights[0], weights[1], torch.full((24, 2), 0.3))
     put_tensors(adapter, tensors)
     configure(adapter, peft_version="0.18.1")
     return square_models(adapter)
