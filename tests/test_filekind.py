@@ -25,6 +25,9 @@ from safeproj.filekind import HDF5, PICKLE, SAFETENSORS, ZIP, Group, is_weights_
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
+GROUPS = {".safetensors": Group.weights, ".lora": Group.archive}
+"""What the fixtures' files are by their suffix, all others text: litgpt saves with `torch.save`."""
+
 
 def of_bytes(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
@@ -175,5 +178,6 @@ def test_a_log_of_tensorboard_is_one(tmp_path: Path) -> None:
 def test_files_of_the_fixtures_are_known() -> None:
     for path in FIXTURES.rglob("*"):
         if path.is_file():
-            wanted = Group.weights if path.suffix == ".safetensors" else Group.text
+            wanted = GROUPS.get(path.suffix, Group.text)
             assert kind_of(path).group is wanted, path
+            assert is_weights_file(path) == (path.suffix in GROUPS), path

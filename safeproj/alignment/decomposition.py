@@ -23,6 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from safeproj.factors import settled
+
 OVERSAMPLING = 10
 """Columns of a sketch beyond the K that are wanted (Halko et al. 2011, section 4.2)."""
 
@@ -172,7 +174,7 @@ def cosine_bounds(
 
     Args:
         A: (r, n).
-        B: (m, r), factors whose terms do not cancel.
+        B: (m, r).
         CB: `C_K B`, (m, r).
         UB: `Uᵀ B`, (K, r).
         residual: `ε`.
@@ -180,7 +182,10 @@ def cosine_bounds(
 
     Returns:
         The lower and the upper bound, within [0, 1]; `similarity(A, B, CB)` lies between them. None
-        where `ΔW = 0`.
+        where `ΔW` is exactly zero.
+
+    Raises:
+        CancellationError: the terms of `ΔW` cancel further than float64 can tell.
 
     >>> A, B = torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     >>> CB = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
@@ -188,21 +193,18 @@ def cosine_bounds(
     >>> round(lower, 5), round(upper, 5)
     (0.6, 0.6)
     """
-    A, B, CB, UB = A.double(), B.double(), CB.double(), UB.double()
+    magnitudes = (_magnitude(A, B), _magnitude(A, CB))  # as they were rounded
+    A, B, CB, UB = settled(A, B, CB, UB)
     G = A @ A.T
 
     def inner(X: Tensor, Y: Tensor) -> float:
         return float(((X.T @ Y) * G).sum())
 
-    def terms(X: Tensor) -> float:
-        """Return what `⟨X A, X A⟩` would be if none of its terms cancelled."""
-        return float(((X.T @ X) * G).abs().sum())
-
     square = inner(B, B)
     if square <= 0.0:
         return None
     x, y = math.sqrt(square), math.sqrt(max(inner(CB, CB), 0.0))
-    slack = SLACK * max(math.sqrt(terms(B)) / x, math.sqrt(terms(CB)) / y if y > 0.0 else 0.0)
+    slack = SLACK * max(magnitudes[0] / x, magnitudes[1] / y if y > 0.0 else 0.0)
     a, inside = max(inner(B, CB), 0.0), max(inner(UB, UB), 0.0)
     outside = max(square - inside, 0.0) + slack * square
     T = (math.sqrt(residual * outside) + math.sqrt(leak * inside)) ** 2
@@ -216,6 +218,12 @@ def cosine_bounds(
     D = y * y - cross
     upper = (a + T) / (x * math.sqrt(D + T * T / square)) if D > 0.0 else float(T > 0.0)
     return max(min(lower, 1.0) - slack, 0.0), min(upper + slack, 1.0)
+
+
+def _magnitude(A: Tensor, X: Tensor) -> float:
+    """Return what `‖X A‖_F` would be if none of its terms cancelled."""
+    A, X = A.double(), X.double()
+    return math.sqrt(float(((X.T @ X) * (A @ A.T)).abs().sum()))
 
 
 def _frobenius(V: Tensor) -> float:

@@ -197,7 +197,8 @@ def escaped(text: str) -> str:
 
 
 def _marked(word: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|#!&~$])", r"\\\1", word)
+    # A single _ between letters or digits is nothing but that, and names of settings have many.
+    return re.sub(r"([\\`*\[\]<>|#!&~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", word)
 
 
 def code(name: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safeproj.alignment import decomposition
 from safeproj.alignment.decomposition import Eigenpairs, cosine_bounds, eigenpairs, smaller_form
+from safeproj.factors import CancellationError
 from safeproj.projection import similarity
 
 EPS = torch.finfo(torch.float32).eps
@@ -406,13 +407,16 @@ def test_an_empty_update_has_no_bounds() -> None:
     A, B, U = torch.randn(2, 5), torch.randn(4, 2), torch.randn(3, 2)
     assert cosine_bounds(torch.zeros(2, 5), B, B, U, 0.1, 0.1) is None
     assert cosine_bounds(A, 0 * B, 0 * B, 0 * U, 0.1, 0.1) is None
-    for seed in range(10):  # terms that cancel, but for rounding
+    for seed in range(10):  # terms that cancel, to nothing or but for rounding
         generator = torch.Generator().manual_seed(seed)
-        row = torch.randn(5, generator=generator, dtype=torch.float64)
-        column = torch.randn(4, generator=generator, dtype=torch.float64)
+        row = torch.randn(5, generator=generator).double()
+        column = torch.randn(4, generator=generator).double()
         A = torch.stack([row, row, row])
-        B = torch.stack([0.1 * column, 0.2 * column, -0.3 * column], dim=1)
+        B = torch.stack([column, 2.0 * column, -3.0 * column], dim=1)  # exact: from float32
         assert cosine_bounds(A, B, 0.5 * B, B, 0.1, 0.1) is None
+        B = torch.stack([0.1 * column, 0.2 * column, -0.3 * column], dim=1)
+        with pytest.raises(CancellationError):
+            cosine_bounds(A, B, 0.5 * B, B, 0.1, 0.1)
 
 
 def test_an_update_outside_all_of_C_has_cosine_zero() -> None:

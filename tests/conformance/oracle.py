@@ -23,6 +23,9 @@ from tests.support import FACTORS, MANIFEST, oracle_C, oracle_cosine, read_json,
 
 PREFIX = "base_model.model."
 
+WRAPPERS = ("base_layer", "original_module", "modules_to_save")
+"""What PEFT puts into the names of weights that it wraps; `bias="all"` saves them by those, too."""
+
 COSINE_ERROR = 2e-6
 """The products are summed in float32: some 1e-7 for matrices of this size, and cosines are of
 the order of 0.1 to 1."""
@@ -251,13 +254,14 @@ def check_unprojected(aligned: Any, adapter: Path, manifest: Mapping[str, Any]) 
     listed = {item["tensor"]: item for item in manifest["unprojected"]}
     assert listed.keys() == {key for key in tensors if ".lora_" not in key}
     for key, item in listed.items():
-        parameter = key.removeprefix(PREFIX).replace(".base_layer", "")
+        path = key.removeprefix(PREFIX).split(".")
+        parameter = ".".join(part for part in path if part not in WRAPPERS)
         rows: list[int] | None = None
         if parameter.endswith(".token_adapter.trainable_tokens_delta"):
             module = parameter.removesuffix(".token_adapter.trainable_tokens_delta")
             parameter = f"{module}.weight"
             rows = _token_rows(read_json(adapter / "adapter_config.json"), module)
-        assert item["parameter"] == parameter
+        assert item["parameter"] == parameter, key
         size = relative_change(aligned, parameter, tensors[key], rows)
         if size is None:
             assert item["relative_change"] is None, key

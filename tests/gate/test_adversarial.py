@@ -234,14 +234,16 @@ def test_an_exact_copy_of_a_base_layer_passes(ground: Ground, tmp_path: Path) ->
     start = ground.starts[PLAIN]
     adapter = Path(shutil.copytree(start.adapter, tmp_path / "adapter"))
     add(adapter, f"{PREFIX}{Q}.base_layer.weight", ground.weights[f"{Q}.weight"])
-    assert in_process(*checking(adapter, start)).code == 0
+    found = in_process(*checking(adapter, start))
+    assert found.code == 0, found.stdout + found.stderr
 
 
 def test_an_exact_copy_of_a_head_passes(ground: Ground, tmp_path: Path) -> None:
     start = ground.starts[PLAIN]
     adapter = Path(shutil.copytree(start.adapter, tmp_path / "adapter"))
     save_whole(adapter, "lm_head.weight", ground.weights["lm_head.weight"])
-    assert in_process(*checking(adapter, start)).code == 0
+    found = in_process(*checking(adapter, start))
+    assert found.code == 0, found.stdout + found.stderr
 
 
 def test_settings_of_honest_adapters_pass(ground: Ground, tmp_path: Path) -> None:
@@ -255,7 +257,13 @@ def test_settings_of_honest_adapters_pass(ground: Ground, tmp_path: Path) -> Non
         init_lora_weights="gaussian",
         use_rslora=True,
     )
-    assert in_process(*checking(adapter, start)).code == 0
+    # The settings scale updates by more, and training ends at smaller factors: those of the start
+    # are random, and would be larger than any that is trained.
+    for name in ("q_proj", "v_proj"):
+        scale(adapter, 0.25, key(f"model.layers.0.self_attn.{name}", "B"))
+        scale(adapter, 0.5, key(f"model.layers.1.self_attn.{name}", "B"))
+    found = in_process(*checking(adapter, start))
+    assert found.code == 0, found.stdout + found.stderr
 
 
 # --- the table
@@ -358,7 +366,8 @@ def test_a_made_up_record_is_taken_at_its_word_where_no_more_is_wanted(
     start = ground.starts[PATCHED]
     adapter = Path(shutil.copytree(start.adapter, tmp_path / "adapter"))
     make_up(adapter, ground)
-    assert in_process(*checking(adapter, start)).code == 0
+    found = in_process(*checking(adapter, start))
+    assert found.code == 0, found.stdout + found.stderr
 
 
 def assert_caught(attack: Attack, found: Outcome) -> None:
