@@ -169,11 +169,15 @@ class Campaign:
         child = os.fork()
         if not child:
             os.close(reading)
-            with os.fdopen(writing, "w") as pipe:
-                for number in numbers:
-                    record = self.case(seed, number)
-                    pipe.write(json.dumps(asdict(record)) + "\n")
-                    pipe.flush()
+            try:
+                with os.fdopen(writing, "w") as pipe:
+                    for number in numbers:
+                        record = self.case(seed, number)
+                        pipe.write(json.dumps(asdict(record)) + "\n")
+                        pipe.flush()
+            except BaseException:  # it must not unwind: what it would clean up is the parent's
+                traceback.print_exc()
+                os._exit(1)
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading) as pipe:
