@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -227,6 +228,20 @@ def test_what_a_live_run_writes_is_no_leftover(tmp_path: Path) -> None:
         (first.path / "file").write_text("y")
         first.appear(None)
     assert snapshot(tmp_path) == {"out": None, "out/file": b"y"}
+
+
+@pytest.mark.parametrize("directory", [True, False])
+def test_a_signal_as_the_hidden_name_appears_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: bool
+) -> None:
+    def interrupted(path: Path) -> None:
+        assert [path] == list(tmp_path.iterdir())  # it is made, and nobody knows it yet
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("safeproj.publish._locked", interrupted)
+    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "out", directory=directory):
+        pass
+    assert snapshot(tmp_path) == {}
 
 
 def test_leftovers_are_no_adapters(trio: Trio, slow: Path, tmp_path: Path) -> None:
