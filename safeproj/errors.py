@@ -69,6 +69,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def is_text(name: str) -> bool:
+    """Tell whether a file name is text: others cannot be written into reports and records."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shorten(names: Iterable[str], limit: int = 3) -> str:
     """Return the first few names, and how many more there are."""
     listed = [printable(name) for name in names]

@@ -39,6 +39,12 @@ MAX_OPERATIONS = 6_000_000
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file starts that torch before 1.6 wrote: its magic number, pickled."""
 
+_RECORD = b"PK\x03\x04"
+"""How a record of a zip starts, and so the file."""
+
+_VERSIONS = range(1, 11)
+"""Versions of the format that torch loads."""
+
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -210,15 +216,31 @@ def _tensors(
 
 
 class _Archive:
-    """The zip: where the bytes of its members lie, which are never compressed."""
+    """The zip: where the bytes of its members lie, which are never compressed.
+
+    What torch does not load is refused: a record outside the first one's directory, one whose name
+    two have, no version of the format that is known, a program.
+    """
 
     def __init__(self, read: Read, size: int) -> None:
         self._read = read
+        if read(0, 4) != _RECORD:
+            raise ValueError("no record at the beginning")
         with zipfile.ZipFile(_Window(read, size)) as archive:
-            self._members = {each.filename: each for each in archive.infolist()}
-        ends = "/data.pkl"
-        (pickled,) = (name for name in self._members if name.endswith(ends))
-        self._root = pickled.removesuffix("data.pkl")
+            members = archive.infolist()
+        self._members = {each.filename: each for each in members}
+        root, mark, _ = members[0].filename.partition("/")
+        self._root = root + mark
+        if not mark or not all(name.startswith(self._root) for name in self._members):
+            raise ValueError("records outside one directory")
+        if len(self._members) != len(members):
+            raise ValueError("two records of one name")
+        if f"{self._root}constants.pkl" in self._members:
+            raise ValueError("a program")
+        version = self._members.get(f"{self._root}version")
+        version = version or self._members[f"{self._root}.data/version"]
+        if int(self._content(version, 16)) not in _VERSIONS:
+            raise ValueError("another version of the format")
         order = self._members.get(f"{self._root}byteorder")
         if order is not None and self._content(order, 16) != b"little":
             raise ValueError("a big-endian file")
@@ -246,7 +268,7 @@ class _Archive:
             raise ValueError(f"{member.filename} is compressed")
         header = self._read(member.header_offset, 30)
         mark, name, extra = struct.unpack("<4s22xHH", header)
-        if mark != b"PK\x03\x04":
+        if mark != _RECORD:
             raise ValueError(f"{member.filename} is not there")
         return int(member.header_offset + 30 + name + extra)
 
@@ -305,6 +327,7 @@ class _Tensor:
     offset: int = 0
     shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
+    kind: str = "no ordinary tensor that the file holds"
 
 
 class _Mark:
@@ -415,6 +438,15 @@ def _storage(kind: str, cls: _Global, key: str, location: str, count: int) -> _S
     return _Storage(_STORAGES.get(cls.name, cls.name), key, count)
 
 
+_KINDS = {
+    "_rebuild_sparse_tensor": "a sparse tensor",
+    "_rebuild_meta_tensor_no_storage": "a tensor of the device 'meta', which has no numbers",
+    "_rebuild_qtensor": "a quantised tensor",
+    "_rebuild_nested_tensor": "a nested tensor",
+}
+"""What torch's functions make that is no dense tensor of numbers."""
+
+
 def _reduced(function: _Global, arguments: tuple[Any, ...]) -> Any:
     """Return what torch's own functions would make."""
     place = (function.module, function.name)
@@ -437,7 +469,9 @@ def _reduced(function: _Global, arguments: tuple[Any, ...]) -> Any:
                 raise TypeError("no dtype")
             count = found.storage.count // _SIZES[dtype.name]
             return replace(found, storage=replace(found.storage, dtype=dtype.name, count=count))
-        if function.name.startswith("_rebuild_"):  # sparse, quantised, without data
+        if function.name in _KINDS:
+            return _Tensor(None, kind=_KINDS[function.name])
+        if function.name.startswith("_rebuild_"):
             return _Tensor(None)
     if place == ("torch.serialization", "_get_layout"):
         return None
@@ -486,7 +520,7 @@ def _located(archive: _Archive, tensor: _Tensor, path: Path, name: str) -> Store
 
 
 def _unusual(path: Path, name: str, tensor: _Tensor) -> SafeprojError:
+    shape = f" (shape {shorten(map(str, tensor.shape), MAX_DIMENSIONS)})" if tensor.storage else ""
     return SafeprojError(
-        f"{path}: {name} is no ordinary tensor that the file holds (shape "
-        f"{shorten(map(str, tensor.shape), MAX_DIMENSIONS)}); expected dense tensors on the CPU"
+        f"{path}: {name} is {tensor.kind}{shape}; expected dense tensors on the CPU"
     )

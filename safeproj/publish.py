@@ -60,13 +60,25 @@ class Appearance:
         appeared: whether it has.
     """
 
-    def __init__(self, place: Path, *, directory: bool) -> None:
+    def __init__(self, place: Path) -> None:
         self.place = place
         self.appeared = False
         self._kept = False
-        remove_leftovers(place)
+        self._lock: int | None = None
+        self._name()
+
+    def _name(self) -> None:
+        name = f"{_start(self.place.name)}{secrets.token_hex(4)}.tmp"
+        self.path = self.place.with_name(name)
+
+    def make(self, *, directory: bool) -> None:
+        """Make it, empty; `close` has to follow even where a signal interrupts this.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        remove_leftovers(self.place)
         while True:
-            self.path = place.with_name(f"{_start(place.name)}{secrets.token_hex(4)}.tmp")
             if directory:
                 self.path.mkdir()
             else:
@@ -75,6 +87,7 @@ class Appearance:
             if os.path.lexists(self.path):
                 return
             self._release()  # another run took it for a leftover, before it was locked
+            self._name()
 
     def appear(self, look: Look | None) -> None:
         """Flush it to the disk and give it its name; what had that name is at `path` then.
@@ -137,8 +150,9 @@ def appearing(place: Path, *, directory: bool = False) -> Iterator[Appearance]:
     Raises:
         OSError: it cannot be made.
     """
-    found = Appearance(place, directory=directory)
-    try:
+    found = Appearance(place)
+    try:  # from here on: a signal may come when it is made, and before it is known to be
+        found.make(directory=directory)
         yield found
     finally:
         found.close()

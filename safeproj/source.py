@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from safeproj.errors import SafeprojError, first_line, printable
+from safeproj.errors import SafeprojError, first_line, is_text, printable
 from safeproj.jsontext import MAX_BYTES, parse
 from safeproj.tensorfile import Header, TensorEntry, read_header
 from safeproj.wholefile import read_whole
@@ -376,6 +376,8 @@ def open_folder(source: str) -> Folder:
     """
     if not source.strip():
         raise SafeprojError("an empty SRC; expected a path, or org/name of a Hub repository")
+    if not is_text(source):
+        raise SafeprojError(f"{printable(source)}: its name is not UTF-8; rename it")
     path = expanded(source)
     if path.is_dir():
         require_no_root(source, path)

@@ -351,7 +351,24 @@ def test_a_name_that_is_no_text_fails_alone(
     outcomes = api.inspect_many(str(trio.base), str(trio.aligned), given, ALL)
     errors = {outcome.name: outcome.error for outcome in outcomes}
     assert errors.pop("text") is None
-    assert None not in errors.values()
+    (error,) = errors.values()
+    assert "not UTF-8; rename it" in str(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("name", [b"latin-\xe9.bin", b"latin-\xe9.txt"])
+def test_a_file_whose_name_is_no_text_stops_that_adapter(
+    trio: Trio, adapters: list[str], tmp_path: Path, name: bytes
+) -> None:
+    path = tmp_path / "inside"
+    shutil.copytree(adapters[0], path)
+    (path / os.fsdecode(name)).write_bytes(b"x")
+    out = tmp_path / "out"
+    given = [str(path), adapters[1]]
+    outcomes = api.patch_many(str(trio.base), str(trio.aligned), given, out, ALL)
+    assert f"{ascii(os.fsdecode(name))[1:-1]} is not UTF-8; rename it" in error_of(outcomes[0])
+    assert_complete(out / "rank-5", Path(adapters[1]))
+    assert not (out / "inside").exists()
 
 
 # --- where it is written

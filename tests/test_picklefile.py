@@ -7,6 +7,7 @@ import pickle
 import tracemalloc
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ ALLOCATED = 8 << 20
 """Bytes that reading a file of a few hundred may take."""
 
 
+Records = list[tuple[str, bytes]]
+Change = Callable[[Records], Records]
+
+
 def saved(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None) -> Path:
     """Write what `torch.save` would, with another pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/byteorder", b"little")
+        archive.writestr("archive/version", b"3\n")
         for key, content in (storages or {}).items():
             archive.writestr(f"archive/data/{key}", content)
     return path
@@ -157,6 +163,61 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
         path.write_bytes(buffer.getvalue())
         with pytest.raises(SafeprojError):
             find_tensors(path)
+
+
+def renamed(old: str, new: str) -> Change:
+    return lambda found: [(new if name == old else name, content) for name, content in found]
+
+
+ARCHIVES: dict[str, Change] = {
+    "a record above the directory": lambda found: [*found, ("../x", b"")],
+    "a record of another directory": renamed("x/data/0", "y/data/0"),
+    "the pickle deeper": renamed("x/data.pkl", "x/x/data.pkl"),
+    "no directory": lambda found: [(name.partition("/")[2], each) for name, each in found],
+    "no version": renamed("x/version", "x/other"),
+    "a version to come": lambda found: [
+        (name, b"11" if name == "x/version" else each) for name, each in found
+    ],
+    "big numbers first": lambda found: [
+        (name, b"big" if name == "x/byteorder" else each) for name, each in found
+    ],
+    "a program": lambda found: [*found, ("x/constants.pkl", b"\x80\x02).")],
+    "something before it": lambda found: found,
+}
+"""What torch does not load, or not as plain tensors of these numbers."""
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_archives_that_torch_refuses_are_refused(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"w": torch.ones(2, 2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        found = [(name, archive.read(name)) for name in archive.namelist()]
+
+    def write(records: Records, front: bytes = b"") -> None:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name, content in records:
+                archive.writestr(name, content)
+        path.write_bytes(front + buffer.getvalue())
+
+    write(found)
+    assert find_tensors(path).keys() == torch.load(path, weights_only=True).keys()
+    write(ARCHIVES[case](found), b"#!" if case == "something before it" else b"")
+    with pytest.raises(SafeprojError, match="cannot be loaded as plain tensors"):
+        find_tensors(path)
+    if case != "big numbers first":  # those it turns
+        with pytest.raises(Exception, match=r".+"):
+            torch.load(path, weights_only=True)
+
+
+def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"w": torch.ones(2, 2)}, path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("x/data/0", bytes(16))
+    with pytest.raises(SafeprojError, match="cannot be loaded as plain tensors"):
+        find_tensors(path)
 
 
 def test_weights_of_a_file_that_shrank_are_an_error_and_no_signal(tmp_path: Path) -> None:

@@ -241,9 +241,14 @@ class _Classifier:
         self._config = config
         self._tensors = tensors
         self._known: set[str] = set()
-        saved = config.get("modules_to_save") or ()
-        saved = [saved] if isinstance(saved, str) else saved if isinstance(saved, list) else ()
-        self._saved = Endings("modules_to_save", [each for each in saved if isinstance(each, str)])
+        saved = config.get("modules_to_save") or []
+        saved = [saved] if isinstance(saved, str) else saved
+        if not isinstance(saved, list) or not all(isinstance(each, str) for each in saved):
+            raise SafeprojError(
+                f"{source}: {CONFIG}: modules_to_save is no list of module names; PEFT would not "
+                "load it"
+            )
+        self._saved = Endings("modules_to_save", saved)
         forms = self._forms()
         targets = self._target_parameters(forms)
         wrapped = {key for target in targets for pair in target.pairs for key in pair}

@@ -15,7 +15,7 @@ from safeproj.adapter import FORMATS, card, stands_for_folder
 from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.record import Adapter
 from safeproj.adapter.weightfiles import other_weights
-from safeproj.errors import SafeprojError, printable
+from safeproj.errors import SafeprojError, is_text, printable
 from safeproj.publish import AppearedError, appearing, unremovable
 from safeproj.source import LocalFolder
 
@@ -242,13 +242,17 @@ def _files_beside(adapter: Adapter) -> list[str]:
     """Return every file but those that are written; none where SRC names one file.
 
     Raises:
-        SafeprojError: one is a link that leads out of the folder, or to none.
+        SafeprojError: one is a link that leads out of the folder, or to none, or its name no text.
     """
     if isinstance(adapter.folder, LocalFolder) and adapter.folder.only is not None:
         return []
     names = adapter.folder.files - adapter.format.replaced_files - {MANIFEST, SIGNATURE}
     for name in names if isinstance(adapter.folder, LocalFolder) else ():
         _safe_path(adapter, name)
+        if not is_text(name):
+            raise SafeprojError(
+                f"{adapter.source}: the file name {printable(name)} is not UTF-8; rename it"
+            )
     return sorted(names)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import FORMATS
 from safeproj.adapter.interface import CONFIG, SIGNATURE
-from safeproj.errors import SafeprojError, first_line, printable, shorten
+from safeproj.errors import SafeprojError, first_line, is_text, printable, shorten
 from safeproj.publish import AppearedError
 from safeproj.wholefile import write_file
 
@@ -284,21 +284,13 @@ def _files(root: Path) -> list[Path]:
                 raise _InvalidError(f"{SIGNATURE} is a directory")
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise _InvalidError(f"{printable(relative)} is neither a file nor a directory")
-            if not _is_text(relative):
+            if not is_text(relative):
                 raise _InvalidError(f"the file name {printable(relative)} is not UTF-8; rename it")
             if stat.S_ISREG(mode) and relative not in EXCEPT:
                 found.append(path)
         if Path(directory) == root:
             subdirectories[:] = [name for name in subdirectories if name not in EXCEPT]
     return sorted(found)
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_signable(directory: Path, place: Path, overwrite: bool) -> None:

@@ -257,16 +257,51 @@ def assert_patch_refused(trio: Trio, tmp_path: Path, aligned: Path, *words: str)
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "aqlm"])
+def marked(trio: Trio, folder: Path, method: str, tensors: dict[str, Tensor]) -> Path:
+    """Write the aligned checkpoint with these tensors, and a method named in its config."""
+    folder.mkdir()
+    shutil.copyfile(trio.aligned / "config.json", folder / "config.json")
+    save_file(tensors, folder / "model.safetensors")
+    change_json(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    return folder
+
+
+CODES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "bitsandbytes": {"weight": (torch.uint8, 512, 1), "weight.absmax": (torch.float32, 16)},
+    "gptq": {"qweight": (torch.int32, 4, 32), "scales": (torch.float16, 1, 32)},
+    "awq": {"qweight": (torch.int32, 32, 4), "scales": (torch.float16, 1, 32)},
+    "aqlm": {"codes": (torch.int8, 32, 4, 1), "codebooks": (torch.float16, 1, 256, 1, 8)},
+}
+"""What stands for a weight of 32 × 32, by method: the names' ends, dtypes and shapes."""
+
+
+@pytest.mark.parametrize("method", CODES)
 def test_other_quantisations_are_refused_with_advice(
     trio: Trio, tmp_path: Path, method: str
 ) -> None:
-    aligned = tmp_path / "aligned"
-    shutil.copytree(trio.aligned, aligned)
-    change_json(aligned / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    tensors = dict(trio.aligned_model.state_dict())
+    del tensors[WEIGHT]
+    for end, (dtype, *shape) in CODES[method].items():
+        tensors[f"{WEIGHT.removesuffix('weight')}{end}"] = torch.zeros(shape, dtype=dtype)
+    aligned = marked(trio, tmp_path / "aligned", method, tensors)
 
     words = (str(aligned), f"quantised with {method}", "before quantisation", "QLoRA")
     assert_patch_refused(trio, tmp_path, aligned, *words)
+
+
+def test_a_method_named_over_plain_numbers_is_a_warning(trio: Trio, tmp_path: Path) -> None:
+    tensors = dict(trio.aligned_model.state_dict())
+    aligned = marked(trio, tmp_path / "aligned", "gptq", tensors)
+
+    found = safeproj(
+        "inspect", "--base", trio.base, "--aligned", aligned, "--adapter", trio.adapter,
+        "--format", "json", env=OFFLINE,
+    )  # fmt: skip
+
+    assert found.returncode == 0, found.stderr
+    assert "config.json says it is quantised with gptq, but its tensors are plain" in found.stderr
+    expected = inspect(trio.base, trio.aligned, trio.adapter)
+    assert json.loads(found.stdout)["modules"] == expected
 
 
 def test_damaged_scales_are_refused(trio: Trio, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -229,6 +230,20 @@ def test_what_a_live_run_writes_is_no_leftover(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == {"out": None, "out/file": b"y"}
 
 
+@pytest.mark.parametrize("directory", [True, False])
+def test_a_signal_as_the_hidden_name_appears_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: bool
+) -> None:
+    def interrupted(path: Path) -> None:
+        assert [path] == list(tmp_path.iterdir())  # it is made, and nobody knows it yet
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("safeproj.publish._locked", interrupted)
+    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "out", directory=directory):
+        pass
+    assert snapshot(tmp_path) == {}
+
+
 def test_leftovers_are_no_adapters(trio: Trio, slow: Path, tmp_path: Path) -> None:
     adapters = tmp_path / "adapters"
     shutil.copytree(trio.adapter, adapters / "one")
@@ -243,8 +258,12 @@ def test_leftovers_are_no_adapters(trio: Trio, slow: Path, tmp_path: Path) -> No
     result = safeproj("inspect", *trio.arguments[:4], "--adapter", adapters, "--format", "json")
     assert result.returncode == 0, result.stderr
     assert "two" not in result.stdout
-    members = collect([str(adapters)], written=False).members  # as `check` looks at them
-    assert [member.name for member in members] == ["one"]
+    assert [member.name for member in collect([str(adapters)]).members] == ["one"]
+
+    # A gate believes no names: a folder that only calls itself a leftover is looked at as well.
+    (left,) = leftovers(adapters)
+    members = collect([str(adapters)], written=False).members
+    assert [member.name for member in members] == [left, "one"]
 
 
 def test_leftovers_of_other_places_and_machines_stay(tmp_path: Path) -> None:

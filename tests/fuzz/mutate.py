@@ -270,7 +270,7 @@ def torch_file(data: bytes, random: Random) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as archive:
         for name, content in records:
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content, compression)  # also without a name
     return out.getvalue()
 
 
