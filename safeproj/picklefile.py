@@ -500,7 +500,7 @@ def _located(archive: _Archive, tensor: _Tensor, path: Path, name: str) -> Store
     if storage is None or not size:
         raise _unusual(path, name, tensor)
     start, nbytes = archive.storage(storage.key)
-    if nbytes // size != storage.count:
+    if nbytes != storage.count * size:
         raise ValueError(f"the storage {storage.key} has {nbytes} bytes")
     if math.prod(tensor.shape) * size > path.stat().st_size:
         raise _unusual(path, name, tensor)  # a few bytes can describe what no memory holds
