@@ -327,7 +327,7 @@ class _Tensor:
     offset: int = 0
     shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
-    kind: str = "no ordinary tensor that the file holds"
+    kind: str = "of an unknown kind"
 
 
 class _Mark:
@@ -439,12 +439,12 @@ def _storage(kind: str, cls: _Global, key: str, location: str, count: int) -> _S
 
 
 _KINDS = {
-    "_rebuild_sparse_tensor": "a sparse tensor",
-    "_rebuild_meta_tensor_no_storage": "a tensor of the device 'meta', which has no numbers",
-    "_rebuild_qtensor": "a quantised tensor",
-    "_rebuild_nested_tensor": "a nested tensor",
+    "_rebuild_sparse_tensor": "sparse",
+    "_rebuild_meta_tensor_no_storage": "on the device meta, without numbers",
+    "_rebuild_qtensor": "quantised",
+    "_rebuild_nested_tensor": "nested",
 }
-"""What torch's functions make that is no dense tensor of numbers."""
+"""What the tensors are that torch's functions make, where not dense ones of numbers."""
 
 
 def _reduced(function: _Global, arguments: tuple[Any, ...]) -> Any:
@@ -500,7 +500,7 @@ def _located(archive: _Archive, tensor: _Tensor, path: Path, name: str) -> Store
     if storage is None or not size:
         raise _unusual(path, name, tensor)
     start, nbytes = archive.storage(storage.key)
-    if nbytes // size != storage.count:
+    if nbytes != storage.count * size:
         raise ValueError(f"the storage {storage.key} has {nbytes} bytes")
     if math.prod(tensor.shape) * size > path.stat().st_size:
         raise _unusual(path, name, tensor)  # a few bytes can describe what no memory holds
@@ -520,7 +520,8 @@ def _located(archive: _Archive, tensor: _Tensor, path: Path, name: str) -> Store
 
 
 def _unusual(path: Path, name: str, tensor: _Tensor) -> SafeprojError:
-    shape = f" (shape {shorten(map(str, tensor.shape), MAX_DIMENSIONS)})" if tensor.storage else ""
+    shape = f"shape {shorten(map(str, tensor.shape), MAX_DIMENSIONS)}"
     return SafeprojError(
-        f"{path}: {name} is {tensor.kind}{shape}; expected dense tensors on the CPU"
+        f"{path}: {name} is no ordinary tensor that the file holds "
+        f"({shape if tensor.storage else tensor.kind}); expected dense tensors on the CPU"
     )
