@@ -188,7 +188,16 @@ def test_what_begins_a_block_is_text_at_the_beginning_of_a_line(text: str) -> No
 
 def test_names_are_legible_and_their_underscores_emphasise_nothing() -> None:
     assert escaped("held_out_pairs (ä_ö, 12_b)") == "held_out_pairs (ä_ö, 12_b)"
-    for text in ("_a_b_", "a__b__c", "__a__", "(_a_)", "a_ _b_c", "a_\u0301_b _c_", "a_._b_", "_*a*_"):
+    for text in (
+        "_a_b_",
+        "a__b__c",
+        "__a__",
+        "(_a_)",
+        "a_ _b_c",
+        "a_\u0301_b _c_",
+        "a_._b_",
+        "_*a*_",
+    ):
         kinds = {token.type for token in tokens(escaped(text))}
         assert kinds <= {"paragraph_open", "paragraph_close", "inline", "text"}, text
 
