@@ -241,6 +241,9 @@ class _Archive:
         version = version or self._members[f"{self._root}.data/version"]
         if int(self._content(version, 16)) not in _VERSIONS:
             raise ValueError("another version of the format")
+        alignment = self._members.get(f"{self._root}.storage_alignment")
+        if alignment is not None:
+            int(self._content(alignment, 16))
         order = self._members.get(f"{self._root}byteorder")
         if order is not None and self._content(order, 16) != b"little":
             raise ValueError("a big-endian file")
