@@ -181,6 +181,13 @@ ARCHIVES: dict[str, Change] = {
     "big numbers first": lambda found: [
         (name, b"big" if name == "x/byteorder" else each) for name, each in found
     ],
+    "an alignment that is no number": lambda found: [
+        *[each for each in found if each[0] != "x/.storage_alignment"],
+        ("x/.storage_alignment", b"6x"),
+    ],
+    "a record that is too long": lambda found: [
+        (name, each + b"\0" if name == "x/data/0" else each) for name, each in found
+    ],
     "a program": lambda found: [*found, ("x/constants.pkl", b"\x80\x02).")],
     "something before it": lambda found: found,
 }
