@@ -55,6 +55,9 @@ for each so many."""
 CASTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What servers cast factors to, whatever they are stored as."""
 
+MULTIPLIED = ("bfloat16", "float16")
+"""Those in which some servers multiply `B` by the scaling when they load it."""
+
 _TODAY = "\0"
 """Before the name of a module as today's PEFT reads it; no name begins so."""
 
@@ -143,7 +146,7 @@ class Cast:
     """An update from factors that are cast to another dtype.
 
     Attributes:
-        dtype: its name, one of `CASTS`.
+        dtype: its name, one of `CASTS`, and the scaling where `B` was multiplied by it.
         change: `‖ΔW_cast - ΔW‖_F / ‖ΔW‖_F`; infinite where `ΔW` is zero and the other is not.
         least: the least that the cosine of the cast update may be, None where there is none.
         finite: whether all values are in the dtype's range.
@@ -500,6 +503,7 @@ class Job:
     def _group(self, groups: dict[Hashable, _Group], number: int, loaded: Loaded) -> None:
         """Put the updates of one adapter to those of the same weights."""
         own: list[tuple[_Group, _Key, Update]] = []
+        scalings = self._scalings(loaded.adapter, loaded.plan)
         for item in loaded.plan.modules:
             name = item.module.name
             key = self.subspace.group(item)
@@ -508,7 +512,7 @@ class Job:
             update = update_of(loaded.adapter, item)
             replaced = dataclasses.replace(update, replacement=self._replacements.get(name))
             own.append((groups[key], (number, name, None), replaced))
-            for dtype, cast in self._cast(update).items():
+            for dtype, cast in self._cast(update, scalings.get(name)).items():
                 if _is_finite(cast):
                     own.append((groups[key], (number, name, dtype), cast))
         for item in loaded.today if self._lenient else ():
@@ -518,9 +522,21 @@ class Job:
         for group, place, update in own:  # only now that all of them are known to be there
             group.updates[place] = update
 
-    def _cast(self, update: Update) -> dict[str, Update]:
+    def _scalings(self, adapter: Adapter, plan: Plan) -> Mapping[str, float]:
+        """Return what the config multiplies updates by; nothing where that is not known."""
+        if not self._casts:
+            return {}
+        try:
+            return adapter.format.scalings(adapter, [item.module for item in plan.modules])
+        except SafeprojError:  # the gate has a finding of its own
+            return {}
+
+    def _cast(self, update: Update, scaling: float | None) -> dict[str, Update]:
         """Return the update as servers cast it, where that is another one."""
         found = {name: update.cast(dtype) for name, dtype in self._casts.items()}
+        for name in MULTIPLIED if self._casts and scaling else ():
+            assert scaling is not None
+            found[f"{name} times {scaling:.4g}"] = update.multiplied(CASTS[name], scaling)
         return {name: cast for name, cast in found.items() if cast is not None}
 
     def _wants_digests(self, loads: Sequence[Loaded | SafeprojError]) -> bool:
@@ -574,8 +590,11 @@ class Job:
                 self._projector,
                 self._options.dtype,
             )
+            scalings = self._scalings(loaded.adapter, loaded.plan)
             casts = {
-                item.module.name: tuple(self._compared(loaded.adapter, item, cast))
+                item.module.name: tuple(
+                    self._compared(loaded.adapter, item, cast, scalings.get(item.module.name))
+                )
                 for item in loaded.plan.modules
             }
         return Run(
@@ -590,11 +609,15 @@ class Job:
         )
 
     def _compared(
-        self, adapter: Adapter, item: PlannedModule, scores: Mapping[tuple[str, str], Score]
+        self,
+        adapter: Adapter,
+        item: PlannedModule,
+        scores: Mapping[tuple[str, str], Score],
+        scaling: float | None,
     ) -> Iterator[Cast]:
         """Yield how the update of a module changes where servers cast its factors."""
         update = update_of(adapter, item)
-        for dtype, cast in self._cast(update).items():
+        for dtype, cast in self._cast(update, scaling).items():
             score = scores.get((item.module.name, dtype))
             least = None if score is None else score.cosine
             if score is not None and score.bounds is not None:

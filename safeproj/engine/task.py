@@ -177,6 +177,25 @@ class Update:
         assert B is not None
         return Update(stored, B, gain=gain)
 
+    def multiplied(self, dtype: torch.dtype, scaling: float) -> Update | None:
+        """Return the update as servers have it that multiply the cast `B` by the scaling at once.
+
+        In that dtype, which can round `B` away. It is divided by the scaling again, in float64.
+
+        Args:
+            dtype: what servers cast factors to.
+            scaling: not zero.
+
+        Returns:
+            None if it is what casting alone gives.
+        """
+        stored, B = self.stored.to(dtype), self.B.to(dtype)
+        scaled = (B * scaling).double() / scaling
+        if bool((scaled == B.double()).all()):
+            return None
+        gain = None if self.gain is None else self.gain.to(dtype)
+        return Update(stored, scaled.float(), gain=gain)
+
 
 @dataclass(frozen=True)
 class Task:

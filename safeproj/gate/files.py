@@ -32,18 +32,21 @@ from safeproj.filekind import (
     kind_of_head,
 )
 from safeproj.gate.policy import Policy
-from safeproj.gate.toolfiles import is_left_by_a_tool
+from safeproj.gate.toolfiles import GIT_CONFIG, is_left_by_a_tool, runs_programs
 from safeproj.gate.weights import found
 from safeproj.report.check import Finding
 from safeproj.rules import Level
 from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256
+
+STATE_PLACES = re.compile(r"|(.+/)?(checkpoint-\d+|last-checkpoint)")
+"""Directories in which trainers leave it: the adapter's, and its checkpoints."""
 
 MAX_STATE = 1 << 20
 """Bytes of such a file; an optimizer's may have `STATE_GROWTH` times the adapter's beside."""
 
 STATE_GROWTH = 16
 
-MAX_JSON = 16 << 20
+MAX_JSON = 64 << 20
 """Bytes of a JSON file that is looked into; a larger one is data, and no loader's config."""
 
 _SCRIPTS = (
@@ -75,6 +78,9 @@ _KNOWN = re.compile(
 
 RUNNING = ("auto_map", "custom_pipelines", "trust_remote_code", "allow_all_kernels")
 """Settings by which a config makes loaders run code that is none of theirs."""
+
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+"""Settings that may name a repository of compiled code."""
 
 CHANGING = (
     *("quantization_config", "compression_config", "rope_scaling", "rope_parameters", "tie_word_"),
@@ -244,7 +250,7 @@ def _about_content(
     try:
         kind, size = files.kind(name)
         leaf = name.rpartition("/")[2].casefold().rstrip(". ")  # which some systems drop
-        if _is_training_state(adapter, leaf, kind, size):
+        if _is_training_state(adapter, name, kind, size):
             return
         if kind.may_hold_weights or leaf.endswith(WEIGHT_ENDINGS):
             text = f"{name} holds weights that were not checked"
@@ -260,6 +266,11 @@ def _about_content(
     if "weight_map" in document:
         text = f"{name} is the index of a model's weights, which were not checked"
         yield found("SP014", text, policy=policy, file=name)
+    elif not own and isinstance(other := document.get("transformers_weights"), str):
+        text = f"{name} sets transformers_weights to {other[:80]!a}, which was not checked"
+        yield found("SP014", text, policy=policy, file=name)
+    elif name == GIT_CONFIG and runs_programs(files.folder.path(name)):
+        yield found("SP039", f"{name} makes git run programs", file=name)
     elif kind.group is Group.program and kind != SCRIPT:
         yield found("SP039", f"{name} is {kind.name}", file=name)
     elif not own and (running := sorted(_running(document))):
@@ -276,8 +287,11 @@ def _about_content(
         yield found("SP038", f"{name} ({kind.name}) is nothing that belongs to adapters", file=name)
 
 
-def _is_training_state(adapter: Adapter, leaf: str, kind: FileKind, size: int) -> bool:
-    """Tell whether a file is what a trainer keeps, and small enough to be no more than that."""
+def _is_training_state(adapter: Adapter, name: str, kind: FileKind, size: int) -> bool:
+    """Tell whether a file is what a trainer keeps, where it does, and no larger than that."""
+    place, _, leaf = name.casefold().rpartition("/")
+    if not STATE_PLACES.fullmatch(place):
+        return False
     if not TRAINING_STATE.fullmatch(leaf) or kind not in (EMPTY, ZIP, PICKLE):
         return False
     limit = MAX_STATE
@@ -291,8 +305,10 @@ def _json_of(files: Listing, name: str, kind: FileKind, size: int) -> dict[str, 
 
     Whoever reads a damaged one reads nothing, so that it is judged by its name alone.
     """
-    if kind.group is not Group.text or size > MAX_JSON:
+    if kind.group is not Group.text:
         return {}
+    if size > MAX_JSON:
+        raise SafeprojError(f"{name} has {size} bytes of text; at most {MAX_JSON} are looked into")
     if isinstance(files.folder, HubFolder):
         text, _ = files.folder.head(name, MAX_JSON)
     else:
@@ -301,7 +317,9 @@ def _json_of(files: Listing, name: str, kind: FileKind, size: int) -> dict[str, 
         return {}
     try:
         found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_all_values)
-    except (ValueError, RecursionError):
+    except RecursionError as error:
+        raise SafeprojError(f"{name} is nested too deep to be looked into") from error
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -314,6 +332,12 @@ def _all_values(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _texts_of(value: Any) -> str:
+    """Return a text, or those of a mapping, such as one for each part of a model."""
+    texts = value.values() if isinstance(value, dict) else [value]
+    return " ".join(text for text in texts if isinstance(text, str))
+
+
 def _running(document: Any) -> set[str]:
     """Return the settings at any depth of a config by which loaders run other code."""
     found: set[str] = set()
@@ -322,9 +346,7 @@ def _running(document: Any) -> set[str]:
         value = waiting.pop()
         if isinstance(value, dict):
             found |= {key for key in RUNNING if value.get(key)}
-            kernel = value.get("attn_implementation")
-            if isinstance(kernel, str) and "/" in kernel:  # a repository of compiled code
-                found.add("attn_implementation")
+            found |= {key for key in KERNELS if "/" in _texts_of(value.get(key))}
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
