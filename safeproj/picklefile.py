@@ -27,6 +27,9 @@ from safeproj.wholefile import MAX_WEIGHTS
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_SERIAL = 1 << 16
+"""Bytes of the number that torch gives a file."""
+
 MAX_PICKLE = 64 << 20
 """Bytes of the pickle: it takes about 300 for each tensor."""
 
@@ -244,6 +247,9 @@ class _Archive:
         alignment = self._members.get(f"{self._root}.storage_alignment")
         if alignment is not None:
             int(self._content(alignment, 16))
+        serial = self._members.get(f"{self._root}.data/serialization_id")
+        if serial is not None:
+            self._content(serial, MAX_SERIAL).decode("utf-8")
         order = self._members.get(f"{self._root}byteorder")
         if order is not None and self._content(order, 16) != b"little":
             raise ValueError("a big-endian file")
