@@ -239,8 +239,12 @@ def test_a_signal_as_the_hidden_name_appears_leaves_nothing(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("safeproj.publish._locked", interrupted)
-    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "out", directory=directory):
-        pass
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before
+    try:
+        with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "out", directory=directory):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert snapshot(tmp_path) == {}
 
 
