@@ -15,8 +15,12 @@ MAX_VALUES = 4_000_000
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse(content: bytes | bytearray) -> Any:
+def parse(content: bytes | bytearray, *, numbers_alone: bool = False) -> Any:
     """Return what JSON text holds.
+
+    Args:
+        content: the text.
+        numbers_alone: refuse NaN and Infinity, which Python reads and the standard does not have.
 
     Raises:
         ValueError: it is no JSON in UTF-8, too large, has duplicate keys, or half of a character.
@@ -27,13 +31,18 @@ def parse(content: bytes | bytearray) -> Any:
     values = sum(map(content.count, (b",", b"[", b"{")))
     if values > MAX_VALUES:
         raise ValueError(f"it has about {values} values; expected at most {MAX_VALUES}")
-    found = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    constants: dict[str, Any] = {"parse_constant": _refuse} if numbers_alone else {}
+    found = json.loads(content.decode("utf-8"), object_pairs_hook=unique, **constants)
     if _SURROGATE.search(content):
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError("it has half of a surrogate pair, which is no character") from error
     return found
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name}, which is no number of JSON")
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _header(source: str, text: bytes, size: int) -> Header:
     count = text.count(b'"data_offsets"')
     if count > MAX_TENSORS:
         raise ValueError(f"it names {count} tensors; expected at most {MAX_TENSORS}")
-    found = jsontext.parse(text)
+    found = jsontext.parse(text, numbers_alone=True)
     if not isinstance(found, dict):
         raise ValueError("its header is no JSON object")
     metadata = found.pop("__metadata__", None)

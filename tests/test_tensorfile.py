@@ -164,3 +164,13 @@ def test_json_that_readers_disagree_about_is_refused(content: str) -> None:
 
 def test_whole_characters_may_be_escaped() -> None:
     assert jsontext.parse(rb'"\ud83d\ude00 \\ud800"') == "\N{GRINNING FACE} \\ud800"
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_a_header_with_what_is_no_number_of_json_is_refused(constant: str) -> None:
+    text = f'{{"w": {{"dtype": "F32", "shape": [0], "data_offsets": [0, 0], "x": {constant}}}}}'
+    content = struct.pack("<Q", len(text)) + text.encode()
+    with pytest.raises(Exception, match=r"expected value|invalid number"):
+        LIBRARY(content)
+    with pytest.raises((ValueError, SafeprojError)):
+        parse_header("x", bytearray(content))

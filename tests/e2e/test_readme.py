@@ -162,8 +162,8 @@ def test_the_table_of_what_is_supported_and_refused_is_that_of_the_code() -> Non
         *quantised.SUPPORTED_FORMATS,
         pickled.SINGLE,
     }
-    assert {kind.__name__ for kind in FORMATS} == {"Peft", "Mlx", "Gguf"}
-    assert {"PEFT adapters", "MLX adapters", "GGUF adapters"} <= set(supported)
+    assert {kind.__name__ for kind in FORMATS} == {"Peft", "Mlx", "Gguf", "LitGpt"}
+    assert {"PEFT adapters", "MLX adapters", "GGUF adapters", "litgpt adapters"} <= set(supported)
 
 
 def test_the_architectures_of_the_conformance_suite_are_listed() -> None:
