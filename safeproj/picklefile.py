@@ -8,16 +8,14 @@ safetensors file.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import pickletools
 import struct
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safeproj.errors import SafeprojError, printable, shorten
 from safeproj.source import Folder, contents
@@ -44,6 +42,27 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 _RECORD = b"PK\x03\x04"
 """How a record of a zip starts, and so the file."""
+
+_END = struct.Struct("<4s4H2LH")
+"""The last record of a zip: where its directory lies."""
+
+_WIDE_END = struct.Struct("<4sQ2H2L4Q")
+"""The same where 32 bits might not do; torch writes both."""
+
+_LOCATOR = struct.Struct("<4sLQL")
+"""Where that record lies, between the two."""
+
+_WIDER = b"PK\x06\x07"
+"""How the locator starts."""
+
+_ENTRY = struct.Struct("<4s2x2x2H2x2x4x2L3HH2x2L")
+"""An entry of the directory, before the name."""
+
+_FLAGS = 0x80E
+"""Flags that say nothing of bytes as they are stored: sizes behind them, names in UTF-8."""
+
+_IS_DIRECTORY = 0x10
+"""The attribute of a directory."""
 
 _VERSIONS = range(1, 11)
 """Versions of the format that torch loads."""
@@ -218,21 +237,46 @@ def _tensors(
     return places, nested
 
 
+class _Entry(NamedTuple):
+    """The numbers of `_ENTRY`; those named for a part are its length."""
+
+    mark: bytes
+    flags: int
+    method: int
+    packed: int
+    nbytes: int
+    name: int
+    extra: int
+    note: int
+    disk: int
+    attributes: int
+    place: int
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A record of the zip, stored as it is: where its bytes lie."""
+
+    name: str
+    start: int
+    nbytes: int
+
+
 class _Archive:
     """The zip: where the bytes of its members lie, which are never compressed.
 
-    What torch does not load is refused: a record outside the first one's directory, one whose name
-    two have, no version of the format that is known, a program.
+    What torch does not load is refused: a directory whose place or length is not clear, a record
+    outside the first one's directory, one whose name two have, no version of the format that is
+    known, a program.
     """
 
     def __init__(self, read: Read, size: int) -> None:
         self._read = read
         if read(0, 4) != _RECORD:
             raise ValueError("no record at the beginning")
-        with zipfile.ZipFile(_Window(read, size)) as archive:
-            members = archive.infolist()
-        self._members = {each.filename: each for each in members}
-        root, mark, _ = members[0].filename.partition("/")
+        members = _listed(read, *_directory(read, size))
+        self._members = {each.name: each for each in members}
+        root, mark, _ = members[0].name.partition("/")
         self._root = root + mark
         if not mark or not all(name.startswith(self._root) for name in self._members):
             raise ValueError("records outside one directory")
@@ -262,55 +306,79 @@ class _Archive:
     def storage(self, key: str) -> tuple[int, int]:
         """Return where a storage begins, and how many bytes it has."""
         member = self._members[f"{self._root}data/{key}"]
-        return self._start(member), member.file_size
+        return member.start, member.nbytes
 
-    def _content(self, member: zipfile.ZipInfo, limit: int) -> bytes:
-        if member.file_size > limit:
-            raise ValueError(f"{member.filename} has {member.file_size} bytes")
-        content = self._read(self._start(member), member.file_size)
-        if len(content) != member.file_size:
-            raise ValueError(f"{member.filename} is cut off")
-        return content
-
-    def _start(self, member: zipfile.ZipInfo) -> int:
-        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            raise ValueError(f"{member.filename} is compressed")
-        header = self._read(member.header_offset, 30)
-        mark, name, extra = struct.unpack("<4s22xHH", header)
-        if mark != _RECORD:
-            raise ValueError(f"{member.filename} is not there")
-        return int(member.header_offset + 30 + name + extra)
+    def _content(self, member: _Member, limit: int) -> bytes:
+        if member.nbytes > limit:
+            raise ValueError(f"{member.name} has {member.nbytes} bytes")
+        return self._read(member.start, member.nbytes)
 
 
-class _Window(io.RawIOBase):
-    """A file as zipfile wants it, of which no large part is read at once."""
+def _directory(read: Read, size: int) -> tuple[int, int, int]:
+    """Return where the zip's directory begins and ends, and how many entries it has.
 
-    def __init__(self, read: Read, size: int) -> None:
-        self._bytes, self._size, self._at = read, size, 0
+    The file ends with it: whoever looks for its place, in the record of 32 bits or the other,
+    finds it there.
+    """
+    at = size - _END.size
+    end = _END.unpack(read(at, _END.size))
+    stop, (_, _, _, _, count, length, start, _) = at, end
+    if read(at - _LOCATOR.size, 4) == _WIDER:
+        stop = at - _LOCATOR.size - _WIDE_END.size
+        wide = _WIDE_END.unpack(read(stop, _WIDE_END.size))
+        count, length, start = wide[-3:]
+        if wide != (b"PK\x06\x06", 44, *wide[2:4], 0, 0, count, count, length, start):
+            raise ValueError("a directory whose place is not clear")
+        if _LOCATOR.unpack(read(at - _LOCATOR.size, _LOCATOR.size)) != (_WIDER, 0, stop, 1):
+            raise ValueError("a directory whose place is not clear")
+    counts = min(count, 0xFFFF)
+    places = (min(length, 0xFFFFFFFF), min(start, 0xFFFFFFFF))
+    if end != (b"PK\x05\x06", 0, 0, counts, counts, *places, 0) or start + length != stop:
+        raise ValueError("a directory whose place is not clear")
+    if length > MAX_DIRECTORY:
+        raise ValueError(f"the zip's directory has {length} bytes")
+    return start, stop, count
 
-    def readable(self) -> bool:
-        return True
 
-    def seekable(self) -> bool:
-        return True
+def _listed(read: Read, start: int, stop: int, count: int) -> list[_Member]:
+    """Return the records in the directory, each of which is there, whole, before it."""
+    directory, at, found = read(start, stop - start), 0, []
+    for _ in range(count):
+        entry = _Entry(*_ENTRY.unpack_from(directory, at))
+        at += _ENTRY.size
+        name = directory[at : at + entry.name].decode("utf-8")
+        at += entry.name
+        packed, nbytes, place = _wide_numbers(entry, directory[at : at + entry.extra])
+        at += entry.extra + entry.note
+        if entry.mark != b"PK\x01\x02" or at > len(directory):
+            raise ValueError("a damaged entry of the zip's directory")
+        if entry.method or packed != nbytes:
+            raise ValueError(f"{name} is compressed")
+        if entry.flags & ~_FLAGS or entry.disk or entry.attributes & _IS_DIRECTORY:
+            raise ValueError(f"{name} is encrypted, in parts, or no file")
+        mark, *lengths = struct.unpack("<4s22xHH", read(place, 30))
+        begin = place + 30 + sum(lengths)
+        if mark != _RECORD or begin + nbytes > start:
+            raise ValueError(f"{name} is not there")
+        found.append(_Member(name, begin, nbytes))
+    if at != len(directory):
+        raise ValueError("more than the entries of the zip's directory")
+    return found
 
-    def tell(self) -> int:
-        return self._at
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_CUR: self._at, os.SEEK_END: self._size}.get(whence, 0)
-        if self._at < 0:
-            raise OSError("before the beginning")
-        return self._at
-
-    def read(self, count: int | None = -1) -> bytes:
-        if count is None or count < 0:
-            count = max(self._size - self._at, 0)
-        if count > MAX_DIRECTORY:
-            raise ValueError(f"the zip's directory has {count} bytes")
-        found = self._bytes(self._at, count)
-        self._at += len(found)
-        return found
+def _wide_numbers(entry: _Entry, extra: bytes) -> list[int]:
+    """Return an entry's numbers, those that do not fit into 32 bits from its extra field."""
+    numbers = [entry.packed, entry.nbytes, entry.place]
+    wide = {}
+    while extra:
+        kind, length = struct.unpack_from("<HH", extra)
+        wide[kind], extra = extra[4 : 4 + length], extra[4 + length :]
+    at = 0
+    for index in (1, 0, 2):  # as they are stored there
+        if numbers[index] == 0xFFFFFFFF:
+            (numbers[index],) = struct.unpack_from("<Q", wide[1], at)
+            at += 8
+    return numbers
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,29 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
         find_tensors(path)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_byte_of_the_zip_is_another_it_is_read_as_torch_reads_it_or_refused(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"w": torch.ones(2, 2)}, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        places = {*range(archive.start_dir, len(whole))}
+        for member in archive.infolist():
+            places |= {*range(member.header_offset, member.header_offset + 30)}
+    for place in sorted(places):
+        for flip in (0x01, 0x40, 0xFF):
+            other = bytearray(whole)
+            other[place] ^= flip
+            path.write_bytes(other)
+            try:
+                found = read_pickle(LocalFolder(tmp_path, "x"), path.name)
+            except SafeprojError:
+                continue
+            assert bytes_of(found["w"]) == bytes_of(torch.load(path, weights_only=True)["w"])
+
+
 def test_weights_of_a_file_that_shrank_are_an_error_and_no_signal(tmp_path: Path) -> None:
     from safeproj.checkpoint import open_checkpoint
     from tests.checkpoint.reading import read

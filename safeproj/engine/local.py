@@ -232,12 +232,12 @@ def _in_order(
 
     begin = time.perf_counter()
     with _exact_arithmetic(), ThreadPoolExecutor(workers, "safeproj") as pool:
-        # The task so many places on is most likely the thread's next.
-        futures = deque(
-            pool.submit(one, task, tasks[later : later + 1])
-            for later, task in enumerate(tasks, start=workers)
-        )
         try:
+            # The task so many places on is most likely the thread's next.
+            futures = deque(
+                pool.submit(one, task, tasks[later : later + 1])
+                for later, task in enumerate(tasks, start=workers)
+            )
             while futures:
                 yield futures.popleft().result()
         except StoppedError:
