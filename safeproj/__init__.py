@@ -19,8 +19,9 @@ if TYPE_CHECKING:
         verify,
     )
     from safeproj.gate.policy import Policy
-    from safeproj.projection import Approx, Complement, Covariance, Exact, Reconstruction
-    from safeproj.select import Selection
+    from safeproj.methods import salora
+    from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Reconstruction
+    from safeproj.plan.select import Selection
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,19 +42,20 @@ __all__ = [
     "inspect_many",
     "patch",
     "patch_many",
+    "salora",
     "verify",
 ]
 
 _HOME = {
-    "Approx": "projection",
-    "Complement": "projection",
-    "Covariance": "projection",
-    "Exact": "projection",
+    "Approx": "methods.projection",
+    "Complement": "methods.projection",
+    "Covariance": "methods.projection",
+    "Exact": "methods.projection",
     "Form": "api",
     "Options": "api",
     "Policy": "gate.policy",
-    "Reconstruction": "projection",
-    "Selection": "select",
+    "Reconstruction": "methods.projection",
+    "Selection": "plan.select",
     "align": "api",
     "check": "api",
     "inspect": "api",
@@ -70,4 +72,8 @@ def __getattr__(name: str) -> object:
         from importlib import import_module
 
         return getattr(import_module(f"safeproj.{_HOME[name]}"), name)
+    if name == "salora":
+        from safeproj.methods import salora
+
+        return salora
     raise AttributeError(f"module 'safeproj' has no attribute {name!r}")

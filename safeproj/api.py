@@ -18,20 +18,20 @@ from safeproj.adapter.write import (
     check_parent,
     made_inside,
 )
-from safeproj.against import Against
-from safeproj.alignment.file import KIND
-from safeproj.alignment.make import Form, Made, make_file
-from safeproj.alignment.pair import Pair
-from safeproj.alignment.targets import ALL_LINEAR, find_targets
-from safeproj.covariance.prepare import rebuilt, require_data, with_statistics
+from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
-from safeproj.job import Job, Observer, Options, Run
-from safeproj.profile import Profile
-from safeproj.projection import Projector, Reconstruction
-from safeproj.recorded import check_file
-from safeproj.report.check import Check, Checks
-from safeproj.report.record import Failure, Report, Reports
-from safeproj.select import Selection
+from safeproj.methods.covariance.prepare import rebuilt, require_data, with_statistics
+from safeproj.methods.given import Against
+from safeproj.methods.projection import Projector, Reconstruction
+from safeproj.methods.recorded import check_file
+from safeproj.methods.safe_lora.file import KIND
+from safeproj.methods.safe_lora.make import Form, Made, make_file
+from safeproj.methods.safe_lora.pair import Pair
+from safeproj.methods.safe_lora.targets import ALL_LINEAR, find_targets
+from safeproj.plan.select import Selection
+from safeproj.records.checks import Check, Checks
+from safeproj.records.scores import Failure, Report, Reports
+from safeproj.run.job import Job, Observer, Options, Run
 
 if TYPE_CHECKING:
     from safeproj.gate.check import Original

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from safeproj.adapter import read_adapter
-from safeproj.alignment.pair import Pair
 from safeproj.checkpoint import Reader
 from safeproj.engine import Difference, Task, blocks, run
-from safeproj.job import update_of
-from safeproj.projection import Approx, Exact
-from safeproj.select import Selection
+from safeproj.methods.projection import Approx, Exact
+from safeproj.methods.safe_lora.pair import Pair
+from safeproj.plan.select import Selection
+from safeproj.run.job import update_of
 
 PAIR = Path(tempfile.gettempdir()) / "safeproj-bench" / "pair-1.1b"
 KIB = 1 << 10

@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from safeproj.tensorfile import read_header
+from safeproj.storage.tensorfile import read_header
 
 if TYPE_CHECKING:
     from safeproj.engine import Task
@@ -264,7 +264,7 @@ def tasks(pair: Path) -> list[Task]:
 def score(stored: Sequence[Stored]) -> None:
     """Read and score all modules with safeproj's engine."""
     from safeproj.engine import run
-    from safeproj.projection import Approx
+    from safeproj.methods.projection import Approx
 
     run(tasks(stored[0].path.parents[1]), Approx(), device="cpu")
 

@@ -79,7 +79,7 @@ def data(arguments: argparse.Namespace) -> list[dict[str, Tensor]]:
 
 def one_pass(model: Any, batches: list[dict[str, Tensor]], targets: list[str]) -> dict[str, Tensor]:
     """Return `U` of each layer as safeproj finds it."""
-    from safeproj.salora.module import safety_module
+    from safeproj.methods.salora.module import safety_module
 
     found = safety_module(model, batches, targets, RANK)
     return {name: each.U for name, each in found.directions.items()}

@@ -39,8 +39,8 @@ from evidence_ways import Case
 from pairs import CACHE, DATA, FAMILIES, MODULES, Pair, make_adapter, make_pair, prepare
 from tiny_lm import EXAMPLE, Behaviour, load_adapter
 
-from safeproj.evaluate.rates import Rate
 from safeproj.lm.models import quietly
+from safeproj.records.rates import Rate
 from safeproj.sweep.controls import COMPLEMENT, RANDOM, SHRINK, UNIFORM, Sizes
 from safeproj.sweep.subject import Subject
 

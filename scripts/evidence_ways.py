@@ -28,13 +28,12 @@ from torch import Tensor
 import safeproj
 from safeproj import salora
 from safeproj.adapter import AdaptedModule, Adapter
-from safeproj.against import Against
-from safeproj.covariance.file import MOMENT
-from safeproj.covariance.make import make_statistics
-from safeproj.job import Job, Options
 from safeproj.lm.data import BATCH_SIZE, Data, random_data, read_data
 from safeproj.lm.models import recorded_inputs
-from safeproj.projection import (
+from safeproj.methods.covariance.file import MOMENT
+from safeproj.methods.covariance.make import make_statistics
+from safeproj.methods.given import Against
+from safeproj.methods.projection import (
     Approx,
     Complement,
     Covariance,
@@ -43,10 +42,11 @@ from safeproj.projection import (
     Projector,
     Reconstruction,
 )
-from safeproj.recorded import METADATA
-from safeproj.report.record import Report
-from safeproj.select import DEFAULT_THRESHOLD, Selection
-from safeproj.source import open_folder
+from safeproj.methods.recorded import METADATA
+from safeproj.plan.select import DEFAULT_THRESHOLD, Selection
+from safeproj.records.scores import Report
+from safeproj.run.job import Job, Options
+from safeproj.storage.source import open_folder
 from safeproj.sweep import controls
 from safeproj.sweep.candidates import Projections, candidates
 from safeproj.sweep.controls import Sizes, scaled

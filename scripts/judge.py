@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safeproj.evaluate.judges import Judge, Keywords, Prefix, Verdict
-from safeproj.evaluate.rates import Rate
+from safeproj.records.rates import Rate
 
 LABELLED = Path(__file__).resolve().parent.parent / "tests" / "evaluate" / "labelled.jsonl"
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from safeproj.rules import RULES, Level
+from safeproj.records.rules import RULES, Level
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).parent / "safeproj"

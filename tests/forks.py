@@ -40,7 +40,7 @@ import safeproj, typer.main
 for module in pkgutil.walk_packages(safeproj.__path__, "safeproj."):
     importlib.import_module(module.name)
 from safeproj.__main__ import main
-from safeproj.cli import app
+from safeproj.cli.app import app
 command = typer.main.get_command(app)
 typer.main.get_command = lambda app: command  # made once: it takes longer than most commands
 gc.freeze()

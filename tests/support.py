@@ -200,9 +200,9 @@ def save_safety_module(
     """
     from torch import nn
 
+    from safeproj.methods.recorded import recorded_parameters, write_recorded
+    from safeproj.methods.salora.file import KIND, SCHEMA
     from safeproj.names.layout import CONV1D, LINEAR
-    from safeproj.recorded import recorded_parameters, write_recorded
-    from safeproj.salora.file import KIND, SCHEMA
 
     generator = torch.Generator().manual_seed(3)
     tensors, parameters, weights = {}, [], {}

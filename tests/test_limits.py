@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from safeproj import source
 from safeproj.adapter import collection
-from safeproj.errors import MAX_MESSAGE, SafeprojError, cut
+from safeproj.errors import SafeprojError
 from safeproj.gate import check
 from safeproj.gate.weights import found
 from safeproj.names import Names, find
-from safeproj.rules import Level
-from safeproj.source import LocalFolder
+from safeproj.records.rules import Level
+from safeproj.storage import source
+from safeproj.storage.source import LocalFolder
+from safeproj.text import MAX_MESSAGE, cut
 from tests.names.support import checkpoint
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"

@@ -9,7 +9,7 @@ from safeproj.adapter.mlx import Mlx
 from safeproj.adapter.peft import Peft
 from safeproj.adapter.record import AdaptedModule, Adapter, FullChange
 from safeproj.errors import SafeprojError
-from safeproj.source import LocalFolder, open_folder
+from safeproj.storage.source import LocalFolder, open_folder
 
 __all__ = ["FORMATS", "AdaptedModule", "Adapter", "FullChange", "read_adapter", "stands_for_folder"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from safeproj.adapter.record import Adapter
+from safeproj.records.scores import Report
 from safeproj.report.markdown import code, describe, energy_lines, escaped, span
 from safeproj.report.methods import METHODS
-from safeproj.report.record import Report
 
 BEGIN, END = b"<!-- safeproj:begin -->", b"<!-- safeproj:end -->"
 

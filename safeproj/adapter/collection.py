@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 
 from safeproj.adapter import FORMATS, stands_for_folder
 from safeproj.adapter.interface import CONFIG
-from safeproj.errors import SafeprojError, first_line
-from safeproj.publish import is_leftover
-from safeproj.select import natural_order
-from safeproj.source import expanded, hub_place, require_no_root
+from safeproj.errors import SafeprojError
+from safeproj.storage.publish import is_leftover
+from safeproj.storage.source import expanded, hub_place, require_no_root
+from safeproj.text import first_line, natural_order
 
 LIST = ".txt"
 """How the name of a list ends: one SRC per line; blank lines and those that begin with # are

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, Kind, TargetParameters
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError
+from safeproj.text import shorten
 
 CURRENT = (0, 19, 1)
 """The version of PEFT since which stacks are stored as they are today."""

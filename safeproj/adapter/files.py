@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safeproj import tensorfile
 from safeproj.errors import SafeprojError
-from safeproj.source import Folder, contents
-from safeproj.wholefile import MAX_WEIGHTS
+from safeproj.storage import tensorfile
+from safeproj.storage.source import Folder, contents
+from safeproj.storage.wholefile import MAX_WEIGHTS
 
 if TYPE_CHECKING:
     import torch

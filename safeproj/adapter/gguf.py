@@ -22,9 +22,9 @@ from safeproj.adapter.interface import MANIFEST, Format
 from safeproj.adapter.peft import BIN, SAFETENSORS
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, FullChange, Kind
 from safeproj.adapter.stacks import stack_modules
-from safeproj.errors import SafeprojError, printable, shorten
-from safeproj.select import natural_order
-from safeproj.source import Folder
+from safeproj.errors import SafeprojError
+from safeproj.storage.source import Folder
+from safeproj.text import natural_order, printable, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from safeproj.errors import SafeprojError
-from safeproj.tensorfile import MAX_TENSORS, require_printable
-from safeproj.wholefile import MAX_WEIGHTS, read_whole
+from safeproj.storage.tensorfile import MAX_TENSORS, require_printable
+from safeproj.storage.wholefile import MAX_WEIGHTS, read_whole
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

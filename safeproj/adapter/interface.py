@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.adapter.files import bytes_of
-from safeproj.source import Folder
+from safeproj.storage.source import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor

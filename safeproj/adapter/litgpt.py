@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safeproj.adapter.files import check_values, finite_number
 from safeproj.adapter.interface import Format
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, Kind
-from safeproj.errors import SafeprojError, first_line, printable, shorten
-from safeproj.picklefile import read_nested_pickle
-from safeproj.select import natural_order
-from safeproj.source import Folder, LocalFolder, contents
+from safeproj.errors import SafeprojError
+from safeproj.storage.picklefile import read_nested_pickle
+from safeproj.storage.source import Folder, LocalFolder, contents
+from safeproj.text import first_line, natural_order, printable, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,8 +26,8 @@ from safeproj.adapter.peft import BIN, SAFETENSORS
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, Kind
 from safeproj.adapter.stacks import stack_modules
 from safeproj.errors import SafeprojError
-from safeproj.select import natural_order
-from safeproj.source import Folder, read_json
+from safeproj.storage.source import Folder, read_json
+from safeproj.text import natural_order
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -37,10 +37,10 @@ from safeproj.adapter.record import (
     TargetParameters,
 )
 from safeproj.adapter.vocabulary import is_vocabulary, unwrapped
-from safeproj.errors import SafeprojError, printable, shorten
-from safeproj.picklefile import read_pickle
-from safeproj.select import natural_order
-from safeproj.source import Folder, read_json
+from safeproj.errors import SafeprojError
+from safeproj.storage.picklefile import read_pickle
+from safeproj.storage.source import Folder, read_json
+from safeproj.text import natural_order, printable, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 from safeproj.adapter.files import finite_number
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.record import AdaptedModule, Adapter, Kind
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError
 from safeproj.names.layout import EMBEDDING, LINEAR, layout_by_name
-from safeproj.patterns import first_matches, fullmatches
+from safeproj.storage.patterns import first_matches, fullmatches
+from safeproj.text import shorten
 
 T = TypeVar("T")
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.peft import Peft
 from safeproj.adapter.record import AdaptedModule, Adapter, Kind
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError
+from safeproj.text import shorten
 
 if TYPE_CHECKING:
     import torch

@@ -10,15 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError
 from safeproj.names.suffix import unwrapped
-from safeproj.source import Folder
+from safeproj.storage.source import Folder
+from safeproj.text import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from safeproj.adapter.interface import Format
-    from safeproj.projection import Side
+    from safeproj.methods.projection import Side
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.record import Adapter
-from safeproj.filekind import EMPTY, PICKLE, TRAINING_STATE, WEIGHT_ENDINGS, ZIP, kind_of
+from safeproj.storage.filekind import EMPTY, PICKLE, TRAINING_STATE, WEIGHT_ENDINGS, ZIP, kind_of
 
 ENDINGS = (*WEIGHT_ENDINGS, ".index.json")
 """Ends of names of files that hold weights in some loader's eyes, or say where weights are."""

@@ -15,9 +15,10 @@ from safeproj.adapter import FORMATS, card, stands_for_folder
 from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.record import Adapter
 from safeproj.adapter.weightfiles import other_weights
-from safeproj.errors import SafeprojError, is_text, printable
-from safeproj.publish import AppearedError, appearing, unremovable
-from safeproj.source import LocalFolder
+from safeproj.errors import SafeprojError
+from safeproj.storage.publish import AppearedError, appearing, unremovable
+from safeproj.storage.source import LocalFolder
+from safeproj.text import is_text, printable
 
 if TYPE_CHECKING:
     from torch import Tensor

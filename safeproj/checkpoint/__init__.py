@@ -5,8 +5,9 @@ from __future__ import annotations
 from safeproj.checkpoint import pickled, safetensors
 from safeproj.checkpoint.interface import Checkpoint, Reader, Weight
 from safeproj.checkpoint.quantised import decoded
-from safeproj.errors import SafeprojError, shorten
-from safeproj.source import open_folder
+from safeproj.errors import SafeprojError
+from safeproj.storage.source import open_folder
+from safeproj.text import shorten
 
 __all__ = ["Checkpoint", "Reader", "Weight", "open_checkpoint"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safeproj.errors import SafeprojError
-from safeproj.source import Folder, content_sha256, read_json
-from safeproj.tensorfile import require_printable
+from safeproj.storage.source import Folder, content_sha256, read_json
+from safeproj.storage.tensorfile import require_printable
 
 
 @dataclass

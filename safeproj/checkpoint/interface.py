@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from safeproj.errors import SafeprojError
-from safeproj.tensorfile import DTYPES
+from safeproj.storage.tensorfile import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,8 @@ from safeproj.checkpoint.interface import (
     TensorInfo,
     as_matrix,
 )
-from safeproj.picklefile import StoredTensor, find_tensors
-from safeproj.source import Folder
+from safeproj.storage.picklefile import StoredTensor, find_tensors
+from safeproj.storage.source import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor

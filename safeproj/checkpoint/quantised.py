@@ -21,7 +21,8 @@ from typing import Any
 
 from safeproj.checkpoint.codes import FP8Weight, Grid, MXFP4Weight, lay
 from safeproj.checkpoint.interface import Checkpoint, TensorInfo, Weight
-from safeproj.errors import SafeprojError, printable
+from safeproj.errors import SafeprojError
+from safeproj.text import printable
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("F32", "F64", "F16", "BF16", "F8_E8M0", "U8")

@@ -14,8 +14,8 @@ from safeproj.checkpoint.interface import (
     as_matrix,
 )
 from safeproj.errors import SafeprojError
-from safeproj.source import Folder
-from safeproj.tensorfile import Header, TensorEntry, read_header
+from safeproj.storage.source import Folder
+from safeproj.storage.tensorfile import Header, TensorEntry, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeproj import terminal
+from safeproj.cli import signals, terminal
 from safeproj.cli.options import (
     Device,
     Map,
@@ -18,7 +18,7 @@ from safeproj.cli.options import (
     names_of,
     options_of,
 )
-from safeproj.profile import Profile
+from safeproj.engine.profile import Profile
 
 
 def align_command(
@@ -84,7 +84,7 @@ def align_command(
             64 if rank is None and energy is None and not exact else rank, energy, exact
         )
         names = names_of(targets)
-        terminal.interruptible()
+        signals.interruptible()
         with terminal.observer(quiet) as observer:
             made = api.align(
                 base,
@@ -97,6 +97,6 @@ def align_command(
                 observer=observer,
                 profile=profile,
             )
-        terminal.done()
+        signals.done()
         result = f"wrote {out} ({made.describe()})"
         terminal.closing(made.warnings, quiet, result, profile if show_profile else None)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeproj import terminal
+from safeproj.cli import signals, terminal
 from safeproj.cli.options import (
     Aligned,
     AlignmentSource,
@@ -31,9 +31,9 @@ from safeproj.cli.options import (
     options_of,
     outputs_of,
 )
+from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import POLICY_FILE, changed, find_policy, write_template
-from safeproj.profile import Profile
 
 
 def check_command(
@@ -234,7 +234,7 @@ def check_command(
             options = options_of(device=device, workers=workers, maps=map_)
             from safeproj import api
 
-        terminal.interruptible()
+        signals.interruptible()
         with terminal.observer(quiet) as observer:
             checks = api.check(
                 base,

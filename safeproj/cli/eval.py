@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeproj import terminal
+from safeproj.cli import signals, terminal
 from safeproj.cli.eval_options import (
     BatchSize,
     Chat,
@@ -141,7 +141,7 @@ def eval_command(
 
         if lm_eval is not None:
             require_lm_eval()
-        terminal.interruptible()
+        signals.interruptible()
         members = collect(adapter or (), written=False).members
         named = [("--model", model), *(("--adapter", each.source) for each in members)]
         terminal.check_outputs(outputs, None, named)

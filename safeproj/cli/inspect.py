@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safeproj import terminal
+from safeproj.cli import signals, terminal
 from safeproj.cli.options import (
     Adapters,
     Aligned,
@@ -38,7 +38,7 @@ from safeproj.cli.options import (
     projector_of,
     selection_of,
 )
-from safeproj.profile import Profile
+from safeproj.engine.profile import Profile
 
 if TYPE_CHECKING:
     from safeproj.report import Report, Reports
@@ -92,7 +92,7 @@ def inspect_command(
             from safeproj import api
             from safeproj.adapter.collection import collect
 
-        terminal.interruptible()
+        signals.interruptible()
         report: Report | Reports
         adapters = collect(adapter)
         terminal.check_outputs(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safeproj.against import (
+from safeproj.errors import SafeprojError
+from safeproj.methods.given import (
     COVARIANCE,
     HAS_NO_PROJECTOR,
     HOLDS_PROJECTOR,
@@ -18,13 +19,12 @@ from safeproj.against import (
     SALORA,
     Against,
 )
-from safeproj.errors import SafeprojError
 from safeproj.report.html_page import NO_PLOTLY
 
 if TYPE_CHECKING:
     from safeproj.api import Options
-    from safeproj.projection import Projector as ProjectorOf
-    from safeproj.select import Selection
+    from safeproj.methods.projection import Projector as ProjectorOf
+    from safeproj.plan.select import Selection
 
 
 class ProjectorKind(str, Enum):
@@ -324,7 +324,7 @@ def selection_of(
     Raises:
         SafeprojError: they exclude each other, or a value is out of range.
     """
-    from safeproj.select import Selection
+    from safeproj.plan.select import Selection
 
     return Selection(threshold, layers, all_modules, tuple(include or ()), tuple(exclude or ()))
 
@@ -341,7 +341,7 @@ def options_of(
 ) -> Options:
     """Return how a run is done; imports torch."""
     from safeproj.api import Options
-    from safeproj.select import Selection
+    from safeproj.plan.select import Selection
 
     chosen = Selection() if selection is None else selection
     return Options(chosen, projector, device, workers, dtype, tuple(maps or ()), portable)
@@ -412,7 +412,7 @@ def projector_of(
     Raises:
         SafeprojError: a value is out of range.
     """
-    from safeproj.projection import Approx, Complement, Covariance, Exact, Reconstruction
+    from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Reconstruction
 
     method = None if against is None else against.method
     if reconstruct and method != COVARIANCE:

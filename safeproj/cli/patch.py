@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safeproj import terminal
+from safeproj.cli import signals, terminal
 from safeproj.cli.options import (
     Adapters,
     Aligned,
@@ -42,7 +42,7 @@ from safeproj.cli.options import (
     projector_of,
     selection_of,
 )
-from safeproj.profile import Profile
+from safeproj.engine.profile import Profile
 
 if TYPE_CHECKING:
     from safeproj.report import Report, Reports
@@ -144,7 +144,7 @@ def patch_command(
             from safeproj import api
             from safeproj.adapter.collection import collect
 
-        terminal.interruptible()
+        signals.interruptible()
         report: Report | Reports
         adapters = collect(adapter)
         terminal.check_outputs(

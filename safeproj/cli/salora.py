@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeproj import terminal
+from safeproj.cli import signals, terminal
 from safeproj.cli.options import (
     BatchSize,
     Date,
@@ -96,12 +96,12 @@ def module_command(
         chat = chat_options(date, chat_template_arg)
         models.require_extra()
         from safeproj.lm.data import read_data
-        from safeproj.recorded import check_file
-        from safeproj.salora.file import KIND
-        from safeproj.salora.module import safety_module
-        from safeproj.source import open_folder
+        from safeproj.methods.recorded import check_file
+        from safeproj.methods.salora.file import KIND
+        from safeproj.methods.salora.module import safety_module
+        from safeproj.storage.source import open_folder
 
-        terminal.interruptible()
+        signals.interruptible()
         check_file(out, overwrite, KIND)
         folder = open_folder(aligned)
         samples = read_data(data, models.load_tokenizer(folder), max_length=max_length, chat=chat)
@@ -118,7 +118,7 @@ def module_command(
                 inputs=models.recorded_inputs(folder, samples),
             )
         nbytes = found.save(out, overwrite=overwrite)
-        terminal.done()
+        signals.done()
         shares = found.captured().values()
         result = (
             f"wrote {out} ({len(found.directions)} layers, {found.rank} directions, "
@@ -178,13 +178,13 @@ def init_command(
         chat = chat_options(date, chat_template_arg)
         models.require_extra()
         from safeproj.adapter.write import check_out
-        from safeproj.against import local_path
         from safeproj.lm.data import read_data
-        from safeproj.salora.module import SafetyModule
-        from safeproj.salora.start import write_start
-        from safeproj.source import open_folder
+        from safeproj.methods.given import local_path
+        from safeproj.methods.salora.module import SafetyModule
+        from safeproj.methods.salora.start import write_start
+        from safeproj.storage.source import open_folder
 
-        terminal.interruptible()
+        signals.interruptible()
         given = [("--aligned", aligned), ("--module", module), ("--data", str(data))]
         check_out(out, overwrite, [(option, local_path(source)) for option, source in given])
         found = SafetyModule.load(module).cut(safety_rank)
@@ -208,7 +208,7 @@ def init_command(
                 on_batch=step,
                 overwrite=overwrite,
             )
-        terminal.done()
+        signals.done()
         result = f"wrote {out} ({len(initial.A)} layers, rank {rank})"
         terminal.closing(samples.warnings, quiet, result)
 
@@ -241,11 +241,11 @@ def fold_command(
     trained from them, which doubles its rank.
     """
     with terminal.command(verbose):
-        from safeproj.salora.folding import fold
-        from safeproj.salora.initialisation import Initial
-        from safeproj.salora.module import SafetyModule
+        from safeproj.methods.salora.folding import fold
+        from safeproj.methods.salora.initialisation import Initial
+        from safeproj.methods.salora.module import SafetyModule
 
-        terminal.interruptible()
+        signals.interruptible()
         folded = fold(
             adapter,
             SafetyModule.load(module),
@@ -254,6 +254,6 @@ def fold_command(
             initial=None if init is None else Initial.load(init),
             overwrite=overwrite,
         )
-        terminal.done()
+        signals.done()
         result = f"wrote {out} ({folded.describe()})"
         terminal.closing(folded.warnings, quiet, result)

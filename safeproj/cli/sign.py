@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from safeproj import terminal
+from safeproj.cli import signals, terminal
 from safeproj.cli.options import Quiet, Verbose
 from safeproj.errors import SafeprojError
 
@@ -52,9 +52,9 @@ def sign_command(
         from safeproj.gate import signing
 
         signing.require_library()
-        terminal.interruptible()
+        signals.interruptible()
         place = signing.sign(directory, private_key, password, overwrite)
         number = len(signing.covered_files(directory))
-        terminal.done()
+        signals.done()
         files = "1 file" if number == 1 else f"{number} files"
         terminal.closing((), quiet, f"signed {directory} ({files}, {place.name})")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from safeproj import terminal
+from safeproj.cli import signals, terminal
 from safeproj.cli.options import (
     BatchSize,
     Date,
@@ -91,13 +91,13 @@ def stats_command(
 
         chat = chat_options(date, chat_template_arg)
         models.require_extra()
-        from safeproj.covariance.file import KIND
-        from safeproj.covariance.make import make_statistics
         from safeproj.lm.data import random_data, read_data
-        from safeproj.recorded import check_file
-        from safeproj.source import open_folder
+        from safeproj.methods.covariance.file import KIND
+        from safeproj.methods.covariance.make import make_statistics
+        from safeproj.methods.recorded import check_file
+        from safeproj.storage.source import open_folder
 
-        terminal.interruptible()
+        signals.interruptible()
         check_file(out, overwrite, KIND)
         folder = open_folder(aligned)
         tokenizer = models.load_tokenizer(folder)
@@ -120,6 +120,6 @@ def stats_command(
                 on_batch=step,
                 overwrite=overwrite,
             )
-        terminal.done()
+        signals.done()
         result = f"wrote {out} ({len(samples.samples)} samples, {size / 1e6:.1f} MB)"
         terminal.closing(samples.warnings, quiet, result)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeproj import terminal
-from safeproj.against import COVARIANCE
+from safeproj.cli import signals, terminal
 from safeproj.cli.eval_options import (
     BatchSize,
     Chat,
@@ -60,8 +59,9 @@ from safeproj.cli.options import (
     projector_of,
     selection_of,
 )
+from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
-from safeproj.profile import Profile
+from safeproj.methods.given import COVARIANCE
 
 
 class Axis(str, Enum):
@@ -201,8 +201,8 @@ def sweep_command(
             models.require_extra()
             import peft  # noqa: F401 - what is imported later could not be interrupted
 
-            from safeproj.covariance.prepare import with_statistics
-            from safeproj.source import identity, open_folder
+            from safeproj.methods.covariance.prepare import with_statistics
+            from safeproj.storage.source import identity, open_folder
             from safeproj.sweep.candidates import Candidates, candidates
             from safeproj.sweep.run import Settings, sweep
             from safeproj.sweep.strengths import strengths
@@ -210,7 +210,7 @@ def sweep_command(
             chosen = projector_of(against, projector, rank, energy, None)
             selection = selection_of(None, None, False, include, exclude)
             options = options_of(selection, chosen, device=device, workers=workers, maps=map_)
-        terminal.interruptible()
+        signals.interruptible()
         settings = Settings(points, wanted_refusal, wanted_on)
         sets = sets_of(harmful, skill, limit)
         settings.check(sets)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeproj import terminal
+from safeproj.cli import signals, terminal
 from safeproj.cli.options import (
     Aligned,
     AlignmentSource,
@@ -33,7 +33,7 @@ from safeproj.cli.options import (
     outputs_of,
     projector_of,
 )
-from safeproj.profile import Profile
+from safeproj.engine.profile import Profile
 
 
 def verify_command(
@@ -97,7 +97,7 @@ def verify_command(
             options = options_of(None, chosen, device=device, workers=workers, maps=map_)
             from safeproj import api
 
-        terminal.interruptible()
+        signals.interruptible()
         with terminal.observer(quiet) as observer:
             checks = api.verify(
                 base,

@@ -13,8 +13,8 @@ from torch import Tensor
 from safeproj.checkpoint import Reader, Weight
 from safeproj.engine.staging import CudaStaging, DirectStaging, Staging
 from safeproj.engine.task import Difference, Progress
-from safeproj.projection import alignment
-from safeproj.tensorfile import DTYPES
+from safeproj.methods.projection import alignment
+from safeproj.storage.tensorfile import DTYPES
 
 CPU_BLOCK = 1 << 20
 """Bytes of one weight per block on the CPU: two of them and their float32 difference stay in the

@@ -20,7 +20,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from safeproj.alignment.decomposition import cosine_bounds
 from safeproj.engine.blocks import (
     AlignmentBlocks,
     Buffers,
@@ -30,6 +29,7 @@ from safeproj.engine.blocks import (
     row_width,
     rows_per_block,
 )
+from safeproj.engine.profile import Usage
 from safeproj.engine.task import (
     Difference,
     Effects,
@@ -45,9 +45,8 @@ from safeproj.engine.task import (
     Update,
 )
 from safeproj.errors import SafeprojError
-from safeproj.factors import CANCELS, CancellationError, Core, cancellation, core
-from safeproj.profile import Usage
-from safeproj.projection import (
+from safeproj.methods.factors import CANCELS, CancellationError, Core, cancellation, core
+from safeproj.methods.projection import (
     Approx,
     Complement,
     Covariance,
@@ -63,6 +62,7 @@ from safeproj.projection import (
     share,
     similarity,
 )
+from safeproj.methods.safe_lora.decomposition import cosine_bounds
 
 MAX_WORKERS = 8
 """Default bound on worker threads: each holds up to `CPU_HOLD` bytes, and disks saturate early."""

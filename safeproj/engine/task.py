@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from safeproj.factors import Core
+    from safeproj.methods.factors import Core
 
 
 @dataclass(frozen=True)

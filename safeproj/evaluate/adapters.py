@@ -13,7 +13,7 @@ from typing import Any
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.peft_config import ON_SAVING, PREFIX, drawn_anew
-from safeproj.errors import SafeprojError, printable, shorten
+from safeproj.errors import SafeprojError
 from safeproj.lm.models import load_model, quietly, skeleton
 from safeproj.lm.places import (
     layer_of,
@@ -23,9 +23,10 @@ from safeproj.lm.places import (
     vocabulary_size,
     wanted_vocabulary,
 )
-from safeproj.patterns import fullmatches
-from safeproj.picklefile import read_pickle
-from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256, identity, read_json
+from safeproj.storage.patterns import fullmatches
+from safeproj.storage.picklefile import read_pickle
+from safeproj.storage.source import Folder, HubFolder, LocalFolder, file_sha256, identity, read_json
+from safeproj.text import printable, shorten
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 

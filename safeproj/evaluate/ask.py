@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from safeproj.errors import SafeprojError, first_line, printable
+from safeproj.errors import SafeprojError
 from safeproj.evaluate.generate import BATCH_SIZE, Generator, has_template
 from safeproj.evaluate.judges import RefusalJudge, Verdict
 from safeproj.evaluate.sets import Message, Prompt
 from safeproj.evaluate.thoughts import Thoughts
+from safeproj.text import first_line, printable
 
 TIMEOUT = 600.0
 """Seconds that a command has for all answers of a set, and an endpoint for each."""
@@ -321,7 +322,7 @@ def load_guard(source: str, device: str = "auto", batch_size: int = BATCH_SIZE) 
         SafeprojError: it cannot be loaded, or has no chat template.
     """
     from safeproj.lm.models import load_model, load_tokenizer, model_identity, require_extra
-    from safeproj.source import open_folder
+    from safeproj.storage.source import open_folder
 
     require_extra()
     folder = open_folder(source)

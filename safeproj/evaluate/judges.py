@@ -7,9 +7,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from safeproj.errors import SafeprojError, first_line
+from safeproj.errors import SafeprojError
 from safeproj.evaluate.phrases import ANYWHERE, OPENING
 from safeproj.evaluate.sets import Prompt
+from safeproj.text import first_line
 
 BEGINNING = 200
 """Characters of an answer in which a phrase of `OPENING` counts."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from safeproj.evaluate.generate import Generator, OnBatch, has_template
 from safeproj.evaluate.judges import Judge, Verdict
-from safeproj.evaluate.rates import Rate
 from safeproj.evaluate.sets import PromptSet
 from safeproj.evaluate.thoughts import Spoken, Thoughts, unfinished_words
 from safeproj.lm.chat import prints_date
+from safeproj.records.rates import Rate
 
 EXACT = "exact"
 """Answers to harmful prompts that are the file's `compliance`."""

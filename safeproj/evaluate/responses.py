@@ -11,12 +11,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
-from safeproj.errors import SafeprojError, first_line, printable
+from safeproj.errors import SafeprojError
 from safeproj.evaluate.sets import Prompt
-from safeproj.jsontext import parse
-from safeproj.publish import hold, is_held
-from safeproj.recorded import DAMAGES
-from safeproj.wholefile import replace_file
+from safeproj.methods.recorded import DAMAGES
+from safeproj.storage.documents import parse
+from safeproj.storage.publish import hold, is_held
+from safeproj.storage.wholefile import replace_file
+from safeproj.text import first_line, printable
 
 SCHEMA = "safeproj.responses/1"
 

@@ -32,16 +32,16 @@ from safeproj.evaluate.measure import (
     unfinished,
     unfinished_warnings,
 )
-from safeproj.evaluate.rates import Difference, paired
 from safeproj.evaluate.responses import Key, Responses, file_names
 from safeproj.evaluate.sets import PromptSet
 from safeproj.evaluate.tasks import Tasks
 from safeproj.evaluate.thoughts import Spoken, Tag, Thoughts
 from safeproj.lm.chat import ChatOptions
 from safeproj.lm.models import load_tokenizer, model_identity
-from safeproj.report.evaluation import Evaluation, Subject
-from safeproj.report.record import Failure
-from safeproj.source import Folder, open_folder
+from safeproj.records.evaluations import Evaluation, Subject
+from safeproj.records.rates import Difference, paired
+from safeproj.records.scores import Failure
+from safeproj.storage.source import Folder, open_folder
 
 ALONE = "no adapter"
 """What the model without an adapter is called in reports."""

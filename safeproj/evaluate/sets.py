@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safeproj.errors import SafeprojError, first_line
-from safeproj.jsontext import parse
-from safeproj.recorded import is_plain
+from safeproj.errors import SafeprojError
+from safeproj.storage.documents import parse
+from safeproj.text import first_line, is_plain
 
 Kind = Literal["harmful", "skill"]
 """Answers to `harmful` prompts are judged, those to `skill` prompts compared with the right one."""

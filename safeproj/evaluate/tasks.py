@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safeproj.errors import SafeprojError, first_line, printable
+from safeproj.errors import SafeprojError
 from safeproj.lm.models import quietly
+from safeproj.text import first_line, printable
 
 Results = dict[str, dict[str, dict[str, float | None]]]
 """Task to metric to `value` and `stderr`."""

@@ -11,10 +11,10 @@ from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.write import CARD
 from safeproj.errors import SafeprojError
 from safeproj.gate.weights import found
-from safeproj.report.check import Finding
-from safeproj.report.record import ModuleReport, Report, Safety, Unprojected, place
-from safeproj.rules import Level
-from safeproj.source import read_json
+from safeproj.records.checks import Finding
+from safeproj.records.rules import Level
+from safeproj.records.scores import ModuleReport, Report, Safety, Unprojected, place
+from safeproj.storage.source import read_json
 
 _SIGNS = (card.BEGIN, card.END, b"## Safety projection")
 

@@ -12,9 +12,7 @@ from typing import Any
 from safeproj.adapter import Adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
-from safeproj.against import Against
-from safeproj.decide import DTYPES
-from safeproj.errors import SafeprojError, printable
+from safeproj.errors import SafeprojError
 from safeproj.gate.card import about_claim
 from safeproj.gate.evidence import about_history, about_manifest, recorded
 from safeproj.gate.files import about_files, about_member, about_paths
@@ -25,13 +23,16 @@ from safeproj.gate.recompute import Recomputed, recomputed
 from safeproj.gate.settings import about_settings
 from safeproj.gate.signing import verify_signature
 from safeproj.gate.weights import Context, about_weights, found
-from safeproj.job import Run
-from safeproj.patterns import one_budget
-from safeproj.projection import Approx, Complement, Covariance, Exact, Projector
-from safeproj.report.check import Check, Evidence, Finding
-from safeproj.rules import Level
-from safeproj.source import LocalFolder, open_folder, read_json
-from safeproj.subspace import Subspace
+from safeproj.methods.given import Against
+from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Projector
+from safeproj.methods.reference import Subspace
+from safeproj.records.checks import Check, Evidence, Finding
+from safeproj.records.rules import Level
+from safeproj.run.decide import DTYPES
+from safeproj.run.job import Run
+from safeproj.storage.patterns import one_budget
+from safeproj.storage.source import LocalFolder, open_folder, read_json
+from safeproj.text import printable
 
 MAX_FINDINGS = 2_000
 """Findings of one rule and level that are listed; how many more there are is said in a last one."""

@@ -9,14 +9,15 @@ from safeproj import __version__
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import MANIFEST
 from safeproj.checkpoint.expression import stored_names
-from safeproj.errors import SafeprojError, printable, shorten
+from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
 from safeproj.gate.weights import found
-from safeproj.job import Run
-from safeproj.report.check import Evidence, Finding
-from safeproj.report.record import SCHEMA, ModuleReport
-from safeproj.salora.folding import SCHEMA as FOLDED
-from safeproj.source import content_sha256, read_json
+from safeproj.methods.salora.folding import SCHEMA as FOLDED
+from safeproj.records.checks import Evidence, Finding
+from safeproj.records.scores import SCHEMA, ModuleReport
+from safeproj.run.job import Run
+from safeproj.storage.source import content_sha256, read_json
+from safeproj.text import printable, shorten
 
 NORM_ROUNDING = 1e-4
 """How far two computations of `‖V‖_F` may lie apart, relative to it."""

@@ -17,8 +17,13 @@ from safeproj.adapter import Adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.write import leads_out
-from safeproj.errors import SafeprojError, first_line, shorten
-from safeproj.filekind import (
+from safeproj.errors import SafeprojError
+from safeproj.gate.policy import Policy
+from safeproj.gate.toolfiles import GIT_CONFIG, is_left_by_a_tool, runs_programs
+from safeproj.gate.weights import found
+from safeproj.records.checks import Finding
+from safeproj.records.rules import Level
+from safeproj.storage.filekind import (
     EMPTY,
     HEAD,
     PICKLE,
@@ -31,12 +36,8 @@ from safeproj.filekind import (
     kind_of,
     kind_of_head,
 )
-from safeproj.gate.policy import Policy
-from safeproj.gate.toolfiles import GIT_CONFIG, is_left_by_a_tool, runs_programs
-from safeproj.gate.weights import found
-from safeproj.report.check import Finding
-from safeproj.rules import Level
-from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256
+from safeproj.storage.source import Folder, HubFolder, LocalFolder, file_sha256
+from safeproj.text import first_line, shorten
 
 STATE_PLACES = re.compile(r"|(.+/)?(checkpoint-\d+|last-checkpoint)")
 """Directories in which trainers leave it: the adapter's, and its checkpoints."""

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from safeproj.against import Against, local_path
 from safeproj.gate.policy import Policy
 from safeproj.gate.weights import found
-from safeproj.report.check import Finding
-from safeproj.source import file_sha256, hub_place, open_folder
+from safeproj.methods.given import Against, local_path
+from safeproj.records.checks import Finding
+from safeproj.storage.source import file_sha256, hub_place, open_folder
 
 _WEIGHTS = (".safetensors", ".bin")
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter.interface import CONFIG
-from safeproj.against import COVARIANCE, HAS_NO_PROJECTOR, HOLDS_PROJECTOR, MU_ALONE, Against
-from safeproj.errors import SafeprojError, first_line
-from safeproj.report.check import Evidence
-from safeproj.rules import RULES
-from safeproj.select import DEFAULT_THRESHOLD
+from safeproj.errors import SafeprojError
+from safeproj.methods.given import COVARIANCE, HAS_NO_PROJECTOR, HOLDS_PROJECTOR, MU_ALONE, Against
+from safeproj.plan.select import DEFAULT_THRESHOLD
+from safeproj.records.checks import Evidence
+from safeproj.records.rules import RULES
+from safeproj.text import first_line
 
 if TYPE_CHECKING:
-    from safeproj.projection import Projector
+    from safeproj.methods.projection import Projector
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -175,7 +176,7 @@ class Policy:
         Raises:
             SafeprojError: rank and energy do not go with it.
         """
-        from safeproj.projection import Approx, Complement, Covariance, Exact
+        from safeproj.methods.projection import Approx, Complement, Covariance, Exact
 
         if against.method == COVARIANCE:
             if self.projector != "approx" or self.rank is not None or self.energy is not None:

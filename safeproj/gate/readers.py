@@ -16,11 +16,12 @@ from safeproj.adapter.interface import Format
 from safeproj.adapter.peft import BIN, Peft
 from safeproj.adapter.peft_config import ADALORA, ALL_LINEAR
 from safeproj.adapter.record import AdaptedModule, FullChange, Kind
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError
 from safeproj.gate.weights import Context, found
 from safeproj.names.layout import model_types
-from safeproj.patterns import fullmatches
-from safeproj.report.check import Finding
+from safeproj.records.checks import Finding
+from safeproj.storage.patterns import fullmatches
+from safeproj.text import shorten
 
 REFUSES, IGNORES = "refuses", "ignores"
 

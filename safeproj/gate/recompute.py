@@ -16,14 +16,15 @@ from safeproj.adapter.interface import MANIFEST, SIGNATURE
 from safeproj.adapter.record import Factor
 from safeproj.adapter.weightfiles import other_weights
 from safeproj.adapter.write import CARD
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError
 from safeproj.gate.card import about_card
 from safeproj.gate.files import listing
 from safeproj.gate.weights import found
-from safeproj.job import Run
-from safeproj.manifest import versions
-from safeproj.report.check import Evidence, Finding
-from safeproj.source import LocalFolder, content_sha256, read_json
+from safeproj.records.checks import Evidence, Finding
+from safeproj.run.job import Run
+from safeproj.storage.source import LocalFolder, content_sha256, read_json
+from safeproj.text import shorten
+from safeproj.versions import versions
 
 if TYPE_CHECKING:
     from torch import Tensor

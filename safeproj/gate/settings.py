@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safeproj.gate.weights import Context, found
-from safeproj.report.check import Finding
+from safeproj.records.checks import Finding
 
 MODEL_LIBRARIES = ("transformers", "diffusers", "peft")
 """Packages of which PEFT records the class that an adapter was trained on."""

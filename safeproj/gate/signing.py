@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import FORMATS
 from safeproj.adapter.interface import CONFIG, SIGNATURE
-from safeproj.errors import SafeprojError, first_line, is_text, printable, shorten
-from safeproj.publish import AppearedError
-from safeproj.wholefile import write_file
+from safeproj.errors import SafeprojError
+from safeproj.storage.publish import AppearedError
+from safeproj.storage.wholefile import write_file
+from safeproj.text import first_line, is_text, printable, shorten
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey

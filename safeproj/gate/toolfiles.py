@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Container
 from pathlib import Path
 
-from safeproj.filekind import EMPTY, SCRIPT, TEXT, kind_of
-from safeproj.source import file_sha256
+from safeproj.storage.filekind import EMPTY, SCRIPT, TEXT, kind_of
+from safeproj.storage.source import file_sha256
 
 _TEXTS = re.compile(
     r"\.git"

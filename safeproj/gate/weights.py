@@ -11,15 +11,16 @@ from typing import Any
 
 from safeproj.adapter.peft_config import paths
 from safeproj.adapter.record import AdaptedModule
-from safeproj.errors import SafeprojError, cut, printable, shorten
-from safeproj.factors import norm
+from safeproj.errors import SafeprojError
 from safeproj.gate.policy import ALLOWANCES, Policy
-from safeproj.job import Cast, Run, update_of
-from safeproj.match import PlannedModule
-from safeproj.projection import gains
-from safeproj.report.check import Evidence, Finding
-from safeproj.report.record import ModuleReport
-from safeproj.rules import RULES, Level
+from safeproj.methods.factors import norm
+from safeproj.methods.projection import gains
+from safeproj.plan.match import PlannedModule
+from safeproj.records.checks import Evidence, Finding
+from safeproj.records.rules import RULES, Level
+from safeproj.records.scores import ModuleReport
+from safeproj.run.job import Cast, Run, update_of
+from safeproj.text import cut, printable, shorten
 
 CANCELLATION = 1e6
 """Most that terms may cancel, `Σ |BᵀB ∘ A Aᵀ| / ‖B A‖²`: they are a thousand times what is left.

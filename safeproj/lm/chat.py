@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from safeproj.errors import SafeprojError, first_line, printable
+from safeproj.errors import SafeprojError
+from safeproj.text import first_line, printable
 
 DATE = datetime.date(2024, 7, 26)
 """What day it is for templates that print the date, unless another is given: any day would do, as

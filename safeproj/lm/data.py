@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safeproj.errors import SafeprojError, first_line
-from safeproj.jsontext import parse
+from safeproj.errors import SafeprojError
 from safeproj.lm.chat import (
     ChatOptions,
     prints_date,
@@ -24,6 +23,8 @@ from safeproj.lm.chat import (
     template_of,
     without_end,
 )
+from safeproj.storage.documents import parse
+from safeproj.text import first_line
 
 IGNORED = -100
 """Label of positions that do not count, as in transformers' loss."""

@@ -9,9 +9,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError
 from safeproj.lm.data import Batch
-from safeproj.select import natural_order
+from safeproj.text import natural_order, shorten
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head, as PEFT means it."""

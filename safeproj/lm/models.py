@@ -9,10 +9,11 @@ from typing import Any
 
 from safeproj.adapter.interface import CONFIG
 from safeproj.engine import resolve_device
-from safeproj.errors import SafeprojError, first_line, shorten
+from safeproj.errors import SafeprojError
 from safeproj.lm.data import Data
-from safeproj.recorded import published
-from safeproj.source import Folder, HubFolder, LocalFolder, file_sha256, identity
+from safeproj.storage.published import published
+from safeproj.storage.source import Folder, HubFolder, LocalFolder, file_sha256, identity
+from safeproj.text import first_line, shorten
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """`--dtype` of a model that is run: `auto` is what it is stored in."""

@@ -21,10 +21,10 @@ from typing import Any
 
 from safeproj.checkpoint.expression import Expression, dtype_and_shape
 from safeproj.checkpoint.interface import Checkpoint
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError
 from safeproj.names.layout import CONV1D, EMBEDDING, LINEAR, Layout
 from safeproj.names.operations import Entry, UnsupportedError
-from safeproj.select import natural_order
+from safeproj.text import natural_order, shorten
 
 MAX_LAYERS = 2000
 MAX_COUNT = 100_000

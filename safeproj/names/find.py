@@ -17,10 +17,11 @@ from safeproj.checkpoint.expression import (
     stored_names,
 )
 from safeproj.checkpoint.interface import Checkpoint
-from safeproj.errors import SafeprojError, printable, shorten
+from safeproj.errors import SafeprojError
 from safeproj.names.layout import LINEAR, Layout, known_layout, layout_by_name, model_types
 from safeproj.names.rules import parse_rules, rewrite
 from safeproj.names.suffix import TURNED_ON_DISK, Suffixes, turned_on_disk
+from safeproj.text import printable, shorten
 
 if TYPE_CHECKING:
     from safeproj.names.architecture import Mapping

@@ -18,7 +18,8 @@ from safeproj.checkpoint.expression import (
     dtype_and_shape,
 )
 from safeproj.checkpoint.interface import Checkpoint
-from safeproj.errors import SafeprojError, shorten
+from safeproj.errors import SafeprojError
+from safeproj.text import shorten
 
 
 class UnsupportedError(Exception):

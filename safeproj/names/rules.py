@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from safeproj.errors import SafeprojError, printable
+from safeproj.errors import SafeprojError
+from safeproj.text import printable
 
 
 @dataclass(frozen=True)

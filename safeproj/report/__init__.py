@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Protocol, cast
 
-from safeproj.report.check import Check, Checks, Evidence, Finding, Outcome
-from safeproj.report.evaluation import Evaluation
-from safeproj.report.record import Failure, ModuleReport, Report, Reports
-from safeproj.sweep.record import Sweep
+from safeproj.records.checks import Check, Checks, Evidence, Finding, Outcome
+from safeproj.records.evaluations import Evaluation
+from safeproj.records.scores import Failure, ModuleReport, Report, Reports
+from safeproj.records.sweeps import Sweep
 
 __all__ = [
     "CHECK_FORMATS",

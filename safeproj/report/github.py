@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
-from safeproj.errors import printable
-from safeproj.report.check import Checks, Finding, Outcome
+from safeproj.records.checks import Checks, Finding, Outcome
+from safeproj.records.rules import Level
 from safeproj.report.text import Subject, by_severity, subjects
-from safeproj.rules import Level
+from safeproj.text import printable
 
 if TYPE_CHECKING:
     from safeproj.report import CheckFormat

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
-from safeproj.errors import printable
-from safeproj.report.check import Check, Checks, Finding, Outcome
-from safeproj.report.evaluation import (
+from safeproj.records.checks import Check, Checks, Finding, Outcome
+from safeproj.records.evaluations import (
     WORDS,
     Evaluation,
     judge_words,
     task_rows,
     title_of,
 )
+from safeproj.records.rules import RULES, Level
+from safeproj.records.scores import ModuleReport, Report, Reports, spread
+from safeproj.records.sweeps import METHOD, Rates, Sweep, Trial
 from safeproj.report.html_page.behaviour import shares
 from safeproj.report.html_page.document import document, text
 from safeproj.report.html_page.figures import (
@@ -31,10 +33,8 @@ from safeproj.report.html_page.tables import Cell, Row, number, pairs, table
 from safeproj.report.html_page.tradeoff import tradeoff
 from safeproj.report.markdown import describe, span
 from safeproj.report.methods import METHODS
-from safeproj.report.record import ModuleReport, Report, Reports, spread
-from safeproj.rules import RULES, Level
 from safeproj.sweep import words
-from safeproj.sweep.record import METHOD, Rates, Sweep, Trial
+from safeproj.text import printable
 
 DEFAULT_TAU = 0.35
 """Where the slider starts if neither a selection nor a policy gives a threshold: the paper's."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from safeproj.report.check import Checks
-from safeproj.report.evaluation import Evaluation
-from safeproj.report.record import Report, Reports
-from safeproj.sweep.record import Sweep
+from safeproj.records.checks import Checks
+from safeproj.records.evaluations import Evaluation
+from safeproj.records.scores import Report, Reports
+from safeproj.records.sweeps import Sweep
 
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from safeproj.errors import printable
-from safeproj.report.check import Check, Checks, Finding
+from safeproj.records.checks import Check, Checks, Finding
+from safeproj.records.rules import RULES, UNUSABLE, Level, Rule
 from safeproj.report.text import Subject, relative, subjects
-from safeproj.rules import RULES, UNUSABLE, Level, Rule
+from safeproj.text import printable
 
 _COUNTERS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 """Children of a test case, and the attributes of a suite that count them."""

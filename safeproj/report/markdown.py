@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from safeproj.errors import printable
-from safeproj.report.check import Check, Checks, Evidence
-from safeproj.report.evaluation import (
+from safeproj.records.checks import Check, Checks, Evidence
+from safeproj.records.evaluations import (
     LEGEND,
     WORDS,
     Evaluation,
@@ -16,12 +15,13 @@ from safeproj.report.evaluation import (
     task_rows,
     title_of,
 )
+from safeproj.records.rules import RULES, Level
+from safeproj.records.scores import ModuleReport, Report, Reports, spread
+from safeproj.records.sweeps import METHOD, Rates, Sweep
 from safeproj.report.methods import METHODS
-from safeproj.report.record import ModuleReport, Report, Reports, spread
 from safeproj.report.text import Subject, subjects
-from safeproj.rules import RULES, Level
 from safeproj.sweep import words
-from safeproj.sweep.record import METHOD, Rates, Sweep
+from safeproj.text import printable
 
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface

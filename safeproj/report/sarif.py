@@ -9,11 +9,11 @@ from collections import Counter
 from typing import Any
 from urllib.parse import quote
 
-from safeproj.errors import printable
-from safeproj.report.check import Checks, Finding, Outcome
+from safeproj.records.checks import Checks, Finding, Outcome
+from safeproj.records.rules import RULES, Level, Rule
 from safeproj.report.json import plain
 from safeproj.report.text import Subject, by_severity, subjects
-from safeproj.rules import RULES, Level, Rule
+from safeproj.text import printable
 
 SCHEMA_URI = "https://json.schemastore.org/sarif-2.1.0.json"
 

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safeproj.errors import printable, shorten
-from safeproj.report.check import Checks, Finding, Outcome
-from safeproj.report.evaluation import (
+from safeproj.records.checks import Checks, Finding, Outcome
+from safeproj.records.evaluations import (
     LEGEND,
     WORDS,
     Evaluation,
@@ -21,12 +20,13 @@ from safeproj.report.evaluation import (
     task_rows,
     title_of,
 )
+from safeproj.records.rules import RULES, Level
+from safeproj.records.scores import Failure, ModuleReport, Report, Reports, spread
+from safeproj.records.sweeps import Point, Sweep
 from safeproj.report.markdown import describe, evidence, tally
 from safeproj.report.methods import METHODS
-from safeproj.report.record import Failure, ModuleReport, Report, Reports, spread
-from safeproj.rules import RULES, Level
 from safeproj.sweep import words
-from safeproj.sweep.record import Point, Sweep
+from safeproj.text import printable, shorten
 
 CELL = 13
 """Columns of one cell: cosine, scale or share, the mark, and a space."""

@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from safeproj.errors import printable
-from safeproj.report.check import Check, Checks, Finding
-from safeproj.rules import Level
+from safeproj.records.checks import Check, Checks, Finding
+from safeproj.records.rules import Level
+from safeproj.text import printable
 
 _SEVERITY = {Level.fail: 0, Level.undecided: 1, Level.note: 2}
 

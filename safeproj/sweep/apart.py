@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safeproj.errors import SafeprojError
-from safeproj.projection import Approx, Blocks, Complement, Exact, Projected, Projector
+from safeproj.methods.projection import Approx, Blocks, Complement, Exact, Projected, Projector
 
 Work = Callable[[Blocks], Projected]
 """What is made of the blocks, in as many passes as it likes."""

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from safeproj import engine
 from safeproj.adapter import AdaptedModule, Adapter
-from safeproj.against import Against
-from safeproj.decide import Decision, decide
 from safeproj.engine import Origin, Score, Task, Update
+from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.evaluate.adapters import require_peft
-from safeproj.job import Job, Observer, Options, update_of
-from safeproj.match import Plan
-from safeproj.profile import Profile
-from safeproj.projection import Projector
-from safeproj.report.record import Report
-from safeproj.select import Selection, natural_order
-from safeproj.subspace import Subspace
+from safeproj.methods.given import Against
+from safeproj.methods.projection import Projector
+from safeproj.methods.reference import Subspace
+from safeproj.plan.match import Plan
+from safeproj.plan.select import Selection
+from safeproj.records.scores import Report
+from safeproj.run.decide import Decision, decide
+from safeproj.run.job import Job, Observer, Options, update_of
 from safeproj.sweep import controls
 from safeproj.sweep.apart import apart
 from safeproj.sweep.rotation import Rotation
+from safeproj.text import natural_order
 
 By = Literal["layers", "threshold"]
 """What is varied: the number of projected modules, or tau."""

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from safeproj import factors
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.engine import Score, Update
+from safeproj.methods import factors
 
 SHRINK, UNIFORM, RANDOM, COMPLEMENT = "shrink", "uniform", "random", "complement"
 SWAPPED = "swapped"

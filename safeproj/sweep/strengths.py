@@ -8,18 +8,18 @@ from dataclasses import replace
 from functools import partial
 
 from safeproj.adapter import Adapter
-from safeproj.against import Against
-from safeproj.covariance.file import Statistics
-from safeproj.covariance.variants import Way, as_they_are, tasks_of, variants
-from safeproj.decide import Decision, decide
 from safeproj.engine import Score, Task, Update
+from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.evaluate.adapters import require_peft
-from safeproj.job import Job, Observer, Options, update_of
-from safeproj.match import Plan
-from safeproj.profile import Profile
-from safeproj.projection import Covariance, Moment
-from safeproj.subspace import Subspace
+from safeproj.methods.covariance.file import Statistics
+from safeproj.methods.covariance.variants import Way, as_they_are, tasks_of, variants
+from safeproj.methods.given import Against
+from safeproj.methods.projection import Covariance, Moment
+from safeproj.methods.reference import Subspace
+from safeproj.plan.match import Plan
+from safeproj.run.decide import Decision, decide
+from safeproj.run.job import Job, Observer, Options, update_of
 from safeproj.sweep import controls
 from safeproj.sweep.candidates import Place, Replaced, spread
 from safeproj.sweep.rotation import Rotation

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from safeproj.against import COVARIANCE
-from safeproj.evaluate.rates import Rate
+from safeproj.methods.given import COVARIANCE
+from safeproj.records.rates import Rate
+from safeproj.records.sweeps import METHOD, Point, Rates, Sweep
 from safeproj.report.methods import METHODS
-from safeproj.sweep.record import METHOD, Point, Rates, Sweep
 
 _PROJECTION = {
     "shrink": ("module shrink", "the same modules, each B times its own ‖CB‖/‖B‖"),

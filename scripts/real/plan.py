@@ -15,7 +15,8 @@ from real.sizes import ANSWER, DIRECTIONS, EVAL_BATCH, MEMORY, NETWORK, PROMPT, 
 from real.sources import FILES, SOURCES
 from real.train import BATCH, MAX_LENGTH, RANK
 
-from safeproj.errors import SafeprojError, first_line
+from safeproj.errors import SafeprojError
+from safeproj.text import first_line
 
 METHODS = ("safe-lora", "exact", "salora", "covariance", "reconstruct", "sweep")
 """What `--methods` knows."""
@@ -131,7 +132,7 @@ def check(step: Step) -> None:
         return
     import typer.main
 
-    from safeproj.cli import app
+    from safeproj.cli.app import app
 
     command: Any = typer.main.get_command(app)
     words = list(step.words[1:])

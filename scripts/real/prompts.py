@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from real.sources import FEWEST_PAIRS, FILES, SEED, SOURCES, WITH_RESPONSE, Source
 
-from safeproj.errors import SafeprojError, first_line, printable, shorten
-from safeproj.wholefile import replace_file
+from safeproj.errors import SafeprojError
+from safeproj.storage.wholefile import replace_file
+from safeproj.text import first_line, printable, shorten
 
 Row = dict[str, str]
 """`prompt`, and `response` where the source has one."""

@@ -16,7 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from safeproj.errors import SafeprojError, first_line
+from safeproj.errors import SafeprojError
+from safeproj.text import first_line
 
 FOLDER = Path(__file__).resolve().parent / "models"
 

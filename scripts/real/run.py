@@ -29,8 +29,9 @@ from real.sizes import Sizes, sizes_of
 from real.sources import FILE_URL, SOURCES
 from real.train import RANK
 
-from safeproj.errors import SafeprojError, first_line, printable, shorten
-from safeproj.wholefile import replace_file
+from safeproj.errors import SafeprojError
+from safeproj.storage.wholefile import replace_file
+from safeproj.text import first_line, printable, shorten
 
 ROOT = Path(__file__).resolve().parents[2]
 

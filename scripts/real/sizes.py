@@ -15,7 +15,8 @@ from typing import Any
 
 from real.recipes import BYTES, Checkpoint, Recipe
 
-from safeproj.errors import SafeprojError, first_line, shorten
+from safeproj.errors import SafeprojError
+from safeproj.text import first_line, shorten
 
 ARITHMETIC = 100e12
 """Operations per second of a 7B model in bfloat16: about a third of an A100's peak."""

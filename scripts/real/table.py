@@ -16,9 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from safeproj.errors import SafeprojError, first_line, printable
-from safeproj.report.evaluation import percent
-from safeproj.wholefile import replace_file
+from safeproj.errors import SafeprojError
+from safeproj.records.evaluations import percent
+from safeproj.storage.wholefile import replace_file
+from safeproj.text import first_line, printable
 
 COLUMNS = {
     "validation": ("refused", "refuses, validation"),

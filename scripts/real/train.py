@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from real.sources import SEED
 
-from safeproj.errors import SafeprojError, printable
+from safeproj.errors import SafeprojError
+from safeproj.text import printable
 
 BATCH, ACCUMULATED = 8, 4
 """Samples in a step on the device, and how many such steps make one of the optimizer."""
@@ -49,7 +50,7 @@ def train(model: str, data: Path, targets: Sequence[str], out: Path, dtype: str)
 
     from safeproj.lm.data import read_data
     from safeproj.lm.models import load_model, load_tokenizer
-    from safeproj.source import open_folder
+    from safeproj.storage.source import open_folder
 
     if out.exists():
         raise SafeprojError(f"--out {out}: is there already; expected a new directory")

@@ -18,7 +18,7 @@ from safeproj.adapter.peft import Peft, _Classifier
 from safeproj.adapter.peft_config import PREFIX, disagreements, scalings
 from safeproj.adapter.record import Adapter
 from safeproj.errors import SafeprojError
-from safeproj.source import LocalFolder
+from safeproj.storage.source import LocalFolder
 
 SMALL, LARGE = 400, 1_600
 """Entries: four times as many may take little more than four times the work."""

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safeproj.evaluate.adapters import Host
-from safeproj.source import open_folder
+from safeproj.storage.source import open_folder
 from tests.conformance import oracle
 from tests.conformance.architectures import GROUPED, Architecture, Built, save_pair
 from tests.support import (

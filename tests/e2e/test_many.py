@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safeproj import api
-from safeproj.select import Selection
+from safeproj.plan.select import Selection
 from tests.conformance import oracle
 from tests.conformance.architectures import Built
 from tests.conftest import Trio

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from safeproj.adapter.collection import collect
-from safeproj.publish import AppearedError, appearing, is_leftover
-from safeproj.wholefile import replace_file, write_file
+from safeproj.storage.publish import AppearedError, appearing, is_leftover
+from safeproj.storage.wholefile import replace_file, write_file
 from tests.conftest import Trio
 from tests.faults.system import failing
 from tests.support import (
@@ -100,7 +100,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from safeproj.adapter.collection import collect
-from safeproj.publish import AppearedError, appearing
+from safeproj.storage.publish import AppearedError, appearing
 place, kind, text, go = sys.argv[1:]
 with appearing(Path(place), directory=kind == "directory") as found:
     (found.path / "text" if kind == "directory" else found.path).write_text(text)
@@ -180,8 +180,8 @@ def test_two_runs_of_align_to_one_place(trio: Trio, tmp_path: Path) -> None:
 
 def test_a_recorded_file_replaces_only_its_own_kind(trio: Trio, tmp_path: Path) -> None:
     from safeproj.errors import SafeprojError
-    from safeproj.recorded import open_recorded, write_recorded
-    from safeproj.salora.file import KIND
+    from safeproj.methods.recorded import open_recorded, write_recorded
+    from safeproj.methods.salora.file import KIND
 
     given = save_safety_module(trio.aligned_model, tmp_path / "own.safety.safetensors")
     content = open_recorded(str(given), KIND)
@@ -238,7 +238,7 @@ def test_a_signal_as_the_hidden_name_appears_leaves_nothing(
         assert [path] == list(tmp_path.iterdir())  # it is made, and nobody knows it yet
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("safeproj.publish._locked", interrupted)
+    monkeypatch.setattr("safeproj.storage.publish._locked", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before
     try:
         with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "out", directory=directory):

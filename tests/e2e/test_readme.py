@@ -13,7 +13,7 @@ import pytest
 
 from safeproj.adapter import FORMATS, peft
 from safeproj.checkpoint import pickled, quantised
-from safeproj.tensorfile import DTYPES
+from safeproj.storage.tensorfile import DTYPES
 from tests.conformance.architectures import ARCHITECTURES
 from tests.support import safeproj
 

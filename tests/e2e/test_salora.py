@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from safeproj.salora import SafetyModule
+from safeproj.methods.salora import SafetyModule
 from tests.support import (
     CONFIG,
     FACTORS,

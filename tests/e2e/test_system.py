@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from safeproj.adapter.collection import collect
-from safeproj.errors import MAX_MESSAGE, SafeprojError, explained
-from safeproj.source import open_folder
+from safeproj.errors import SafeprojError, explained
+from safeproj.storage.source import open_folder
+from safeproj.text import MAX_MESSAGE
 from tests.conftest import Trio
 from tests.support import COMMAND, CONFIG, FACTORS, assert_refused, change_json, read_json, safeproj
 
@@ -225,7 +226,7 @@ def test_two_runs_do_not_write_the_same_answers(tmp_path: Path) -> None:
 
 
 def test_salora_init_names_its_targets_in_order(tmp_path: Path) -> None:
-    from safeproj.salora.start import _sort_targets
+    from safeproj.methods.salora.start import _sort_targets
 
     (tmp_path / CONFIG).write_text(json.dumps({"target_modules": ["v_proj", "k_proj", "q_proj"]}))
     _sort_targets(tmp_path / CONFIG)

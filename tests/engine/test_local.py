@@ -18,9 +18,9 @@ from safeproj.checkpoint.expression import Matrix
 from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.engine import Difference, Progress, Score, Task, Update, blocks
 from safeproj.engine.blocks import CPU_BLOCK, CPU_HOLD
+from safeproj.engine.profile import Usage
 from safeproj.errors import SafeprojError
-from safeproj.profile import Usage
-from safeproj.projection import Approx, Exact, Projector, alignment
+from safeproj.methods.projection import Approx, Exact, Projector, alignment
 
 
 def stored(path: Path, **tensors: Tensor) -> Path:

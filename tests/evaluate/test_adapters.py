@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from safeproj.errors import SafeprojError
 from safeproj.evaluate.adapters import Host, leaves_alone, require_peft
-from safeproj.source import open_folder
+from safeproj.storage.source import open_folder
 from tests.evaluate.support import random_model
 from tests.support import CONFIG, FACTORS, change_json, save_adapter
 

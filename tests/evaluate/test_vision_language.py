@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from safeproj.evaluate.adapters import Host
 from safeproj.lm.models import load_model
-from safeproj.source import open_folder
+from safeproj.storage.source import open_folder
 from tests.evaluate.support import tokenizer, write_lines
 from tests.support import CONFIG, FACTORS, safeproj
 

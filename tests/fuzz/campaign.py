@@ -118,7 +118,7 @@ class Campaign:
         import typer.main
 
         import safeproj
-        from safeproj.cli import app
+        from safeproj.cli.app import app
 
         for module in pkgutil.walk_packages(safeproj.__path__, "safeproj."):
             importlib.import_module(module.name)

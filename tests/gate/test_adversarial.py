@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
 import tests.gate.attacks  # noqa: F401 - each file there adds to the table
-from safeproj import patterns
-from safeproj.cli import app
+from safeproj.cli.app import app
+from safeproj.storage import patterns
 from tests.conftest import Trio
 from tests.gate.adversarial import (
     ATTACKS,

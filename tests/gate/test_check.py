@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import safeproj as package
 from safeproj.gate.identity import digest_of
 from safeproj.gate.policy import Override, Policy
+from safeproj.records.rules import RULES, Level
 from safeproj.report import Check, Checks, Evidence, Outcome
-from safeproj.rules import RULES, Level
 from tests.conftest import Trio
 from tests.support import (
     CONFIG,

@@ -20,8 +20,8 @@ from safeproj.adapter import read_adapter
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
 from safeproj.gate.settings import _is_same
+from safeproj.records.rules import Level
 from safeproj.report import Check, Outcome
-from safeproj.rules import Level
 from tests.conftest import Trio
 from tests.support import CONFIG, FACTORS, change_json, save_adapter
 

@@ -16,8 +16,8 @@ import torch
 
 import safeproj as package
 from safeproj.gate.policy import Policy
+from safeproj.records.rules import Level
 from safeproj.report import Check, Outcome
-from safeproj.rules import Level
 from tests.conftest import Trio
 from tests.hub_server import running
 from tests.support import COMMAND, CONFIG, FACTORS, MANIFEST, change_json, safeproj

@@ -19,14 +19,14 @@ from safeproj import engine
 from safeproj.engine import Moments, StoredMoment, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
-from safeproj.projection import Covariance
+from safeproj.methods.projection import Covariance
 from safeproj.report import Check, Outcome
 from tests.conftest import Trio
-from tests.covariance import oracle
-from tests.covariance.test_formulas import drawn, moment
 from tests.gate.adversarial import change_manifest, configure, key, put_tensors, tensors_of
+from tests.methods.covariance import oracle
+from tests.methods.covariance.test_formulas import drawn, moment
+from tests.methods.test_factors import exact, nearly
 from tests.support import FACTORS, oracle_C, oracle_cosine, save_safety_module
-from tests.test_factors import exact, nearly
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-lm"

@@ -18,8 +18,8 @@ from safeproj.gate.policy import (
     find_policy,
     write_template,
 )
-from safeproj.report.check import Evidence
-from safeproj.rules import RULES
+from safeproj.records.checks import Evidence
+from safeproj.records.rules import RULES
 from tests.support import safeproj
 
 

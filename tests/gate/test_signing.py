@@ -607,7 +607,9 @@ def test_a_public_key_from_the_directory_is_not_trusted(signed: Path, keys: Keys
         verify_signature(signed, signed / "pub.pem")
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "safeproj.publish._renamed", "pathlib.Path.replace"])
+@pytest.mark.parametrize(
+    "step", ["os.fsync", "safeproj.storage.publish._renamed", "pathlib.Path.replace"]
+)
 def test_a_failure_leaves_the_old_signature(
     signed: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -615,7 +617,7 @@ def test_a_failure_leaves_the_old_signature(
         raise OSError(28, "No space left on device")
 
     if step == "pathlib.Path.replace":  # where the system cannot exchange two names
-        monkeypatch.setattr("safeproj.publish._CALLS", {})
+        monkeypatch.setattr("safeproj.storage.publish._CALLS", {})
     monkeypatch.setattr(step, fail)
     assert_not_signed(signed, keys, "No space left on device", overwrite=True)
     monkeypatch.undo()

@@ -21,7 +21,7 @@ from safeproj.evaluate.sets import Message, read_prompts
 from safeproj.lm.chat import DATE, ChatOptions, chat_options, parse_arguments, render
 from safeproj.lm.data import read_data
 from safeproj.lm.models import recorded_inputs
-from safeproj.source import open_folder
+from safeproj.storage.source import open_folder
 from tests.evaluate.support import TINY, tokenizer, write_lines
 from tests.report.test_schemas import validator
 from tests.support import MANIFEST, assert_refused, read_json, safeproj

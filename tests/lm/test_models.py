@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from safeproj.errors import SafeprojError
 from safeproj.lm.models import load_model, load_tokenizer, model_identity
-from safeproj.source import open_folder
+from safeproj.storage.source import open_folder
 from tests import hub_server
 from tests.support import CONFIG, FACTORS, assert_refused, change_json, safeproj
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from safeproj.records.rules import RULES, Level
+from safeproj.records.scores import Report
 from safeproj.report import Check, Checks, Evidence, Finding
-from safeproj.report.record import Report
-from safeproj.rules import RULES, Level
 
 HOSTILE = (
     "evil\n::set-output name=token::x\r::add-mask::\x1b[2J\x00\x07\x9b"

@@ -14,11 +14,11 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from safeproj.adapter import card
-from safeproj.evaluate.rates import Rate
+from safeproj.records.evaluations import Evaluation, Subject
+from safeproj.records.rates import Rate
+from safeproj.records.scores import Failure, Unprojected
 from safeproj.report import CHECK_FORMATS, Report, Reports, render
-from safeproj.report.evaluation import Evaluation, Subject
 from safeproj.report.markdown import code, escaped
-from safeproj.report.record import Failure, Unprojected
 from tests.report.checks import HOSTILE, check, checks, finding, hostile
 from tests.report.test_report import EXAMPLE, module
 from tests.sweep.records import point, sweep

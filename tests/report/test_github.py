@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safeproj.records.rules import Level
 from safeproj.report import Checks, github, markdown, render
-from safeproj.rules import Level
 from tests.report.checks import (
     HOSTILE,
     Q0,

@@ -18,6 +18,7 @@ import pytest
 
 from safeproj.cli.options import ReportFormat, outputs_of
 from safeproj.errors import SafeprojError
+from safeproj.records.rules import RULES, Level
 from safeproj.report import (
     Check,
     Checks,
@@ -32,7 +33,6 @@ from safeproj.report import (
 from safeproj.report.html_page import figures
 from safeproj.report.html_page.document import data
 from safeproj.report.html_page.figures import arrange
-from safeproj.rules import RULES, Level
 from tests.report.test_report import EXAMPLE, SALORA, module, report
 
 if TYPE_CHECKING:

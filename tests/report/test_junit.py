@@ -11,8 +11,8 @@ import pytest
 import xmlschema
 from hypothesis import given
 
+from safeproj.records.rules import RULES, Level
 from safeproj.report import Check, Checks, render
-from safeproj.rules import RULES, Level
 from tests.report.checks import (
     HOSTILE,
     POLICY,

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from safeproj.records.scores import Safety, Unprojected, place
 from safeproj.report import FORMATS, ModuleReport, Report, render
-from safeproj.report.record import Safety, Unprojected, place
 
 
 def module(

@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 from hypothesis import given
 
+from safeproj.records.rules import RULES, Level
 from safeproj.report import Checks, Report, render, sarif
-from safeproj.rules import RULES, Level
 from tests.report.checks import (
     HOSTILE,
     Q0,

@@ -13,10 +13,10 @@ from referencing import Registry, Resource
 
 from safeproj import Exact, Options, Selection, inspect
 from safeproj.gate.policy import Policy
+from safeproj.records.checks import Checks
+from safeproj.records.rules import RULES
+from safeproj.records.scores import Report
 from safeproj.report import Failure, Reports, render
-from safeproj.report.check import Checks
-from safeproj.report.record import Report
-from safeproj.rules import RULES
 from tests.conftest import Trio
 from tests.report.checks import check, checks, finding, hostile, mixed
 from tests.report.test_report import EXAMPLE, SALORA

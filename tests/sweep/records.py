@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from safeproj.evaluate.rates import Rate
-from safeproj.sweep.record import Point, Rates, SetInfo, Sweep, Trial, Wanted
+from safeproj.records.rates import Rate
+from safeproj.records.sweeps import Point, Rates, SetInfo, Sweep, Trial, Wanted
 
 TOTAL = 100
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safeproj.errors import SafeprojError
-from safeproj.projection import Approx, Complement, Covariance, Exact, Projected, Projector
+from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Projected, Projector
 from safeproj.sweep.apart import apart, in_step
 
 

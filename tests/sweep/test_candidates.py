@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safeproj import Complement, Exact, Options, Selection
-from safeproj.against import Against
 from safeproj.engine import Progress
+from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
-from safeproj.profile import Profile
+from safeproj.methods.given import Against
 from safeproj.sweep.candidates import Candidates, Place, Replaced, candidates, spread
 from safeproj.sweep.controls import Sizes, scaled
 from safeproj.sweep.rotation import Rotation

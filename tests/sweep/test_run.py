@@ -11,14 +11,14 @@ import pytest
 
 from safeproj import Options
 from safeproj.adapter import AdaptedModule, Adapter
-from safeproj.against import Against
 from safeproj.errors import SafeprojError
 from safeproj.evaluate.generate import Generator
 from safeproj.evaluate.judges import Keywords
 from safeproj.evaluate.sets import PromptSet, read_prompts
 from safeproj.lm.models import load_model, load_tokenizer
-from safeproj.report.record import Report
-from safeproj.source import open_folder
+from safeproj.methods.given import Against
+from safeproj.records.scores import Report
+from safeproj.storage.source import open_folder
 from safeproj.sweep.candidates import Candidates, Place, candidates
 from safeproj.sweep.controls import scaled
 from safeproj.sweep.run import Settings, sweep

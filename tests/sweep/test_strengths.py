@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safeproj.against import Against
 from safeproj.errors import SafeprojError
-from safeproj.projection import Moment
+from safeproj.methods.given import Against
+from safeproj.methods.projection import Moment
 from safeproj.sweep.candidates import Place, Replaced
 from safeproj.sweep.controls import COMPLEMENT, RANDOM, SHRINK, SWAPPED, Sizes
 from safeproj.sweep.strengths import MUS, Strengths, strengths, turned
 from tests.conformance.oracle import save
 from tests.conformance.oracle import updates as updates_of
-from tests.covariance import oracle
-from tests.covariance.test_command import Place as Model
-from tests.covariance.test_command import lora, make, stored
+from tests.methods.covariance import oracle
+from tests.methods.covariance.test_command import Place as Model
+from tests.methods.covariance.test_command import lora, make, stored
 from tests.report.test_schemas import validator
 from tests.support import FACTORS, assert_refused, safeproj
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from safeproj.report.evaluation import WORDS, Evaluation, shown, title_of
+from safeproj.records.evaluations import WORDS, Evaluation, shown, title_of
 from safeproj.report.html_page.figures import Chart, plain
 
 _LABEL = 28

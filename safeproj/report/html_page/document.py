@@ -10,7 +10,7 @@ import math
 from importlib.resources import files
 from typing import Any
 
-from safeproj.errors import printable
+from safeproj.text import printable
 
 _TEMPLATE = """\
 <!DOCTYPE html>

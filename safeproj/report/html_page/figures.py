@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from safeproj.errors import SafeprojError, printable
+from safeproj.errors import SafeprojError
+from safeproj.records.scores import ModuleReport, Report
 from safeproj.report.html_page import NO_PLOTLY
 from safeproj.report.markdown import span
 from safeproj.report.methods import METHODS
-from safeproj.report.record import ModuleReport, Report
+from safeproj.text import printable
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from safeproj.evaluate.rates import Rate
+from safeproj.records.rates import Rate
+from safeproj.records.sweeps import Rates, Sweep
 from safeproj.report.html_page.figures import DASHES, SYMBOLS, Chart, plain
 from safeproj.sweep import words
-from safeproj.sweep.record import Rates, Sweep
 
 LABEL = 28
 """Characters of a name in the legend; hovering and the table give all of it."""

@@ -1,0 +1,1 @@
+"""The repairs: a folder each, and what they share."""

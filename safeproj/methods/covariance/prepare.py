@@ -1,0 +1,221 @@
+"""The statistics that a run needs: opened, or made first where data is given in their place."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safeproj.adapter import Adapter, read_adapter
+from safeproj.adapter.record import WeightNames
+from safeproj.engine import resolve_device
+from safeproj.errors import SafeprojError
+from safeproj.lm.chat import ChatOptions
+from safeproj.lm.data import BATCH_SIZE, RANDOM, Data, random_data, read_data
+from safeproj.lm.layers import OnBatch
+from safeproj.methods.covariance.file import Statistics, open_statistics
+from safeproj.methods.given import COVARIANCE, STATISTICS, Against
+from safeproj.methods.projection import Reconstruction
+from safeproj.plan.select import Selection
+from safeproj.storage.source import open_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safeproj.run.job import Options
+
+
+@contextmanager
+def with_statistics(
+    against: Against,
+    adapters: Sequence[str],
+    device: str,
+    on_batch: OnBatch | None,
+    chat: ChatOptions | None = None,
+) -> Iterator[Against]:
+    """Yield what adapters are scored against, with statistics in a temporary directory if needed.
+
+    They are those of the layers that the adapters change, made with the defaults of
+    `safeproj stats`: the model is loaded, and run on the data.
+
+    Args:
+        against: what the user gave.
+        adapters: of each the SRC; one that cannot be read is left to those who use it.
+        device: where the model runs.
+        on_batch: told about the progress.
+        chat: how chats in the data are put.
+
+    Raises:
+        SafeprojError: the data, or the model, cannot be used.
+    """
+    if not against.runs_model:
+        yield against
+        return
+    assert against.aligned is not None
+    with tempfile.TemporaryDirectory(prefix="safeproj-") as directory:
+        made = _made(against, adapters, device, on_batch, Path(directory), chat)
+        yield replace(against, statistics=made)
+
+
+def rebuilt(
+    against: Against,
+    ready: Against,
+    adapter: str,
+    options: Options,
+    on_batch: OnBatch | None,
+) -> dict[str, Tensor]:
+    """Return the `A'` (r, n) by module of a correction layer by layer.
+
+    Args:
+        against: what the user gave.
+        ready: the same with statistics.
+        adapter: SRC of a PEFT adapter.
+        options: the projector is `Reconstruction`.
+        on_batch: told about the progress.
+
+    Raises:
+        SafeprojError: data is missing, or the adapter or the model cannot be used.
+    """
+    from safeproj.evaluate.adapters import attach_read, moves, require_peft
+    from safeproj.lm import models
+    from safeproj.methods.covariance.reconstruct import reconstructed
+    from safeproj.run.job import Job
+
+    projector = options.projector
+    assert isinstance(projector, Reconstruction)
+    job = Job(ready, options, None, None, digests=False)
+    read = job.read(adapter)
+    require_peft(read.folder)
+    loaded = job.runnable(read)
+    assert against.aligned is not None
+    folder = open_folder(against.aligned)
+    tokenizer = models.load_tokenizer(folder)
+    safety, benign = (
+        read_data(str(source), tokenizer, option=option).batches(BATCH_SIZE)
+        for option, source in _data(against)
+    )
+    is_mps = resolve_device(options.device).type == "mps"  # which has no float64
+    device = "cpu" if is_mps else options.device
+    host = models.load_model(folder, device)
+    moved = moves(host, loaded.adapter.folder)
+    names = {moved.get(name, name): name for name in (i.module.name for i in loaded.plan.modules)}
+    model = attach_read(host, loaded.adapter)
+    found = reconstructed(model, list(names), safety, benign, projector, on_batch)
+    return {names[place]: factor for place, factor in found.items()}
+
+
+def _data(against: Against) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
+    return ("--safety-data", against.safety_data), ("--task-data", against.task_data)
+
+
+def require_data(against: Against, adapters: Sequence[str], selection: Selection) -> None:
+    """Refuse what cannot be corrected layer by layer.
+
+    Raises:
+        SafeprojError: there is no data to run the model with the adapter on, more than one adapter,
+            or a selection by scores.
+    """
+    if selection.threshold is not None or selection.layers is not None:
+        raise SafeprojError(
+            "--threshold and --layers do not go with --reconstruct, where each module makes up for "
+            "others; leave them out, or choose modules with --include and --exclude"
+        )
+    if len(adapters) != 1:
+        raise SafeprojError("--reconstruct goes with one adapter; patch them one by one")
+    if against.method != COVARIANCE:
+        raise SafeprojError("--reconstruct goes with --safety-data and --task-data; leave it out")
+    for option, source in _data(against):
+        if source is None or source.endswith(STATISTICS):
+            found = "missing" if source is None else "a file of statistics"
+            raise SafeprojError(
+                f"--reconstruct runs the adapter on data, and {option} is {found}; give JSON lines"
+            )
+
+
+def statistics_of(against: Against, maps: Sequence[str]) -> Statistics:
+    """Return the statistics that adapters are scored against.
+
+    Raises:
+        SafeprojError: they cannot be used, or are still to be made.
+    """
+    assert against.safety_data is not None
+    if against.statistics is not None:
+        names = (against.safety_data, against.task_data or RANDOM)
+        return open_statistics(*against.statistics, maps, names=names)
+    if against.runs_model:
+        raise SafeprojError(
+            "statistics are needed here, not data; make them with `safeproj stats`, and give them "
+            "as --safety-data and --task-data"
+        )
+    assert against.task_data is not None
+    return open_statistics(against.safety_data, against.task_data, maps, against.aligned)
+
+
+def _made(
+    against: Against,
+    adapters: Sequence[str],
+    device: str,
+    on_batch: OnBatch | None,
+    directory: Path,
+    chat: ChatOptions | None,
+) -> tuple[Path, Path]:
+    """Make the statistics that are missing, and return where both are."""
+    from safeproj.lm import models
+
+    models.require_extra()
+    assert against.aligned is not None
+    folder = open_folder(against.aligned)
+    tokenizer = models.load_tokenizer(folder)
+    given = {"safety": against.safety_data, "task": against.task_data}
+    data: dict[str, Data] = {}
+    for role, source in given.items():
+        if source is None:
+            data[role] = random_data(tokenizer)
+        elif not source.endswith(STATISTICS):
+            data[role] = read_data(source, tokenizer, option=f"--{role}-data", chat=chat)
+    read = [_adapter(source) for source in adapters]
+    model = models.load_model(folder, device)
+    targets = _targets(model, [each for each in read if each is not None])
+    places = {role: Path(str(source)) for role, source in given.items()}
+    with models.quietly():
+        for role, each in data.items():
+            from safeproj.methods.covariance.make import make_statistics
+
+            places[role] = directory / f"{role}.stats.safetensors"
+            make_statistics(
+                model,
+                each.batches(BATCH_SIZE),
+                places[role],
+                targets,
+                models.recorded_inputs(folder, each),
+                on_batch=on_batch,
+            )
+    return places["safety"], places["task"]
+
+
+def _adapter(source: str) -> Adapter | None:
+    try:
+        return read_adapter(source, unknown=True)
+    except SafeprojError:
+        return None
+
+
+def _targets(model: Any, adapters: Sequence[Adapter]) -> list[str]:
+    """Return the names of the linear layers that adapters change."""
+    from safeproj.lm.layers import is_linear
+    from safeproj.lm.places import relocated
+
+    weights = WeightNames({name for name, _ in model.named_parameters()})
+    linear = {name for name, module in model.named_modules() if is_linear(module)}
+    adapted = {module.named(weights).name for each in adapters for module in each.modules}
+    moved = relocated(model, adapted)
+    found = sorted(linear & {moved.get(name, name) for name in adapted})
+    if adapters and not found:
+        raise SafeprojError(
+            f"{adapters[0].source}: changes no linear layer of the model; expected an adapter "
+            "that was trained on it"
+        )
+    return found

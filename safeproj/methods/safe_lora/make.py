@@ -1,0 +1,189 @@
+"""Makes an alignment file of two checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safeproj import __version__
+from safeproj.errors import SafeprojError
+from safeproj.methods.recorded import recorded_parameters, write_recorded
+from safeproj.methods.safe_lora.decomposition import eigenpairs, smaller_form
+from safeproj.methods.safe_lora.file import EIGENPAIRS, KIND, SCHEMA, VALUES, ZERO, Recorded
+from safeproj.methods.safe_lora.pair import Pair
+from safeproj.methods.safe_lora.targets import Target
+from safeproj.plan.match import quantised_dtypes, quantised_warning
+from safeproj.storage.published import published, without_paths
+from safeproj.versions import versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SQUARES = 1 << 22
+"""Numbers whose squares are summed in float32, before float64 takes over."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much of `C` is kept. Exactly one of the fields is given.
+
+    Attributes:
+        rank: the K leading eigenpairs.
+        energy: the fewest eigenpairs with `σ₁² + … + σ_K² >= energy · ‖V‖_F²`, 0 < energy <= 1.
+        exact: `C` or `V`, whichever is smaller.
+
+    Raises:
+        SafeprojError: none is given, or more than one, or one is out of range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.rank is not None) + (self.energy is not None) + self.exact != 1:
+            raise SafeprojError("give one of --rank, --energy and --exact")
+        if self.rank is not None and self.rank < 1:
+            raise SafeprojError(f"--rank must be at least 1, found {self.rank}")
+        if self.energy is not None and not 0.0 < self.energy <= 1.0:
+            raise SafeprojError(f"--energy must lie in (0, 1], found {self.energy}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the field that is given."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+    def keep(self, V: Tensor) -> tuple[Recorded, dict[str, Tensor]]:
+        """Return what is recorded of `V` (m, n), and the tensors by the last part of their name.
+
+        Raises:
+            FloatingPointError: `V` is too large for float32.
+        """
+        m, n = V.shape
+        rows = max(1, SQUARES // max(n, 1))
+        norm = sum(float(block.square().sum().double()) for block in V.split(rows)) ** 0.5
+        if not math.isfinite(norm):
+            raise FloatingPointError("the alignment matrix has a norm that is not finite")
+        if norm == 0.0:
+            return Recorded(ZERO, (m, n), 0.0), {}
+        if self.exact:
+            form, tensor = smaller_form(V)
+            return Recorded(form, (m, n), norm), {form: tensor.cpu().clone()}
+        found = eigenpairs(V, self.rank, self.energy)
+        record = Recorded(EIGENPAIRS, (m, n), norm, found.error, found.residual, found.leak)
+        return record, {EIGENPAIRS: found.U, VALUES: found.eigenvalues}
+
+
+@dataclass(frozen=True)
+class Made:
+    """An alignment file that was written.
+
+    Attributes:
+        weights: key to what is recorded.
+        nbytes: size of the file.
+        warnings: what the user should know about the checkpoints.
+    """
+
+    weights: dict[str, Recorded]
+    nbytes: int
+    warnings: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Return what it holds in words."""
+        text = f"{len(self.weights)} weights, {self.nbytes / 1e6:.1f} MB"
+        errors = [w.error for w in self.weights.values() if w.form == EIGENPAIRS]
+        if not errors:
+            return f"{text}, exact"
+        mean = sum(errors) / len(errors)
+        return (
+            f"{text}, relative error of C {min(errors):.3f} to {max(errors):.3f}, mean {mean:.3f}"
+        )
+
+
+def make_file(
+    pair: Pair,
+    targets: Sequence[Target],
+    kept: Iterable[
+        tuple[tuple[Recorded, dict[str, Tensor]], tuple[dict[str, str], dict[str, str]]]
+    ],
+    wanted: Mapping[str, Any],
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> Made:
+    """Write the file; it appears complete or not at all.
+
+    Args:
+        pair: the two checkpoints.
+        targets: the weights.
+        kept: of each weight, in the same order: what `Form.keep` returned, and the digests.
+        wanted: the options, for the file.
+        out: the file to create.
+        overwrite: whether an alignment file that is there may be replaced.
+
+    Raises:
+        SafeprojError: it cannot be written; nothing is left behind.
+    """
+    weights: dict[str, Recorded] = {}
+    digests = []
+    quantised: dict[str, list[str]] = {}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for target, ((record, found), sha256) in zip(targets, kept, strict=True):
+            weights[target.key] = record
+            digests.append(sha256)
+            for name, tensor in found.items():
+                yield f"{target.key}.{name}", tensor
+
+    def document() -> dict[str, Any]:
+        quantised.update(_quantised(pair, targets))
+        return _document(pair, targets, weights, digests, wanted, quantised)
+
+    nbytes = write_recorded(out, KIND, tensors(), document, overwrite=overwrite)
+    warnings = (quantised_warning(role, found) for role, found in quantised.items() if found)
+    return Made(weights, nbytes, tuple(warnings))
+
+
+def _document(
+    pair: Pair,
+    targets: Sequence[Target],
+    weights: Mapping[str, Recorded],
+    digests: Sequence[tuple[dict[str, str], dict[str, str]]],
+    wanted: Mapping[str, Any],
+    quantised: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """Return the JSON of the metadata: no time and no host, so that the same run gives the same."""
+    sha256 = pair.digests_of(digests)
+    inputs = {
+        role: {
+            **published(identity),
+            "quantised": list(quantised[role]),
+            "sha256": sha256[role],
+        }
+        for role, identity in pair.inputs.items()
+    }
+    parameters = recorded_parameters(
+        (target.parameter, target.stored_shape, target.layout) for target in targets
+    )
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "safeproj", "version": __version__},
+        "versions": versions(),
+        "options": dict(wanted),
+        "inputs": inputs,
+        "config": without_paths(pair.config),
+        "parameters": parameters,
+        "weights": {key: asdict(record) for key, record in weights.items()},
+    }
+
+
+def _quantised(pair: Pair, targets: Sequence[Target]) -> dict[str, list[str]]:
+    """Return for each role the dtypes of codes among the weights."""
+    return {
+        "base": quantised_dtypes((target.base for target in targets), pair.base.checkpoint),
+        "aligned": quantised_dtypes(
+            (target.aligned for target in targets), pair.aligned.checkpoint
+        ),
+    }

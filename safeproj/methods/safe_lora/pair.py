@@ -1,0 +1,90 @@
+"""`V` as the difference of two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+from safeproj.adapter import Adapter
+from safeproj.adapter.record import Factor
+from safeproj.checkpoint import Checkpoint, open_checkpoint
+from safeproj.checkpoint.expression import Expression, matrix
+from safeproj.engine import Comparison, Difference, Score
+from safeproj.names import Names
+from safeproj.plan.match import Plan, PlannedChange, PlannedModule, plan
+from safeproj.plan.select import Selection
+from safeproj.storage.source import identity
+
+
+class Pair:
+    """The aligned and the base checkpoint of one model.
+
+    Args:
+        aligned: SRC of the aligned checkpoint.
+        base: SRC of the base checkpoint.
+        maps: `--map` rules, `RUNTIME=CHECKPOINT`.
+
+    Raises:
+        SafeprojError: one of them cannot be used.
+    """
+
+    def __init__(self, aligned: str, base: str, maps: Sequence[str] = ()) -> None:
+        self.aligned = Names(open_checkpoint(aligned), maps)
+        self.base = Names(open_checkpoint(base), maps)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.aligned.checkpoint.names
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.aligned.checkpoint.config or self.base.checkpoint.config
+
+    @property
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        return {role: identity(checkpoint) for role, checkpoint in self.checkpoints.items()}
+
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Both checkpoints by role."""
+        return {"base": self.base.checkpoint, "aligned": self.aligned.checkpoint}
+
+    def plan(self, adapter: Adapter, selection: Selection) -> Plan:
+        return plan(adapter, self.aligned, self.base, selection)
+
+    def group(self, item: PlannedModule) -> Hashable:
+        return item.aligned, item.base
+
+    def origin(self, item: PlannedModule) -> Difference:
+        return self.difference(item.aligned, item.base)
+
+    def difference(self, aligned: Expression, base: Expression) -> Difference:
+        """Return the difference of a weight in both, downloading the files that hold it."""
+        return Difference(
+            matrix(aligned, self.aligned.checkpoint), matrix(base, self.base.checkpoint)
+        )
+
+    def comparison(self, adapter: Adapter, item: PlannedChange) -> Comparison | None:
+        if item.aligned is None:
+            return None
+        change = item.change
+        replacement = Factor(change.key).view(adapter.tensors)
+        weight = matrix(item.aligned, self.aligned.checkpoint)
+        return Comparison(change.parameter, weight, replacement, change.rows)
+
+    def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+        sides = [score.sha256 for score in scores.values() if score.sha256 is not None]
+        return self.digests_of(sides)
+
+    def digests_of(
+        self, sides: Sequence[tuple[dict[str, str], dict[str, str]]]
+    ) -> dict[str, dict[str, Any]]:
+        """Return the digests of tensors (aligned, base) with those of the files beside them."""
+        found = {}
+        for index, role in enumerate(("aligned", "base")):
+            tensors: dict[str, str] = {}
+            for side in sides:
+                tensors |= side[index]
+            files = dict(self.checkpoints[role].document_digests)
+            found[role] = {"tensors": tensors, "files": files}
+        return found

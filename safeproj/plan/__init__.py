@@ -1,0 +1,1 @@
+"""Which updates meet which weights."""

@@ -1,0 +1,1 @@
+"""What runs say, as data: scores, checks, evaluations, sweeps, rates and rules."""

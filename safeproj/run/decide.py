@@ -1,0 +1,376 @@
+"""From scores to decisions: which tensors are replaced, and what the report says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeproj import __version__
+from safeproj.adapter import AdaptedModule, Adapter
+from safeproj.adapter.peft_config import PREFIX
+from safeproj.engine import Score
+from safeproj.errors import SafeprojError
+from safeproj.methods.projection import Complement, Projector, Side, pdst
+from safeproj.plan.match import Plan
+from safeproj.plan.select import Selection
+from safeproj.records.scores import ModuleReport, Report, Safety, Unprojected, place
+from safeproj.storage.source import identity
+from safeproj.text import natural_order, shorten
+
+DTYPES = {
+    "keep": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""`--dtype`: what the projected tensors are written as; `keep` is the dtype they had."""
+
+LOST_IN_ROUNDING = 0.01
+"""Relative error of a written tensor from which on the user is warned: float16 has few bits left
+for the small numbers that projection makes."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done to an adapter.
+
+    Attributes:
+        replaced: the tensors to write in place of the adapter's, by key.
+        report: the record of the run.
+        converted: those of them that have another dtype alone, since the other factor has it.
+    """
+
+    replaced: dict[str, Tensor]
+    report: Report
+    converted: frozenset[str] = frozenset()
+
+
+def decide(
+    adapter: Adapter,
+    inputs: Mapping[str, Mapping[str, Any]],
+    plan: Plan,
+    scores: Mapping[str, Score],
+    changes: Mapping[str, float | None],
+    selection: Selection,
+    projector: Projector,
+    dtype: str,
+) -> Decision:
+    """Choose the modules to project and describe the outcome.
+
+    Args:
+        adapter: the input.
+        inputs: role to the identity of what the projectors come from.
+        plan: what was scored.
+        scores: module name to score.
+        changes: key of a tensor that replaces a weight to the size of the change, relative to it.
+        selection: how modules are chosen.
+        projector: which `C` the scores are for.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        SafeprojError: `V = 0` for every module.
+    """
+    if all(score.alignment_norm == 0.0 for score in scores.values()):
+        base, aligned = (inputs[role]["source"] for role in ("base", "aligned"))
+        raise SafeprojError(
+            f"{base} and {aligned} are the same model: all weights that the adapter changes are "
+            "equal in both; --base must be the model before alignment"
+        )
+    cosines = {name: score.cosine for name, score in scores.items()}
+    chosen = selection.choose(cosines)
+    bounds = {name: score.bounds for name, score in scores.items() if score.bounds is not None}
+    uncertain = selection.uncertain(cosines, bounds)
+    replaced = _replaced(adapter, plan, scores, chosen, DTYPES[dtype], projector.side)
+    written = {**adapter.tensors, **replaced}
+    distances, lossy = [], []
+    for planned in plan.modules:
+        module, score = planned.module, scores[planned.module.name]
+        if score.factor is None or score.cosine is None:
+            continue
+        there = module.factor(projector.side).view(written)
+        if projector.side == "output":  # it is the reference code's measure of C B
+            distances.append(pdst(there, score.factor))
+        if module.name in chosen and _lost(there, score, projector.side) > LOST_IN_ROUNDING:
+            if score.settled is not None:
+                raise SafeprojError(
+                    f"{module.name}: the terms of B A cancel so far that its projection cannot be "
+                    f"written beside the other factor in {there.dtype}; save the adapter again "
+                    "from the model it was trained on"
+                )
+            lossy.append(module.name)
+    unprojected = tuple(_unprojected(adapter, plan, scores, changes, projector.side))
+    report = Report(
+        version=__version__,
+        method=projector.method,
+        projector=_describe(projector, scores),
+        selection=selection.to_dict(),
+        inputs={
+            **{role: dict(identity) for role, identity in inputs.items()},
+            "adapter": identity(adapter.folder),
+        },
+        modules=tuple(_module_reports(plan, scores, chosen, uncertain)),
+        pdst=sum(distances) / len(distances) if distances else None,
+        unprojected=unprojected,
+        safety_energy=_mean_energies([score.energies for score in scores.values()]),
+        warnings=(
+            *adapter.warnings,
+            *plan.warnings,
+            *_warnings(scores, selection, chosen, lossy, unprojected),
+            *_truncation_warnings(scores, chosen, uncertain),
+        ),
+    )
+    converted = {}
+    if dtype != "keep":
+        converted = _converted(adapter, plan, replaced, chosen, projector.side)
+    return Decision({**replaced, **converted}, report, frozenset(converted))
+
+
+def _replaced(
+    adapter: Adapter,
+    plan: Plan,
+    scores: Mapping[str, Score],
+    chosen: frozenset[str],
+    dtype: torch.dtype | None,
+    side: Side,
+) -> dict[str, Tensor]:
+    """Return the tensors that change, whole: of a stack of experts some may stay as they are."""
+    others = [p.module for p in plan.modules if p.module.name not in chosen]
+    kept = {factor.key for module in (*others, *plan.excluded) for factor in module.written(side)}
+    replaced: dict[str, Tensor] = {}
+    for planned in plan.modules:
+        score = scores[planned.module.name]
+        if planned.module.name not in chosen or score.factor is None:
+            continue
+        for factor in planned.module.written(side):
+            value = score.bias if factor == planned.module.bias else score.factor
+            assert value is not None
+            if factor.key not in replaced:
+                before = adapter.tensors[factor.key]
+                wanted = dtype or before.dtype
+                if factor.key in kept:  # what is kept in it must not be rounded
+                    wanted = torch.promote_types(wanted, before.dtype)
+                replaced[factor.key] = before.to(wanted, copy=True)
+            place = factor.view(replaced)
+            place.copy_(value)
+            if not bool(place.isfinite().all()):
+                raise SafeprojError(
+                    f"{factor.key}: the projected tensor does not fit into {place.dtype}; use "
+                    "--dtype float32"
+                )
+    return replaced
+
+
+def _converted(
+    adapter: Adapter,
+    plan: Plan,
+    replaced: Mapping[str, Tensor],
+    chosen: frozenset[str],
+    side: Side,
+) -> dict[str, Tensor]:
+    """Return the other factors of projected modules in the dtype that is written.
+
+    Some readers refuse two dtypes in one module.
+    """
+    other: Side = "input" if side == "output" else "output"
+    modules = [*(planned.module for planned in plan.modules), *plan.excluded]
+    kept = {m.factor(other).key for m in modules if m.name not in chosen}
+    found: dict[str, Tensor] = {}
+    for module in modules:
+        written, key = replaced.get(module.factor(side).key), module.factor(other).key
+        if written is None or module.name not in chosen or key in replaced:
+            continue
+        before, wanted = adapter.tensors[key], written.dtype
+        if key in kept:  # what is kept in it must not be rounded
+            wanted = torch.promote_types(wanted, before.dtype)
+        if before.dtype == wanted:
+            continue
+        found[key] = before.to(wanted)
+        if not bool(found[key].isfinite().all()):
+            raise SafeprojError(
+                f"{key}: does not fit into {wanted}, which its module is written as; use --dtype "
+                "float32"
+            )
+    return found
+
+
+def _unprojected(
+    adapter: Adapter,
+    plan: Plan,
+    scores: Mapping[str, Score],
+    changes: Mapping[str, float | None],
+    side: Side,
+) -> Iterator[Unprojected]:
+    """Yield what the adapter changes past every projection."""
+    for planned in plan.changes:
+        change = planned.change
+        size = changes.get(change.key)
+        yield Unprojected(change.key, change.parameter, change.kind, size, planned.added_rows)
+    # ΔW may be zero where the bias of lora_B is not: that change of the output stays, and so does
+    # every one where A is changed.
+    for module in (planned.module for planned in plan.modules):
+        bias, scored = module.bias, scores[module.name].cosine is not None
+        if bias is None or (scored and side == "output"):
+            continue
+        if bool(adapter.tensors[bias.key].any()):
+            kind = "bias of lora_B" if scored else "bias of lora_B without a cosine"
+            yield Unprojected(bias.key, module.name, kind, None)
+
+
+def _lost(there: Tensor, score: Score, side: Side) -> float:
+    """Return how far what was written is from what was computed, relative to it.
+
+    Of the factor; of the update itself where terms cancel, since the factor says little of it.
+    """
+    if score.settled is None:
+        assert score.factor is not None
+        return _relative_error(there, score.factor)
+    columns = there if side == "output" else there.T
+    return _relative_error(score.settled.core.coordinates(columns), score.settled.after)
+
+
+def _relative_error(there: Tensor, factor: Tensor) -> float:
+    size = float(factor.double().norm())
+    return float((there.double() - factor.double()).norm()) / size if size else 0.0
+
+
+def _describe(projector: Projector, scores: Mapping[str, Score]) -> dict[str, object]:
+    if isinstance(projector, Complement):
+        ranks = [score.rank for score in scores.values() if score.rank is not None]
+        return {"kind": "safety-module", "rank": max(ranks)}
+    found: dict[str, object] = {"kind": projector.kind}
+    for name in ("rank", "energy", "mu"):
+        if getattr(projector, name, None) is not None:
+            found[name] = getattr(projector, name)
+    return found
+
+
+def _mean_energies(energies: Sequence[tuple[float, ...]]) -> dict[int, float]:
+    """Return for ranks the mean share of the safety data's energy that so many directions hold.
+
+    The ranks are the powers of two up to the largest stored one, and that. A module that has fewer
+    directions counts with all of them.
+    """
+    largest = max(map(len, energies), default=0)
+    ranks = {1 << power for power in range(largest.bit_length())} | {largest}
+    return {
+        rank: sum(each[min(rank, len(each)) - 1] for each in energies) / len(energies)
+        for rank in sorted(ranks)
+        if largest
+    }
+
+
+def _module_reports(
+    plan: Plan,
+    scores: Mapping[str, Score],
+    chosen: frozenset[str],
+    uncertain: frozenset[str],
+) -> list[ModuleReport]:
+    found = []
+    for planned in plan.modules:
+        name = planned.module.name
+        module = _module_report(planned.module, scores[name], name in chosen, planned.note)
+        safety = _safety(scores[name])
+        found.append(replace(module, uncertain=name in uncertain, safety=safety))
+    unknown = Safety(None, None) if any(module.safety for module in found) else None
+    for excluded in plan.excluded:
+        found.append(replace(_module_report(excluded, None, False, None), safety=unknown))
+    return sorted(found, key=lambda module: natural_order(module.name))
+
+
+def _safety(score: Score) -> Safety | None:
+    if score.rank is None or not score.energies:
+        return None
+    return Safety(score.safety_share, score.energies[score.rank - 1])
+
+
+def _module_report(
+    module: AdaptedModule, score: Score | None, projected: bool, note: str | None
+) -> ModuleReport:
+    stack, layer, kind = place(module.name)
+    return ModuleReport(
+        name=module.name,
+        stack=stack,
+        layer=layer,
+        kind=kind,
+        shape=(module.out_features, module.in_features),
+        rank=module.rank,
+        cosine=score.cosine if score else None,
+        alignment_norm=score.alignment_norm if score else None,
+        scale=score.scale if score else None,
+        projected=projected,
+        note="; ".join(text for text in (_note(module, score), note) if text) or None,
+        projector_rank=score.rank if score else None,
+        bounds=score.bounds if score else None,
+        truncation=score.truncation if score and score.bounds else None,
+        ratios=_ratios(score),
+    )
+
+
+def _ratios(score: Score | None) -> tuple[float, float] | None:
+    if score is None or score.before is None or score.after is None:
+        return None
+    return score.before.ratio, score.after.ratio
+
+
+def _note(module: AdaptedModule, score: Score | None) -> str | None:
+    if score is None:
+        return "left out by --include/--exclude: kept, not scored"
+    if score.alignment_norm == 0.0:
+        return "V = 0: base and aligned are equal here, no alignment signal; kept"
+    if score.cosine is None:
+        return "empty update: B A is zero; kept"
+    if module.mirrors and score.before is None:
+        tied = ", ".join(factor.key.removeprefix(PREFIX) for factor in module.mirrors)
+        return f"tied weights: {tied} holds the same factor and is written too"
+    return "DoRA: the magnitude is kept" if module.dora else None
+
+
+def _truncation_warnings(
+    scores: Mapping[str, Score], chosen: frozenset[str], uncertain: frozenset[str]
+) -> Iterator[str]:
+    """Yield what follows from a truncated `C`."""
+    if uncertain:
+        yield (
+            f"{len(uncertain)} decisions are not certain: the alignment file keeps part of C, and "
+            "within the bound of that error these cosines may lie on the other side: "
+            f"{shorten(sorted(uncertain, key=natural_order))}; use the checkpoints, or a file with "
+            "more of C"
+        )
+    errors = [scores[name].truncation for name in chosen if scores[name].truncation]
+    if errors:
+        yield (
+            f"{len(errors)} modules are projected with a truncated C, which differs from C by up "
+            f"to {max(errors):.1%}"
+        )
+
+
+def _warnings(
+    scores: Mapping[str, Score],
+    selection: Selection,
+    chosen: frozenset[str],
+    lossy: list[str],
+    unprojected: tuple[Unprojected, ...],
+) -> Iterator[str]:
+    changed = [item for item in unprojected if not item.is_copy]
+    if changed:
+        yield (
+            f"{len(changed)} tensors change weights or biases directly, which no projection "
+            f"touches: {shorten(item.describe() for item in changed)}"
+        )
+    frozen = [name for name, score in scores.items() if score.alignment_norm == 0.0]
+    if frozen:
+        yield (
+            f"{len(frozen)} modules have no alignment signal (base and aligned are equal there) "
+            f"and are kept: {shorten(frozen)}"
+        )
+    if selection.layers is not None and len(chosen) < selection.layers:
+        yield f"--layers {selection.layers}: only {len(chosen)} modules have a cosine"
+    if lossy:
+        yield (
+            f"rounding to the written dtype loses over {LOST_IN_ROUNDING:.0%} of {len(lossy)} "
+            f"projected tensors ({shorten(lossy)}); use --dtype float32"
+        )

@@ -1,0 +1,754 @@
+"""One run over one adapter or many: read, match, score, decide, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from safeproj import engine
+from safeproj.adapter import Adapter, card, read_adapter
+from safeproj.adapter.experts import UNSAID, as_today
+from safeproj.adapter.interface import MANIFEST
+from safeproj.adapter.portable import portable
+from safeproj.adapter.weightfiles import NAMED
+from safeproj.adapter.write import adapters_below, weights_beside, write_adapter
+from safeproj.checkpoint import open_checkpoint
+from safeproj.engine import Origin, Progress, Score, Task, Update
+from safeproj.engine.profile import Profile
+from safeproj.errors import SafeprojError, explained
+from safeproj.methods import factors
+from safeproj.methods.covariance.prepare import statistics_of
+from safeproj.methods.given import (
+    COVARIANCE,
+    HAS_NO_PROJECTOR,
+    HOLDS_PROJECTOR,
+    MU_ALONE,
+    SAFE_LORA,
+    SALORA,
+    Against,
+)
+from safeproj.methods.projection import Approx, Complement, Covariance, Projector, Reconstruction
+from safeproj.methods.reference import Subspace
+from safeproj.methods.safe_lora.file import AlignmentFile, open_file
+from safeproj.methods.safe_lora.pair import Pair
+from safeproj.methods.salora.file import open_safety_module
+from safeproj.names import Names, parse_rules
+from safeproj.plan.match import Plan, PlannedModule
+from safeproj.plan.match import plan as matched
+from safeproj.plan.residual import converted, held_parts, told_of
+from safeproj.plan.select import Selection
+from safeproj.records.scores import Report
+from safeproj.run.decide import DTYPES, Decision, decide
+from safeproj.run.manifest import manifest
+from safeproj.storage.source import Folder, LocalFolder, read_json
+from safeproj.text import shorten
+
+BATCH = 2 << 30
+"""Bytes of adapters that are held at a time. Where there are more, the checkpoints are read once
+for each so many."""
+
+CASTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What servers cast factors to, whatever they are stored as."""
+
+MULTIPLIED = ("bfloat16", "float16")
+"""Those in which some servers multiply `B` by the scaling when they load it."""
+
+_TODAY = "\0"
+"""Before the name of a module as today's PEFT reads it; no name begins so."""
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run is done.
+
+    Attributes:
+        selection: which modules are projected; if it does not say how they are chosen, those with
+            `cos <= 0.35`, and with a safety module or safety data all.
+        projector: which `C`: with a safety module `Complement`, with safety data `Covariance`,
+            otherwise `Approx` or `Exact`. If None, `Complement()`, `Covariance()` or `Approx()`.
+        device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        workers: threads over modules on the CPU, None for one per core, at most 8. The result
+            does not depend on it.
+        dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
+        maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
+        portable: write an adapter that all readers compute alike.
+
+    Raises:
+        SafeprojError: a value is out of range, a rule is malformed, or the device is not there.
+    """
+
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    projector: Projector | None = None
+    device: str = "auto"
+    workers: int | None = None
+    dtype: str = "keep"
+    maps: tuple[str, ...] = ()
+    portable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
+        if self.workers is not None and self.workers < 1:
+            raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
+        if self.portable and isinstance(self.projector, Reconstruction):
+            raise SafeprojError(
+                "--portable does not go with --reconstruct, which runs the adapter as it is; make "
+                "it portable before"
+            )
+        parse_rules(self.maps)
+        engine.resolve_device(self.device)
+
+
+class Observer(Protocol):
+    """Who wants to see a run go on."""
+
+    def start(self, modules: int, nbytes: int) -> None:
+        """So many weights are to be read, so many bytes; again for each further batch."""
+
+    def progress(self, event: Progress) -> None:
+        """Something was read or finished; called from the engine's threads."""
+
+    def ran(self, done: int, total: int) -> None:
+        """So many of all batches of data were run, before anything is read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """An adapter and what is to be scored of it.
+
+    Attributes:
+        adapter: as it is scored.
+        plan: its updates, with their weights.
+        today: those that today's PEFT reads otherwise than the one that wrote them, as that does.
+        held: what tells that its updates are a part of the weights, if they seem to be.
+    """
+
+    adapter: Adapter
+    plan: Plan
+    today: tuple[PlannedModule, ...] = ()
+    held: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.adapter.tensors.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """An update from factors that are cast to another dtype.
+
+    Attributes:
+        dtype: its name, one of `CASTS`, and the scaling where `B` was multiplied by it.
+        change: `‖ΔW_cast - ΔW‖_F / ‖ΔW‖_F`; infinite where `ΔW` is zero and the other is not.
+        least: the least that the cosine of the cast update may be, None where there is none.
+        finite: whether all values are in the dtype's range.
+    """
+
+    dtype: str
+    change: float
+    least: float | None
+    finite: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What was read of one adapter, scored and decided.
+
+    Attributes:
+        adapter: as it was scored.
+        plan: its updates, with their weights.
+        scores: by module.
+        decision: what is to be done to it.
+        projector: what it was scored with.
+        casts: module to its update as servers cast it, where that was asked for and differs.
+        today: module to score as today's PEFT reads it, where that is another update.
+        held: what tells that its updates are a part of the weights, if they seem to be.
+    """
+
+    adapter: Adapter
+    plan: Plan
+    scores: dict[str, Score]
+    decision: Decision
+    projector: Projector
+    casts: dict[str, tuple[Cast, ...]] = dataclasses.field(default_factory=dict)
+    today: dict[str, Score] = dataclasses.field(default_factory=dict)
+    held: str | None = None
+
+    @property
+    def report(self) -> Report:
+        """The record of the run."""
+        return self.decision.report
+
+
+_Key = tuple[int, str, str | None]
+
+
+@dataclasses.dataclass
+class _Group:
+    """One weight, and the updates of it by adapter, module, and the dtype they are cast to."""
+
+    name: str
+    origin: Origin
+    updates: dict[_Key, Update] = dataclasses.field(default_factory=dict)
+
+
+class Job:
+    """What `inspect` and `patch` share, for one adapter or for many.
+
+    Args:
+        against: what the adapters are scored against.
+        options: how.
+        observer: told about the progress.
+        profile: filled in with where the time went.
+        digests: whether the SHA-256 of all that is read is wanted, which `write` records; if None,
+            where an adapter has such a record already.
+        lenient: whether to go on where tensors are unknown or modules have no weight: they are in
+            the adapter and the plan then, and not in the scores.
+        replacements: module to its `A'` (r, n), where that was made by running the model.
+        casts: whether to score the updates as servers cast them, too.
+
+    Raises:
+        SafeprojError: the options do not go together.
+    """
+
+    def __init__(
+        self,
+        against: Against,
+        options: Options | None,
+        observer: Observer | None,
+        profile: Profile | None,
+        *,
+        digests: bool | None,
+        lenient: bool = False,
+        replacements: Mapping[str, Tensor] | None = None,
+        casts: bool = False,
+    ) -> None:
+        self._options = options or Options()
+        self._against = against
+        self._projector = _projector(against, self._options.projector)
+        self._selection = self._options.selection
+        if against.method != SAFE_LORA:  # published, or tried, on every module
+            self._selection = self._selection.or_all()
+        self._observer = observer
+        self._profile = profile or Profile()
+        self._digests = digests
+        self._lenient = lenient
+        self._replacements = dict(replacements or {})
+        self._casts = CASTS if casts else {}
+
+    @cached_property
+    def subspace(self) -> Subspace:
+        """What the adapters are scored against, opened."""
+        return _opened(self._against, self._projector, self._options.maps)
+
+    def one(self, source: str) -> Run:
+        """Read, match, score and decide one adapter."""
+        (found,) = self._runs([self._load(source)])
+        if isinstance(found, SafeprojError):
+            raise found
+        return found
+
+    def many(
+        self, sources: Sequence[str], use: Callable[[Run, int], T]
+    ) -> Iterator[T | SafeprojError]:
+        """Do the same for many, in order, and yield what `use` makes of each, or why it failed.
+
+        `use` is told which of the sources a run is of.
+        """
+        with self._profile.phase("match"):
+            _ = self.subspace  # what all need is looked at first
+        batch: list[Loaded | SafeprojError] = []
+        done = size = 0
+        for source in sources:
+            loaded = _caught(partial(self._load, source))
+            nbytes = 0 if isinstance(loaded, SafeprojError) else loaded.nbytes
+            if size and size + nbytes > BATCH:
+                yield from self._used(batch, done, use)
+                done += len(batch)
+                batch, size = [], 0
+            batch.append(loaded)
+            size += nbytes
+        yield from self._used(batch, done, use)
+
+    def _used(
+        self, batch: Sequence[Loaded | SafeprojError], first: int, use: Callable[[Run, int], T]
+    ) -> Iterator[T | SafeprojError]:
+        for number, run in enumerate(self._runs(batch), start=first):
+            if isinstance(run, SafeprojError):
+                yield run
+            else:
+                yield _caught(partial(use, run, number))
+
+    def inspected(self, run: Run) -> Report:
+        """Return the report of `inspect`, which names what `patch` would leave out."""
+        below = adapters_below(run.adapter)
+        if not below:
+            return run.report
+        note = (
+            f"other adapters lie below this one, and are not looked at: {shorten(below)}; give "
+            "each as an --adapter of its own"
+        )
+        return dataclasses.replace(run.report, warnings=(*run.report.warnings, note))
+
+    def write(
+        self,
+        run: Run,
+        out: Path | None,
+        documents: Mapping[str, bytes | None] | None = None,
+        *,
+        overwrite: bool = False,
+        copy_weights: bool = False,
+    ) -> Report:
+        """Write the patched adapter, if `out` is given, and return the report of `patch`.
+
+        Args:
+            run: what `one` or `many` made of the adapter.
+            out: the directory.
+            documents: as for `write_adapter`.
+            overwrite: as for `write_adapter`.
+            copy_weights: as for `write_adapter`.
+
+        Raises:
+            SafeprojError: it cannot be written; nothing is left behind.
+        """
+        notes = _notes(run.adapter, self._projector, copy_weights=copy_weights)
+        warnings = (*run.report.warnings, *notes)
+        report = dataclasses.replace(run.report, warnings=warnings)
+        if out is None:
+            return report
+        with self._profile.phase("write"):
+            write_adapter(
+                run.adapter,
+                run.decision.replaced,
+                self.manifest(run, report, copy_weights=copy_weights),
+                card.section(report),
+                out,
+                documents,
+                overwrite=overwrite,
+                copy_weights=copy_weights,
+                converted=run.decision.converted,
+            )
+        return report
+
+    def manifest(self, run: Run, report: Report, *, copy_weights: bool = False) -> dict[str, Any]:
+        """Return what `safeproj.json` says of a run, without the digests of what is written."""
+        options: dict[str, Any] = {
+            "dtype": self._options.dtype,
+            "device": str(engine.resolve_device(self._options.device)),
+        }
+        if copy_weights:
+            options["copy_weights"] = True
+        if self._options.portable:
+            options["portable"] = True
+        return manifest(run.adapter, self.subspace, run.scores, report, options)
+
+    @property
+    def projector(self) -> Projector:
+        """What adapters are scored with: what was asked for, or the default."""
+        return self._projector
+
+    def read(self, source: str) -> Adapter:
+        """Return an adapter, before it is matched with the weights.
+
+        Raises:
+            SafeprojError: it cannot be used.
+        """
+        with self._profile.phase("read adapter"):
+            return read_adapter(source, unknown=self._lenient)
+
+    def matched(self, adapter: Adapter) -> Loaded:
+        """Return an adapter that was read with what is to be scored of it.
+
+        One that belongs to a changed base is converted.
+
+        Raises:
+            SafeprojError: it does not fit the weights; unless the job is lenient, also where a
+                module has no weight, or where it belongs to a changed base and is not converted.
+        """
+        with self._profile.phase("match"):
+            subspace = self.subspace
+            adapter = adapter.fitted(subspace.names, subspace.config)
+            for reason in () if self._lenient else adapter.format.unloaded(adapter, subspace.names):
+                raise SafeprojError(f"{adapter.source}: {reason}")
+        if adapter.format.changed_base(adapter) is not None:
+            with self._profile.phase("convert"):
+                adapter = self._converted(adapter)
+        with self._profile.phase("match"):
+            if self._options.portable:
+                adapter = portable(adapter, DTYPES[self._options.dtype])
+            plan = subspace.plan(adapter, self._selection)
+            if self._lenient:
+                plan = self._without_unheld(plan)
+            for _, error in () if self._lenient else plan.unmatched:
+                raise error
+            today = tuple(self._read_today(adapter, plan))
+            held = self._held(adapter, plan)
+        notes = [_two_readings(adapter, today)] if today else []
+        adapter = dataclasses.replace(adapter, warnings=(*adapter.warnings, *notes))
+        return Loaded(adapter, plan, today, held)
+
+    def runnable(self, adapter: Adapter) -> Loaded:
+        """Return the same of an adapter that PEFT is to put on the model.
+
+        Raises:
+            SafeprojError: as `matched`, or PEFT would put another update on the model.
+        """
+        loaded = self.matched(adapter)
+        if loaded.today:
+            raise SafeprojError(
+                f"{adapter.source}: {_two_readings(adapter, loaded.today)}; the model cannot be "
+                "run with it: leave the stacks out of the adapter"
+            )
+        return loaded
+
+    def _converted(self, adapter: Adapter) -> Adapter:
+        """Return an adapter of a changed base, converted; as it is if a lenient job cannot."""
+        try:
+            return converted(adapter, self._weights, self._options.workers)
+        except SafeprojError:
+            if self._lenient:  # the gate has a finding of its own
+                return adapter
+            raise
+
+    @cached_property
+    def _weights(self) -> Names | None:
+        """The aligned weights; None where a file stands for them."""
+        if isinstance(self.subspace, Pair):
+            return self.subspace.aligned
+        aligned = self._against.aligned
+        return None if aligned is None else Names(open_checkpoint(aligned), self._options.maps)
+
+    def _held(self, adapter: Adapter, plan: Plan) -> str | None:
+        """Return what tells that updates are a part of the weights.
+
+        Raises:
+            SafeprojError: they are, and the job is not lenient.
+        """
+        modules = plan.modules
+        if not isinstance(self.subspace, Pair):
+            if self._weights is None or self._against.statistics is None:
+                return None  # no weights are read, and none fetched for this
+            modules = matched(adapter, self._weights, self._weights, Selection()).modules
+        assert self._weights is not None
+        told = told_of(held_parts(adapter, modules, self._weights))
+        if told is None or self._lenient:
+            return told
+        raise SafeprojError(
+            f"{adapter.source}: {told}: it belongs to what PiSSA or its like left of the base "
+            "weights, whatever its config says; use the converted adapter (that of LLaMA-Factory "
+            "is in pissa_converted), or name the initialisation in init_lora_weights"
+        )
+
+    def _read_today(self, adapter: Adapter, plan: Plan) -> Iterator[PlannedModule]:
+        """Yield the updates that today's PEFT takes for others, as it does."""
+        again = as_today(adapter)
+        if again is None:
+            return
+        own = {item.module.name: item.module for item in plan.modules}
+        for item in self.subspace.plan(again, self._selection).modules:
+            if item.module.name in own and item.module != own[item.module.name]:
+                yield item
+
+    def _load(self, source: str) -> Loaded:
+        return self.matched(self.read(source))
+
+    def _without_unheld(self, plan: Plan) -> Plan:
+        """Return the plan with those modules unmatched that a file does not hold as they are."""
+        origins = [_caught(partial(self.subspace.origin, item)) for item in plan.modules]
+        pairs = list(zip(plan.modules, origins, strict=True))
+        held = [item for item, found in pairs if not isinstance(found, SafeprojError)]
+        errors = [(item.module, e) for item, e in pairs if isinstance(e, SafeprojError)]
+        if not held:
+            raise errors[0][1]
+        return dataclasses.replace(plan, modules=tuple(held), unmatched=(*plan.unmatched, *errors))
+
+    def _runs(self, loads: Sequence[Loaded | SafeprojError]) -> Iterator[Run | SafeprojError]:
+        """Score all updates of all adapters weight by weight, then decide adapter by adapter."""
+        failed: dict[int, SafeprojError] = {}
+        groups: dict[Hashable, _Group] = {}
+        with self._profile.phase("fetch"):
+            for number, loaded in enumerate(loads):
+                try:
+                    if isinstance(loaded, SafeprojError):
+                        raise loaded
+                    self._group(groups, number, loaded)
+                except SafeprojError as error:
+                    failed[number] = error
+        scores: list[dict[str, Score]] = [{} for _ in loads]
+        casts: list[dict[tuple[str, str], Score]] = [{} for _ in loads]
+        wanted = [group for group in groups.values() if group.updates]
+        for (number, name, dtype), score in self._scored(wanted, self._wants_digests(loads)):
+            if isinstance(score, SafeprojError):
+                failed.setdefault(number, score)
+            elif dtype is None:
+                scores[number][name] = score
+            else:  # what would be written in its place is of no use
+                score = dataclasses.replace(score, factor=None, bias=None, settled=None)
+                casts[number][name, dtype] = score
+        for number, loaded in enumerate(loads):
+            if number in failed or isinstance(loaded, SafeprojError):
+                yield failed[number]
+            else:
+                own, scores[number] = scores[number], {}  # so that each can be let go
+                yield _caught(partial(self._decide, loaded, own, casts[number]))
+
+    def _group(self, groups: dict[Hashable, _Group], number: int, loaded: Loaded) -> None:
+        """Put the updates of one adapter to those of the same weights."""
+        own: list[tuple[_Group, _Key, Update]] = []
+        scalings = self._scalings(loaded.adapter, loaded.plan)
+        for item in loaded.plan.modules:
+            name = item.module.name
+            key = self.subspace.group(item)
+            if key not in groups:
+                groups[key] = _Group(item.module.name, self.subspace.origin(item))
+            update = update_of(loaded.adapter, item)
+            replaced = dataclasses.replace(update, replacement=self._replacements.get(name))
+            own.append((groups[key], (number, name, None), replaced))
+            for dtype, cast in self._cast(update, scalings.get(name)).items():
+                if _is_finite(cast):
+                    own.append((groups[key], (number, name, dtype), cast))
+        for item in loaded.today if self._lenient else ():
+            again: _Key = (number, _TODAY + item.module.name, None)
+            update = update_of(loaded.adapter, item)
+            own.append((groups[self.subspace.group(item)], again, update))
+        for group, place, update in own:  # only now that all of them are known to be there
+            group.updates[place] = update
+
+    def _scalings(self, adapter: Adapter, plan: Plan) -> Mapping[str, float]:
+        """Return what the config multiplies updates by; nothing where that is not known."""
+        if not self._casts:
+            return {}
+        try:
+            return adapter.format.scalings(adapter, [item.module for item in plan.modules])
+        except SafeprojError:  # the gate has a finding of its own
+            return {}
+
+    def _cast(self, update: Update, scaling: float | None) -> dict[str, Update]:
+        """Return the update as servers cast it, where that is another one."""
+        found = {name: update.cast(dtype) for name, dtype in self._casts.items()}
+        for name in MULTIPLIED if self._casts and scaling else ():
+            assert scaling is not None
+            found[f"{name} times {scaling:.4g}"] = update.multiplied(CASTS[name], scaling)
+        return {name: cast for name, cast in found.items() if cast is not None}
+
+    def _wants_digests(self, loads: Sequence[Loaded | SafeprojError]) -> bool:
+        if self._digests is not None:
+            return self._digests
+        adapters = [each.adapter for each in loads if isinstance(each, Loaded)]
+        return any(MANIFEST in adapter.folder.files for adapter in adapters)
+
+    def _scored(
+        self, groups: Sequence[_Group], digests: bool
+    ) -> Iterator[tuple[_Key, Score | SafeprojError]]:
+        tasks = [Task(g.name, g.origin, tuple(g.updates.values())) for g in groups]
+        if self._observer is not None:
+            self._observer.start(len(tasks), sum(task.origin.nbytes for task in tasks))
+        with self._profile.phase("score"):
+            found = engine.run(
+                tasks,
+                self._projector,
+                device=self._options.device,
+                workers=self._options.workers,
+                digests=digests,
+                on_progress=self._observer.progress if self._observer is not None else None,
+                usage=self._profile.usage,
+            )
+        for group, scores in zip(groups, found, strict=True):
+            yield from zip(group.updates, scores, strict=True)
+
+    def _decide(
+        self, loaded: Loaded, scores: dict[str, Score], cast: Mapping[tuple[str, str], Score]
+    ) -> Run:
+        today = {
+            name.removeprefix(_TODAY): score
+            for name, score in scores.items()
+            if name.startswith(_TODAY)
+        }
+        scores = {item.module.name: scores[item.module.name] for item in loaded.plan.modules}
+        with self._profile.phase("decide"):
+            comparisons = {
+                item.change.key: comparison
+                for item in loaded.plan.changes
+                if (comparison := self.subspace.comparison(loaded.adapter, item)) is not None
+            }
+            sizes = engine.relative_changes(list(comparisons.values()))
+            decision = decide(
+                loaded.adapter,
+                self.subspace.inputs,
+                loaded.plan,
+                scores,
+                dict(zip(comparisons, sizes, strict=True)),
+                self._selection,
+                self._projector,
+                self._options.dtype,
+            )
+            scalings = self._scalings(loaded.adapter, loaded.plan)
+            casts = {
+                item.module.name: tuple(
+                    self._compared(loaded.adapter, item, cast, scalings.get(item.module.name))
+                )
+                for item in loaded.plan.modules
+            }
+        return Run(
+            loaded.adapter,
+            loaded.plan,
+            scores,
+            decision,
+            self._projector,
+            casts,
+            today,
+            loaded.held,
+        )
+
+    def _compared(
+        self,
+        adapter: Adapter,
+        item: PlannedModule,
+        scores: Mapping[tuple[str, str], Score],
+        scaling: float | None,
+    ) -> Iterator[Cast]:
+        """Yield how the update of a module changes where servers cast its factors."""
+        update = update_of(adapter, item)
+        for dtype, cast in self._cast(update, scaling).items():
+            score = scores.get((item.module.name, dtype))
+            least = None if score is None else score.cosine
+            if score is not None and score.bounds is not None:
+                least = score.bounds[0]
+            finite = _is_finite(cast)
+            yield Cast(dtype, _change(update, cast) if finite else math.inf, least, finite)
+
+
+def _projector(against: Against, given: Projector | None) -> Projector:
+    """Return the projector that is asked for, or the default of what is scored against.
+
+    Raises:
+        SafeprojError: it is the other method's.
+    """
+    defaults: dict[str, Projector] = {
+        SAFE_LORA: Approx(),
+        SALORA: Complement(),
+        COVARIANCE: Covariance(),
+    }
+    found = given or defaults[against.method]
+    if found.method == against.method:
+        return found
+    if against.method == COVARIANCE:
+        raise SafeprojError(HAS_NO_PROJECTOR)
+    if found.method == COVARIANCE:
+        raise SafeprojError(MU_ALONE)
+    if against.method == SALORA:
+        raise SafeprojError(HOLDS_PROJECTOR)
+    raise SafeprojError("the projector Complement needs a safety module; give --safety-module")
+
+
+def _opened(against: Against, projector: Projector, maps: tuple[str, ...]) -> Subspace:
+    """Open the checkpoints or the file that adapters are scored against."""
+    if isinstance(projector, Complement):
+        assert against.safety_module is not None
+        return open_safety_module(against.safety_module, maps, projector.rank)
+    if isinstance(projector, Covariance | Reconstruction):
+        return statistics_of(against, maps)
+    if against.alignment is not None:
+        return _alignment_file(against.alignment, projector, maps)
+    assert against.aligned is not None
+    assert against.base is not None
+    return Pair(against.aligned, against.base, maps)
+
+
+def _alignment_file(source: str, projector: Projector, maps: tuple[str, ...]) -> AlignmentFile:
+    file = open_file(source, maps)
+    if file.is_truncated and projector.kind == "exact":
+        raise SafeprojError(
+            f"{source}: holds the leading part of C alone, and --projector exact needs all "
+            "of V; make a file with `safeproj align --exact`, or use the checkpoints"
+        )
+    return file
+
+
+def update_of(adapter: Adapter, item: PlannedModule) -> Update:
+    """Return the factors of one update, as views where they are stored so."""
+    module, tensors = item.module, adapter.tensors
+    return Update(
+        module.input.view(tensors),
+        module.output.view(tensors),
+        bias=None if module.bias is None else module.bias.view(tensors),
+        gain=None if module.gain is None else module.gain.view(tensors),
+    )
+
+
+def _is_finite(update: Update) -> bool:
+    return bool(update.A.isfinite().all()) and bool(update.B.isfinite().all())
+
+
+def _change(update: Update, cast: Update) -> float:
+    """Return `‖ΔW_cast - ΔW‖_F / ‖ΔW‖_F`, infinite where `ΔW` is zero and the other is not."""
+    A, B, A_cast, B_cast = (each.double() for each in (update.A, update.B, cast.A, cast.B))
+    # B' A' - B A = [B' - B, B] [A'; A' - A], in which hardly a term is larger than the change.
+    change = factors.norm(torch.cat([A_cast, A_cast - A]), torch.cat([B_cast - B, B], dim=1))
+    size = factors.norm(A, B)
+    return change / size if size > 0.0 else (math.inf if change > 0.0 else 0.0)
+
+
+def _notes(adapter: Adapter, projector: Projector, *, copy_weights: bool) -> Iterator[str]:
+    """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
+    folder = adapter.folder
+    others = weights_beside(adapter)
+    if others and copy_weights:
+        yield f"other weights are copied as they are, unpatched: {shorten(others, NAMED)}"
+    elif others:
+        yield (
+            f"other weights are not patched, and left out: {shorten(others, NAMED)}; "
+            "--copy-weights copies them as they are"
+        )
+    # C_S is an orthogonal projector: what it has removed once it does not find again.
+    others = [method for method in _methods_before(folder) if method != Complement.method]
+    if others and not isinstance(projector, Complement):
+        yield (
+            "the adapter was patched before: projecting again shrinks its updates further, "
+            "since C is applied twice"
+        )
+    if isinstance(folder, LocalFolder) and folder.revision is not None:
+        yield (
+            "the adapter comes from the local Hub cache (HF_HUB_OFFLINE is set): files of "
+            "the adapter that are not in the cache are missing from the patched one too"
+        )
+
+
+def _two_readings(adapter: Adapter, today: Sequence[PlannedModule]) -> str:
+    """Return which of two readings of square stacks of experts was taken."""
+    version = adapter.config.get("peft_version") or UNSAID
+    names = shorten(dict.fromkeys(item.module.parameter for item in today))
+    return (
+        f"square expert stacks ({names}) are read as PEFT {version} did, which the config names; "
+        "today's PEFT takes the same factors for another update, without an error"
+    )
+
+
+def _methods_before(folder: Folder) -> Iterator[str]:
+    """Yield the methods that an adapter was patched by, the last one first."""
+    found: Any = read_json(folder, MANIFEST) if MANIFEST in folder.files else None
+    while isinstance(found, dict):
+        yield str(found.get("method"))
+        for key in ("inputs", "adapter", "previous"):
+            found = found.get(key) if isinstance(found, dict) else None
+
+
+def _caught(step: Callable[[], T]) -> T | SafeprojError:
+    """Return what a step returns, or the error that it raises, if it is about its input."""
+    try:
+        return step()
+    except (SafeprojError, OSError, MemoryError, RuntimeError) as error:
+        text = explained(error)
+        if text is None:
+            raise
+        return error if isinstance(error, SafeprojError) else SafeprojError(text)

@@ -1,0 +1,32 @@
+"""`safeproj.json`: the report, and what is needed to repeat the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from safeproj.adapter import Adapter
+from safeproj.adapter.digests import adapter_record
+from safeproj.engine import Score
+from safeproj.methods.reference import Subspace
+from safeproj.records.scores import Report
+from safeproj.versions import versions
+
+
+def manifest(
+    adapter: Adapter,
+    subspace: Subspace,
+    scores: Mapping[str, Score],
+    report: Report,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the content of `safeproj.json` without the digests of what was written.
+
+    It holds no time and no host name, so that the same run gives the same file. Digests are those
+    of the files that were read, and for the checkpoints of the tensors: their bytes as stored.
+    """
+    found = report.to_dict()
+    for role, sha256 in subspace.digests(scores).items():
+        found["inputs"][role] |= {"sha256": sha256}
+    found["inputs"]["adapter"] |= adapter_record(adapter)
+    return {**found, "options": dict(options), "versions": versions()}

@@ -1,0 +1,1 @@
+"""Where bytes come from and how what is written appears; knows no model."""

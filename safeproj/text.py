@@ -1,0 +1,66 @@
+"""Wording of messages of one line, and text that came out of files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+MAX_MESSAGE = 2_000
+"""Characters of a message: what it repeats may come from a file, and be of any length."""
+
+
+def cut(text: str) -> str:
+    """Return a message without its middle, if it is longer than anyone reads.
+
+    >>> len(cut("x" * 100_000)) <= MAX_MESSAGE
+    True
+    """
+    if len(text) <= MAX_MESSAGE:
+        return text
+    gap = f" […{len(text)} characters in all…] "
+    end = MAX_MESSAGE // 4
+    return text[: MAX_MESSAGE - end - len(gap)] + gap + text[len(text) - end :]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, for use inside a one-line message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+    """Return the text with what could steer a terminal or break an encoding written as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_text(name: str) -> bool:
+    """Tell whether a file name is text: others cannot be written into reports and records."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_plain(text: str) -> bool:
+    """Tell whether a text from a file can be shown in a report or a model card as it is."""
+    return text.isprintable() and not set(text) & set("`<>|")
+
+
+def shorten(names: Iterable[str], limit: int = 3) -> str:
+    """Return the first few names, and how many more there are."""
+    listed = [printable(name) for name in names]
+    more = f", and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Return a sort key that puts layer 2 before layer 10.
+
+    >>> sorted(["layers.10.q", "layers.2.q"], key=natural_order)
+    ['layers.2.q', 'layers.10.q']
+    """
+    return tuple(
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", name)
+        if part
+    )

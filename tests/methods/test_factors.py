@@ -1,0 +1,186 @@
+"""Products whose terms cancel, against exact fractions."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from safeproj.methods import factors
+from safeproj.methods.factors import CancellationError, cancellation, core, is_zero, norm, settled
+from safeproj.methods.projection import Approx, Complement, gains, share, similarity
+from safeproj.methods.safe_lora.decomposition import cosine_bounds
+from tests.support import oracle_C, oracle_cosine
+
+
+def exact(A: Tensor, B: Tensor) -> Tensor:
+    """Return `B A` in float64, from sums that are exact."""
+    columns = [[Fraction(value) for value in column] for column in A.double().T.tolist()]
+    return torch.tensor(
+        [
+            [
+                float(sum((Fraction(b) * a for b, a in zip(row, column, strict=True)), Fraction()))
+                for column in columns
+            ]
+            for row in B.double().tolist()
+        ],
+        dtype=torch.float64,
+    )
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator)
+
+
+def hidden(size: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return factors of an update with two columns beside it that cancel exactly."""
+    A, B, column = normal(3, 9, seed=seed), normal(12, 2, seed=seed + 1), normal(12, 1, seed=9)
+    return torch.cat([A, A[2:]]), torch.cat([B, size * column, -size * column], dim=1)
+
+
+def transposed(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    return B.T.contiguous(), A.T.contiguous()
+
+
+def nearly(size: float) -> tuple[Tensor, Tensor]:
+    """Return factors that nearly cancel; no row and no column depends on the others."""
+    A, B = normal(3, 9), normal(12, 3)
+    A[2], B[:, 2] = A[1] + A[0] / size, -B[:, 1] * size + B[:, 0]
+    B[:, 1] *= size
+    return A, B
+
+
+CASES = {
+    "columns": hidden(1e9),
+    "columns of moderate size": hidden(1e3),
+    "rows": transposed(*hidden(1e9)),
+    "nearly": nearly(1e4),
+    "an update in another order of magnitude": (hidden(1e9)[0] * 1e-20, hidden(1e9)[1] * 1e12),
+    "rows of all lengths": (
+        torch.tensor([[1e12], [1e-12], [1.0], [1.0]]) * hidden(1e9)[0],
+        torch.tensor([1e-12, 1e12, 1.0, 1.0]) * hidden(1e9)[1],
+    ),
+}
+
+
+@pytest.mark.parametrize(("A", "B"), CASES.values(), ids=CASES)
+def test_the_core_is_the_product(A: Tensor, B: Tensor) -> None:
+    expected = exact(A, B)
+    assert cancellation(A, B) > factors.CANCELS
+    found = core(A, B)
+    assert found is not None
+    error = float((found.M @ found.Q - expected).norm() / expected.norm())
+    # Each sum is off by a few roundings of its terms, which are so many times as large.
+    assert error < 64 * factors.EPS * math.sqrt(found.ratio)
+    assert norm(A, B) == pytest.approx(float(expected.norm()), rel=1e-5)
+    assert torch.allclose(found.Q @ found.Q.T, torch.eye(len(found.Q)).double(), atol=1e-12)
+
+
+@pytest.mark.parametrize(("A", "B"), CASES.values(), ids=CASES)
+def test_a_factor_is_found_for_what_takes_the_place_of_the_core(A: Tensor, B: Tensor) -> None:
+    found = core(A, B)
+    assert found is not None
+    wanted = found.M.flip(0)
+    there = found.factor(wanted)
+    assert there.shape == B.shape
+    error = float((found.coordinates(there) - wanted).norm() / wanted.norm())
+    assert error < 64 * factors.EPS * math.sqrt(found.ratio)
+    assert float((exact(A, there) - wanted @ found.Q).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(("A", "B"), CASES.values(), ids=CASES)
+def test_scores_are_those_of_the_product(A: Tensor, B: Tensor) -> None:
+    m = len(B)
+    delta, V, U = exact(A, B), normal(m, 20, seed=5), torch.linalg.qr(normal(m, 3, seed=6))[0]
+    (A, B), C = settled(A, B), oracle_C(V, torch.zeros_like(V))
+
+    found = Approx().from_V([V], B.float())
+    assert found.CB is not None
+    assert similarity(A, B, found.CB) == pytest.approx(oracle_cosine(delta, C), abs=2e-6)
+
+    kept = Complement().from_U([U], 3, B.float())
+    assert kept.UB is not None
+    inside = float((U.double().T @ delta).square().sum() / delta.square().sum())
+    assert share(A, B, kept.UB) == pytest.approx(inside, abs=2e-6)
+
+
+def test_the_formulas_themselves_do_not_take_large_terms_for_an_empty_update() -> None:
+    A, B = hidden(1e9)
+    C = torch.diag(torch.arange(12.0, dtype=torch.float64))
+    delta = exact(A, B)
+    assert similarity(A, B, C @ B.double()) == pytest.approx(oracle_cosine(delta, C), abs=1e-4)
+    inside = float(delta[:3].square().sum() / delta.square().sum())
+    assert share(A, B, B[:3]) == pytest.approx(inside, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e9, 1e30])
+def test_only_zero_is_empty(size: float) -> None:
+    A, B = hidden(size)
+    B[:, :2] = 0.0
+    assert is_zero(A, B)
+    assert core(A, B) is None
+    assert norm(A, B) == 0.0
+    assert similarity(A, B, B) is None
+    assert share(A, B, B) is None
+    B[3, 0] = 1e-30  # the smallest thing that is left
+    assert not is_zero(A, B)
+    if size > 1.0:
+        with pytest.raises(CancellationError, match="double precision"):
+            similarity(A, B, B)
+        assert norm(A, B) < 1e-13 * size * 100
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1),
+    st.integers(-40, 40),
+)  # fmt: skip
+def test_zero_is_told_from_all_else(r: int, m: int, n: int, seed: int, power: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randint(-2, 3, (r, n), generator=generator).float() * 2.0**power
+    B = torch.randint(-2, 3, (m, r), generator=generator).float() * 2.0 ** (2 * power)
+    assert is_zero(A, B) is bool((exact(A, B) == 0.0).all())
+
+
+def test_factors_that_hardly_cancel_are_left_as_they_are() -> None:
+    A, B, CB = normal(4, 9), normal(12, 4), normal(12, 4, seed=3)
+    for found, given_ in zip(settled(A, B, CB), (A, B, CB), strict=True):
+        assert torch.equal(found, given_.double())
+
+
+def test_bounds_of_a_cosine_know_an_empty_update() -> None:
+    zero = torch.zeros(4, 2)
+    assert cosine_bounds(normal(2, 5), zero, zero, zero, 0.1, 0.1) is None
+
+
+def test_gains_do_not_move_where_a_part_along_alignment_is_added() -> None:
+    """What is bought for a cosine leaves the rest where it was."""
+    eigenvalues = torch.tensor([9.0, 4.0, 1.0, 0.01, 0.01, 0.0], dtype=torch.float64)
+    C = torch.diag(eigenvalues)
+    bad = torch.zeros(6, 2, dtype=torch.float64)
+    bad[3, 0], bad[5, 1], bad[4, 1] = 2.0, 1.0, 1.0
+    rows = torch.linalg.qr(normal(8, 4).double())[0].T
+    for price in (0.0, 1.0, 30.0):
+        # In one part with the harm, so that each singular direction has half of both.
+        good = price * torch.eye(6, dtype=torch.float64)[:, :2]
+        B = torch.cat([bad + good, bad - good], dim=1)
+        seen, sizes = gains(rows, B, C @ B)
+        expected = torch.cat([bad, bad], dim=1).norm()
+        assert float(sizes[seen < 0.02].norm()) == pytest.approx(float(expected), rel=1e-6)
+        if price == 30.0:
+            cosine = similarity(rows, B, C @ B)
+            assert cosine is not None
+            assert cosine > 0.9
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    found = doctest.testmod(factors)
+    assert found.attempted > 0
+    assert found.failed == 0
