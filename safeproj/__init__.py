@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     )
     from safeproj.gate.policy import Policy
     from safeproj.methods import salora
-    from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Reconstruction
+    from safeproj.methods.covariance.method import Covariance
+    from safeproj.methods.safe_lora.method import SafeLora
+    from safeproj.methods.salora.method import Salora
     from safeproj.plan.select import Selection
 
 __version__ = "0.1.0"
 __all__ = [
-    "Approx",
-    "Complement",
     "Covariance",
-    "Exact",
     "Form",
     "Options",
     "Policy",
-    "Reconstruction",
+    "SafeLora",
     "SafeprojError",
+    "Salora",
     "Selection",
     "__version__",
     "align",
@@ -47,14 +47,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "Approx": "methods.projection",
-    "Complement": "methods.projection",
-    "Covariance": "methods.projection",
-    "Exact": "methods.projection",
+    "Covariance": "methods.covariance.method",
     "Form": "api",
     "Options": "api",
     "Policy": "gate.policy",
-    "Reconstruction": "methods.projection",
+    "SafeLora": "methods.safe_lora.method",
+    "Salora": "methods.salora.method",
     "Selection": "plan.select",
     "align": "api",
     "check": "api",

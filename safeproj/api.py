@@ -1,10 +1,10 @@
-"""The Python API: `inspect` and `patch` for one adapter or many, and `align`."""
+"""The Python API: `inspect`, `patch`, `check`, `verify` and `align`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +18,8 @@ from safeproj.adapter.write import (
     check_parent,
     made_inside,
 )
-from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
-from safeproj.methods.covariance.prepare import rebuilt, require_data, with_statistics
-from safeproj.methods.given import Against
-from safeproj.methods.projection import Projector, Reconstruction
+from safeproj.methods.interface import Method
 from safeproj.methods.recorded import check_file
 from safeproj.methods.safe_lora.file import KIND
 from safeproj.methods.safe_lora.make import Form, Made, make_file
@@ -31,7 +28,8 @@ from safeproj.methods.safe_lora.targets import ALL_LINEAR, find_targets
 from safeproj.plan.select import Selection
 from safeproj.records.checks import Check, Checks
 from safeproj.records.scores import Failure, Report, Reports
-from safeproj.run.job import Job, Observer, Options, Run
+from safeproj.run.job import Job, Run
+from safeproj.run.options import Observer, Options
 
 if TYPE_CHECKING:
     from safeproj.gate.check import Original
@@ -71,122 +69,64 @@ class Outcome:
     error: SafeprojError | None
 
 
-def inspect(
-    base: str | None,
-    aligned: str | None,
-    adapter: str,
-    options: Options | None = None,
-    *,
-    alignment: str | None = None,
-    safety_module: str | None = None,
-    safety_data: str | None = None,
-    task_data: str | None = None,
-    observer: Observer | None = None,
-    profile: Profile | None = None,
-) -> Report:
+def inspect(method: Method, adapter: str, options: Options | None = None) -> Report:
     """Score each adapted module by its similarity to its projection.
 
     Args:
-        base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
-        aligned: SRC of the aligned checkpoint.
-        adapter: SRC of the LoRA adapter.
-        options: projector, selection, device.
-        alignment: SRC of an alignment file, in place of `base` and `aligned`, which are None then.
-        safety_module: SRC of a safety module, in place of all three: SaLoRA instead of Safe LoRA.
-        safety_data: for the covariance-weighted correction, JSON lines of harmful prompts with
-            refusals, which the aligned model is run on; or statistics that `safeproj stats` made.
-            There is no `base` then.
-        task_data: the same of benign data; random tokens if None.
-        observer: told about the progress.
-        profile: filled in with where the time went.
+        method: what the adapter is scored by, and against.
+        adapter: SRC of the LoRA adapter: a directory, a file, or `org/name[@revision]`.
+        options: selection, device, and who is told about the progress.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
-    against = Against(base, aligned, alignment, safety_module, safety_data, task_data)
-    with _job(against, [adapter], options, observer, profile, digests=False) as job:
+    with _job(method, [adapter], options, digests=False) as job:
         return job.inspected(job.one(adapter))
 
 
 def patch(
-    base: str | None,
-    aligned: str | None,
+    method: Method,
     adapter: str,
     out: str | Path,
     options: Options | None = None,
     *,
-    alignment: str | None = None,
-    safety_module: str | None = None,
-    safety_data: str | None = None,
-    task_data: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     copy_weights: bool = False,
-    observer: Observer | None = None,
-    profile: Profile | None = None,
 ) -> Report:
-    """Project the selected modules and write the patched adapter to the directory `out`.
+    """Change the selected modules and write the patched adapter to the directory `out`.
 
     Args:
-        base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
-        aligned: SRC of the aligned checkpoint.
+        method: what is done.
         adapter: SRC of the LoRA adapter.
         out: the directory to create; it appears complete or not at all.
-        options: projector, selection, device, dtype.
-        alignment: SRC of an alignment file, in place of `base` and `aligned`, which are None then.
-        safety_module: SRC of a safety module, in place of all three: SaLoRA instead of Safe LoRA.
-        safety_data: for the covariance-weighted correction, JSON lines of harmful prompts with
-            refusals, which the aligned model is run on; or statistics that `safeproj stats` made.
-            There is no `base` then.
-        task_data: the same of benign data; random tokens if None.
+        options: as for `inspect`, and the dtype that is written.
         overwrite: replace an adapter that is at `out`.
         dry_run: do everything but the writing.
         copy_weights: copy other weights that lie beside the adapter's, which are not patched: left
             out otherwise.
-        observer: told about the progress.
-        profile: filled in with where the time went.
 
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
     """
-    out, against = (
-        Path(out),
-        Against(base, aligned, alignment, safety_module, safety_data, task_data),
-    )
-    check_out(out, overwrite, against.local_paths([adapter]))
-    with _job(against, [adapter], options, observer, profile, digests=not dry_run) as job:
+    out = Path(out)
+    check_out(out, overwrite, method.local_paths([adapter]))
+    with _job(method, [adapter], options, digests=not dry_run) as job:
         done = job.one(adapter)
         place = None if dry_run else out
         return job.write(done, place, overwrite=overwrite, copy_weights=copy_weights)
 
 
 def inspect_many(
-    base: str | None,
-    aligned: str | None,
-    adapters: Iterable[str],
-    options: Options | None = None,
-    *,
-    alignment: str | None = None,
-    safety_module: str | None = None,
-    safety_data: str | None = None,
-    task_data: str | None = None,
-    observer: Observer | None = None,
-    profile: Profile | None = None,
+    method: Method, adapters: Iterable[str], options: Options | None = None
 ) -> list[Outcome]:
     """Score many adapters of one model, reading its checkpoints once for all of them.
 
     Args:
-        base: as for `inspect`.
-        aligned: as for `inspect`.
+        method: as for `inspect`.
         adapters: of each a SRC; a directory that holds adapters stands for all of them, and a
             text file (`.txt`) for the SRC in its lines.
         options: as for `inspect`.
-        alignment: as for `inspect`.
-        safety_module: as for `inspect`.
-        safety_data: as for `inspect`.
-        task_data: as for `inspect`.
-        observer: as for `inspect`.
-        profile: as for `inspect`.
 
     Returns:
         The outcome of each adapter, in order: one that cannot be used does not stop the others.
@@ -194,47 +134,32 @@ def inspect_many(
     Raises:
         SafeprojError: something that all of them need cannot be used.
     """
-    against = Against(base, aligned, alignment, safety_module, safety_data, task_data)
     members = collect(adapters).members
     sources = [member.source for member in members]
-    with _job(against, sources, options, observer, profile, digests=False) as job:
+    with _job(method, sources, options, digests=False) as job:
         return _outcomes(members, list(job.many(sources, lambda run, _: job.inspected(run))))
 
 
 def patch_many(
-    base: str | None,
-    aligned: str | None,
+    method: Method,
     adapters: Iterable[str],
     out: str | Path,
     options: Options | None = None,
     *,
-    alignment: str | None = None,
-    safety_module: str | None = None,
-    safety_data: str | None = None,
-    task_data: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     copy_weights: bool = False,
-    observer: Observer | None = None,
-    profile: Profile | None = None,
 ) -> list[Outcome]:
     """Patch many adapters of one model, reading its checkpoints once for all of them.
 
     Args:
-        base: as for `patch`.
-        aligned: as for `patch`.
+        method: as for `patch`.
         adapters: as for `inspect_many`.
         out: the directory in which one directory per adapter is created, by the adapter's name.
         options: as for `patch`.
-        alignment: as for `patch`.
-        safety_module: as for `patch`.
-        safety_data: as for `patch`.
-        task_data: as for `patch`.
         overwrite: replace adapters that are there.
         dry_run: do everything but the writing.
         copy_weights: as for `patch`.
-        observer: as for `patch`.
-        profile: as for `patch`.
 
     Returns:
         The outcome of each adapter, in order: one that cannot be used does not stop the others.
@@ -242,11 +167,10 @@ def patch_many(
     Raises:
         SafeprojError: something that all of them need cannot be used.
     """
-    against = Against(base, aligned, alignment, safety_module, safety_data, task_data)
     out, given = Path(out), list(adapters)
     members = collect(given).members
     sources = [*given, *(member.source for member in members)]
-    check_apart(out, against.local_paths(sources))
+    check_apart(out, method.local_paths(sources))
     check_parent(out)
     refused: dict[int, SafeprojError] = {}
     for number, member in enumerate(members):
@@ -256,7 +180,7 @@ def patch_many(
             refused[number] = error
     free = [member for number, member in enumerate(members) if number not in refused]
     usable = [member.source for member in free]
-    with _job(against, usable, options, observer, profile, digests=not dry_run) as job:
+    with _job(method, usable, options, digests=not dry_run) as job:
 
         def use(run: Run, number: int) -> Report:
             place = None if dry_run else made_inside(out, free[number].name)
@@ -268,36 +192,22 @@ def patch_many(
 
 
 def check(
-    base: str | None,
-    aligned: str | None,
+    method: Method,
     adapters: Iterable[str],
     policy: Policy | None = None,
     options: Options | None = None,
     *,
-    alignment: str | None = None,
-    safety_module: str | None = None,
-    safety_data: str | None = None,
-    task_data: str | None = None,
     original: str | None = None,
-    observer: Observer | None = None,
-    profile: Profile | None = None,
 ) -> Checks:
     """Tell which adapters pass a policy; nothing is changed or written.
 
     Args:
-        base: as for `inspect`.
-        aligned: as for `inspect`.
+        method: as for `inspect`; what a policy says of it counts before that.
         adapters: as for `inspect_many`.
         policy: what passes; the default is that of `safeproj check --init`.
-        options: device, workers and maps; selection and projector are the policy's.
-        alignment: as for `inspect`.
-        safety_module: as for `inspect`.
-        safety_data: as for `inspect`.
-        task_data: as for `inspect`.
+        options: device, workers and maps; the selection is the policy's.
         original: SRC of the adapter before patching, where one adapter is checked: its projection
             is computed again.
-        observer: as for `inspect`.
-        profile: as for `inspect`.
 
     Raises:
         SafeprojError: something that all of them need cannot be used. An adapter that cannot be
@@ -310,24 +220,19 @@ def check(
     policy, options = policy or Policy(), options or Options()
     if policy.public_key is not None:
         require_library()
-    against = Against(base, aligned, alignment, safety_module, safety_data, task_data)
     members = collect(adapters, written=False).members
     if original is not None and len(members) != 1:
         raise SafeprojError(f"--original goes with one adapter, found {len(members)}")
-    projector = policy.projector_for(against)
-    options = dataclasses.replace(
-        options, selection=Selection(threshold=policy.threshold), projector=projector
-    )
-    job = Job(against, options, observer, profile, digests=None, lenient=True, casts=True)
+    method = policy.method(method)
+    options = dataclasses.replace(options, selection=Selection(threshold=policy.threshold))
+    job = Job(method, options, digests=None, lenient=True, casts=True)
     before = None
     if original is not None:
         form = recorded_form(members[0].source)
-        before = _original(
-            against, original, projector, dataclasses.replace(options, **form), observer, profile
-        )
+        before = _original(method, original, dataclasses.replace(options, **form))
 
     def use(run: Run, number: int) -> Check:
-        return judged(members[number], run, against, job.subspace, policy, before)
+        return judged(members[number], run, method, job.subspace, policy, before)
 
     found = job.many([member.source for member in members], use)
     checks = [
@@ -338,84 +243,60 @@ def check(
 
 
 def verify(
-    base: str | None,
-    aligned: str | None,
     patched: str,
-    original: str | None,
+    original: str | None = None,
+    method: Method | None = None,
     options: Options | None = None,
     *,
-    alignment: str | None = None,
-    safety_module: str | None = None,
-    safety_data: str | None = None,
-    task_data: str | None = None,
     public_key: Path | None = None,
-    observer: Observer | None = None,
-    profile: Profile | None = None,
 ) -> Checks:
     """Tell whether an adapter is what patching another one gives, or as it was signed, or both.
 
     Args:
-        base: as for `inspect`; nothing is scored against without an original.
-        aligned: as for `inspect`.
         patched: SRC of the adapter that was patched.
         original: SRC of the adapter before that.
-        options: projector, by default that in safeproj.json; device, workers and maps.
-        alignment: as for `inspect`.
-        safety_module: as for `inspect`.
-        safety_data: as for `inspect`.
-        task_data: as for `inspect`.
+        method: what was done to the original; settings that it leaves open are those of
+            safeproj.json. None without an original.
+        options: device, workers and maps.
         public_key: file with the key that the directory must be signed by.
-        observer: as for `inspect`.
-        profile: as for `inspect`.
 
     Raises:
         SafeprojError: an input cannot be used, or there is nothing to compare with.
     """
-    from safeproj.gate.check import recorded_form, recorded_projector, verified
+    from safeproj.gate.check import recorded_form, recorded_method, verified
     from safeproj.gate.policy import Policy
     from safeproj.gate.signing import require_library
 
     if original is None and public_key is None:
         raise SafeprojError("nothing to compare with; give --original, --public-key, or both")
+    if (original is None) != (method is None):
+        raise SafeprojError(
+            "nothing is scored without --original; give it, or leave out the models"
+            if original is None
+            else "--original is patched again for that; give what it was patched with"
+        )
     if public_key is not None:
         require_library()
     (member,) = collect([patched], written=False).members
     adapter, before = read_adapter(patched, unknown=True), None
-    if original is not None:
-        against, options = (
-            Against(base, aligned, alignment, safety_module, safety_data, task_data),
-            options or Options(),
-        )
-        projector = options.projector or recorded_projector(adapter)
-        options = dataclasses.replace(options, **recorded_form(patched))
-        before = _original(against, original, projector, options, observer, profile, digests=True)
+    if original is not None and method is not None:
+        options = dataclasses.replace(options or Options(), **recorded_form(patched))
+        method = recorded_method(adapter, method)
+        before = _original(method, original, options, digests=True)
         adapter = adapter.fitted(before.subspace.names, before.subspace.config)
-    elif base or aligned or alignment or safety_module or safety_data or task_data:
-        raise SafeprojError(
-            "nothing is scored without --original; give it, or leave out the models"
-        )
     found = verified(member, adapter, before, public_key)
     return Checks(__version__, Policy().to_dict(), (found,))
 
 
-def _original(
-    against: Against,
-    source: str,
-    projector: Projector | None,
-    options: Options,
-    observer: Observer | None,
-    profile: Profile | None,
-    *,
-    digests: bool = False,
-) -> Original:
+def _original(method: Method, source: str, options: Options, *, digests: bool = False) -> Original:
     """Return an adapter before patching, with the projection of every module.
 
     With digests, too, of what it was computed from.
     """
     from safeproj.gate.check import Original
 
-    options = dataclasses.replace(options, selection=Selection(all=True), projector=projector)
-    job = Job(against, options, observer, profile, digests=digests)
+    options = dataclasses.replace(options, selection=Selection(all=True))
+    job = Job(method, options, digests=digests)
     device = str(engine.resolve_device(options.device))
     return Original(job.one(source), device, job.subspace)
 
@@ -429,8 +310,6 @@ def align(
     options: Options | None = None,
     *,
     overwrite: bool = False,
-    observer: Observer | None = None,
-    profile: Profile | None = None,
 ) -> Made:
     """Write an alignment file, which takes the place of two checkpoints.
 
@@ -440,16 +319,14 @@ def align(
         out: the file to create; it appears complete or not at all.
         form: how much of `C` is kept; default 64 eigenpairs.
         targets: names of modules or their last parts, or `all-linear`.
-        options: device, workers, maps.
+        options: device, workers, maps, and who is told about the progress.
         overwrite: replace an alignment file that is at `out`.
-        observer: told about the progress.
-        profile: filled in with where the time went.
 
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
     """
     out, form, options = Path(out), form or Form(rank=64), options or Options()
-    profile = profile or Profile()
+    observer, profile = options.observer, options.profile
     check_file(out, overwrite, KIND)
     with profile.phase("match"):
         pair = Pair(aligned, base, options.maps)
@@ -473,29 +350,12 @@ def align(
 
 @contextmanager
 def _job(
-    against: Against,
-    adapters: Sequence[str],
-    options: Options | None,
-    observer: Observer | None,
-    profile: Profile | None,
-    *,
-    digests: bool,
+    method: Method, adapters: Sequence[str], options: Options | None, *, digests: bool
 ) -> Iterator[Job]:
-    """Yield a job; statistics that it needs are made first, and gone afterwards."""
-    profile, options = profile or Profile(), options or Options()
-    on_batch = None if observer is None else observer.ran
-    reconstruct = isinstance(options.projector, Reconstruction)
-    if reconstruct:
-        require_data(against, adapters, options.selection)
-    with ExitStack() as stack:
-        made = with_statistics(against, adapters, options.device, on_batch)
-        with profile.phase("statistics") if against.runs_model else nullcontext():
-            ready = stack.enter_context(made)
-        replacements = None
-        if reconstruct:
-            with profile.phase("reconstruct"):
-                replacements = rebuilt(against, ready, adapters[0], options, on_batch)
-        yield Job(ready, options, observer, profile, digests=digests, replacements=replacements)
+    """Yield a job; what the method needs is made first, and gone afterwards."""
+    options = options or Options()
+    with method.prepared(adapters, options) as ready:
+        yield Job(ready.method, options, digests=digests, replacements=ready.replacements)
 
 
 def reports(outcomes: Sequence[Outcome]) -> Reports:

@@ -8,19 +8,11 @@ from typing import Annotated
 import typer
 
 from safeproj.cli import signals, terminal
-from safeproj.cli.options import (
-    Device,
-    Map,
-    Quiet,
-    ShowProfile,
-    Verbose,
-    Workers,
-    names_of,
-    options_of,
-)
-from safeproj.engine.profile import Profile
+from safeproj.cli.bundles import command
+from safeproj.cli.options import Running, Talking, names_of
 
 
+@command
 def align_command(
     base: Annotated[
         str, typer.Option("--base", metavar="SRC", help="Checkpoint of the unaligned base model.")
@@ -59,44 +51,29 @@ def align_command(
     exact: Annotated[
         bool, typer.Option("--exact", help="Keep all: C or V, whichever is smaller.")
     ] = False,
-    map_: Map = None,
-    device: Device = "auto",
-    workers: Workers = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an alignment file that is at FILE.")
     ] = False,
-    show_profile: ShowProfile = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    running: Running,
+    talking: Talking,
 ) -> None:
     """Make an alignment file, which stands for two checkpoints.
 
     Keeps of every weight what the projection needs, so that adapters can be inspected and patched
     with --alignment, without downloading two models.
     """
-    with terminal.command(verbose):
-        profile = Profile()
-        with profile.phase("import"):
-            options = options_of(device=device, workers=workers, maps=map_)
-            from safeproj import api
+    with running.profile.phase("import"):
+        from safeproj import api
 
-        form = api.Form(
-            64 if rank is None and energy is None and not exact else rank, energy, exact
+        running.options()  # what cannot be used is said before anything is read
+    form = api.Form(64 if rank is None and energy is None and not exact else rank, energy, exact)
+    names = names_of(targets)
+    signals.interruptible()
+    with terminal.observer(talking.quiet) as observer:
+        made = api.align(
+            base, aligned, out, form, names, running.options(observer), overwrite=overwrite
         )
-        names = names_of(targets)
-        signals.interruptible()
-        with terminal.observer(quiet) as observer:
-            made = api.align(
-                base,
-                aligned,
-                out,
-                form,
-                names,
-                options,
-                overwrite=overwrite,
-                observer=observer,
-                profile=profile,
-            )
-        signals.done()
-        result = f"wrote {out} ({made.describe()})"
-        terminal.closing(made.warnings, quiet, result, profile if show_profile else None)
+    signals.done()
+    result = f"wrote {out} ({made.describe()})"
+    terminal.closing(made.warnings, talking.quiet, result, running.shown)

@@ -2,40 +2,138 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from safeproj.cli import signals, terminal
-from safeproj.cli.options import (
-    Aligned,
-    AlignmentSource,
-    Base,
-    Device,
-    Energy,
-    GateFormat,
-    Map,
-    Mu,
-    Output,
-    Projector,
-    Quiet,
-    Rank,
-    SafetyData,
-    SafetyModuleSource,
-    ShowProfile,
-    TaskData,
-    Verbose,
-    Workers,
-    against_of,
-    options_of,
-    outputs_of,
-)
-from safeproj.engine.profile import Profile
+from safeproj.cli.bundles import Without, command
+from safeproj.cli.options import GateReporting, Given, Running, Talking
 from safeproj.errors import SafeprojError
-from safeproj.gate.policy import POLICY_FILE, changed, find_policy, write_template
+from safeproj.gate.policy import POLICY_FILE, SETTINGS, changed, find_policy, write_template
+from safeproj.methods.registry import method_of
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What passes: fields of a policy, in place of the file's."""
+
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="T",
+            help="A module whose cosine is at most T counts against the adapter, unless it was "
+            "projected.",
+        ),
+    ] = None
+    max_below: Annotated[
+        str | None,
+        typer.Option(
+            "--max-below", metavar="N|P%", help="How many modules may do so, or what share."
+        ),
+    ] = None
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--override",
+            metavar="RE=T",
+            help="Another threshold for modules whose name matches; repeatable.",
+        ),
+    ] = None
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            "--coverage", metavar="S", help="Share of the adapted modules that must have a score."
+        ),
+    ] = None
+    max_scaling: Annotated[
+        float | None,
+        typer.Option("--max-scaling", metavar="S", help="Largest scaling s of an update."),
+    ] = None
+    max_size: Annotated[
+        float | None,
+        typer.Option(
+            "--max-size", metavar="X", help="Largest norm of an update, relative to aligned - base."
+        ),
+    ] = None
+    max_outside: Annotated[
+        float | None,
+        typer.Option(
+            "--max-outside",
+            metavar="X",
+            help="The same of the part that points away from its projection.",
+        ),
+    ] = None
+    max_unseen: Annotated[
+        float | None,
+        typer.Option(
+            "--max-unseen",
+            metavar="X",
+            help="The same of the part in output directions that alignment left alone.",
+        ),
+    ] = None
+    max_cast_change: Annotated[
+        float | None,
+        typer.Option(
+            "--max-cast-change",
+            metavar="X",
+            help="Largest relative change of an update where its factors are cast, as servers do.",
+        ),
+    ] = None
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", metavar="NAME", help="Allow what the policy names so; repeatable."),
+    ] = None
+    forbid: Annotated[
+        list[str] | None, typer.Option("--forbid", metavar="NAME", help="Forbid it; repeatable.")
+    ] = None
+    evidence: Annotated[
+        str | None,
+        typer.Option(
+            "--evidence",
+            metavar="KIND",
+            help="What must show that a module was projected: recorded, signed or recomputed.",
+        ),
+    ] = None
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pin",
+            metavar="ROLE=IDENTITY",
+            help="What base, aligned, alignment or safety-module must be: org/name@commit or "
+            "sha256:DIGEST; repeatable.",
+        ),
+    ] = None
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--public-key", metavar="FILE", help="The key that the directory must be signed by."
+        ),
+    ] = None
+    reader: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reader",
+            metavar="NAME",
+            help="A program that must read the adapter as it was scored: vllm, sglang, llama.cpp, "
+            "ollama, openvino or peft-0.11; repeatable.",
+        ),
+    ] = None
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="ID", help="Leave a finding out; repeatable."),
+    ] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Options without dashes to their values."""
+        return {each.name.replace("_", "-"): getattr(self, each.name) for each in fields(self)}
+
+
+@command
 def check_command(
     adapter: Annotated[
         list[str] | None,
@@ -45,12 +143,8 @@ def check_command(
             show_default=False,
         ),
     ] = None,
-    base: Base = None,
-    aligned: Aligned = None,
-    alignment: AlignmentSource = None,
-    safety_module: SafetyModuleSource = None,
-    safety_data: SafetyData = None,
-    task_data: TaskData = None,
+    *,
+    given: Annotated[Given, Without("method", "reconstruct")],
     original: Annotated[
         str | None,
         typer.Option(
@@ -71,183 +165,34 @@ def check_command(
     init: Annotated[
         bool, typer.Option("--init", help=f"Write a commented policy to {POLICY_FILE} and end.")
     ] = False,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            "--threshold",
-            metavar="T",
-            help="A module whose cosine is at most T counts against the adapter, unless it was "
-            "projected.",
-        ),
-    ] = None,
-    max_below: Annotated[
-        str | None,
-        typer.Option(
-            "--max-below", metavar="N|P%", help="How many modules may do so, or what share."
-        ),
-    ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--override",
-            metavar="RE=T",
-            help="Another threshold for modules whose name matches; repeatable.",
-        ),
-    ] = None,
-    coverage: Annotated[
-        float | None,
-        typer.Option(
-            "--coverage", metavar="S", help="Share of the adapted modules that must have a score."
-        ),
-    ] = None,
-    max_scaling: Annotated[
-        float | None,
-        typer.Option("--max-scaling", metavar="S", help="Largest scaling s of an update."),
-    ] = None,
-    max_size: Annotated[
-        float | None,
-        typer.Option(
-            "--max-size", metavar="X", help="Largest norm of an update, relative to aligned - base."
-        ),
-    ] = None,
-    max_outside: Annotated[
-        float | None,
-        typer.Option(
-            "--max-outside",
-            metavar="X",
-            help="The same of the part that points away from its projection.",
-        ),
-    ] = None,
-    max_unseen: Annotated[
-        float | None,
-        typer.Option(
-            "--max-unseen",
-            metavar="X",
-            help="The same of the part in output directions that alignment left alone.",
-        ),
-    ] = None,
-    max_cast_change: Annotated[
-        float | None,
-        typer.Option(
-            "--max-cast-change",
-            metavar="X",
-            help="Largest relative change of an update where its factors are cast, as servers do.",
-        ),
-    ] = None,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option("--allow", metavar="NAME", help="Allow what the policy names so; repeatable."),
-    ] = None,
-    forbid: Annotated[
-        list[str] | None, typer.Option("--forbid", metavar="NAME", help="Forbid it; repeatable.")
-    ] = None,
-    evidence: Annotated[
-        str | None,
-        typer.Option(
-            "--evidence",
-            metavar="KIND",
-            help="What must show that a module was projected: recorded, signed or recomputed.",
-        ),
-    ] = None,
-    pin: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pin",
-            metavar="ROLE=IDENTITY",
-            help="What base, aligned, alignment or safety-module must be: org/name@commit or "
-            "sha256:DIGEST; repeatable.",
-        ),
-    ] = None,
-    public_key: Annotated[
-        Path | None,
-        typer.Option(
-            "--public-key", metavar="FILE", help="The key that the directory must be signed by."
-        ),
-    ] = None,
-    reader: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--reader",
-            metavar="NAME",
-            help="A program that must read the adapter as it was scored: vllm, sglang, llama.cpp, "
-            "ollama, openvino or peft-0.11; repeatable.",
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="ID", help="Leave a finding out; repeatable."),
-    ] = None,
-    projector: Projector = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    mu: Mu = None,
-    map_: Map = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    format_: GateFormat = None,
-    output: Output = None,
-    show_profile: ShowProfile = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    limits: Limits,
+    running: Running,
+    reporting: GateReporting,
+    talking: Talking,
 ) -> None:
     """Tell whether adapters pass a policy: the gate before publishing.
 
     Reads and changes nothing. Exit code 0: passed. 1: failed. 2: could not be decided, which is
     never a pass.
     """
-    with terminal.command(verbose):
-        if init:
-            place = policy or Path(POLICY_FILE)
-            write_template(place)
-            terminal.closing((), quiet, f"wrote {place}")
-            return
-        if not adapter:
-            raise SafeprojError("no ADAPTER; expected the SRC of one or more")
-        against = against_of(None, base, aligned, alignment, safety_module, safety_data, task_data)
-        outputs = outputs_of(format_, output)
-        terminal.check_outputs(outputs, None, against.inputs(adapter))
-        given = {
-            "threshold": threshold,
-            "max-below": max_below,
-            "override": override,
-            "coverage": coverage,
-            "max-scaling": max_scaling,
-            "max-size": max_size,
-            "max-outside": max_outside,
-            "max-unseen": max_unseen,
-            "max-cast-change": max_cast_change,
-            "allow": allow,
-            "forbid": forbid,
-            "evidence": evidence,
-            "pin": pin,
-            "public-key": public_key,
-            "ignore": ignore,
-            "reader": reader,
-            "projector": None if projector is None else projector.value,
-            "rank": rank,
-            "energy": energy,
-            "mu": mu,
-        }
-        chosen = changed(find_policy(policy, adapter), given)
-        profile = Profile()
-        with profile.phase("import"):
-            options = options_of(device=device, workers=workers, maps=map_)
-            from safeproj import api
+    if init:
+        place = policy or Path(POLICY_FILE)
+        write_template(place)
+        terminal.closing((), talking.quiet, f"wrote {place}")
+        return
+    if not adapter:
+        raise SafeprojError("no ADAPTER; expected the SRC of one or more")
+    sources = {name: value for name, value in given.values.items() if name not in SETTINGS}
+    settings = {name: value for name, value in given.values.items() if name in SETTINGS}
+    method, outputs = method_of(sources), reporting.outputs
+    terminal.check_outputs(outputs, None, method.inputs(adapter))
+    chosen = changed(find_policy(policy, adapter), {**limits.given, **settings})
+    with running.profile.phase("import"):
+        from safeproj import api
 
-        signals.interruptible()
-        with terminal.observer(quiet) as observer:
-            checks = api.check(
-                base,
-                aligned,
-                adapter,
-                chosen,
-                options,
-                alignment=alignment,
-                safety_module=safety_module,
-                safety_data=safety_data,
-                task_data=task_data,
-                original=original,
-                observer=observer,
-                profile=profile,
-            )
-        terminal.finish(checks, outputs, quiet, "", profile if show_profile else None)
+        running.options()  # what cannot be used is said before anything is read
+    signals.interruptible()
+    with terminal.observer(talking.quiet) as observer:
+        options = running.options(observer)
+        checks = api.check(method, adapter, chosen, options, original=original)
+    terminal.finish(checks, outputs, talking.quiet, "", running.shown)

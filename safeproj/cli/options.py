@@ -1,54 +1,28 @@
-"""The options that commands share, and what they make together. Heavy imports happen inside."""
+"""The options that commands share, as dataclasses. Heavy imports happen inside."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from importlib.util import find_spec
+from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
-from safeproj.methods.given import (
-    COVARIANCE,
-    HAS_NO_PROJECTOR,
-    HOLDS_PROJECTOR,
-    MU_ALONE,
-    SALORA,
-    Against,
-)
+from safeproj.methods import registry
+from safeproj.methods.interface import Method, Option
 from safeproj.report.html_page import NO_PLOTLY
 
 if TYPE_CHECKING:
-    from safeproj.api import Options
-    from safeproj.methods.projection import Projector as ProjectorOf
+    from safeproj.lm.chat import ChatOptions
     from safeproj.plan.select import Selection
-
-
-class ProjectorKind(str, Enum):
-    """Choices of `--projector`."""
-
-    approx = "approx"
-    exact = "exact"
-
-
-class Method(str, Enum):
-    """Choices of `--method`."""
-
-    safe_lora = "safe-lora"
-    salora = "salora"
-    covariance = "covariance"
-
-
-class Dtype(str, Enum):
-    """Choices of `--dtype`."""
-
-    keep = "keep"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+    from safeproj.run.options import Observer, Options
 
 
 class ReportFormat(str, Enum):
@@ -72,64 +46,240 @@ class CheckFormat(str, Enum):
     github = "github"
 
 
-Base = Annotated[
-    str | None,
-    typer.Option("--base", metavar="SRC", help="Checkpoint of the unaligned base model."),
-]
-Aligned = Annotated[
-    str | None, typer.Option("--aligned", metavar="SRC", help="Checkpoint of the aligned model.")
-]
-AlignmentSource = Annotated[
-    str | None,
+class Given:
+    """What is given of a method: the fields of all of them.
+
+    Args:
+        method: the name of the one that it must be, None for any.
+        values: field to value, None where it is not given.
+    """
+
+    def __init__(self, method: Enum | None = None, **values: Any) -> None:
+        self._name = None if method is None else str(method.value)
+        self.values = {
+            name: value.value if isinstance(value, Enum) else value
+            for name, value in values.items()
+            if value is not None and value is not False
+        }
+
+    @classmethod
+    def parameters(cls) -> Iterator[Parameter]:
+        """Yield `--method`, and every method's fields: those that are read first."""
+        named = typer.Option(
+            "--method",
+            help="What is to be done; must fit what is given.  [default: what is given tells]",
+        )
+        yield _parameter("method", Annotated[_choices("Method", registry.NAMES), named])
+        declared = registry.options().items()
+        for name, (option, method) in sorted(declared, key=lambda each: not each[1][0].is_source):
+            yield _parameter(name, _annotated(name, option, method))
+
+    @cached_property
+    def method(self) -> Method:
+        """The method.
+
+        Raises:
+            SafeprojError: what is given does not go together.
+        """
+        return registry.method_of(self.values, self._name)
+
+
+def _annotated(name: str, option: Option, method: type[Method]) -> Any:
+    """Return the annotation of a method's field as a command has it."""
+    kind = get_type_hints(method)[name]
+    if option.choices:
+        kind = _choices(name.title(), option.choices)
+    return Annotated[kind, typer.Option(option.flag, metavar=option.metavar, help=option.help)]
+
+
+def _choices(name: str, values: Sequence[str]) -> Any:
+    return Enum(name, {each: each for each in values}, type=str) | None  # type: ignore[operator]
+
+
+def _parameter(name: str, annotation: Any) -> Parameter:
+    default = False if bool in annotation.__args__ else None
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """Which modules are changed."""
+
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="T",
+            help="Project the modules whose cosine is at most T, 0 <= T <= 1.  [default: 0.35]",
+        ),
+    ] = None
+    layers: Annotated[
+        int | None,
+        typer.Option("--layers", metavar="N", help="Project the N modules with the lowest cosine."),
+    ] = None
+    all_modules: Annotated[bool, typer.Option("--all", help="Project every module.")] = False
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            metavar="RE",
+            help="Only the modules whose name matches this regular expression; repeatable.",
+        ),
+    ] = None
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            metavar="RE",
+            help="Not the modules whose name matches this regular expression; repeatable.",
+        ),
+    ] = None
+
+    @cached_property
+    def selection(self) -> Selection:
+        """What the options say.
+
+        Raises:
+            SafeprojError: they exclude each other, or a value is out of range.
+        """
+        from safeproj.plan.select import Selection
+
+        include, exclude = tuple(self.include or ()), tuple(self.exclude or ())
+        return Selection(self.threshold, self.layers, self.all_modules, include, exclude)
+
+
+Device = Annotated[
+    str,
     typer.Option(
-        "--alignment",
-        metavar="SRC",
-        help="Alignment file that align made of both, in place of --base and --aligned.",
+        "--device",
+        metavar="DEVICE",
+        help="Where the arithmetic runs: auto, cpu, cuda, cuda:N or mps.",
     ),
 ]
-SafetyModuleSource = Annotated[
-    str | None,
-    typer.Option(
-        "--safety-module",
-        metavar="SRC",
-        help="Safety module that salora made, in place of all three: removes from the updates what "
-        "lies in its subspace; --all is the default.",
-    ),
-]
-SafetyData = Annotated[
-    str | None,
-    typer.Option(
-        "--safety-data",
-        metavar="FILE",
-        help="Harmful prompts with refusals, as JSON lines on which the aligned model is run, or "
-        "statistics of them that stats made: corrects updates to do least on them.",
-    ),
-]
-TaskData = Annotated[
-    str | None,
-    typer.Option(
-        "--task-data",
-        metavar="FILE",
-        help="Benign or task data, likewise, on which updates are to stay what they are.  "
-        "[default: random tokens]",
-    ),
-]
-MethodOption = Annotated[
-    Method | None,
-    typer.Option(
-        "--method",
-        help="What is to be done; must fit what is given.  [default: what is given tells]",
-    ),
-]
-Mu = Annotated[
-    float | None,
-    typer.Option(
-        "--mu",
-        metavar="MU",
-        help="Of the covariance-weighted correction: the larger, the more of the adapter is kept.  "
-        "[default: 0.3, or 1 with --reconstruct]",
-    ),
-]
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a run is done."""
+
+    map_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="RUNTIME=CHECKPOINT",
+            help="Where the checkpoints keep a module or parameter that they call something else; "
+            "* stands for any text; repeatable.",
+        ),
+    ] = None
+    device: Device = "auto"
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            help="Threads over modules on the CPU; the result does not depend on it.  "
+            "[default: one per core, at most 8]",
+        ),
+    ] = None
+    show_profile: Annotated[
+        bool, typer.Option("--profile", help="Say on stderr where time and memory went.")
+    ] = False
+
+    @cached_property
+    def profile(self) -> Profile:
+        """Where the time goes."""
+        return Profile()
+
+    @property
+    def shown(self) -> Profile | None:
+        """The same, if it is to be shown."""
+        return self.profile if self.show_profile else None
+
+    def options(self, observer: Observer | None = None, **others: Any) -> Options:
+        """Return how the run is done; imports torch.
+
+        Args:
+            observer: told about the progress.
+            others: fields of `Options` that are not here.
+
+        Raises:
+            SafeprojError: a value is out of range.
+        """
+        from safeproj.run.options import Options
+
+        return Options(
+            device=self.device,
+            workers=self.workers,
+            maps=tuple(self.map_ or ()),
+            observer=observer,
+            profile=self.profile,
+            **others,
+        )
+
+
+_FORMAT = typer.Option(
+    "--format",
+    help="What the report looks like; repeatable, with one --output for each.  [default: table]",
+)
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """Which reports go where."""
+
+    format_: Annotated[list[ReportFormat] | None, _FORMAT] = None
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Write the report to FILE instead of stdout, which is -; repeatable.",
+        ),
+    ] = None
+
+    @cached_property
+    def outputs(self) -> list[tuple[str, Path | None]]:
+        """Formats, each with its place: None is stdout.
+
+        Raises:
+            SafeprojError: there are not as many places as formats, two reports for one place, or an
+                extra is missing.
+        """
+        kinds = [kind.value for kind in self.format_ or ()] or ["table"]
+        if "html" in kinds and find_spec("plotly") is None:  # said before anything is read
+            raise SafeprojError(NO_PLOTLY)
+        places = [None if place == Path("-") else place for place in self.output or ()]
+        if not places and len(kinds) == 1:
+            places = [None]
+        if len(places) != len(kinds):
+            raise SafeprojError(
+                f"{len(kinds)} --format and {len(places)} --output; expected one --output for each "
+                "--format (- is stdout)"
+            )
+        if len({None if p is None else p.resolve() for p in places}) < len(places):
+            raise SafeprojError(
+                "two reports for the same --output; expected another place for each"
+            )
+        return list(zip(kinds, places, strict=True))
+
+
+@dataclass(frozen=True)
+class GateReporting(Reporting):
+    """The same of a gate."""
+
+    format_: Annotated[list[CheckFormat] | None, _FORMAT] = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Talking:
+    """What is said on stderr."""
+
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warnings.")] = False
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show a traceback on errors.")
+    ] = False
+
+
 Adapters = Annotated[
     list[str],
     typer.Option(
@@ -139,102 +289,45 @@ Adapters = Annotated[
         "adapters or a .txt file with one SRC per line stands for many.",
     ),
 ]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        "--threshold",
-        metavar="T",
-        help="Project the modules whose cosine is at most T, 0 <= T <= 1.  [default: 0.35]",
-    ),
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")]
+ModelDtype = Annotated[
+    str, typer.Option("--dtype", metavar="DTYPE", help="What the model runs in; auto: as stored.")
 ]
-Layers = Annotated[
-    int | None,
-    typer.Option("--layers", metavar="N", help="Project the N modules with the lowest cosine."),
-]
-All = Annotated[bool, typer.Option("--all", help="Project every module.")]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
-        metavar="RE",
-        help="Only the modules whose name matches this regular expression; repeatable.",
-    ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude",
-        metavar="RE",
-        help="Not the modules whose name matches this regular expression; repeatable.",
-    ),
-]
-Projector = Annotated[
-    ProjectorKind | None,
-    typer.Option(
-        "--projector",
-        help="C = V V^T / |V|_F of the paper (approx), or the orthogonal projector onto the top "
-        "left singular vectors of V (exact).  [default: approx]",
-    ),
-]
-Rank = Annotated[
-    int | None,
-    typer.Option(
-        "--rank",
-        metavar="K",
-        help="Rank of the exact projector; of a safety module, how many of its directions.",
-    ),
-]
-Energy = Annotated[
-    float | None,
-    typer.Option(
-        "--energy",
-        metavar="E",
-        help="Smallest rank that holds this share of |V|_F^2, 0 < E <= 1, for exact.",
-    ),
-]
-Map = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--map",
-        metavar="RUNTIME=CHECKPOINT",
-        help="Where the checkpoints keep a module or parameter that they call something else; "
-        "* stands for any text; repeatable.",
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        metavar="DEVICE",
-        help="Where the arithmetic runs: auto, cpu, cuda, cuda:N or mps.",
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        metavar="N",
-        help="Threads over modules on the CPU; the result does not depend on it.  "
-        "[default: one per core, at most 8]",
-    ),
-]
-_FORMAT = typer.Option(
-    "--format",
-    help="What the report looks like; repeatable, with one --output for each.  [default: table]",
-)
-Format = Annotated[list[ReportFormat] | None, _FORMAT]
-GateFormat = Annotated[list[CheckFormat] | None, _FORMAT]
-Output = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--output",
-        metavar="FILE",
-        help="Write the report to FILE instead of stdout, which is -; repeatable.",
-    ),
-]
-ShowProfile = Annotated[
-    bool, typer.Option("--profile", help="Say on stderr where time and memory went.")
-]
+
+
+@dataclass(frozen=True)
+class Chatting:
+    """How chats are put to a model's template."""
+
+    date: Annotated[
+        str | None,
+        typer.Option(
+            "--date",
+            metavar="YYYY-MM-DD",
+            help="What day it is for a chat template that prints the date.  [default: 2024-07-26]",
+        ),
+    ] = None
+    chat_template_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--chat-template-arg",
+            metavar="NAME=VALUE",
+            help="A variable of the chat template, such as enable_thinking=false; repeatable.",
+        ),
+    ] = None
+
+    @cached_property
+    def options(self) -> ChatOptions:
+        """What the options say.
+
+        Raises:
+            SafeprojError: one is malformed.
+        """
+        from safeproj.lm.chat import chat_options
+
+        return chat_options(self.date, self.chat_template_arg)
+
+
 Targets = Annotated[
     str | None,
     typer.Option(
@@ -243,189 +336,55 @@ Targets = Annotated[
         help="Layers, by name or last part of it, separated by commas; or all-linear.",
     ),
 ]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", metavar="N", help="Samples that run at a time.")
-]
-MaxLength = Annotated[
-    int, typer.Option("--max-length", metavar="N", help="Tokens of a sample; the rest is cut off.")
-]
-Date = Annotated[
-    str | None,
-    typer.Option(
-        "--date",
-        metavar="YYYY-MM-DD",
-        help="What day it is for a chat template that prints the date.  [default: 2024-07-26]",
-    ),
-]
-TemplateArgument = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--chat-template-arg",
-        metavar="NAME=VALUE",
-        help="A variable of the chat template, such as enable_thinking=false; repeatable.",
-    ),
-]
-Memory = Annotated[
-    float,
-    typer.Option(
-        "--memory",
-        metavar="GB",
-        help="Sums held at a time; the model runs over the data once for each group of layers "
-        "that fits.",
-    ),
-]
-ModelDtype = Annotated[
-    str, typer.Option("--dtype", metavar="DTYPE", help="What the model runs in; auto: as stored.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warnings.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback on errors.")]
+
+
+@dataclass(frozen=True)
+class Reading(Chatting):
+    """How a model is run on data, layer by layer.
+
+    Raises:
+        SafeprojError: a number is out of range.
+    """
+
+    targets: Targets = "all-linear"
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", help="Samples that run at a time.")
+    ] = 8
+    max_length: Annotated[
+        int,
+        typer.Option("--max-length", metavar="N", help="Tokens of a sample; the rest is cut off."),
+    ] = 2048
+    memory: Annotated[
+        float,
+        typer.Option(
+            "--memory",
+            metavar="GB",
+            help="Sums held at a time; the model runs over the data once for each group of layers "
+            "that fits.",
+        ),
+    ] = 4.0
+    device: Device = "auto"
+    dtype: ModelDtype = "auto"
+
+    def __post_init__(self) -> None:
+        require_positive(("--batch-size", self.batch_size), ("--max-length", self.max_length))
+        if not self.memory > 0.0:
+            raise SafeprojError(f"--memory must be more than 0, found {self.memory:g}")
+
+    @property
+    def bound(self) -> int:
+        """Bytes of sums that are held at a time."""
+        return int(self.memory * 1e9)
+
+    @property
+    def names(self) -> list[str]:
+        """The targets."""
+        return names_of(self.targets or "")
 
 
 def names_of(text: str) -> list[str]:
     """Return the names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def outputs_of(
-    formats: Sequence[ReportFormat] | Sequence[CheckFormat] | None, outputs: list[Path] | None
-) -> list[tuple[str, Path | None]]:
-    """Return which report goes where: None is stdout.
-
-    Raises:
-        SafeprojError: there are not as many places as formats, two reports for one place, or an
-            extra is missing.
-    """
-    kinds = [kind.value for kind in formats or ()] or ["table"]
-    if "html" in kinds and find_spec("plotly") is None:  # said before anything is read
-        raise SafeprojError(NO_PLOTLY)
-    places = [None if place == Path("-") else place for place in outputs or ()]
-    if not places and len(kinds) == 1:
-        places = [None]
-    if len(places) != len(kinds):
-        raise SafeprojError(
-            f"{len(kinds)} --format and {len(places)} --output; expected one --output for each "
-            "--format (- is stdout)"
-        )
-    if len({None if p is None else p.resolve() for p in places}) < len(places):
-        raise SafeprojError("two reports for the same --output; expected another place for each")
-    return list(zip(kinds, places, strict=True))
-
-
-def selection_of(
-    threshold: float | None,
-    layers: int | None,
-    all_modules: bool,
-    include: list[str] | None,
-    exclude: list[str] | None,
-) -> Selection:
-    """Return the selection that the options say.
-
-    Raises:
-        SafeprojError: they exclude each other, or a value is out of range.
-    """
-    from safeproj.plan.select import Selection
-
-    return Selection(threshold, layers, all_modules, tuple(include or ()), tuple(exclude or ()))
-
-
-def options_of(
-    selection: Selection | None = None,
-    projector: ProjectorOf | None = None,
-    *,
-    device: str,
-    workers: int | None,
-    maps: list[str] | None,
-    dtype: str = "keep",
-    portable: bool = False,
-) -> Options:
-    """Return how a run is done; imports torch."""
-    from safeproj.api import Options
-    from safeproj.plan.select import Selection
-
-    chosen = Selection() if selection is None else selection
-    return Options(chosen, projector, device, workers, dtype, tuple(maps or ()), portable)
-
-
-def against_of(
-    method: Method | None,
-    base: str | None,
-    aligned: str | None,
-    alignment: str | None,
-    safety_module: str | None,
-    safety_data: str | None,
-    task_data: str | None,
-) -> Against:
-    """Return what adapters are scored against.
-
-    Raises:
-        SafeprojError: what is given does not go together, or is another method's.
-    """
-    wanted = None if method is None else method.value
-    if wanted == COVARIANCE and safety_data is None:
-        raise SafeprojError("--method covariance needs --safety-data, and --aligned to run on it")
-    found = Against(base, aligned, alignment, safety_module, safety_data, task_data)
-    found.require(wanted)
-    return found
-
-
-def check_projector(
-    against: Against | None,
-    projector: ProjectorKind | None,
-    rank: int | None,
-    energy: float | None,
-    mu: float | None,
-) -> None:
-    """Refuse options that do not go together before torch is imported, which takes a second.
-
-    Raises:
-        SafeprojError: they do not.
-    """
-    method = None if against is None else against.method
-    if method == COVARIANCE:
-        if any(each is not None for each in (projector, rank, energy)):
-            raise SafeprojError(HAS_NO_PROJECTOR)
-        return
-    if mu is not None:
-        raise SafeprojError(MU_ALONE)
-    if method == SALORA:
-        if projector is not None or energy is not None:
-            raise SafeprojError(HOLDS_PROJECTOR)
-    elif projector is ProjectorKind.exact:
-        if (rank is None) == (energy is None):
-            raise SafeprojError("--projector exact needs either --rank or --energy")
-    elif rank is not None or energy is not None:
-        raise SafeprojError("--rank and --energy need --projector exact")
-
-
-def projector_of(
-    against: Against | None,
-    projector: ProjectorKind | None,
-    rank: int | None,
-    energy: float | None,
-    mu: float | None,
-    *,
-    reconstruct: bool = False,
-) -> ProjectorOf:
-    """Return the projector that options which go together say; imports torch.
-
-    Raises:
-        SafeprojError: a value is out of range.
-    """
-    from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Reconstruction
-
-    method = None if against is None else against.method
-    if reconstruct and method != COVARIANCE:
-        raise SafeprojError("--reconstruct goes with --safety-data and --task-data; leave it out")
-    try:
-        if method == COVARIANCE:
-            kind = Reconstruction if reconstruct else Covariance
-            return kind() if mu is None else kind(mu)
-        if method == SALORA:
-            return Complement(rank)
-        return Exact(rank, energy) if projector is ProjectorKind.exact else Approx()
-    except ValueError as error:
-        raise SafeprojError(f"--{error}") from error
 
 
 def require_positive(*options: tuple[str, int]) -> None:
@@ -437,14 +396,3 @@ def require_positive(*options: tuple[str, int]) -> None:
     for option, value in options:
         if value < 1:
             raise SafeprojError(f"{option} must be 1 or more, found {value}")
-
-
-def bytes_of_gigabytes(gigabytes: float) -> int:
-    """Return what `--memory` says.
-
-    Raises:
-        SafeprojError: it is not positive.
-    """
-    if not gigabytes > 0.0:
-        raise SafeprojError(f"--memory must be more than 0, found {gigabytes:g}")
-    return int(gigabytes * 1e9)

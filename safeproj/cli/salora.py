@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from safeproj.cli import signals, terminal
-from safeproj.cli.options import (
-    BatchSize,
-    Date,
-    Device,
-    MaxLength,
-    Memory,
-    ModelDtype,
-    Overwrite,
-    Quiet,
-    Targets,
-    TemplateArgument,
-    Verbose,
-    bytes_of_gigabytes,
-    names_of,
-    require_positive,
-)
+from safeproj.cli.bundles import command
+from safeproj.cli.options import Overwrite, Reading, Talking, Targets, require_positive
 
 app = typer.Typer(
     help="Train adapters that keep clear of safety features (SaLoRA).",
@@ -56,7 +43,15 @@ SafetyRank = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Starting(Reading):
+    """The same where the targets are those of the safety module."""
+
+    targets: Targets = None
+
+
 @app.command("module")
+@command
 def module_command(
     aligned: Aligned,
     data: Data,
@@ -67,17 +62,10 @@ def module_command(
     rank: Annotated[
         int, typer.Option("--rank", metavar="K", help="Directions of each layer that are kept.")
     ] = 32,
-    targets: Targets = "all-linear",
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 2048,
-    date: Date = None,
-    chat_template_arg: TemplateArgument = None,
-    memory: Memory = 4.0,
-    device: Device = "auto",
-    dtype: ModelDtype = "auto",
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    reading: Reading,
+    talking: Talking,
 ) -> None:
     """Find in which directions the outputs of layers lie on safety data.
 
@@ -85,49 +73,47 @@ def module_command(
     leading directions of its outputs at the responses. Training, or patch --safety-module, keeps
     updates out of them.
     """
-    with terminal.command(verbose):
-        require_positive(
-            ("--rank", rank), ("--batch-size", batch_size), ("--max-length", max_length)
-        )
-        bound = bytes_of_gigabytes(memory)
-        from safeproj.lm import models
-        from safeproj.lm.chat import chat_options
+    require_positive(("--rank", rank))
+    from safeproj.lm import models
 
-        chat = chat_options(date, chat_template_arg)
-        models.require_extra()
-        from safeproj.lm.data import read_data
-        from safeproj.methods.recorded import check_file
-        from safeproj.methods.salora.file import KIND
-        from safeproj.methods.salora.module import safety_module
-        from safeproj.storage.source import open_folder
+    chat = reading.options
+    models.require_extra()
+    from safeproj.lm.data import read_data
+    from safeproj.methods.recorded import check_file
+    from safeproj.methods.salora.file import KIND
+    from safeproj.methods.salora.module import safety_module
+    from safeproj.storage.source import open_folder
 
-        signals.interruptible()
-        check_file(out, overwrite, KIND)
-        folder = open_folder(aligned)
-        samples = read_data(data, models.load_tokenizer(folder), max_length=max_length, chat=chat)
-        batches = samples.batches(batch_size)
-        model = models.load_model(folder, device, dtype)
-        with terminal.steps(quiet, "batches") as step:
-            found = safety_module(
-                model,
-                batches,
-                names_of(targets or ""),
-                rank,
-                memory=bound,
-                on_batch=step,
-                inputs=models.recorded_inputs(folder, samples),
-            )
-        nbytes = found.save(out, overwrite=overwrite)
-        signals.done()
-        shares = found.captured().values()
-        result = (
-            f"wrote {out} ({len(found.directions)} layers, {found.rank} directions, "
-            f"{nbytes / 1e6:.1f} MB, {min(shares):.1%} to {max(shares):.1%} of the energy)"
+    signals.interruptible()
+    check_file(out, overwrite, KIND)
+    folder = open_folder(aligned)
+    samples = read_data(
+        data, models.load_tokenizer(folder), max_length=reading.max_length, chat=chat
+    )
+    batches = samples.batches(reading.batch_size)
+    model = models.load_model(folder, reading.device, reading.dtype)
+    with terminal.steps(talking.quiet, "batches") as step:
+        found = safety_module(
+            model,
+            batches,
+            reading.names,
+            rank,
+            memory=reading.bound,
+            on_batch=step,
+            inputs=models.recorded_inputs(folder, samples),
         )
-        terminal.closing(samples.warnings, quiet, result)
+    nbytes = found.save(out, overwrite=overwrite)
+    signals.done()
+    shares = found.captured().values()
+    result = (
+        f"wrote {out} ({len(found.directions)} layers, {found.rank} directions, "
+        f"{nbytes / 1e6:.1f} MB, {min(shares):.1%} to {max(shares):.1%} of the energy)"
+    )
+    terminal.closing(samples.warnings, talking.quiet, result)
 
 
 @app.command("init")
+@command
 def init_command(
     aligned: Aligned,
     module: Module,
@@ -147,73 +133,61 @@ def init_command(
         ),
     ] = 32,
     safety_rank: SafetyRank = None,
-    targets: Targets = None,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 2048,
-    date: Date = None,
-    chat_template_arg: TemplateArgument = None,
-    memory: Memory = 4.0,
-    device: Device = "auto",
-    dtype: ModelDtype = "auto",
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    reading: Starting,
+    talking: Talking,
 ) -> None:
     """Write an adapter with the task-specific initialisation.
 
     It belongs to changed frozen weights, which safeproj.salora.attach sets when training begins;
     salora fold makes of the trained adapter one for the unmodified model.
     """
-    with terminal.command(verbose):
-        require_positive(
-            ("--rank", rank),
-            ("--task-rank", task_rank),
-            ("--batch-size", batch_size),
-            ("--max-length", max_length),
+    require_positive(("--rank", rank), ("--task-rank", task_rank))
+    from safeproj.lm import models
+
+    chat = reading.options
+    models.require_extra()
+    from safeproj.adapter.write import check_out
+    from safeproj.lm.data import read_data
+    from safeproj.methods.interface import local_path
+    from safeproj.methods.salora.module import SafetyModule
+    from safeproj.methods.salora.start import write_start
+    from safeproj.storage.source import open_folder
+
+    signals.interruptible()
+    given = [("--aligned", aligned), ("--module", module), ("--data", str(data))]
+    check_out(out, overwrite, [(option, local_path(source)) for option, source in given])
+    found = SafetyModule.load(module).cut(safety_rank)
+    folder = open_folder(aligned)
+    samples = read_data(
+        data, models.load_tokenizer(folder), max_length=reading.max_length, chat=chat
+    )
+    batches = samples.batches(reading.batch_size)
+    model = models.load_model(folder, reading.device, reading.dtype)
+    with models.quietly(), terminal.steps(talking.quiet, "batches") as step:
+        initial = write_start(
+            model,
+            found,
+            batches,
+            out,
+            rank=rank,
+            alpha=alpha,
+            task_rank=task_rank,
+            targets=reading.names,
+            base_model=aligned,
+            inputs=models.recorded_inputs(folder, samples),
+            memory=reading.bound,
+            on_batch=step,
+            overwrite=overwrite,
         )
-        bound = bytes_of_gigabytes(memory)
-        from safeproj.lm import models
-        from safeproj.lm.chat import chat_options
-
-        chat = chat_options(date, chat_template_arg)
-        models.require_extra()
-        from safeproj.adapter.write import check_out
-        from safeproj.lm.data import read_data
-        from safeproj.methods.given import local_path
-        from safeproj.methods.salora.module import SafetyModule
-        from safeproj.methods.salora.start import write_start
-        from safeproj.storage.source import open_folder
-
-        signals.interruptible()
-        given = [("--aligned", aligned), ("--module", module), ("--data", str(data))]
-        check_out(out, overwrite, [(option, local_path(source)) for option, source in given])
-        found = SafetyModule.load(module).cut(safety_rank)
-        folder = open_folder(aligned)
-        samples = read_data(data, models.load_tokenizer(folder), max_length=max_length, chat=chat)
-        batches = samples.batches(batch_size)
-        model = models.load_model(folder, device, dtype)
-        with models.quietly(), terminal.steps(quiet, "batches") as step:
-            initial = write_start(
-                model,
-                found,
-                batches,
-                out,
-                rank=rank,
-                alpha=alpha,
-                task_rank=task_rank,
-                targets=() if targets is None else names_of(targets),
-                base_model=aligned,
-                inputs=models.recorded_inputs(folder, samples),
-                memory=bound,
-                on_batch=step,
-                overwrite=overwrite,
-            )
-        signals.done()
-        result = f"wrote {out} ({len(initial.A)} layers, rank {rank})"
-        terminal.closing(samples.warnings, quiet, result)
+    signals.done()
+    result = f"wrote {out} ({len(initial.A)} layers, rank {rank})"
+    terminal.closing(samples.warnings, talking.quiet, result)
 
 
 @app.command("fold")
+@command
 def fold_command(
     adapter: Annotated[
         str, typer.Option("--adapter", metavar="DIR", help="PEFT adapter that was trained.")
@@ -232,28 +206,27 @@ def fold_command(
     ] = None,
     safety_rank: SafetyRank = None,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    talking: Talking,
 ) -> None:
     """Make of a trained adapter a plain one that serves on the unmodified model.
 
     Removes the safety subspace from its updates, and subtracts the initial factors where it was
     trained from them, which doubles its rank.
     """
-    with terminal.command(verbose):
-        from safeproj.methods.salora.folding import fold
-        from safeproj.methods.salora.initialisation import Initial
-        from safeproj.methods.salora.module import SafetyModule
+    from safeproj.methods.salora.folding import fold
+    from safeproj.methods.salora.initialisation import Initial
+    from safeproj.methods.salora.module import SafetyModule
 
-        signals.interruptible()
-        folded = fold(
-            adapter,
-            SafetyModule.load(module),
-            out,
-            rank=safety_rank,
-            initial=None if init is None else Initial.load(init),
-            overwrite=overwrite,
-        )
-        signals.done()
-        result = f"wrote {out} ({folded.describe()})"
-        terminal.closing(folded.warnings, quiet, result)
+    signals.interruptible()
+    folded = fold(
+        adapter,
+        SafetyModule.load(module),
+        out,
+        rank=safety_rank,
+        initial=None if init is None else Initial.load(init),
+        overwrite=overwrite,
+    )
+    signals.done()
+    result = f"wrote {out} ({folded.describe()})"
+    terminal.closing(folded.warnings, talking.quiet, result)

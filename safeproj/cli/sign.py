@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from safeproj.cli import signals, terminal
-from safeproj.cli.options import Quiet, Verbose
+from safeproj.cli.bundles import command
+from safeproj.cli.options import Talking
 from safeproj.errors import SafeprojError
 
 
+@command
 def sign_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The adapter directory.")],
     private_key: Annotated[
@@ -34,27 +36,26 @@ def sign_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a signature that is there.")
     ] = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    talking: Talking,
 ) -> None:
     """Sign an adapter directory.
 
     Writes model.sig in it, which covers every file, so that check --public-key can tell whether the
     directory is as whoever holds the key left it.
     """
-    with terminal.command(verbose):
-        password = None if password_env is None else os.environ.get(password_env)
-        if password_env is not None and not password:
-            raise SafeprojError(
-                f"--password-env {password_env}: no such environment variable, or an empty one; "
-                "expected the password of the key"
-            )
-        from safeproj.gate import signing
+    password = None if password_env is None else os.environ.get(password_env)
+    if password_env is not None and not password:
+        raise SafeprojError(
+            f"--password-env {password_env}: no such environment variable, or an empty one; "
+            "expected the password of the key"
+        )
+    from safeproj.gate import signing
 
-        signing.require_library()
-        signals.interruptible()
-        place = signing.sign(directory, private_key, password, overwrite)
-        number = len(signing.covered_files(directory))
-        signals.done()
-        files = "1 file" if number == 1 else f"{number} files"
-        terminal.closing((), quiet, f"signed {directory} ({files}, {place.name})")
+    signing.require_library()
+    signals.interruptible()
+    place = signing.sign(directory, private_key, password, overwrite)
+    number = len(signing.covered_files(directory))
+    signals.done()
+    files = "1 file" if number == 1 else f"{number} files"
+    terminal.closing((), talking.quiet, f"signed {directory} ({files}, {place.name})")

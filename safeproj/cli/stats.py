@@ -9,22 +9,8 @@ from typing import Annotated
 import typer
 
 from safeproj.cli import signals, terminal
-from safeproj.cli.options import (
-    BatchSize,
-    Date,
-    Device,
-    MaxLength,
-    Memory,
-    ModelDtype,
-    Overwrite,
-    Quiet,
-    Targets,
-    TemplateArgument,
-    Verbose,
-    bytes_of_gigabytes,
-    names_of,
-    require_positive,
-)
+from safeproj.cli.bundles import command
+from safeproj.cli.options import Overwrite, Reading, Talking
 from safeproj.errors import SafeprojError
 
 
@@ -36,6 +22,7 @@ class Positions(str, Enum):
     response = "response"
 
 
+@command
 def stats_command(
     aligned: Annotated[
         str, typer.Option("--aligned", metavar="SRC", help="The aligned model, which is run.")
@@ -60,20 +47,13 @@ def stats_command(
             help="In place of --data: so many samples of random tokens.",
         ),
     ] = None,
-    targets: Targets = "all-linear",
     positions: Annotated[
         Positions, typer.Option("--positions", help="Which positions of the data count.")
     ] = Positions.all,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 2048,
-    date: Date = None,
-    chat_template_arg: TemplateArgument = None,
-    memory: Memory = 4.0,
-    device: Device = "auto",
-    dtype: ModelDtype = "auto",
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    reading: Reading,
+    talking: Talking,
 ) -> None:
     """Gather what layers read on data, for patch --safety-data and --task-data.
 
@@ -81,45 +61,41 @@ def stats_command(
     moment over prompts and responses. Adapters of the model are corrected by such files without
     running it again.
     """
-    with terminal.command(verbose):
-        require_positive(("--batch-size", batch_size), ("--max-length", max_length))
-        bound = bytes_of_gigabytes(memory)
-        if (data is None) == (random_tokens is None):
-            raise SafeprojError("give either --data or --random-tokens")
-        from safeproj.lm import models
-        from safeproj.lm.chat import chat_options
+    if (data is None) == (random_tokens is None):
+        raise SafeprojError("give either --data or --random-tokens")
+    from safeproj.lm import models
 
-        chat = chat_options(date, chat_template_arg)
-        models.require_extra()
-        from safeproj.lm.data import random_data, read_data
-        from safeproj.methods.covariance.file import KIND
-        from safeproj.methods.covariance.make import make_statistics
-        from safeproj.methods.recorded import check_file
-        from safeproj.storage.source import open_folder
+    chat = reading.options
+    models.require_extra()
+    from safeproj.lm.data import random_data, read_data
+    from safeproj.methods.covariance.file import KIND
+    from safeproj.methods.covariance.make import make_statistics
+    from safeproj.methods.recorded import check_file
+    from safeproj.storage.source import open_folder
 
-        signals.interruptible()
-        check_file(out, overwrite, KIND)
-        folder = open_folder(aligned)
-        tokenizer = models.load_tokenizer(folder)
-        if data is not None:
-            samples = read_data(data, tokenizer, max_length=max_length, chat=chat)
-        else:
-            assert random_tokens is not None
-            samples = random_data(tokenizer, random_tokens)
-        batches = samples.batches(batch_size)
-        model = models.load_model(folder, device, dtype)
-        with models.quietly(), terminal.steps(quiet, "batches") as step:
-            size = make_statistics(
-                model,
-                batches,
-                out,
-                names_of(targets or ""),
-                models.recorded_inputs(folder, samples),
-                positions=positions.value,
-                memory=bound,
-                on_batch=step,
-                overwrite=overwrite,
-            )
-        signals.done()
-        result = f"wrote {out} ({len(samples.samples)} samples, {size / 1e6:.1f} MB)"
-        terminal.closing(samples.warnings, quiet, result)
+    signals.interruptible()
+    check_file(out, overwrite, KIND)
+    folder = open_folder(aligned)
+    tokenizer = models.load_tokenizer(folder)
+    if data is not None:
+        samples = read_data(data, tokenizer, max_length=reading.max_length, chat=chat)
+    else:
+        assert random_tokens is not None
+        samples = random_data(tokenizer, random_tokens)
+    batches = samples.batches(reading.batch_size)
+    model = models.load_model(folder, reading.device, reading.dtype)
+    with models.quietly(), terminal.steps(talking.quiet, "batches") as step:
+        size = make_statistics(
+            model,
+            batches,
+            out,
+            reading.names,
+            models.recorded_inputs(folder, samples),
+            positions=positions.value,
+            memory=reading.bound,
+            on_batch=step,
+            overwrite=overwrite,
+        )
+    signals.done()
+    result = f"wrote {out} ({len(samples.samples)} samples, {size / 1e6:.1f} MB)"
+    terminal.closing(samples.warnings, talking.quiet, result)

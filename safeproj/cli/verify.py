@@ -8,34 +8,13 @@ from typing import Annotated
 import typer
 
 from safeproj.cli import signals, terminal
-from safeproj.cli.options import (
-    Aligned,
-    AlignmentSource,
-    Base,
-    Device,
-    Energy,
-    GateFormat,
-    Map,
-    Mu,
-    Output,
-    Projector,
-    Quiet,
-    Rank,
-    SafetyData,
-    SafetyModuleSource,
-    ShowProfile,
-    TaskData,
-    Verbose,
-    Workers,
-    against_of,
-    check_projector,
-    options_of,
-    outputs_of,
-    projector_of,
-)
-from safeproj.engine.profile import Profile
+from safeproj.cli.bundles import Without, command
+from safeproj.cli.options import GateReporting, Given, Running, Talking
+from safeproj.errors import SafeprojError
+from safeproj.methods.registry import inputs_of
 
 
+@command
 def verify_command(
     patched: Annotated[
         str, typer.Argument(metavar="PATCHED", help="SRC of the adapter that patch wrote.")
@@ -50,24 +29,11 @@ def verify_command(
             "--public-key", metavar="FILE", help="The key that the directory must be signed by."
         ),
     ] = None,
-    base: Base = None,
-    aligned: Aligned = None,
-    alignment: AlignmentSource = None,
-    safety_module: SafetyModuleSource = None,
-    safety_data: SafetyData = None,
-    task_data: TaskData = None,
-    projector: Projector = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    mu: Mu = None,
-    map_: Map = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    format_: GateFormat = None,
-    output: Output = None,
-    show_profile: ShowProfile = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    given: Annotated[Given, Without("method", "reconstruct")],
+    running: Running,
+    reporting: GateReporting,
+    talking: Talking,
 ) -> None:
     """Compare a patched adapter with its original, or its signature.
 
@@ -77,40 +43,20 @@ def verify_command(
     --public-key alone the files are compared with the signature and safeproj.json, and no model is
     read. Exit code 0: it is. 1: it is not. 2: that could not be decided.
     """
-    with terminal.command(verbose):
-        given = [("--base", base), ("--aligned", aligned), ("--alignment", alignment)]
-        given += [("--safety-module", safety_module), ("--original", original)]
-        given += [("--safety-data", safety_data), ("--task-data", task_data)]
-        outputs = outputs_of(format_, output)
-        terminal.check_outputs(outputs, None, [*given, ("--adapter", patched)])
-        against = None
-        if original is not None:
-            against = against_of(
-                None, base, aligned, alignment, safety_module, safety_data, task_data
-            )
-        check_projector(against, projector, rank, energy, mu)
-        profile = Profile()
-        with profile.phase("import"):
-            chosen = None
-            if any(each is not None for each in (projector, rank, mu)):
-                chosen = projector_of(against, projector, rank, energy, mu)
-            options = options_of(None, chosen, device=device, workers=workers, maps=map_)
-            from safeproj import api
+    outputs = reporting.outputs
+    read = [*inputs_of(given.values), ("--original", original), ("--adapter", patched)]
+    terminal.check_outputs(outputs, None, read)
+    if original is None and given.values:
+        raise SafeprojError(
+            "nothing is scored without --original; give it, or leave out the models"
+        )
+    method = None if original is None else given.method
+    with running.profile.phase("import"):
+        from safeproj import api
 
-        signals.interruptible()
-        with terminal.observer(quiet) as observer:
-            checks = api.verify(
-                base,
-                aligned,
-                patched,
-                original,
-                options,
-                alignment=alignment,
-                safety_module=safety_module,
-                safety_data=safety_data,
-                task_data=task_data,
-                public_key=public_key,
-                observer=observer,
-                profile=profile,
-            )
-        terminal.finish(checks, outputs, quiet, "", profile if show_profile else None)
+        running.options()  # what cannot be used is said before anything is read
+    signals.interruptible()
+    with terminal.observer(talking.quiet) as observer:
+        options = running.options(observer)
+        checks = api.verify(patched, original, method, options, public_key=public_key)
+    terminal.finish(checks, outputs, talking.quiet, "", running.shown)

@@ -49,7 +49,7 @@ from safeproj.methods.factors import CANCELS, CancellationError, Core, cancellat
 from safeproj.methods.projection import (
     Approx,
     Complement,
-    Covariance,
+    Correction,
     Exact,
     Moment,
     NotOrthonormalError,
@@ -367,14 +367,14 @@ def _corrected(
     task: Task, origin: Moments, projector: Projector, buffers: Buffers, digests: bool
 ) -> tuple[Score | SafeprojError, ...]:
     """Correct all updates of the weights that read one input."""
-    assert isinstance(projector, Covariance | Reconstruction)
+    assert isinstance(projector, Correction | Reconstruction)
     H, S, sha256 = _moments(task.name, origin, buffers, digests)
     return corrected(task, projector, H, S, sha256)
 
 
 def corrected(
     task: Task,
-    projector: Covariance | Reconstruction,
+    projector: Correction | Reconstruction,
     H: Moment,
     S: Moment,
     sha256: tuple[dict[str, str], dict[str, str]] | None = None,

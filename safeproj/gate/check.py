@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.collection import Member
@@ -23,8 +23,7 @@ from safeproj.gate.recompute import Recomputed, recomputed
 from safeproj.gate.settings import about_settings
 from safeproj.gate.signing import verify_signature
 from safeproj.gate.weights import Context, about_weights, found
-from safeproj.methods.given import Against
-from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Projector
+from safeproj.methods.interface import Method
 from safeproj.methods.reference import Subspace
 from safeproj.records.checks import Check, Evidence, Finding
 from safeproj.records.rules import Level
@@ -36,6 +35,8 @@ from safeproj.text import printable
 
 MAX_FINDINGS = 2_000
 """Findings of one rule and level that are listed; how many more there are is said in a last one."""
+
+M = TypeVar("M", bound=Method)
 
 STRENGTH = {kind: number for number, kind in enumerate(Evidence)}
 
@@ -53,7 +54,7 @@ class Original:
 def judged(
     member: Member,
     run: Run,
-    against: Against,
+    method: Method,
     subspace: Subspace,
     policy: Policy,
     original: Original | None,
@@ -63,7 +64,7 @@ def judged(
     Args:
         member: its name and SRC.
         run: its plan and its scores.
-        against: what it was scored against, as the user gave it.
+        method: what it was scored by, as the user gave it.
         subspace: the same, opened.
         policy: what passes.
         original: the adapter before patching, if it is at hand.
@@ -95,7 +96,7 @@ def judged(
         *about_member(member),
         *about_files(adapter, policy),
         *about_claim(adapter),
-        *about_identities(policy, against, run.report.inputs),
+        *about_identities(policy, method, run.report.inputs),
     ]
     return _check(member, adapter, findings, policy, evidence, run, tuple(remarks))
 
@@ -106,35 +107,16 @@ def unusable(member: Member, error: SafeprojError) -> Check:
     return Check(printable(member.name), printable(member.source), None, (finding,))
 
 
-def recorded_projector(patched: Adapter) -> Projector | None:
-    """Return the projector that safeproj.json names, None where there is none.
+def recorded_method(patched: Adapter, method: M) -> M:
+    """Return the method with the settings of safeproj.json, where it leaves all of them open.
 
     Raises:
-        SafeprojError: it names none that there is.
+        SafeprojError: the record names none that there are.
     """
-    if MANIFEST not in patched.folder.files:
-        return None
+    if method.settings or MANIFEST not in patched.folder.files:
+        return method
     found = read_json(patched.folder, MANIFEST).get("projector")
-    given = dict(found) if isinstance(found, dict) else {}
-    kind, rank, energy, mu = (given.pop(name, None) for name in ("kind", "rank", "energy", "mu"))
-    whole = rank is None or type(rank) is int
-    numbers = all(each is None or isinstance(each, int | float) for each in (energy, mu))
-    try:
-        if not given and whole and numbers and kind == "covariance":
-            if rank is energy is None and mu is not None:
-                return Covariance(mu)
-        elif not given and whole and numbers and mu is None:
-            if kind == "exact":
-                return Exact(rank, energy)
-            if kind == "safety-module" and energy is None:
-                return Complement(rank)
-            if kind == "approx" and rank is energy is None:
-                return Approx()
-    except ValueError:
-        pass
-    raise SafeprojError(
-        f"{patched.source}: {MANIFEST} names no projector that there is; give --projector"
-    )
+    return method.recorded(patched.source, found if isinstance(found, dict) else {})
 
 
 def recorded_form(source: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from safeproj.gate.policy import Policy
 from safeproj.gate.weights import found
-from safeproj.methods.given import Against, local_path
+from safeproj.methods.interface import Method, local_path
 from safeproj.records.checks import Finding
 from safeproj.storage.source import file_sha256, hub_place, open_folder
 
@@ -16,13 +16,13 @@ _WEIGHTS = (".safetensors", ".bin")
 
 
 def about_identities(
-    policy: Policy, against: Against, inputs: Mapping[str, Mapping[str, Any]]
+    policy: Policy, method: Method, inputs: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[Finding]:
     """Yield the pins that what was read does not meet.
 
     Args:
         policy: its `identities` count.
-        against: what the user gave.
+        method: what the user gave.
         inputs: of the report: role to `source`, and `revision` from the Hub.
     """
     digests: dict[str, str] = {}
@@ -31,7 +31,7 @@ def about_identities(
         if given is None:
             yield found("SP031", f"{role} is pinned, and this check uses none")
         elif pinned.startswith("sha256:"):
-            yield from _by_digest(role, pinned, against, digests)
+            yield from _by_digest(role, pinned, method, digests)
         else:
             yield from _by_revision(role, pinned, given)
 
@@ -46,9 +46,9 @@ def _by_revision(role: str, pinned: str, given: Mapping[str, Any]) -> Iterator[F
 
 
 def _by_digest(
-    role: str, pinned: str, against: Against, digests: dict[str, str]
+    role: str, pinned: str, method: Method, digests: dict[str, str]
 ) -> Iterator[Finding]:
-    source = getattr(against, role.replace("-", "_"))
+    source = method.sources.get(role.replace("-", "_"))
     if source is None:
         yield found("SP031", f"{role} is pinned by digest, and a file stands for it; pin the file")
     elif local_path(source) is None:

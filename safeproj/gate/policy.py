@@ -7,20 +7,19 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safeproj.adapter.interface import CONFIG
 from safeproj.errors import SafeprojError
-from safeproj.methods.given import COVARIANCE, HAS_NO_PROJECTOR, HOLDS_PROJECTOR, MU_ALONE, Against
+from safeproj.methods.interface import Method
+from safeproj.methods.registry import method_of
+from safeproj.methods.safe_lora.method import PROJECTORS
 from safeproj.plan.select import DEFAULT_THRESHOLD
 from safeproj.records.checks import Evidence
 from safeproj.records.rules import RULES
 from safeproj.text import first_line
-
-if TYPE_CHECKING:
-    from safeproj.methods.projection import Projector
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -62,7 +61,11 @@ ROLES = ("base", "aligned", "alignment", "safety-module", "safety-data", "task-d
 READERS = ("vllm", "sglang", "llama.cpp", "ollama", "openvino", "peft-0.11")
 """Programs that a policy may name; `safeproj.gate.readers` says what they make of an adapter."""
 
-PROJECTORS = ("approx", "exact")
+DEFAULT_PROJECTOR = PROJECTORS[0]
+"""That of a policy that says nothing of it."""
+
+SETTINGS = ("projector", "rank", "energy", "mu")
+"""Fields that say how a method scores."""
 
 LIMITS = ("max-scaling", "max-size", "max-outside", "max-unseen", "max-cast-change")
 """Fields that bound how far updates go, each a number of more than 0."""
@@ -126,7 +129,7 @@ class Policy:
     max_unseen: float = 0.1
     max_cast_change: float = 0.05
     evidence: Evidence = Evidence.recorded
-    projector: str = "approx"
+    projector: str = DEFAULT_PROJECTOR
     rank: int | None = None
     energy: float | None = None
     mu: float | None = None
@@ -170,31 +173,20 @@ class Policy:
                     "64 hexadecimal digits"
                 )
 
-    def projector_for(self, against: Against) -> Projector:
-        """Return the projector to score with; imports torch.
+    def method(self, given: Method) -> Method:
+        """Return a method with the settings that the policy has.
 
         Raises:
-            SafeprojError: rank and energy do not go with it.
+            SafeprojError: they do not go with it.
         """
-        from safeproj.methods.projection import Approx, Complement, Covariance, Exact
-
-        if against.method == COVARIANCE:
-            if self.projector != "approx" or self.rank is not None or self.energy is not None:
-                raise SafeprojError(HAS_NO_PROJECTOR)
-            return _made(lambda: Covariance() if self.mu is None else Covariance(self.mu))
-        if self.mu is not None:
-            raise SafeprojError(MU_ALONE)
-        if against.safety_module is not None:
-            if self.energy is not None or self.projector != "approx":
-                raise SafeprojError(HOLDS_PROJECTOR)
-            return Complement(self.rank)
-        if self.projector == "approx" and self.rank is self.energy is None:
-            return Approx()
-        if self.projector == "approx" or (self.rank is None) == (self.energy is None):
-            raise SafeprojError(
-                "rank and energy: the projector exact needs one of them, approx none"
-            )
-        return _made(lambda: Exact(self.rank, self.energy))
+        found = {"rank": self.rank, "energy": self.energy, "mu": self.mu}
+        own: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
+        before = given.given
+        if self.projector != DEFAULT_PROJECTOR or {"rank", "energy"} & own.keys():
+            before = given.sources  # rank and energy belong to the projector
+        if self.projector != DEFAULT_PROJECTOR:
+            own["projector"] = self.projector
+        return method_of({**before, **own})
 
     def threshold_of(self, module: str) -> float:
         """Return the threshold of a module."""
@@ -415,7 +407,7 @@ def changed(policy: Policy, given: Mapping[str, Any]) -> Policy:
     Raises:
         SafeprojError: an option is none that a policy can have.
     """
-    plain = ("threshold", "coverage", *LIMITS, "projector", "rank", "energy", "mu")
+    plain = ("threshold", "coverage", *LIMITS, *SETTINGS)
     options = {name: value for name, value in given.items() if value}
     options |= {name: given[name] for name in plain if given.get(name) is not None}
     found: dict[str, Any] = {n.replace("-", "_"): options[n] for n in plain if n in options}
@@ -460,18 +452,6 @@ def _pin(text: str) -> tuple[str, str]:
     if not equals:
         raise SafeprojError(f"--pin {text}: expected ROLE=IDENTITY, such as base=org/name@commit")
     return role, identity
-
-
-def _made(projector: Callable[[], Projector]) -> Projector:
-    """Return a projector.
-
-    Raises:
-        SafeprojError: a value is out of range.
-    """
-    try:
-        return projector()
-    except ValueError as error:
-        raise SafeprojError(str(error)) from error
 
 
 def _below(value: int | str) -> tuple[int, float | None]:

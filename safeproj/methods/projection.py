@@ -13,7 +13,7 @@ SaLoRA (Li et al., ICLR 2025, arXiv 2501.01765) projects it away from the direct
 which a weight's outputs on safety data lie: `C_S = I - U Uᵀ`, in the place of `C`.
 
 The covariance-weighted correction changes the other factor, `A' = A M`, by second moments of the
-layer's inputs `x` (n,): `H = E x xᵀ` on safety data and `S` on benign data (`Covariance`).
+layer's inputs `x` (n,): `H = E x xᵀ` on safety data and `S` on benign data (`Correction`).
 
 Neither `C` nor `ΔW` is ever formed: everything follows from `T = Vᵀ B` (n, r), `P = C B` (m, r)
 and `G = A Aᵀ` (r, r). `V` arrives in blocks of rows, so that it need not fit in memory either.
@@ -281,7 +281,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Covariance:
+class Correction:
     """The covariance-weighted correction: least effect on safety data, most on benign data.
 
     The update `ΔW'` that minimises `E_safety ‖ΔW' x‖² + μ E_benign ‖(ΔW' - ΔW) x‖²` has
@@ -350,7 +350,7 @@ class Reconstruction:
         _require_mu(self.mu)
 
 
-Projector = Approx | Exact | Complement | Covariance | Reconstruction
+Projector = Approx | Exact | Complement | Correction | Reconstruction
 
 
 def alignment(W_aligned: Tensor, W_base: Tensor, out: Tensor | None = None) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 from safeproj.adapter import Adapter
 from safeproj.engine import Comparison, Origin, Score
+from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule
 from safeproj.plan.select import Selection
 
@@ -28,6 +29,13 @@ class Subspace(Protocol):
     @property
     def inputs(self) -> dict[str, dict[str, Any]]:
         """What was read, for the report: role to `source`, and `revision` from the Hub."""
+
+    @property
+    def weights(self) -> Names | None:
+        """The aligned weights, to convert adapters of a changed base; None where no are at hand."""
+
+    def held(self, adapter: Adapter, plan: Plan) -> Sequence[PlannedModule]:
+        """Return the updates with the aligned weights, where looking at them fetches nothing."""
 
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         """Return what is to be scored of an adapter that was `fitted` to these names.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,34 +19,18 @@ from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.portable import portable
 from safeproj.adapter.weightfiles import NAMED
 from safeproj.adapter.write import adapters_below, weights_beside, write_adapter
-from safeproj.checkpoint import open_checkpoint
-from safeproj.engine import Origin, Progress, Score, Task, Update
-from safeproj.engine.profile import Profile
+from safeproj.engine import Origin, Score, Task, Update
 from safeproj.errors import SafeprojError, explained
 from safeproj.methods import factors
-from safeproj.methods.covariance.prepare import statistics_of
-from safeproj.methods.given import (
-    COVARIANCE,
-    HAS_NO_PROJECTOR,
-    HOLDS_PROJECTOR,
-    MU_ALONE,
-    SAFE_LORA,
-    SALORA,
-    Against,
-)
-from safeproj.methods.projection import Approx, Complement, Covariance, Projector, Reconstruction
+from safeproj.methods.interface import Method
+from safeproj.methods.projection import Complement, Projector
 from safeproj.methods.reference import Subspace
-from safeproj.methods.safe_lora.file import AlignmentFile, open_file
-from safeproj.methods.safe_lora.pair import Pair
-from safeproj.methods.salora.file import open_safety_module
-from safeproj.names import Names, parse_rules
 from safeproj.plan.match import Plan, PlannedModule
-from safeproj.plan.match import plan as matched
 from safeproj.plan.residual import converted, held_parts, told_of
-from safeproj.plan.select import Selection
 from safeproj.records.scores import Report
 from safeproj.run.decide import DTYPES, Decision, decide
 from safeproj.run.manifest import manifest
+from safeproj.run.options import Options
 from safeproj.storage.source import Folder, LocalFolder, read_json
 from safeproj.text import shorten
 
@@ -64,61 +48,6 @@ _TODAY = "\0"
 """Before the name of a module as today's PEFT reads it; no name begins so."""
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a run is done.
-
-    Attributes:
-        selection: which modules are projected; if it does not say how they are chosen, those with
-            `cos <= 0.35`, and with a safety module or safety data all.
-        projector: which `C`: with a safety module `Complement`, with safety data `Covariance`,
-            otherwise `Approx` or `Exact`. If None, `Complement()`, `Covariance()` or `Approx()`.
-        device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        workers: threads over modules on the CPU, None for one per core, at most 8. The result
-            does not depend on it.
-        dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
-        maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
-        portable: write an adapter that all readers compute alike.
-
-    Raises:
-        SafeprojError: a value is out of range, a rule is malformed, or the device is not there.
-    """
-
-    selection: Selection = dataclasses.field(default_factory=Selection)
-    projector: Projector | None = None
-    device: str = "auto"
-    workers: int | None = None
-    dtype: str = "keep"
-    maps: tuple[str, ...] = ()
-    portable: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
-        if self.workers is not None and self.workers < 1:
-            raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
-        if self.portable and isinstance(self.projector, Reconstruction):
-            raise SafeprojError(
-                "--portable does not go with --reconstruct, which runs the adapter as it is; make "
-                "it portable before"
-            )
-        parse_rules(self.maps)
-        engine.resolve_device(self.device)
-
-
-class Observer(Protocol):
-    """Who wants to see a run go on."""
-
-    def start(self, modules: int, nbytes: int) -> None:
-        """So many weights are to be read, so many bytes; again for each further batch."""
-
-    def progress(self, event: Progress) -> None:
-        """Something was read or finished; called from the engine's threads."""
-
-    def ran(self, done: int, total: int) -> None:
-        """So many of all batches of data were run, before anything is read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +135,8 @@ class Job:
     """What `inspect` and `patch` share, for one adapter or for many.
 
     Args:
-        against: what the adapters are scored against.
+        method: what is done, prepared.
         options: how.
-        observer: told about the progress.
-        profile: filled in with where the time went.
         digests: whether the SHA-256 of all that is read is wanted, which `write` records; if None,
             where an adapter has such a record already.
         lenient: whether to go on where tensors are unknown or modules have no weight: they are in
@@ -217,16 +144,12 @@ class Job:
         replacements: module to its `A'` (r, n), where that was made by running the model.
         casts: whether to score the updates as servers cast them, too.
 
-    Raises:
-        SafeprojError: the options do not go together.
     """
 
     def __init__(
         self,
-        against: Against,
+        method: Method,
         options: Options | None,
-        observer: Observer | None,
-        profile: Profile | None,
         *,
         digests: bool | None,
         lenient: bool = False,
@@ -234,13 +157,13 @@ class Job:
         casts: bool = False,
     ) -> None:
         self._options = options or Options()
-        self._against = against
-        self._projector = _projector(against, self._options.projector)
+        self._method = method
+        self._projector = method.formulas
         self._selection = self._options.selection
-        if against.method != SAFE_LORA:  # published, or tried, on every module
+        if method.selects_all:
             self._selection = self._selection.or_all()
-        self._observer = observer
-        self._profile = profile or Profile()
+        self._observer = self._options.observer
+        self._profile = self._options.profile
         self._digests = digests
         self._lenient = lenient
         self._replacements = dict(replacements or {})
@@ -249,7 +172,7 @@ class Job:
     @cached_property
     def subspace(self) -> Subspace:
         """What the adapters are scored against, opened."""
-        return _opened(self._against, self._projector, self._options.maps)
+        return self._method.open(self._options.maps)
 
     def one(self, source: str) -> Run:
         """Read, match, score and decide one adapter."""
@@ -414,19 +337,11 @@ class Job:
     def _converted(self, adapter: Adapter) -> Adapter:
         """Return an adapter of a changed base, converted; as it is if a lenient job cannot."""
         try:
-            return converted(adapter, self._weights, self._options.workers)
+            return converted(adapter, self.subspace.weights, self._options.workers)
         except SafeprojError:
             if self._lenient:  # the gate has a finding of its own
                 return adapter
             raise
-
-    @cached_property
-    def _weights(self) -> Names | None:
-        """The aligned weights; None where a file stands for them."""
-        if isinstance(self.subspace, Pair):
-            return self.subspace.aligned
-        aligned = self._against.aligned
-        return None if aligned is None else Names(open_checkpoint(aligned), self._options.maps)
 
     def _held(self, adapter: Adapter, plan: Plan) -> str | None:
         """Return what tells that updates are a part of the weights.
@@ -434,13 +349,12 @@ class Job:
         Raises:
             SafeprojError: they are, and the job is not lenient.
         """
-        modules = plan.modules
-        if not isinstance(self.subspace, Pair):
-            if self._weights is None or self._against.statistics is None:
-                return None  # no weights are read, and none fetched for this
-            modules = matched(adapter, self._weights, self._weights, Selection()).modules
-        assert self._weights is not None
-        told = told_of(held_parts(adapter, modules, self._weights))
+        modules = self.subspace.held(adapter, plan)
+        if not modules:
+            return None
+        weights = self.subspace.weights
+        assert weights is not None
+        told = told_of(held_parts(adapter, modules, weights))
         if told is None or self._lenient:
             return told
         raise SafeprojError(
@@ -626,53 +540,6 @@ class Job:
                 least = score.bounds[0]
             finite = _is_finite(cast)
             yield Cast(dtype, _change(update, cast) if finite else math.inf, least, finite)
-
-
-def _projector(against: Against, given: Projector | None) -> Projector:
-    """Return the projector that is asked for, or the default of what is scored against.
-
-    Raises:
-        SafeprojError: it is the other method's.
-    """
-    defaults: dict[str, Projector] = {
-        SAFE_LORA: Approx(),
-        SALORA: Complement(),
-        COVARIANCE: Covariance(),
-    }
-    found = given or defaults[against.method]
-    if found.method == against.method:
-        return found
-    if against.method == COVARIANCE:
-        raise SafeprojError(HAS_NO_PROJECTOR)
-    if found.method == COVARIANCE:
-        raise SafeprojError(MU_ALONE)
-    if against.method == SALORA:
-        raise SafeprojError(HOLDS_PROJECTOR)
-    raise SafeprojError("the projector Complement needs a safety module; give --safety-module")
-
-
-def _opened(against: Against, projector: Projector, maps: tuple[str, ...]) -> Subspace:
-    """Open the checkpoints or the file that adapters are scored against."""
-    if isinstance(projector, Complement):
-        assert against.safety_module is not None
-        return open_safety_module(against.safety_module, maps, projector.rank)
-    if isinstance(projector, Covariance | Reconstruction):
-        return statistics_of(against, maps)
-    if against.alignment is not None:
-        return _alignment_file(against.alignment, projector, maps)
-    assert against.aligned is not None
-    assert against.base is not None
-    return Pair(against.aligned, against.base, maps)
-
-
-def _alignment_file(source: str, projector: Projector, maps: tuple[str, ...]) -> AlignmentFile:
-    file = open_file(source, maps)
-    if file.is_truncated and projector.kind == "exact":
-        raise SafeprojError(
-            f"{source}: holds the leading part of C alone, and --projector exact needs all "
-            "of V; make a file with `safeproj align --exact`, or use the checkpoints"
-        )
-    return file
 
 
 def update_of(adapter: Adapter, item: PlannedModule) -> Update:

@@ -12,17 +12,17 @@ from torch import Tensor
 from safeproj import engine
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.engine import Origin, Score, Task, Update
-from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.evaluate.adapters import require_peft
-from safeproj.methods.given import Against
+from safeproj.methods.interface import Method
 from safeproj.methods.projection import Projector
 from safeproj.methods.reference import Subspace
 from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
 from safeproj.records.scores import Report
 from safeproj.run.decide import Decision, decide
-from safeproj.run.job import Job, Observer, Options, update_of
+from safeproj.run.job import Job, update_of
+from safeproj.run.options import Options
 from safeproj.sweep import controls
 from safeproj.sweep.apart import apart
 from safeproj.sweep.rotation import Rotation
@@ -88,32 +88,28 @@ class Candidates(Protocol):
 
 
 def candidates(
-    against: Against,
+    method: Method,
     adapter: str,
     options: Options | None = None,
     *,
     by: By = "layers",
     seed: int = 0,
-    observer: Observer | None = None,
-    profile: Profile | None = None,
 ) -> Projections:
     """Score an adapter, and with a random projector of each weight, in one reading.
 
     Args:
-        against: what the adapter is scored against.
+        method: what is done, prepared.
         adapter: SRC of the adapter.
         options: how; of the selection only what it leaves out counts.
         by: what is varied.
         seed: of the random projectors.
-        observer: told about the progress.
-        profile: filled in with where the time went.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
     options = options or Options()
-    profile = profile or Profile()
-    job = Job(against, options, None, profile, digests=False)
+    profile = options.profile
+    job = Job(method, options, digests=False)
     both = apart(job.projector)
     read = job.read(adapter)
     require_peft(read.folder)
@@ -121,7 +117,7 @@ def candidates(
     found, plan, subspace = loaded.adapter, loaded.plan, job.subspace
     reading = _Reading(found, plan, subspace, seed)
     with profile.phase("score"):
-        scores, turned = reading.scores(both, options, observer, profile)
+        scores, turned = reading.scores(both, options)
     with profile.phase("decide"):
         return Projections(found, plan, subspace, job.projector, options, by, scores, turned)
 
@@ -136,7 +132,7 @@ class _Reading:
     seed: int
 
     def scores(
-        self, projector: Projector, options: Options, observer: Observer | None, profile: Profile
+        self, projector: Projector, options: Options
     ) -> tuple[dict[str, Score], dict[str, Score]]:
         """Return the scores by module, and those with `Q C Qᵀ` in the place of `C`."""
         groups: dict[Hashable, dict[str, Update]] = {}
@@ -150,6 +146,7 @@ class _Reading:
             Task(next(iter(updates)), origins[key], tuple(self._beside(updates)))
             for key, updates in groups.items()
         ]
+        observer = options.observer
         if observer is not None:
             observer.start(len(tasks), sum(task.origin.nbytes for task in tasks))
         found = engine.run(
@@ -158,7 +155,7 @@ class _Reading:
             device=options.device,
             workers=options.workers,
             on_progress=None if observer is None else observer.progress,
-            usage=profile.usage,
+            usage=options.profile.usage,
         )
         scores, turned = {}, {}
         for updates, results in zip(groups.values(), found, strict=True):

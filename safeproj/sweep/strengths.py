@@ -9,17 +9,17 @@ from functools import partial
 
 from safeproj.adapter import Adapter
 from safeproj.engine import Score, Task, Update
-from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.evaluate.adapters import require_peft
 from safeproj.methods.covariance.file import Statistics
 from safeproj.methods.covariance.variants import Way, as_they_are, tasks_of, variants
-from safeproj.methods.given import Against
-from safeproj.methods.projection import Covariance, Moment
+from safeproj.methods.interface import Method
+from safeproj.methods.projection import Correction, Moment
 from safeproj.methods.reference import Subspace
 from safeproj.plan.match import Plan
 from safeproj.run.decide import Decision, decide
-from safeproj.run.job import Job, Observer, Options, update_of
+from safeproj.run.job import Job, update_of
+from safeproj.run.options import Options
 from safeproj.sweep import controls
 from safeproj.sweep.candidates import Place, Replaced, spread
 from safeproj.sweep.rotation import Rotation
@@ -34,29 +34,26 @@ Scores = dict[str, Score]
 
 
 def strengths(
-    against: Against,
+    method: Method,
     adapter: str,
     options: Options | None = None,
     *,
     seed: int = 0,
-    observer: Observer | None = None,
-    profile: Profile | None = None,
 ) -> Strengths:
     """Correct an adapter with every `mu`, and with the controls, in one reading of the statistics.
 
     Args:
-        against: the statistics.
+        method: the correction, prepared.
         adapter: SRC of the adapter.
         options: how.
         seed: of the random directions.
-        observer: told about the progress.
-        profile: filled in with where the time went.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
-    options, profile = options or Options(), profile or Profile()
-    job = Job(against, options, None, profile, digests=False)
+    options = options or Options()
+    observer, profile = options.observer, options.profile
+    job = Job(method, options, digests=False)
     read = job.read(adapter)
     require_peft(read.folder)
     loaded = job.runnable(read)
@@ -87,7 +84,7 @@ def _ways(seed: int) -> dict[tuple[str, float], Way]:
         return S, H
 
     kinds = {_METHOD: as_they_are, _RANDOM: at_random, _SWAPPED: swapped}
-    return {(kind, mu): (Covariance(mu), moments) for kind, moments in kinds.items() for mu in MUS}
+    return {(kind, mu): (Correction(mu), moments) for kind, moments in kinds.items() for mu in MUS}
 
 
 def turned(H: Moment, seed: int, name: str) -> Moment:
@@ -191,7 +188,7 @@ class Strengths:
             scores,
             {},
             replace(self._options.selection, threshold=None, layers=None, all=True),
-            Covariance(mu),
+            Correction(mu),
             self._options.dtype,
         )
 

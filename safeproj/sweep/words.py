@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeproj.methods.given import COVARIANCE
+from safeproj.methods.covariance.method import Covariance
 from safeproj.records.rates import Rate
 from safeproj.records.sweeps import METHOD, Point, Rates, Sweep
 from safeproj.report.methods import METHODS
@@ -49,7 +49,7 @@ def meanings(sweep: Sweep) -> list[tuple[str, str]]:
 
 
 def _controls_of(sweep: Sweep) -> dict[str, tuple[str, str]]:
-    return _CORRECTION if sweep.method == COVARIANCE else _PROJECTION
+    return _CORRECTION if sweep.method == Covariance.name else _PROJECTION
 
 
 def conclusion(sweep: Sweep) -> list[str]:

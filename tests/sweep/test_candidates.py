@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safeproj.methods.given import Against
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from safeproj import Complement, Exact, Options, Selection
 from safeproj.engine import Progress
 from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
-from safeproj.methods.given import Against
 from safeproj.sweep.candidates import Candidates, Place, Replaced, candidates, spread
 from safeproj.sweep.controls import Sizes, scaled
 from safeproj.sweep.rotation import Rotation

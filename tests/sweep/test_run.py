@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safeproj.methods.given import Against
 
 from safeproj import Options
 from safeproj.adapter import AdaptedModule, Adapter
@@ -16,7 +17,6 @@ from safeproj.evaluate.generate import Generator
 from safeproj.evaluate.judges import Keywords
 from safeproj.evaluate.sets import PromptSet, read_prompts
 from safeproj.lm.models import load_model, load_tokenizer
-from safeproj.methods.given import Against
 from safeproj.records.scores import Report
 from safeproj.storage.source import open_folder
 from safeproj.sweep.candidates import Candidates, Place, candidates

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safeproj.adapter import Adapter
+from safeproj.checkpoint import open_checkpoint
 from safeproj.checkpoint.expression import stored_names
 from safeproj.engine import Comparison, Moments, Score, StoredMoment
 from safeproj.errors import SafeprojError
@@ -26,7 +28,9 @@ from safeproj.methods.recorded import (
     require_run_inputs,
 )
 from safeproj.methods.safe_lora.targets import key_of
-from safeproj.plan.match import Plan, PlannedChange, PlannedModule, plan
+from safeproj.names import Names
+from safeproj.plan.match import Plan, PlannedChange, PlannedModule
+from safeproj.plan.match import plan as matched
 from safeproj.plan.select import Selection
 from safeproj.storage.source import LocalFolder, file_sha256, identity, open_folder
 from safeproj.text import shorten
@@ -63,10 +67,16 @@ class Statistics:
     Attributes:
         safety: those of the safety data.
         benign: those of the benign data.
+        aligned: SRC of the model that they are of, if it was given.
+        maps: `--map` rules.
+        was_run: whether that model was run for them, and so is at hand.
     """
 
     safety: RecordedFile[Recorded]
     benign: RecordedFile[Recorded]
+    aligned: str | None = None
+    maps: tuple[str, ...] = ()
+    was_run: bool = False
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -85,8 +95,17 @@ class Statistics:
             "task_data": _described(self.benign),
         }
 
+    @cached_property
+    def weights(self) -> Names | None:
+        return None if self.aligned is None else Names(open_checkpoint(self.aligned), self.maps)
+
+    def held(self, adapter: Adapter, plan: Plan) -> Sequence[PlannedModule]:  # noqa: ARG002
+        if not self.was_run or self.weights is None:
+            return ()
+        return matched(adapter, self.weights, self.weights, Selection()).modules
+
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
-        return plan(adapter, self.safety.running, self.safety.running, selection)
+        return matched(adapter, self.safety.running, self.safety.running, selection)
 
     def group(self, item: PlannedModule) -> Hashable:
         return tuple(file.weights[self._key(file, item)].tensor for file in self._files)
@@ -133,7 +152,7 @@ def open_statistics(
     benign: Path | str,
     maps: Sequence[str] = (),
     aligned: str | None = None,
-    names: tuple[str | None, str | None] = (None, None),
+    names: tuple[str, str] | None = None,
 ) -> Statistics:
     """Return the statistics that two files hold.
 
@@ -141,16 +160,17 @@ def open_statistics(
         safety: SRC of those of safety data.
         benign: SRC of those of benign data.
         maps: `--map` rules.
-        aligned: SRC of the model that they must be of, if it is to be looked at.
-        names: what to call the two files, where it is not their SRC.
+        aligned: SRC of the model that they are of; what is given must be, as far as small files
+            tell.
+        names: what to call the two files where they were made for this run, of that model.
 
     Raises:
         SafeprojError: one of them is missing or damaged, or they are of different models.
     """
     files = [open_recorded(str(source), KIND, maps) for source in (safety, benign)]
     first, second = (
-        file if name is None else replace(file, source=name)
-        for file, name in zip(files, names, strict=True)
+        replace(file, source=name)
+        for file, name in zip(files, names or (str(safety), str(benign)), strict=True)
     )
     models = [file.document["inputs"]["aligned"]["sha256"]["files"] for file in (first, second)]
     if first.config != second.config or models[0] != models[1]:
@@ -158,9 +178,9 @@ def open_statistics(
             f"{first.source} and {second.source}: statistics of different models; expected both of "
             "the aligned model"
         )
-    if aligned is not None:
+    if aligned is not None and names is None:
         _require_model(first, aligned)
-    return Statistics(first, second)
+    return Statistics(first, second, aligned, tuple(maps), names is not None)
 
 
 def _require_model(file: RecordedFile[Recorded], aligned: str) -> None:

@@ -12,57 +12,55 @@ from typing import TYPE_CHECKING, Any
 from safeproj.adapter import Adapter, read_adapter
 from safeproj.adapter.record import WeightNames
 from safeproj.engine import resolve_device
+from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.lm.chat import ChatOptions
 from safeproj.lm.data import BATCH_SIZE, RANDOM, Data, random_data, read_data
 from safeproj.lm.layers import OnBatch
 from safeproj.methods.covariance.file import Statistics, open_statistics
-from safeproj.methods.given import COVARIANCE, STATISTICS, Against
+from safeproj.methods.covariance.method import STATISTICS, Covariance
+from safeproj.methods.interface import Prepared
 from safeproj.methods.projection import Reconstruction
-from safeproj.plan.select import Selection
 from safeproj.storage.source import open_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safeproj.run.job import Options
+    from safeproj.run.options import Options
 
 
 @contextmanager
-def with_statistics(
-    against: Against,
-    adapters: Sequence[str],
-    device: str,
-    on_batch: OnBatch | None,
-    chat: ChatOptions | None = None,
-) -> Iterator[Against]:
-    """Yield what adapters are scored against, with statistics in a temporary directory if needed.
+def prepared(
+    method: Covariance, adapters: Sequence[str], options: Options, chat: ChatOptions | None = None
+) -> Iterator[Prepared]:
+    """Yield the method with statistics, in a temporary directory if the model has to be run.
 
     They are those of the layers that the adapters change, made with the defaults of
     `safeproj stats`: the model is loaded, and run on the data.
 
-    Args:
-        against: what the user gave.
-        adapters: of each the SRC; one that cannot be read is left to those who use it.
-        device: where the model runs.
-        on_batch: told about the progress.
-        chat: how chats in the data are put.
-
     Raises:
         SafeprojError: the data, or the model, cannot be used.
     """
-    if not against.runs_model:
-        yield against
+    on_batch = None if options.observer is None else options.observer.ran
+    if method.reconstruct:
+        require_data(method, adapters, options)
+    if not method.runs_model:
+        yield Prepared(method)
         return
-    assert against.aligned is not None
     with tempfile.TemporaryDirectory(prefix="safeproj-") as directory:
-        made = _made(against, adapters, device, on_batch, Path(directory), chat)
-        yield replace(against, statistics=made)
+        with options.profile.phase("statistics"):
+            made = _made(method, adapters, options.device, on_batch, Path(directory), chat)
+        ready = replace(method, statistics=made)
+        if not method.reconstruct:
+            yield Prepared(ready)
+            return
+        with options.profile.phase("reconstruct"):
+            replacements = rebuilt(ready, adapters[0], options, on_batch)
+        yield Prepared(ready, replacements)
 
 
 def rebuilt(
-    against: Against,
-    ready: Against,
+    method: Covariance,
     adapter: str,
     options: Options,
     on_batch: OnBatch | None,
@@ -70,10 +68,9 @@ def rebuilt(
     """Return the `A'` (r, n) by module of a correction layer by layer.
 
     Args:
-        against: what the user gave.
-        ready: the same with statistics.
+        method: with statistics.
         adapter: SRC of a PEFT adapter.
-        options: the projector is `Reconstruction`.
+        options: how.
         on_batch: told about the progress.
 
     Raises:
@@ -84,18 +81,18 @@ def rebuilt(
     from safeproj.methods.covariance.reconstruct import reconstructed
     from safeproj.run.job import Job
 
-    projector = options.projector
-    assert isinstance(projector, Reconstruction)
-    job = Job(ready, options, None, None, digests=False)
+    formulas = method.formulas
+    assert isinstance(formulas, Reconstruction)
+    job = Job(method, replace(options, observer=None, profile=Profile()), digests=False)
     read = job.read(adapter)
     require_peft(read.folder)
     loaded = job.runnable(read)
-    assert against.aligned is not None
-    folder = open_folder(against.aligned)
+    assert method.aligned is not None
+    folder = open_folder(method.aligned)
     tokenizer = models.load_tokenizer(folder)
     safety, benign = (
         read_data(str(source), tokenizer, option=option).batches(BATCH_SIZE)
-        for option, source in _data(against)
+        for option, source in _data(method)
     )
     is_mps = resolve_device(options.device).type == "mps"  # which has no float64
     device = "cpu" if is_mps else options.device
@@ -103,21 +100,27 @@ def rebuilt(
     moved = moves(host, loaded.adapter.folder)
     names = {moved.get(name, name): name for name in (i.module.name for i in loaded.plan.modules)}
     model = attach_read(host, loaded.adapter)
-    found = reconstructed(model, list(names), safety, benign, projector, on_batch)
+    found = reconstructed(model, list(names), safety, benign, formulas, on_batch)
     return {names[place]: factor for place, factor in found.items()}
 
 
-def _data(against: Against) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
-    return ("--safety-data", against.safety_data), ("--task-data", against.task_data)
+def _data(method: Covariance) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
+    return ("--safety-data", method.safety_data), ("--task-data", method.task_data)
 
 
-def require_data(against: Against, adapters: Sequence[str], selection: Selection) -> None:
+def require_data(method: Covariance, adapters: Sequence[str], options: Options) -> None:
     """Refuse what cannot be corrected layer by layer.
 
     Raises:
         SafeprojError: there is no data to run the model with the adapter on, more than one adapter,
             or a selection by scores.
     """
+    if options.portable:
+        raise SafeprojError(
+            "--portable does not go with --reconstruct, which runs the adapter as it is; make it "
+            "portable before"
+        )
+    selection = options.selection
     if selection.threshold is not None or selection.layers is not None:
         raise SafeprojError(
             "--threshold and --layers do not go with --reconstruct, where each module makes up for "
@@ -125,9 +128,7 @@ def require_data(against: Against, adapters: Sequence[str], selection: Selection
         )
     if len(adapters) != 1:
         raise SafeprojError("--reconstruct goes with one adapter; patch them one by one")
-    if against.method != COVARIANCE:
-        raise SafeprojError("--reconstruct goes with --safety-data and --task-data; leave it out")
-    for option, source in _data(against):
+    for option, source in _data(method):
         if source is None or source.endswith(STATISTICS):
             found = "missing" if source is None else "a file of statistics"
             raise SafeprojError(
@@ -135,27 +136,27 @@ def require_data(against: Against, adapters: Sequence[str], selection: Selection
             )
 
 
-def statistics_of(against: Against, maps: Sequence[str]) -> Statistics:
-    """Return the statistics that adapters are scored against.
+def statistics_of(method: Covariance, maps: Sequence[str]) -> Statistics:
+    """Return the statistics that adapters are scored with.
 
     Raises:
         SafeprojError: they cannot be used, or are still to be made.
     """
-    assert against.safety_data is not None
-    if against.statistics is not None:
-        names = (against.safety_data, against.task_data or RANDOM)
-        return open_statistics(*against.statistics, maps, names=names)
-    if against.runs_model:
+    assert method.safety_data is not None
+    if method.statistics is not None:
+        names = (method.safety_data, method.task_data or RANDOM)
+        return open_statistics(*method.statistics, maps, method.aligned, names)
+    if method.runs_model:
         raise SafeprojError(
             "statistics are needed here, not data; make them with `safeproj stats`, and give them "
             "as --safety-data and --task-data"
         )
-    assert against.task_data is not None
-    return open_statistics(against.safety_data, against.task_data, maps, against.aligned)
+    assert method.task_data is not None
+    return open_statistics(method.safety_data, method.task_data, maps, method.aligned)
 
 
 def _made(
-    against: Against,
+    method: Covariance,
     adapters: Sequence[str],
     device: str,
     on_batch: OnBatch | None,
@@ -166,10 +167,10 @@ def _made(
     from safeproj.lm import models
 
     models.require_extra()
-    assert against.aligned is not None
-    folder = open_folder(against.aligned)
+    assert method.aligned is not None
+    folder = open_folder(method.aligned)
     tokenizer = models.load_tokenizer(folder)
-    given = {"safety": against.safety_data, "task": against.task_data}
+    given = {"safety": method.safety_data, "task": method.task_data}
     data: dict[str, Data] = {}
     for role, source in given.items():
         if source is None:

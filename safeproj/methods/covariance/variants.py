@@ -10,11 +10,12 @@ from safeproj.adapter import Adapter
 from safeproj.engine import OnProgress, Score, Task
 from safeproj.engine.profile import Usage
 from safeproj.methods.covariance.file import Statistics
-from safeproj.methods.projection import Covariance, Moment
+from safeproj.methods.projection import Correction, Moment
 from safeproj.plan.match import Plan
-from safeproj.run.job import Options, update_of
+from safeproj.run.job import update_of
+from safeproj.run.options import Options
 
-Way = tuple[Covariance, Callable[[Task, Moment, Moment], tuple[Moment, Moment]]]
+Way = tuple[Correction, Callable[[Task, Moment, Moment], tuple[Moment, Moment]]]
 """How to correct: the numbers, and which moments take the places of `H` and `S`."""
 
 K = TypeVar("K", bound=Hashable)

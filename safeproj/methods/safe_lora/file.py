@@ -95,6 +95,13 @@ class AlignmentFile:
             found[role] = {name: recorded[name] for name in IDENTITY if name in recorded}
         return {**found, "alignment": {**document["options"], **identity(self.file)}}
 
+    @property
+    def weights(self) -> None:
+        return None
+
+    def held(self, adapter: Adapter, plan: Plan) -> Sequence[PlannedModule]:  # noqa: ARG002
+        return ()
+
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         found = plan(adapter, self.file.running, self.file.running, selection)
         quantised = tuple(

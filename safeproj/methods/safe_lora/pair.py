@@ -49,6 +49,13 @@ class Pair:
         """Both checkpoints by role."""
         return {"base": self.base.checkpoint, "aligned": self.aligned.checkpoint}
 
+    @property
+    def weights(self) -> Names:
+        return self.aligned
+
+    def held(self, adapter: Adapter, plan: Plan) -> Sequence[PlannedModule]:  # noqa: ARG002
+        return plan.modules
+
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         return plan(adapter, self.aligned, self.base, selection)
 

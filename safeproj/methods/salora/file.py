@@ -88,6 +88,13 @@ class SafetyModuleFile:
             "safety_module": {**document["options"], **identity(self.file)},
         }
 
+    @property
+    def weights(self) -> None:
+        return None
+
+    def held(self, adapter: Adapter, plan: Plan) -> Sequence[PlannedModule]:  # noqa: ARG002
+        return ()
+
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         return plan(adapter, self.file.running, self.file.running, selection)
 

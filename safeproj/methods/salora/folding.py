@@ -23,7 +23,7 @@ from safeproj.adapter.record import Kind
 from safeproj.adapter.weightfiles import NAMED
 from safeproj.adapter.write import check_out, weights_beside, write_adapter
 from safeproj.errors import SafeprojError
-from safeproj.methods.given import local_path
+from safeproj.methods.interface import local_path
 from safeproj.methods.salora.constraint import active_adapter, saved_in
 from safeproj.methods.salora.formulas import without
 from safeproj.methods.salora.initialisation import INITIAL, METHOD, Initial

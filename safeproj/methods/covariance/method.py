@@ -1,0 +1,147 @@
+"""The covariance-weighted correction as the user gives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safeproj.errors import SafeprojError
+from safeproj.methods.interface import (
+    Method,
+    Prepared,
+    Src,
+    is_number,
+    option,
+    source,
+    unrecorded,
+)
+
+if TYPE_CHECKING:
+    from safeproj.lm.chat import ChatOptions
+    from safeproj.methods.projection import Correction, Reconstruction
+    from safeproj.methods.reference import Subspace
+    from safeproj.run.options import Options
+
+STATISTICS = ".safetensors"
+"""End of the name of a file of statistics, in the place of data."""
+
+
+@dataclass(frozen=True)
+class Covariance(Method):
+    """The covariance-weighted correction: least effect on safety data, most on benign data.
+
+    Attributes:
+        aligned: SRC of the aligned model, which is run on data; of statistics the model that they
+            must be of.
+        safety_data: harmful prompts with refusals as JSON lines, or statistics of them that
+            `safeproj stats` made.
+        task_data: benign data or statistics of it; random tokens if None.
+        mu: the larger, the more of the adapter is kept; 0.3 if None, or 1 with `reconstruct`.
+        reconstruct: correct layer by layer, with the model and the adapter run on the data.
+        statistics: where the statistics of both lie, if they were made for this run.
+    """
+
+    name: ClassVar[str] = "covariance"
+    title: ClassVar[str] = "the covariance-weighted correction"
+    ways: ClassVar[tuple[frozenset[str], ...]] = (
+        frozenset({"safety_data"}),
+        frozenset({"safety_data", "task_data"}),
+        frozenset({"aligned", "safety_data"}),
+        frozenset({"aligned", "safety_data", "task_data"}),
+    )
+    give: ClassVar[tuple[str, ...]] = ("--safety-data with --aligned",)
+    needs: ClassVar[str] = "--safety-data, and --aligned unless it and --task-data are statistics"
+    mark: ClassVar[str] = "--safety-data"
+    advice: ClassVar[str] = ", and give --mu"
+    selects_all: ClassVar[bool] = True
+
+    aligned: Src | None = source("--aligned")
+    safety_data: Src | None = source(
+        "--safety-data",
+        "Harmful prompts with refusals, as JSON lines on which the aligned model is run, or "
+        "statistics of them that stats made: corrects updates to do least on them.",
+        "FILE",
+    )
+    task_data: Src | None = source(
+        "--task-data",
+        "Benign or task data, likewise, on which updates are to stay what they are.  "
+        "[default: random tokens]",
+        "FILE",
+    )
+    mu: float | None = option(
+        "--mu",
+        "Of the covariance-weighted correction: the larger, the more of the adapter is kept.  "
+        "[default: 0.3, or 1 with --reconstruct]",
+        "MU",
+    )
+    reconstruct: bool = option(
+        "--reconstruct",
+        "Correct layer by layer, with the model and the adapter run on the safety and the "
+        "task data: slower, and better where that was measured.",
+        default=False,
+    )
+    statistics: tuple[Path, Path] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.aligned is None and (self.runs_model or self.task_data is None):
+            raise SafeprojError(
+                "give --aligned, which is run on the data; or statistics for both --safety-data "
+                "and --task-data, which `safeproj stats` makes"
+            )
+        if self.mu is not None and not 0.0 < self.mu < math.inf:
+            raise SafeprojError(f"--mu must be a number of more than 0, found {self.mu}")
+
+    @property
+    def formulas(self) -> Correction | Reconstruction:
+        from safeproj.methods.projection import Correction, Reconstruction
+
+        kind = Reconstruction if self.reconstruct else Correction
+        return kind() if self.mu is None else kind(self.mu)
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the aligned model has to be run for it."""
+        if self.statistics is not None:
+            return False
+        return not all(
+            source is not None and source.endswith(STATISTICS)
+            for source in (self.safety_data, self.task_data)
+        )
+
+    def open(self, maps: Sequence[str] = ()) -> Subspace:
+        from safeproj.methods.covariance.prepare import statistics_of
+
+        return statistics_of(self, maps)
+
+    @contextmanager
+    def prepared(
+        self,
+        adapters: Sequence[str],
+        options: Options,
+        chat: ChatOptions | None = None,
+    ) -> Iterator[Prepared]:
+        from safeproj.methods.covariance.prepare import prepared
+
+        with prepared(self, adapters, options, chat) as found:
+            yield found
+
+    def recorded(self, source: Src, projector: Mapping[str, Any]) -> Covariance:
+        found = dict(projector)
+        kind, mu = found.pop("kind", None), found.pop("mu", None)
+        if kind == "reconstruction":
+            raise SafeprojError(
+                f"{source}: was corrected layer by layer (--reconstruct), by running the model "
+                "with the adapter, which is not done again to compare; give --public-key to "
+                "verify a signature instead"
+            )
+        if found or kind != "covariance" or mu is None or not is_number(mu):
+            raise unrecorded(source)
+        try:
+            return replace(self, mu=mu)
+        except SafeprojError:
+            raise unrecorded(source) from None

@@ -1,0 +1,228 @@
+"""What a method is: plain data, checked once, for the API, the command and policies alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from safeproj.errors import SafeprojError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safeproj.lm.chat import ChatOptions
+    from safeproj.methods.projection import Projector
+    from safeproj.methods.reference import Subspace
+    from safeproj.run.options import Options
+
+Src = str
+"""What a SRC argument names: a directory, a file, or `org/name[/subfolder][@revision]`."""
+
+Self = TypeVar("Self", bound="Method")
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field of a method is given to a command.
+
+    Attributes:
+        flag: such as `--base`.
+        help: what it is; empty where another method's field of that name says it.
+        metavar: what its value is called.
+        choices: its values, if they are few.
+        is_source: whether it is a SRC that is read.
+    """
+
+    flag: str
+    help: str = ""
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    is_source: bool = False
+
+
+def source(flag: str, help: str = "", metavar: str = "SRC") -> Any:  # noqa: A002 - as typer has it
+    """Return a field of a method that is a SRC; None where it is not given."""
+    made = Option(flag, help, metavar, is_source=True)
+    return dataclasses.field(default=None, metadata={"option": made})
+
+
+def option(
+    flag: str,
+    help: str = "",  # noqa: A002 - as typer has it
+    metavar: str | None = None,
+    choices: tuple[str, ...] = (),
+    default: Any = None,
+) -> Any:
+    """Return a field of a method that is no SRC; None where the method's default is meant."""
+    made = Option(flag, help, metavar, choices)
+    return dataclasses.field(default=default, metadata={"option": made})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method that is ready to be opened.
+
+    Attributes:
+        method: with what had to be made for it.
+        replacements: module to its `A'` (r, n), where that was made by running the model.
+    """
+
+    method: Method
+    replacements: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done to adapters, as the user gives it; nothing is opened here.
+
+    Attributes:
+        name: what `Report.method` says, and `--method`.
+        title: its name in sentences.
+        ways: the sets of its SRC fields that can be given together.
+        give: the same in words, one for each that is its own.
+        needs: the same in one sentence.
+        mark: the options by which it is known.
+        advice: what to do without another method's options.
+        selects_all: whether it is meant for every module, where no selection is asked for.
+
+    Raises:
+        SafeprojError: what is given does not go together, or a value is out of range.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    ways: ClassVar[tuple[frozenset[str], ...]]
+    give: ClassVar[tuple[str, ...]]
+    needs: ClassVar[str]
+    mark: ClassVar[str]
+    advice: ClassVar[str] = ""
+    selects_all: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if frozenset(self.sources) not in self.ways:
+            raise SafeprojError(f"{self.title} needs {self.needs}")
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """Return how its fields are given, by name."""
+        return {
+            field.name: field.metadata["option"]
+            for field in dataclasses.fields(cls)
+            if "option" in field.metadata
+        }
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that have a value, by field."""
+        values = {name: getattr(self, name) for name in self.options()}
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None and value is not False
+        }
+
+    @property
+    def sources(self) -> dict[str, Src]:
+        """Those of them that are a SRC."""
+        options = self.options()
+        return {name: value for name, value in self.given.items() if options[name].is_source}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of them that are none: how it is done."""
+        return {name: value for name, value in self.given.items() if name not in self.sources}
+
+    def inputs(self, adapters: Sequence[str]) -> list[tuple[str, str]]:
+        """Return all that a run on these adapters is given: option names, each with its SRC."""
+        options = self.options()
+        given = [(options[name].flag, source) for name, source in self.sources.items()]
+        return [*given, *(("--adapter", adapter) for adapter in adapters)]
+
+    def local_paths(self, adapters: Sequence[str]) -> list[tuple[str, Path | None]]:
+        """Return the same with the local paths in place of the SRCs, None for the Hub."""
+        return [(option, local_path(source)) for option, source in self.inputs(adapters)]
+
+    @property
+    def formulas(self) -> Projector:
+        """What it computes; imports torch."""
+        raise NotImplementedError
+
+    def open(self, maps: Sequence[str] = ()) -> Subspace:
+        """Open what is read.
+
+        Args:
+            maps: `--map` rules.
+
+        Raises:
+            SafeprojError: it cannot be used, or is still to be prepared.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def prepared(
+        self,
+        adapters: Sequence[str],
+        options: Options,
+        chat: ChatOptions | None = None,
+    ) -> Iterator[Prepared]:
+        """Yield what can be opened; what was made for it is gone afterwards.
+
+        Args:
+            adapters: of each the SRC; one that cannot be read is left to those who use it.
+            options: how.
+            chat: how chats in data are put.
+
+        Raises:
+            SafeprojError: it cannot be made.
+        """
+        del adapters, options, chat
+        yield Prepared(self)
+
+    def recorded(self: Self, source: Src, projector: Mapping[str, Any]) -> Self:
+        """Return this method with the settings that a record says; `describe` is the inverse.
+
+        Args:
+            source: whose record it is.
+            projector: what `safeproj.json` says under that name.
+
+        Raises:
+            SafeprojError: it says none that there is, or another method's.
+        """
+        raise NotImplementedError
+
+
+def local_path(source: Src) -> Path | None:
+    """Return the place of a SRC on this machine, None where it is on the Hub."""
+    path = Path(source).expanduser()
+    return path if path.exists() else None
+
+
+def unrecorded(source: Src) -> SafeprojError:
+    """Return the error of a record without a projector."""
+    return SafeprojError(
+        f"{source}: safeproj.json names no projector that there is; give --projector"
+    )
+
+
+def require_rank(rank: int | None) -> None:
+    """Refuse a rank that is none.
+
+    Raises:
+        SafeprojError: it is less than 1.
+    """
+    if rank is not None and rank < 1:
+        raise SafeprojError(f"--rank must be at least 1, found {rank}")
+
+
+def is_count(value: object) -> bool:
+    """Tell whether a value of a record is a whole number, or none."""
+    return value is None or type(value) is int
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value of a record is a number, or none."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

@@ -1,0 +1,75 @@
+"""The methods that there are, and which of them is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from safeproj.errors import SafeprojError
+from safeproj.methods.covariance.method import Covariance
+from safeproj.methods.interface import Method, Option
+from safeproj.methods.safe_lora.method import SafeLora
+from safeproj.methods.salora.method import Salora
+
+METHODS: tuple[type[Method], ...] = (SafeLora, Salora, Covariance)
+"""One line for each."""
+
+NAMES = tuple(method.name for method in METHODS)
+"""What `Report.method` can be."""
+
+
+def options() -> dict[str, tuple[Option, type[Method]]]:
+    """Return the fields of all methods: how each is given, and by whose declaration."""
+    found: dict[str, tuple[Option, type[Method]]] = {}
+    for method in METHODS:
+        for name, option in method.options().items():
+            if name not in found or not found[name][0].help:
+                found[name] = (option, method)
+    return found
+
+
+def inputs_of(given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what of the given fields is a SRC: option names, each with its SRC."""
+    known = options()
+    return [(known[name][0].flag, given[name]) for name in given if known[name][0].is_source]
+
+
+def method_of(given: Mapping[str, Any], name: str | None = None) -> Method:
+    """Return the method that is meant by what is given.
+
+    Args:
+        given: field to value, None or False where it is not given.
+        name: which method it must be; None is any.
+
+    Raises:
+        SafeprojError: what is given does not go together, or is another method's.
+    """
+    known = options()
+    values = {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }
+    sources = frozenset(name for name in values if known[name][0].is_source)
+    chosen = next((method for method in METHODS if sources in method.ways), None)
+    if name is not None and (chosen is None or chosen.name != name):
+        wanted = next(method for method in METHODS if method.name == name)
+        found = "" if chosen is None else f"; what is given is for {chosen.name}"
+        raise SafeprojError(f"--method {name} needs {wanted.needs}{found}")
+    if chosen is None:
+        *ways, last = (way for method in METHODS for way in method.give)
+        raise SafeprojError(f"give {', '.join(ways)}, or {last}")
+    others = [name for name in values if name not in chosen.options()]
+    if others:
+        raise _another(chosen, [known[name] for name in others])
+    return chosen(**values)
+
+
+def _another(chosen: type[Method], others: list[tuple[Option, type[Method]]]) -> SafeprojError:
+    """Return the error of options that are not the chosen method's."""
+    flags = [option.flag for option, _ in others]
+    owner = others[0][1]
+    goes, them = ("goes", "it") if len(flags) == 1 else ("go", "them")
+    listed = " and ".join(filter(None, [", ".join(flags[:-1]), flags[-1]]))
+    return SafeprojError(
+        f"{listed} {goes} with {owner.mark}, for {owner.title}, and not with {chosen.mark}; leave "
+        f"{them} out{chosen.advice}"
+    )

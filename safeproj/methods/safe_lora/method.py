@@ -1,0 +1,121 @@
+"""Safe LoRA as the user gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safeproj.errors import SafeprojError
+from safeproj.methods.interface import (
+    Method,
+    Src,
+    is_count,
+    is_number,
+    option,
+    require_rank,
+    source,
+    unrecorded,
+)
+
+if TYPE_CHECKING:
+    from safeproj.methods.projection import Approx, Exact
+    from safeproj.methods.reference import Subspace
+
+PROJECTORS = ("approx", "exact")
+"""Choices of `projector`."""
+
+
+@dataclass(frozen=True)
+class SafeLora(Method):
+    """Safe LoRA: updates are projected onto the directions in which alignment moved the model.
+
+    Hsu et al., NeurIPS 2024, arXiv 2405.16833, equations 1 and 2. Either both checkpoints are
+    given, or the file that stands for them.
+
+    Attributes:
+        base: SRC of the unaligned checkpoint.
+        aligned: SRC of the aligned checkpoint.
+        alignment: SRC of an alignment file, in place of both.
+        projector: which `C`: `approx`, `V Vᵀ / ‖V‖_F`, or `exact`, the orthogonal projector onto
+            the leading left singular vectors of `V`; `approx` if None.
+        rank: of the exact projector.
+        energy: the smallest rank that holds this share of `‖V‖_F²`, 0 < energy <= 1, in its place.
+    """
+
+    name: ClassVar[str] = "safe-lora"
+    title: ClassVar[str] = "Safe LoRA"
+    ways: ClassVar[tuple[frozenset[str], ...]] = (
+        frozenset({"base", "aligned"}),
+        frozenset({"alignment"}),
+    )
+    give: ClassVar[tuple[str, ...]] = ("--base and --aligned", "--alignment")
+    needs: ClassVar[str] = "--base and --aligned, or --alignment"
+    mark: ClassVar[str] = "--base and --aligned"
+
+    base: Src | None = source("--base", "Checkpoint of the unaligned base model.")
+    aligned: Src | None = source("--aligned", "Checkpoint of the aligned model.")
+    alignment: Src | None = source(
+        "--alignment", "Alignment file that align made of both, in place of --base and --aligned."
+    )
+    projector: str | None = option(
+        "--projector",
+        "C = V V^T / |V|_F of the paper (approx), or the orthogonal projector onto the top "
+        "left singular vectors of V (exact).  [default: approx]",
+        choices=PROJECTORS,
+    )
+    rank: int | None = option(
+        "--rank",
+        "Rank of the exact projector; of a safety module, how many of its directions.",
+        "K",
+    )
+    energy: float | None = option(
+        "--energy",
+        "Smallest rank that holds this share of |V|_F^2, 0 < E <= 1, for exact.",
+        "E",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.projector not in (None, *PROJECTORS):
+            raise SafeprojError(f"--projector {self.projector}: expected {' or '.join(PROJECTORS)}")
+        if self.projector == "exact":
+            if (self.rank is None) == (self.energy is None):
+                raise SafeprojError("--projector exact needs either --rank or --energy")
+        elif self.rank is not None or self.energy is not None:
+            raise SafeprojError("--rank and --energy need --projector exact")
+        require_rank(self.rank)
+        if self.energy is not None and not 0.0 < self.energy <= 1.0:
+            raise SafeprojError(f"--energy must lie in (0, 1], found {self.energy}")
+
+    @property
+    def formulas(self) -> Approx | Exact:
+        from safeproj.methods.projection import Approx, Exact
+
+        return Exact(self.rank, self.energy) if self.projector == "exact" else Approx()
+
+    def open(self, maps: Sequence[str] = ()) -> Subspace:
+        from safeproj.methods.safe_lora.file import open_file
+        from safeproj.methods.safe_lora.pair import Pair
+
+        if self.alignment is None:
+            assert self.aligned is not None
+            assert self.base is not None
+            return Pair(self.aligned, self.base, maps)
+        file = open_file(self.alignment, maps)
+        if file.is_truncated and self.projector == "exact":
+            raise SafeprojError(
+                f"{self.alignment}: holds the leading part of C alone, and --projector exact needs "
+                "all of V; make a file with `safeproj align --exact`, or use the checkpoints"
+            )
+        return file
+
+    def recorded(self, source: Src, projector: Mapping[str, Any]) -> SafeLora:
+        found = dict(projector)
+        kind, rank, energy = (found.pop(name, None) for name in ("kind", "rank", "energy"))
+        if found or kind not in PROJECTORS or not (is_count(rank) and is_number(energy)):
+            raise unrecorded(source)
+        try:
+            return replace(self, projector=kind, rank=rank, energy=energy)
+        except SafeprojError:
+            raise unrecorded(source) from None

@@ -1,0 +1,76 @@
+"""SaLoRA's projection as the user gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safeproj.errors import SafeprojError
+from safeproj.methods.interface import (
+    Method,
+    Src,
+    is_count,
+    option,
+    require_rank,
+    source,
+    unrecorded,
+)
+
+if TYPE_CHECKING:
+    from safeproj.methods.projection import Complement
+    from safeproj.methods.reference import Subspace
+
+
+@dataclass(frozen=True)
+class Salora(Method):
+    """SaLoRA's projection: what lies in a layer's safety subspace is removed from its update.
+
+    Li et al., ICLR 2025, arXiv 2501.01765, section 3.2.
+
+    Attributes:
+        safety_module: SRC of a safety module.
+        rank: how many of its directions are used; all if None.
+    """
+
+    name: ClassVar[str] = "salora"
+    title: ClassVar[str] = "SaLoRA"
+    ways: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"safety_module"}),)
+    give: ClassVar[tuple[str, ...]] = ("--safety-module",)
+    needs: ClassVar[str] = "--safety-module"
+    mark: ClassVar[str] = "--safety-module"
+    advice: ClassVar[str] = ", and give --rank to use fewer directions of the safety module"
+    selects_all: ClassVar[bool] = True
+
+    safety_module: Src | None = source(
+        "--safety-module",
+        "Safety module that salora made, in place of all three: removes from the updates what "
+        "lies in its subspace; --all is the default.",
+    )
+    rank: int | None = option("--rank", metavar="K")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_rank(self.rank)
+
+    @property
+    def formulas(self) -> Complement:
+        from safeproj.methods.projection import Complement
+
+        return Complement(self.rank)
+
+    def open(self, maps: Sequence[str] = ()) -> Subspace:
+        from safeproj.methods.salora.file import open_safety_module
+
+        assert self.safety_module is not None
+        return open_safety_module(self.safety_module, maps, self.rank)
+
+    def recorded(self, source: Src, projector: Mapping[str, Any]) -> Salora:
+        found = dict(projector)
+        kind, rank = found.pop("kind", None), found.pop("rank", None)
+        if found or kind != "safety-module" or not is_count(rank):
+            raise unrecorded(source)
+        try:
+            return replace(self, rank=rank)
+        except SafeprojError:
+            raise unrecorded(source) from None

@@ -1,0 +1,64 @@
+"""How a run is done, whatever the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from safeproj.engine import Progress, resolve_device
+from safeproj.engine.profile import Profile
+from safeproj.errors import SafeprojError
+from safeproj.names import parse_rules
+from safeproj.plan.select import Selection
+from safeproj.run.decide import DTYPES
+
+
+class Observer(Protocol):
+    """Who wants to see a run go on."""
+
+    def start(self, modules: int, nbytes: int) -> None:
+        """So many weights are to be read, so many bytes; again for each further batch."""
+
+    def progress(self, event: Progress) -> None:
+        """Something was read or finished; called from the engine's threads."""
+
+    def ran(self, done: int, total: int) -> None:
+        """So many of all batches of data were run, before anything is read."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is done.
+
+    Attributes:
+        selection: which modules are projected; if it does not say how they are chosen, those with
+            `cos <= 0.35`, or all, as the method has it.
+        device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        workers: threads over modules on the CPU, None for one per core, at most 8. The result
+            does not depend on it.
+        dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
+        maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
+        portable: write an adapter that all readers compute alike.
+        observer: told about the progress.
+        profile: filled in with where the time went.
+
+    Raises:
+        SafeprojError: a value is out of range, a rule is malformed, or the device is not there.
+    """
+
+    selection: Selection = field(default_factory=Selection)
+    device: str = "auto"
+    workers: int | None = None
+    dtype: str = "keep"
+    maps: tuple[str, ...] = ()
+    portable: bool = False
+    observer: Observer | None = field(default=None, compare=False, repr=False)
+    profile: Profile = field(default_factory=Profile, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
+        if self.workers is not None and self.workers < 1:
+            raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
+        parse_rules(self.maps)
+        resolve_device(self.device)
