@@ -28,6 +28,7 @@ from safeproj.methods.safe_lora.targets import ALL_LINEAR, find_targets
 from safeproj.plan.select import Selection
 from safeproj.records.checks import Check, Checks
 from safeproj.records.scores import Failure, Report, Reports
+from safeproj.report.card import section
 from safeproj.run.job import Job, Run
 from safeproj.run.options import Observer, Options
 
@@ -114,7 +115,7 @@ def patch(
     with _job(method, [adapter], options, digests=not dry_run) as job:
         done = job.one(adapter)
         place = None if dry_run else out
-        return job.write(done, place, overwrite=overwrite, copy_weights=copy_weights)
+        return job.write(done, place, section, overwrite=overwrite, copy_weights=copy_weights)
 
 
 def inspect_many(
@@ -184,7 +185,7 @@ def patch_many(
 
         def use(run: Run, number: int) -> Report:
             place = None if dry_run else made_inside(out, free[number].name)
-            return job.write(run, place, overwrite=overwrite, copy_weights=copy_weights)
+            return job.write(run, place, section, overwrite=overwrite, copy_weights=copy_weights)
 
         done = job.many(usable, use)
         found = [refused[n] if n in refused else next(done) for n in range(len(members))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safeproj.errors import SafeprojError
 from safeproj.names.suffix import unwrapped
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safeproj.adapter.interface import Format
-    from safeproj.methods.projection import Side
+
+Side = Literal["output", "input"]
+"""Which factor of an update a method changes: `B` or `A`."""
 
 
 @dataclass(frozen=True)

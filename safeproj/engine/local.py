@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from safeproj.adapter.record import Side
 from safeproj.engine.blocks import (
     AlignmentBlocks,
     Buffers,
@@ -56,7 +57,6 @@ from safeproj.methods.projection import (
     Projected,
     Projector,
     Reconstruction,
-    Side,
     SingularError,
     scale,
     share,

@@ -14,7 +14,6 @@ import torch
 from safeproj import __version__
 from safeproj.adapter.collection import Member
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import Host, UnfitError, adapter_identity, require_peft, unfit
 from safeproj.evaluate.generate import (
     BATCH_SIZE,
     MAX_NEW_TOKENS,
@@ -36,6 +35,7 @@ from safeproj.evaluate.responses import Key, Responses, file_names
 from safeproj.evaluate.sets import PromptSet
 from safeproj.evaluate.tasks import Tasks
 from safeproj.evaluate.thoughts import Spoken, Tag, Thoughts
+from safeproj.lm.adapters import Host, UnfitError, adapter_identity, require_peft, unfit
 from safeproj.lm.chat import ChatOptions
 from safeproj.lm.models import load_tokenizer, model_identity
 from safeproj.records.evaluations import Evaluation, Subject

@@ -14,6 +14,7 @@ from safeproj.gate.weights import found
 from safeproj.records.checks import Finding
 from safeproj.records.rules import Level
 from safeproj.records.scores import ModuleReport, Report, Safety, Unprojected, place
+from safeproj.report.card import section as written_section
 from safeproj.storage.source import read_json
 
 _SIGNS = (card.BEGIN, card.END, b"## Safety projection")
@@ -69,7 +70,7 @@ def _section(patched: Adapter) -> str | None:
         document = read_json(patched.folder, MANIFEST)
         if document["tool"]["version"] != __version__:
             return None
-        return card.section(recorded_report(document))
+        return written_section(recorded_report(document))
     except (SafeprojError, LookupError, TypeError, ValueError, AttributeError):
         return None  # what is wrong with it is said elsewhere
 

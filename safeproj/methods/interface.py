@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from safeproj.errors import SafeprojError
+from safeproj.methods.words import Words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,7 @@ class Method:
     Attributes:
         name: what `Report.method` says, and `--method`.
         title: its name in sentences.
+        words: how reports speak of it.
         ways: the sets of its SRC fields that can be given together.
         give: the same in words, one for each that is its own.
         needs: the same in one sentence.
@@ -95,6 +97,7 @@ class Method:
 
     name: ClassVar[str]
     title: ClassVar[str]
+    words: ClassVar[Words]
     ways: ClassVar[tuple[frozenset[str], ...]]
     give: ClassVar[tuple[str, ...]]
     needs: ClassVar[str]

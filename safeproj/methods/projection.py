@@ -24,11 +24,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from safeproj.adapter.record import Side
 from safeproj.methods.factors import settled
 
 Blocks = Iterable[Tensor]
@@ -37,10 +38,6 @@ block may be overwritten as soon as the next one is asked for."""
 
 ORTHONORMAL = 1e-3
 """Largest entry of `UᵀU - I` for columns that are orthonormal but for rounding."""
-
-
-Side = Literal["output", "input"]
-"""Which factor of an update a method changes: `B` or `A`."""
 
 RIDGE = 1e-3
 """What is added to the diagonal of `S`, relative to its mean: benign data need not reach every

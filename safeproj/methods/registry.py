@@ -18,6 +18,10 @@ NAMES = tuple(method.name for method in METHODS)
 """What `Report.method` can be."""
 
 
+METHOD_WORDS = {method.name: method.words for method in METHODS}
+"""`Report.method` to how reports speak of it."""
+
+
 def options() -> dict[str, tuple[Option, type[Method]]]:
     """Return the fields of all methods: how each is given, and by whose declaration."""
     found: dict[str, tuple[Option, type[Method]]] = {}

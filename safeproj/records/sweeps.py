@@ -203,9 +203,7 @@ class Sweep:
         return self.skill(trial.rates).minus(self.skill(point.method.rates))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON report, schema `safeproj.sweep/1`."""
-        from safeproj.sweep.words import conclusion  # it speaks of this record
-
+        """Return the JSON report, schema `safeproj.sweep/1`, but for its `conclusion`."""
         smallest = self.smallest
         return {
             "schema": SCHEMA,
@@ -225,7 +223,6 @@ class Sweep:
             "smallest": None if smallest is None else self._shown(smallest, METHOD),
             "best": self._shown(self.best, METHOD),
             "controls_as_well": {name: self._control(name) for name in self.controls},
-            "conclusion": conclusion(self),
             "warnings": list(self.warnings),
         }
 

@@ -9,6 +9,7 @@ from safeproj.records.checks import Checks
 from safeproj.records.evaluations import Evaluation
 from safeproj.records.scores import Report, Reports
 from safeproj.records.sweeps import Sweep
+from safeproj.report.sweep_words import conclusion
 
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
@@ -33,7 +34,9 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: A
 
 def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return what interventions do as one JSON object."""
-    return _text(sweep.to_dict())
+    found = sweep.to_dict()
+    warnings = found.pop("warnings")
+    return _text({**found, "conclusion": conclusion(sweep), "warnings": warnings})
 
 
 def _text(found: dict[str, Any]) -> str:

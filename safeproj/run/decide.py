@@ -12,9 +12,10 @@ from torch import Tensor
 from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.peft_config import PREFIX
+from safeproj.adapter.record import Side
 from safeproj.engine import Score
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Complement, Projector, Side, pdst
+from safeproj.methods.projection import Complement, Projector, pdst
 from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
 from safeproj.records.scores import ModuleReport, Report, Safety, Unprojected, place

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safeproj import engine
-from safeproj.adapter import Adapter, card, read_adapter
+from safeproj.adapter import Adapter, read_adapter
 from safeproj.adapter.experts import UNSAID, as_today
 from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.portable import portable
@@ -227,6 +227,7 @@ class Job:
         self,
         run: Run,
         out: Path | None,
+        section: Callable[[Report], str],
         documents: Mapping[str, bytes | None] | None = None,
         *,
         overwrite: bool = False,
@@ -237,6 +238,7 @@ class Job:
         Args:
             run: what `one` or `many` made of the adapter.
             out: the directory.
+            section: makes what the model card says of the run.
             documents: as for `write_adapter`.
             overwrite: as for `write_adapter`.
             copy_weights: as for `write_adapter`.
@@ -254,7 +256,7 @@ class Job:
                 run.adapter,
                 run.decision.replaced,
                 self.manifest(run, report, copy_weights=copy_weights),
-                card.section(report),
+                section(report),
                 out,
                 documents,
                 overwrite=overwrite,

@@ -13,7 +13,7 @@ from safeproj import engine
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.engine import Origin, Score, Task, Update
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import require_peft
+from safeproj.lm.adapters import require_peft
 from safeproj.methods.interface import Method
 from safeproj.methods.projection import Projector
 from safeproj.methods.reference import Subspace

@@ -9,11 +9,11 @@ from typing import Any
 
 from safeproj import __version__
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import require_peft
 from safeproj.evaluate.generate import Generator
 from safeproj.evaluate.judges import Judge
 from safeproj.evaluate.measure import measure, prompt_warnings, unfinished_warnings
 from safeproj.evaluate.sets import PromptSet
+from safeproj.lm.adapters import require_peft
 from safeproj.records.sweeps import METHOD, Point, Rates, SetInfo, Sweep, Trial, Wanted
 from safeproj.sweep.candidates import Candidates, Place, Replaced
 from safeproj.sweep.controls import UNIFORM, Sizes, scaled

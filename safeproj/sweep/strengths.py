@@ -10,7 +10,7 @@ from functools import partial
 from safeproj.adapter import Adapter
 from safeproj.engine import Score, Task, Update
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import require_peft
+from safeproj.lm.adapters import require_peft
 from safeproj.methods.covariance.file import Statistics
 from safeproj.methods.covariance.variants import Way, as_they_are, tasks_of, variants
 from safeproj.methods.interface import Method

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from safeproj.adapter import Adapter
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import attach_read, is_strange, moves
+from safeproj.lm.adapters import attach_read, is_strange, moves
 from safeproj.lm.models import quietly
 from safeproj.lm.places import renamed
 

@@ -19,6 +19,7 @@ from safeproj.methods.interface import (
     source,
     unrecorded,
 )
+from safeproj.methods.words import Words
 
 if TYPE_CHECKING:
     from safeproj.lm.chat import ChatOptions
@@ -28,6 +29,37 @@ if TYPE_CHECKING:
 
 STATISTICS = ".safetensors"
 """End of the name of a file of statistics, in the place of data."""
+
+
+WORDS = Words(
+    title="covariance-weighted correction",
+    measure="ratio",
+    formula="ratio E_safety‖ΔWx‖²/E_benign‖ΔWx‖²",
+    legend=(
+        "then how much\n"
+        "stronger the update acts on safety data than on benign data (E‖ΔWx‖²); * = corrected"
+    ),
+    done=(
+        "corrected the updates of {changed} of {all} adapted modules so that they do least to what "
+        "{aligned} computes on the safety data {safety_data} and stay closest to what they were on "
+        "the benign data {task_data} (covariance-weighted correction)"
+    ),
+    controls={
+        "shrink": (
+            "module shrink",
+            "each A times one factor, so that E‖ΔWx‖² on benign data is that of the corrected one",
+        ),
+        "uniform": (
+            "uniform shrink",
+            "the whole adapter times one factor, so that E‖ΔWx‖² on benign data, summed over the "
+            "modules, is that of the corrected adapter",
+        ),
+        "random": ("random H", "H turned at random: the same spectrum"),
+        "swapped": ("swapped H, S", "H of the benign data and S of the safety data"),
+        "complement": ("complement", "what the correction removes: ΔW - ΔW'"),
+    },
+)
+"""How it is spoken of."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +79,7 @@ class Covariance(Method):
 
     name: ClassVar[str] = "covariance"
     title: ClassVar[str] = "the covariance-weighted correction"
+    words: ClassVar[Words] = WORDS
     ways: ClassVar[tuple[frozenset[str], ...]] = (
         frozenset({"safety_data"}),
         frozenset({"safety_data", "task_data"}),

@@ -76,8 +76,8 @@ def rebuilt(
     Raises:
         SafeprojError: data is missing, or the adapter or the model cannot be used.
     """
-    from safeproj.evaluate.adapters import attach_read, moves, require_peft
     from safeproj.lm import models
+    from safeproj.lm.adapters import attach_read, moves, require_peft
     from safeproj.methods.covariance.reconstruct import reconstructed
     from safeproj.run.job import Job
 

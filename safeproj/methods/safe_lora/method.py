@@ -17,6 +17,7 @@ from safeproj.methods.interface import (
     source,
     unrecorded,
 )
+from safeproj.methods.words import PROJECTION_CONTROLS, Words
 
 if TYPE_CHECKING:
     from safeproj.methods.projection import Approx, Exact
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
 
 PROJECTORS = ("approx", "exact")
 """Choices of `projector`."""
+
+
+WORDS = Words(
+    title="Safe LoRA",
+    measure="scale",
+    formula="scale ‖CB‖/‖B‖",
+    legend=(
+        "then scale = ‖CB‖/‖B‖, the share of the\n"
+        "factor that projection leaves (near 0: it all but removes the update); * = projected"
+    ),
+    done=(
+        "projected the updates of {changed} of {all} adapted modules onto the subspace spanned by "
+        "the difference of {aligned} and {base} (Safe LoRA, arXiv 2405.16833)"
+    ),
+    controls=PROJECTION_CONTROLS,
+)
+"""How it is spoken of."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class SafeLora(Method):
 
     name: ClassVar[str] = "safe-lora"
     title: ClassVar[str] = "Safe LoRA"
+    words: ClassVar[Words] = WORDS
     ways: ClassVar[tuple[frozenset[str], ...]] = (
         frozenset({"base", "aligned"}),
         frozenset({"alignment"}),

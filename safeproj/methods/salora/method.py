@@ -16,10 +16,29 @@ from safeproj.methods.interface import (
     source,
     unrecorded,
 )
+from safeproj.methods.words import PROJECTION_CONTROLS, Words
 
 if TYPE_CHECKING:
     from safeproj.methods.projection import Complement
     from safeproj.methods.reference import Subspace
+
+
+WORDS = Words(
+    title="SaLoRA",
+    measure="share",
+    formula="share ‖UᵀΔW‖²/‖ΔW‖²",
+    legend=(
+        "then share = ‖UᵀΔW‖²/‖ΔW‖², how\n"
+        "much of the update lies in the safety subspace (near 1: all of it); * = projected"
+    ),
+    done=(
+        "removed from the updates of {changed} of {all} adapted modules what lies in the safety "
+        "subspace of {aligned}, found from its outputs on the safety data {data} (SaLoRA, arXiv "
+        "2501.01765)"
+    ),
+    controls=PROJECTION_CONTROLS,
+)
+"""How it is spoken of."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,7 @@ class Salora(Method):
 
     name: ClassVar[str] = "salora"
     title: ClassVar[str] = "SaLoRA"
+    words: ClassVar[Words] = WORDS
     ways: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"safety_module"}),)
     give: ClassVar[tuple[str, ...]] = ("--safety-module",)
     needs: ClassVar[str] = "--safety-module"

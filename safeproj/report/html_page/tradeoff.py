@@ -7,8 +7,8 @@ from typing import Any
 
 from safeproj.records.rates import Rate
 from safeproj.records.sweeps import Rates, Sweep
+from safeproj.report import sweep_words as words
 from safeproj.report.html_page.figures import DASHES, SYMBOLS, Chart, plain
-from safeproj.sweep import words
 
 LABEL = 28
 """Characters of a name in the legend; hovering and the table give all of it."""

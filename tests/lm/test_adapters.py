@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.adapters import Host, leaves_alone, require_peft
+from safeproj.lm.adapters import Host, leaves_alone, require_peft
 from safeproj.storage.source import open_folder
 from tests.evaluate.support import random_model
 from tests.support import CONFIG, FACTORS, change_json, save_adapter

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from safeproj.methods.covariance.method import Covariance
+from collections.abc import Mapping
+
+from safeproj.methods.registry import METHOD_WORDS
 from safeproj.records.rates import Rate
 from safeproj.records.sweeps import METHOD, Point, Rates, Sweep
-from safeproj.report.methods import METHODS
-
-_PROJECTION = {
-    "shrink": ("module shrink", "the same modules, each B times its own ‖CB‖/‖B‖"),
-    "uniform": (
-        "uniform shrink",
-        "the whole adapter times one factor, with the same ‖ΔW‖ as the projected adapter",
-    ),
-    "random": (
-        "random projector",
-        "the same modules, C turned at random: the same rank and spectrum",
-    ),
-    "complement": ("complement", "the same modules, what projection removes: ΔW - C ΔW"),
-}
-_CORRECTION = {
-    "shrink": (
-        "module shrink",
-        "each A times one factor, so that E‖ΔWx‖² on benign data is that of the corrected one",
-    ),
-    "uniform": (
-        "uniform shrink",
-        "the whole adapter times one factor, so that E‖ΔWx‖² on benign data, summed over the "
-        "modules, is that of the corrected adapter",
-    ),
-    "random": ("random H", "H turned at random: the same spectrum"),
-    "swapped": ("swapped H, S", "H of the benign data and S of the safety data"),
-    "complement": ("complement", "what the correction removes: ΔW - ΔW'"),
-}
-"""Controls: what they are called at the head of a column, and what they are."""
 
 
 def heading(sweep: Sweep, kind: str) -> str:
     """Return what a method or control is called at the head of a column."""
     if kind == METHOD:
-        return METHODS[sweep.method].title if sweep.method in METHODS else sweep.method
+        return METHOD_WORDS[sweep.method].title if sweep.method in METHOD_WORDS else sweep.method
     return _controls_of(sweep).get(kind, (kind, ""))[0]
 
 
@@ -48,8 +21,8 @@ def meanings(sweep: Sweep) -> list[tuple[str, str]]:
     return [_controls_of(sweep)[kind] for kind in sweep.controls if kind in _controls_of(sweep)]
 
 
-def _controls_of(sweep: Sweep) -> dict[str, tuple[str, str]]:
-    return _CORRECTION if sweep.method == Covariance.name else _PROJECTION
+def _controls_of(sweep: Sweep) -> Mapping[str, tuple[str, str]]:
+    return METHOD_WORDS[sweep.method].controls if sweep.method in METHOD_WORDS else {}
 
 
 def conclusion(sweep: Sweep) -> list[str]:

@@ -1,0 +1,43 @@
+"""How a method is spoken of in reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a method is spoken of.
+
+    Attributes:
+        title: its name.
+        measure: what is shown beside each cosine, in one word.
+        formula: the same with its formula.
+        legend: what a cell of the table means, after the cosine.
+        done: what was done, for a model card: to `{changed}` of `{all}` modules; inputs by role.
+        controls: what a sweep measures beside it: what each is called at the head of a column, and
+            what it is.
+    """
+
+    title: str
+    measure: str
+    formula: str
+    legend: str
+    done: str
+    controls: Mapping[str, tuple[str, str]]
+
+
+PROJECTION_CONTROLS = {
+    "shrink": ("module shrink", "the same modules, each B times its own ‖CB‖/‖B‖"),
+    "uniform": (
+        "uniform shrink",
+        "the whole adapter times one factor, with the same ‖ΔW‖ as the projected adapter",
+    ),
+    "random": (
+        "random projector",
+        "the same modules, C turned at random: the same rank and spectrum",
+    ),
+    "complement": ("complement", "the same modules, what projection removes: ΔW - C ΔW"),
+}
+"""Those of methods that project."""

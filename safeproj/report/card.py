@@ -1,0 +1,46 @@
+"""The model card's section about what was done to the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safeproj.methods.registry import METHOD_WORDS
+from safeproj.records.scores import Report
+from safeproj.report.markdown import code, describe, energy_lines, escaped, span
+
+
+def section(report: Report) -> str:
+    """Return the Markdown that says what was done."""
+    lines = [
+        "## Safety projection",
+        "",
+        f"safeproj {report.version} {_done(report)}.",
+        "",
+        f"- projector: {describe(report.projector)}",
+        f"- selection: {describe(report.selection)}",
+        f"- cosine of an update and its projection, before: {span(report.cosines)}",
+        f"- {METHOD_WORDS[report.method].formula}: {span(report.measures)}",
+        *energy_lines(report),
+        "- every module, its score and the digests of the inputs: `safeproj.json`",
+        "",
+        "Projection is no proof of safety: evaluate the patched adapter before you publish it.",
+    ]
+    return "\n".join([*lines, *(f"\n> Warning: {escaped(warning)}" for warning in report.warnings)])
+
+
+def _done(report: Report) -> str:
+    """Return what was done, in one sentence."""
+    done = METHOD_WORDS[report.method].done
+    named = {role: identity for role, identity in report.inputs.items() if f"{{{role}}}" in done}
+    names = {role: _published_name(identity) for role, identity in named.items()}
+    return done.format(changed=report.projected, all=len(report.modules), **names)
+
+
+def _published_name(identity: Mapping[str, Any]) -> str:
+    """Return the source, as code, without the directories of the machine it was patched on."""
+    source = str(identity["source"])
+    name = Path(source).name if Path(source).is_absolute() else source
+    revision = identity.get("revision")
+    return code(name if revision is None or "@" in name else f"{name}@{revision}")
