@@ -18,6 +18,7 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(READY)

@@ -66,12 +66,10 @@ _HOME = {
 
 def __getattr__(name: str) -> object:
     """Import the API on first use: `import safeproj` and `safeproj --help` must not load torch."""
-    if name in _HOME:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in _HOME:
         return getattr(import_module(f"safeproj.{_HOME[name]}"), name)
     if name == "salora":
-        from safeproj.methods import salora
-
-        return salora
+        return import_module("safeproj.methods.salora")
     raise AttributeError(f"module 'safeproj' has no attribute {name!r}")

@@ -24,6 +24,7 @@ from safeproj.methods.recorded import check_file
 from safeproj.methods.safe_lora.file import KIND
 from safeproj.methods.safe_lora.make import Form, Made, make_file
 from safeproj.methods.safe_lora.pair import Pair
+from safeproj.methods.safe_lora.score import differences
 from safeproj.methods.safe_lora.targets import ALL_LINEAR, find_targets
 from safeproj.plan.select import Selection
 from safeproj.records.checks import Check, Checks
@@ -337,7 +338,7 @@ def align(
     if observer is not None:
         observer.start(len(tasks), sum(source.nbytes for _, source in tasks))
     with profile.phase("score"):
-        kept = engine.differences(
+        kept = differences(
             tasks,
             form.keep,
             device=options.device,
@@ -356,7 +357,7 @@ def _job(
     """Yield a job; what the method needs is made first, and gone afterwards."""
     options = options or Options()
     with method.prepared(adapters, options) as ready:
-        yield Job(ready.method, options, digests=digests, replacements=ready.replacements)
+        yield Job(ready, options, digests=digests)
 
 
 def reports(outcomes: Sequence[Outcome]) -> Reports:

@@ -394,3 +394,21 @@ _ALIGN = 64
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
+
+
+def key_of(expression: Expression) -> str | None:
+    """Return the name of a matrix that is one weight, or one item of a stack, perhaps turned.
+
+    None where it is more than that, such as several weights in one.
+
+    >>> key_of(Swapped(Item(Stored("experts.down_proj"), 3)))
+    'experts.down_proj[3].T'
+    """
+    if isinstance(expression, Stored):
+        return expression.name
+    if not isinstance(expression, Item | Swapped | Flat | Head):
+        return None
+    part = key_of(expression.part)
+    if part is None or isinstance(expression, Flat | Head):
+        return part
+    return f"{part}[{expression.index}]" if isinstance(expression, Item) else f"{part}.T"

@@ -131,10 +131,10 @@ def sweep_command(
         tried: Candidates
         with method.prepared([adapter], options, chats) as ready:
             if by_mu:
-                tried = strengths(ready.method, adapter, options, seed=seed)
+                tried = strengths(ready, adapter, options, seed=seed)
             else:
                 axis: By = "threshold" if by is Axis.threshold else "layers"
-                tried = candidates(ready.method, adapter, options, by=axis, seed=seed)
+                tried = candidates(ready, adapter, options, by=axis, seed=seed)
     with profile.phase("load model"):
         judge = judging.build(device, answering.batch_size)
         loaded = models.load_model(folder, device, answering.dtype)

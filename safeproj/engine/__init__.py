@@ -1,44 +1,30 @@
 """How a plan is run: memory bounds, workers, devices, progress."""
 
-from safeproj.engine.blocks import OnProgress
-from safeproj.engine.changes import relative_changes
-from safeproj.engine.local import corrected, differences, moments, required, resolve_device, run
-from safeproj.engine.task import (
-    Comparison,
-    Difference,
-    Effects,
-    Kept,
-    Moments,
-    Origin,
-    Progress,
-    SafetyBasis,
-    Score,
-    Settled,
-    StoredMoment,
-    Task,
-    Update,
+from safeproj.engine.blocks import (
+    Buffers,
+    KeptBlocks,
+    OnProgress,
+    digests_of,
+    row_width,
+    rows_per_block,
 )
+from safeproj.engine.changes import relative_changes
+from safeproj.engine.local import resolve_device, run
+from safeproj.engine.task import Comparison, Progress, Source, Task, Update
 
 __all__ = [
+    "Buffers",
     "Comparison",
-    "Difference",
-    "Effects",
-    "Kept",
-    "Moments",
+    "KeptBlocks",
     "OnProgress",
-    "Origin",
     "Progress",
-    "SafetyBasis",
-    "Score",
-    "Settled",
-    "StoredMoment",
+    "Source",
     "Task",
     "Update",
-    "corrected",
-    "differences",
-    "moments",
+    "digests_of",
     "relative_changes",
-    "required",
     "resolve_device",
+    "row_width",
+    "rows_per_block",
     "run",
 ]

@@ -161,7 +161,7 @@ def _claims(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _require_no_more_written(run: Run, document: Mapping[str, Any], claimed: list[str]) -> None:
     """Refuse a record by which a tensor was written of no module that is projected."""
-    side = run.projector.side
+    side = run.method.side
     keys = {
         item.module.name: {factor.key for factor in item.module.written(side)}
         for item in run.plan.modules
@@ -315,13 +315,13 @@ def _projected(run: Run, document: Mapping[str, Any]) -> Iterator[str]:
         claim = claims.get(name)
         if claim is None or claim["projected"] is not True:
             continue
-        places = item.module.written(run.projector.side)
+        places = item.module.written(run.method.side)
         missing = [factor.key for factor in places if factor.key not in written]
         if missing:
             raise _MismatchError(
                 "SP021", f"{MANIFEST} says that {name} is projected, and not {shorten(missing)}"
             )
-        _require_possible(claim, reports[name], shrinks=run.projector.side == "output")
+        _require_possible(claim, reports[name], shrinks=run.method.side == "output")
         yield name
 
 

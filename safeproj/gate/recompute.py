@@ -121,7 +121,7 @@ def _other_tensors(original: Run, patched: Adapter, *, same: bool) -> Iterator[F
     other = sorted(before.keys() ^ patched.tensors.keys())
     if other:
         yield found("SP025", f"the tensors are not those of the original: {shorten(other)}")
-    side = original.projector.side
+    side = original.method.side
     written = {f.key for item in original.plan.modules for f in item.module.written(side)}
     exact = same or original.adapter.converted_from is None
     for key in [key for key in before if key in patched.tensors and key not in written]:
@@ -133,7 +133,7 @@ def _other_tensors(original: Run, patched: Adapter, *, same: bool) -> Iterator[F
 
 def _converted(original: Run, patched: Adapter, key: str) -> torch.dtype | None:
     """Return what patching converts a factor to: the dtype of the factor that it has projected."""
-    side = original.projector.side
+    side = original.method.side
     for item in original.plan.modules:
         if item.module.factor("input" if side == "output" else "output").key != key:
             continue
@@ -157,7 +157,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 def _compare(result: Recomputed, run: Run, patched: Adapter, module: AdaptedModule) -> None:
     """Compare the factors of one module: all kept, or all projected."""
-    written = module.written(run.projector.side)
+    written = module.written(run.method.side)
     states = [_state(result, run, patched, module, factor) for factor in written]
     if None in states:
         return  # said already

@@ -14,12 +14,13 @@ from safeproj.adapter.record import AdaptedModule
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import ALLOWANCES, Policy
 from safeproj.methods.factors import norm
-from safeproj.methods.projection import gains
+from safeproj.methods.measures import gains
 from safeproj.plan.match import PlannedModule
+from safeproj.plan.updates import update_of
 from safeproj.records.checks import Evidence, Finding
 from safeproj.records.rules import RULES, Level
 from safeproj.records.scores import ModuleReport
-from safeproj.run.job import Cast, Run, update_of
+from safeproj.run.job import Cast, Run
 from safeproj.text import cut, printable, shorten
 
 CANCELLATION = 1e6
@@ -287,7 +288,7 @@ def _beside_the_update(context: Context) -> Iterator[Finding]:
             yield found("SP008", text, policy=context.policy, module=name)
         bias = item.module.bias
         projected = name in context.evidence or module.cosine is None
-        if bias is None or projected or context.run.projector.side == "input":
+        if bias is None or projected or context.run.method.side == "input":
             continue  # projected with the module, or listed among the changes
         if bool(bias.view(tensors).any()):
             text = f"{name}: the bias of lora_B is not zero and was not projected"
@@ -431,7 +432,7 @@ def _unseen(context: Context, item: PlannedModule, s: float) -> float:
     exact projectors, which leave most directions alone by their definition.
     """
     score = context.run.scores[item.module.name]
-    if context.run.projector.kind != "approx" or not score.alignment_norm or score.factor is None:
+    if not context.run.method.weighs_directions or not score.alignment_norm or score.factor is None:
         return 0.0
     update = update_of(context.run.adapter, item)
     seen, sizes = gains(update.A, update.B, score.factor)

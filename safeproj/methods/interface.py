@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,18 @@ from safeproj.errors import SafeprojError
 from safeproj.methods.words import Words
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from safeproj.adapter.record import Side
+    from safeproj.engine import Buffers, Task
     from safeproj.lm.chat import ChatOptions
-    from safeproj.methods.projection import Projector
     from safeproj.methods.reference import Subspace
+    from safeproj.methods.score import Score
     from safeproj.run.options import Options
 
 Src = str
 """What a SRC argument names: a directory, a file, or `org/name[/subfolder][@revision]`."""
+
+Scorer = Callable[["Buffers", "Task"], "tuple[Score | SafeprojError, ...]"]
+"""Scores all updates of one weight; an error in place of a score is about that update alone."""
 
 Self = TypeVar("Self", bound="Method")
 
@@ -64,19 +67,6 @@ def option(
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A method that is ready to be opened.
-
-    Attributes:
-        method: with what had to be made for it.
-        replacements: module to its `A'` (r, n), where that was made by running the model.
-    """
-
-    method: Method
-    replacements: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Method:
     """What is done to adapters, as the user gives it; nothing is opened here.
 
@@ -90,6 +80,8 @@ class Method:
         mark: the options by which it is known.
         advice: what to do without another method's options.
         selects_all: whether it is meant for every module, where no selection is asked for.
+        side: which factor of an update it changes.
+        is_idempotent: whether doing it again to what it made changes nothing.
 
     Raises:
         SafeprojError: what is given does not go together, or a value is out of range.
@@ -104,6 +96,8 @@ class Method:
     mark: ClassVar[str]
     advice: ClassVar[str] = ""
     selects_all: ClassVar[bool] = False
+    side: ClassVar[Side] = "output"
+    is_idempotent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if frozenset(self.sources) not in self.ways:
@@ -150,8 +144,35 @@ class Method:
         return [(option, local_path(source)) for option, source in self.inputs(adapters)]
 
     @property
-    def formulas(self) -> Projector:
-        """What it computes; imports torch."""
+    def formulas(self) -> Any:
+        """What it computes, on tensors; imports torch."""
+        raise NotImplementedError
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it computes in float64."""
+        return False
+
+    @property
+    def weighs_directions(self) -> bool:
+        """Whether `C` weighs every output direction by how far alignment moved it."""
+        return False
+
+    def scorer(self, *, digests: bool = False, formulas: Any = None) -> Scorer:
+        """Return what scores all updates of one weight; imports torch.
+
+        Args:
+            digests: compute the SHA-256 of what is read.
+            formulas: in the place of its own.
+        """
+        raise NotImplementedError
+
+    def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
+        """Return what a record says of it under `projector`; `recorded` is the inverse.
+
+        Args:
+            scores: all that there are.
+        """
         raise NotImplementedError
 
     def open(self, maps: Sequence[str] = ()) -> Subspace:
@@ -171,7 +192,7 @@ class Method:
         adapters: Sequence[str],
         options: Options,
         chat: ChatOptions | None = None,
-    ) -> Iterator[Prepared]:
+    ) -> Iterator[Method]:
         """Yield what can be opened; what was made for it is gone afterwards.
 
         Args:
@@ -183,7 +204,7 @@ class Method:
             SafeprojError: it cannot be made.
         """
         del adapters, options, chat
-        yield Prepared(self)
+        yield self
 
     def recorded(self: Self, source: Src, projector: Mapping[str, Any]) -> Self:
         """Return this method with the settings that a record says; `describe` is the inverse.

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safeproj.adapter import Adapter
-from safeproj.engine import Comparison, Origin, Score
+from safeproj.engine import Comparison, Source
+from safeproj.methods.score import Score
 from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule
 from safeproj.plan.select import Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safeproj.lm.layers import OnBatch
 
 
 class Subspace(Protocol):
@@ -44,10 +50,29 @@ class Subspace(Protocol):
             SafeprojError: see `safeproj.plan.match.plan`.
         """
 
+    @property
+    def runs_adapter(self) -> bool:
+        """Whether the model has to be run with an adapter, so that `prepare` is called for it."""
+
+    def prepare(
+        self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
+    ) -> Mapping[str, Tensor]:
+        """Return what has to be made of an adapter by running the model: module to `A'` (r, n).
+
+        Args:
+            adapter: as it was matched.
+            plan: its updates.
+            device: where the model runs.
+            on_batch: told about the progress.
+
+        Raises:
+            SafeprojError: the adapter or the model cannot be used.
+        """
+
     def group(self, item: PlannedModule) -> Hashable:
         """Return what updates have in common that are computed in one reading."""
 
-    def origin(self, item: PlannedModule) -> Origin:
+    def origin(self, item: PlannedModule) -> Source:
         """Return what the engine reads for an update, downloading the files that hold it."""
 
     def comparison(self, adapter: Adapter, item: PlannedChange) -> Comparison | None:
@@ -55,3 +80,18 @@ class Subspace(Protocol):
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
         """Return for each role of `inputs` the SHA-256 of all that was read for these modules."""
+
+
+class Unprepared:
+    """What nothing has to be made for by running the model with an adapter."""
+
+    runs_adapter = False
+
+    def prepare(
+        self,
+        adapter: Adapter,  # noqa: ARG002
+        plan: Plan,  # noqa: ARG002
+        device: str,  # noqa: ARG002
+        on_batch: OnBatch | None,  # noqa: ARG002
+    ) -> Mapping[str, Tensor]:
+        return {}

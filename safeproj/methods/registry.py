@@ -22,6 +22,10 @@ METHOD_WORDS = {method.name: method.words for method in METHODS}
 """`Report.method` to how reports speak of it."""
 
 
+IDEMPOTENT = frozenset(method.name for method in METHODS if method.is_idempotent)
+"""Names of those that change nothing when they are done again."""
+
+
 def options() -> dict[str, tuple[Option, type[Method]]]:
     """Return the fields of all methods: how each is given, and by whose declaration."""
     found: dict[str, tuple[Option, type[Method]]] = {}

@@ -13,9 +13,10 @@ from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.peft_config import PREFIX
 from safeproj.adapter.record import Side
-from safeproj.engine import Score
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Complement, Projector, pdst
+from safeproj.methods.interface import Method
+from safeproj.methods.measures import pdst
+from safeproj.methods.score import Score
 from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
 from safeproj.records.scores import ModuleReport, Report, Safety, Unprojected, place
@@ -57,7 +58,7 @@ def decide(
     scores: Mapping[str, Score],
     changes: Mapping[str, float | None],
     selection: Selection,
-    projector: Projector,
+    method: Method,
     dtype: str,
 ) -> Decision:
     """Choose the modules to project and describe the outcome.
@@ -69,7 +70,7 @@ def decide(
         scores: module name to score.
         changes: key of a tensor that replaces a weight to the size of the change, relative to it.
         selection: how modules are chosen.
-        projector: which `C` the scores are for.
+        method: what the scores are of.
         dtype: one of `DTYPES`.
 
     Raises:
@@ -85,17 +86,17 @@ def decide(
     chosen = selection.choose(cosines)
     bounds = {name: score.bounds for name, score in scores.items() if score.bounds is not None}
     uncertain = selection.uncertain(cosines, bounds)
-    replaced = _replaced(adapter, plan, scores, chosen, DTYPES[dtype], projector.side)
+    replaced = _replaced(adapter, plan, scores, chosen, DTYPES[dtype], method.side)
     written = {**adapter.tensors, **replaced}
     distances, lossy = [], []
     for planned in plan.modules:
         module, score = planned.module, scores[planned.module.name]
         if score.factor is None or score.cosine is None:
             continue
-        there = module.factor(projector.side).view(written)
-        if projector.side == "output":  # it is the reference code's measure of C B
+        there = module.factor(method.side).view(written)
+        if method.side == "output":  # it is the reference code's measure of C B
             distances.append(pdst(there, score.factor))
-        if module.name in chosen and _lost(there, score, projector.side) > LOST_IN_ROUNDING:
+        if module.name in chosen and _lost(there, score, method.side) > LOST_IN_ROUNDING:
             if score.settled is not None:
                 raise SafeprojError(
                     f"{module.name}: the terms of B A cancel so far that its projection cannot be "
@@ -103,11 +104,11 @@ def decide(
                     "from the model it was trained on"
                 )
             lossy.append(module.name)
-    unprojected = tuple(_unprojected(adapter, plan, scores, changes, projector.side))
+    unprojected = tuple(_unprojected(adapter, plan, scores, changes, method.side))
     report = Report(
         version=__version__,
-        method=projector.method,
-        projector=_describe(projector, scores),
+        method=method.name,
+        projector=method.describe(scores.values()),
         selection=selection.to_dict(),
         inputs={
             **{role: dict(identity) for role, identity in inputs.items()},
@@ -126,7 +127,7 @@ def decide(
     )
     converted = {}
     if dtype != "keep":
-        converted = _converted(adapter, plan, replaced, chosen, projector.side)
+        converted = _converted(adapter, plan, replaced, chosen, method.side)
     return Decision({**replaced, **converted}, report, frozenset(converted))
 
 
@@ -236,17 +237,6 @@ def _lost(there: Tensor, score: Score, side: Side) -> float:
 def _relative_error(there: Tensor, factor: Tensor) -> float:
     size = float(factor.double().norm())
     return float((there.double() - factor.double()).norm()) / size if size else 0.0
-
-
-def _describe(projector: Projector, scores: Mapping[str, Score]) -> dict[str, object]:
-    if isinstance(projector, Complement):
-        ranks = [score.rank for score in scores.values() if score.rank is not None]
-        return {"kind": "safety-module", "rank": max(ranks)}
-    found: dict[str, object] = {"kind": projector.kind}
-    for name in ("rank", "energy", "mu"):
-        if getattr(projector, name, None) is not None:
-            found[name] = getattr(projector, name)
-    return found
 
 
 def _mean_energies(energies: Sequence[tuple[float, ...]]) -> dict[int, float]:

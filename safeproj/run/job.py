@@ -19,14 +19,16 @@ from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.portable import portable
 from safeproj.adapter.weightfiles import NAMED
 from safeproj.adapter.write import adapters_below, weights_beside, write_adapter
-from safeproj.engine import Origin, Score, Task, Update
+from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError, explained
 from safeproj.methods import factors
 from safeproj.methods.interface import Method
-from safeproj.methods.projection import Complement, Projector
 from safeproj.methods.reference import Subspace
+from safeproj.methods.registry import IDEMPOTENT
+from safeproj.methods.score import Score
 from safeproj.plan.match import Plan, PlannedModule
 from safeproj.plan.residual import converted, held_parts, told_of
+from safeproj.plan.updates import update_of
 from safeproj.records.scores import Report
 from safeproj.run.decide import DTYPES, Decision, decide
 from safeproj.run.manifest import manifest
@@ -59,12 +61,14 @@ class Loaded:
         plan: its updates, with their weights.
         today: those that today's PEFT reads otherwise than the one that wrote them, as that does.
         held: what tells that its updates are a part of the weights, if they seem to be.
+        replacements: module to its `A'` (r, n), where that was made by running the model.
     """
 
     adapter: Adapter
     plan: Plan
     today: tuple[PlannedModule, ...] = ()
     held: str | None = None
+    replacements: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +102,7 @@ class Run:
         plan: its updates, with their weights.
         scores: by module.
         decision: what is to be done to it.
-        projector: what it was scored with.
+        method: what it was scored by.
         casts: module to its update as servers cast it, where that was asked for and differs.
         today: module to score as today's PEFT reads it, where that is another update.
         held: what tells that its updates are a part of the weights, if they seem to be.
@@ -108,7 +112,7 @@ class Run:
     plan: Plan
     scores: dict[str, Score]
     decision: Decision
-    projector: Projector
+    method: Method
     casts: dict[str, tuple[Cast, ...]] = dataclasses.field(default_factory=dict)
     today: dict[str, Score] = dataclasses.field(default_factory=dict)
     held: str | None = None
@@ -127,7 +131,7 @@ class _Group:
     """One weight, and the updates of it by adapter, module, and the dtype they are cast to."""
 
     name: str
-    origin: Origin
+    origin: Source
     updates: dict[_Key, Update] = dataclasses.field(default_factory=dict)
 
 
@@ -141,7 +145,6 @@ class Job:
             where an adapter has such a record already.
         lenient: whether to go on where tensors are unknown or modules have no weight: they are in
             the adapter and the plan then, and not in the scores.
-        replacements: module to its `A'` (r, n), where that was made by running the model.
         casts: whether to score the updates as servers cast them, too.
 
     """
@@ -153,12 +156,10 @@ class Job:
         *,
         digests: bool | None,
         lenient: bool = False,
-        replacements: Mapping[str, Tensor] | None = None,
         casts: bool = False,
     ) -> None:
         self._options = options or Options()
         self._method = method
-        self._projector = method.formulas
         self._selection = self._options.selection
         if method.selects_all:
             self._selection = self._selection.or_all()
@@ -166,7 +167,6 @@ class Job:
         self._profile = self._options.profile
         self._digests = digests
         self._lenient = lenient
-        self._replacements = dict(replacements or {})
         self._casts = CASTS if casts else {}
 
     @cached_property
@@ -246,7 +246,7 @@ class Job:
         Raises:
             SafeprojError: it cannot be written; nothing is left behind.
         """
-        notes = _notes(run.adapter, self._projector, copy_weights=copy_weights)
+        notes = _notes(run.adapter, self._method, copy_weights=copy_weights)
         warnings = (*run.report.warnings, *notes)
         report = dataclasses.replace(run.report, warnings=warnings)
         if out is None:
@@ -278,9 +278,9 @@ class Job:
         return manifest(run.adapter, self.subspace, run.scores, report, options)
 
     @property
-    def projector(self) -> Projector:
-        """What adapters are scored with: what was asked for, or the default."""
-        return self._projector
+    def method(self) -> Method:
+        """What is done."""
+        return self._method
 
     def read(self, source: str) -> Adapter:
         """Return an adapter, before it is matched with the weights.
@@ -376,7 +376,19 @@ class Job:
                 yield item
 
     def _load(self, source: str) -> Loaded:
-        return self.matched(self.read(source))
+        adapter = self.read(source)
+        if not self.subspace.runs_adapter:
+            return self.matched(adapter)
+        loaded = self.runnable(adapter)
+        observer = self._observer
+        with self._profile.phase("reconstruct"):
+            made = self.subspace.prepare(
+                loaded.adapter,
+                loaded.plan,
+                self._options.device,
+                None if observer is None else observer.ran,
+            )
+        return dataclasses.replace(loaded, replacements=made)
 
     def _without_unheld(self, plan: Plan) -> Plan:
         """Return the plan with those modules unmatched that a file does not hold as they are."""
@@ -428,7 +440,7 @@ class Job:
             if key not in groups:
                 groups[key] = _Group(item.module.name, self.subspace.origin(item))
             update = update_of(loaded.adapter, item)
-            replaced = dataclasses.replace(update, replacement=self._replacements.get(name))
+            replaced = dataclasses.replace(update, replacement=loaded.replacements.get(name))
             own.append((groups[key], (number, name, None), replaced))
             for dtype, cast in self._cast(update, scalings.get(name)).items():
                 if _is_finite(cast):
@@ -470,15 +482,16 @@ class Job:
         if self._observer is not None:
             self._observer.start(len(tasks), sum(task.origin.nbytes for task in tasks))
         with self._profile.phase("score"):
-            found = engine.run(
+            running = engine.run(
                 tasks,
-                self._projector,
+                self._method.scorer(digests=digests),
                 device=self._options.device,
+                wide=self._method.is_wide,
                 workers=self._options.workers,
-                digests=digests,
                 on_progress=self._observer.progress if self._observer is not None else None,
                 usage=self._profile.usage,
             )
+            found = list(running)
         for group, scores in zip(groups, found, strict=True):
             yield from zip(group.updates, scores, strict=True)
 
@@ -505,7 +518,7 @@ class Job:
                 scores,
                 dict(zip(comparisons, sizes, strict=True)),
                 self._selection,
-                self._projector,
+                self._method,
                 self._options.dtype,
             )
             scalings = self._scalings(loaded.adapter, loaded.plan)
@@ -520,7 +533,7 @@ class Job:
             loaded.plan,
             scores,
             decision,
-            self._projector,
+            self._method,
             casts,
             today,
             loaded.held,
@@ -544,17 +557,6 @@ class Job:
             yield Cast(dtype, _change(update, cast) if finite else math.inf, least, finite)
 
 
-def update_of(adapter: Adapter, item: PlannedModule) -> Update:
-    """Return the factors of one update, as views where they are stored so."""
-    module, tensors = item.module, adapter.tensors
-    return Update(
-        module.input.view(tensors),
-        module.output.view(tensors),
-        bias=None if module.bias is None else module.bias.view(tensors),
-        gain=None if module.gain is None else module.gain.view(tensors),
-    )
-
-
 def _is_finite(update: Update) -> bool:
     return bool(update.A.isfinite().all()) and bool(update.B.isfinite().all())
 
@@ -568,7 +570,7 @@ def _change(update: Update, cast: Update) -> float:
     return change / size if size > 0.0 else (math.inf if change > 0.0 else 0.0)
 
 
-def _notes(adapter: Adapter, projector: Projector, *, copy_weights: bool) -> Iterator[str]:
+def _notes(adapter: Adapter, method: Method, *, copy_weights: bool) -> Iterator[str]:
     """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
     folder = adapter.folder
     others = weights_beside(adapter)
@@ -579,9 +581,8 @@ def _notes(adapter: Adapter, projector: Projector, *, copy_weights: bool) -> Ite
             f"other weights are not patched, and left out: {shorten(others, NAMED)}; "
             "--copy-weights copies them as they are"
         )
-    # C_S is an orthogonal projector: what it has removed once it does not find again.
-    others = [method for method in _methods_before(folder) if method != Complement.method]
-    if others and not isinstance(projector, Complement):
+    others = [name for name in _methods_before(folder) if name not in IDEMPOTENT]
+    if others and not method.is_idempotent:
         yield (
             "the adapter was patched before: projecting again shrinks its updates further, "
             "since C is applied twice"

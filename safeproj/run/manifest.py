@@ -7,8 +7,8 @@ from typing import Any
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.digests import adapter_record
-from safeproj.engine import Score
 from safeproj.methods.reference import Subspace
+from safeproj.methods.score import Score
 from safeproj.records.scores import Report
 from safeproj.versions import versions
 

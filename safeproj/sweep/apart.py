@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Approx, Blocks, Complement, Exact, Projected, Projector
+from safeproj.methods.blocks import Blocks, Projected
+from safeproj.methods.safe_lora.formulas import Approx, Exact
+from safeproj.methods.salora.formulas import Complement
 
 Work = Callable[[Blocks], Projected]
 """What is made of the blocks, in as many passes as it likes."""
 
 
-def apart(projector: Projector) -> Projector:
+def apart(projector: Any) -> Any:
     """Return the projector for tasks whose second half of updates are controls of the first.
 
     Raises:
         SafeprojError: it is none that projects.
     """
-    kinds: dict[type, type[Projector]] = {
+    kinds: dict[type, type] = {
         Approx: _ApartApprox,
         Exact: _ApartExact,
         Complement: _ApartComplement,

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from safeproj import engine
 from safeproj.adapter import AdaptedModule, Adapter
-from safeproj.engine import Origin, Score, Task, Update
+from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.lm.adapters import require_peft
 from safeproj.methods.interface import Method
-from safeproj.methods.projection import Projector
 from safeproj.methods.reference import Subspace
+from safeproj.methods.score import Score, required
 from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
+from safeproj.plan.updates import update_of
 from safeproj.records.scores import Report
 from safeproj.run.decide import Decision, decide
-from safeproj.run.job import Job, update_of
+from safeproj.run.job import Job
 from safeproj.run.options import Options
 from safeproj.sweep import controls
 from safeproj.sweep.apart import apart
@@ -110,16 +111,16 @@ def candidates(
     options = options or Options()
     profile = options.profile
     job = Job(method, options, digests=False)
-    both = apart(job.projector)
+    both = apart(method.formulas)
     read = job.read(adapter)
     require_peft(read.folder)
     loaded = job.runnable(read)
     found, plan, subspace = loaded.adapter, loaded.plan, job.subspace
     reading = _Reading(found, plan, subspace, seed)
     with profile.phase("score"):
-        scores, turned = reading.scores(both, options)
+        scores, turned = reading.scores(method, both, options)
     with profile.phase("decide"):
-        return Projections(found, plan, subspace, job.projector, options, by, scores, turned)
+        return Projections(found, plan, subspace, method, options, by, scores, turned)
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ class _Reading:
     seed: int
 
     def scores(
-        self, projector: Projector, options: Options
+        self, method: Method, formulas: Any, options: Options
     ) -> tuple[dict[str, Score], dict[str, Score]]:
         """Return the scores by module, and those with `Q C Qᵀ` in the place of `C`."""
         groups: dict[Hashable, dict[str, Update]] = {}
-        origins: dict[Hashable, Origin] = {}
+        origins: dict[Hashable, Source] = {}
         for item in self.plan.modules:
             key = self.subspace.group(item)
             if key not in groups:
@@ -151,8 +152,9 @@ class _Reading:
             observer.start(len(tasks), sum(task.origin.nbytes for task in tasks))
         found = engine.run(
             tasks,
-            projector,
+            method.scorer(formulas=formulas),
             device=options.device,
+            wide=method.is_wide,
             workers=options.workers,
             on_progress=None if observer is None else observer.progress,
             usage=options.profile.usage,
@@ -160,7 +162,7 @@ class _Reading:
         scores, turned = {}, {}
         for updates, results in zip(groups.values(), found, strict=True):
             count = len(updates)
-            own, others = engine.required(results[:count]), engine.required(results[count:])
+            own, others = required(results[:count]), required(results[count:])
             for name, score, other in zip(updates, own, others, strict=True):
                 scores[name], turned[name] = score, self._turned(name, score, other)
         return scores, turned
@@ -195,7 +197,7 @@ class Projections:
         adapter: Adapter,
         plan: Plan,
         subspace: Subspace,
-        projector: Projector,
+        method: Method,
         options: Options,
         by: By,
         scores: Mapping[str, Score],
@@ -203,7 +205,7 @@ class Projections:
     ) -> None:
         self.adapter = adapter
         self.axis: str = by
-        self._plan, self._subspace, self._projector = plan, subspace, projector
+        self._plan, self._subspace, self._method = plan, subspace, method
         self._options = options
         self._scores, self._turned = scores, turned
         self.modules = (*(item.module for item in plan.modules), *plan.excluded)
@@ -289,7 +291,7 @@ class Projections:
             scores,
             {},
             selection,
-            self._projector,
+            self._method,
             self._options.dtype,
         )
 

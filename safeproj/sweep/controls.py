@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from safeproj.adapter import AdaptedModule, Adapter
-from safeproj.engine import Score, Update
+from safeproj.engine import Update
 from safeproj.methods import factors
+from safeproj.methods.score import Score
 
 SHRINK, UNIFORM, RANDOM, COMPLEMENT = "shrink", "uniform", "random", "complement"
 SWAPPED = "swapped"

@@ -8,17 +8,20 @@ from dataclasses import replace
 from functools import partial
 
 from safeproj.adapter import Adapter
-from safeproj.engine import Score, Task, Update
+from safeproj.engine import Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.lm.adapters import require_peft
 from safeproj.methods.covariance.file import Statistics
+from safeproj.methods.covariance.formulas import Correction, Moment
+from safeproj.methods.covariance.method import Covariance
 from safeproj.methods.covariance.variants import Way, as_they_are, tasks_of, variants
 from safeproj.methods.interface import Method
-from safeproj.methods.projection import Correction, Moment
 from safeproj.methods.reference import Subspace
+from safeproj.methods.score import Score
 from safeproj.plan.match import Plan
+from safeproj.plan.updates import update_of
 from safeproj.run.decide import Decision, decide
-from safeproj.run.job import Job, update_of
+from safeproj.run.job import Job
 from safeproj.run.options import Options
 from safeproj.sweep import controls
 from safeproj.sweep.candidates import Place, Replaced, spread
@@ -59,6 +62,7 @@ def strengths(
     loaded = job.runnable(read)
     found, plan, subspace = loaded.adapter, loaded.plan, job.subspace
     assert isinstance(subspace, Statistics)
+    assert isinstance(method, Covariance)
     with profile.phase("score"):
         tasks = tasks_of(found, plan, subspace)
         if observer is not None:
@@ -66,12 +70,13 @@ def strengths(
         scores = variants(
             tasks,
             _ways(seed),
-            options,
+            device=options.device,
+            workers=options.workers,
             on_progress=None if observer is None else observer.progress,
             usage=profile.usage,
         )
     with profile.phase("decide"):
-        return Strengths(found, plan, subspace, options, scores)
+        return Strengths(found, plan, subspace, method, options, scores)
 
 
 def _ways(seed: int) -> dict[tuple[str, float], Way]:
@@ -109,12 +114,13 @@ class Strengths:
         adapter: Adapter,
         plan: Plan,
         subspace: Subspace,
+        method: Covariance,
         options: Options,
         scores: Mapping[tuple[str, float], Scores],
     ) -> None:
         self.adapter = adapter
         self._plan, self._subspace = plan, subspace
-        self._options = options
+        self._method, self._options = method, options
         self._scores = scores
         self.modules = (*(item.module for item in plan.modules), *plan.excluded)
         self.report = self._decided(MUS[-1], scores[_METHOD, MUS[-1]]).report
@@ -188,7 +194,7 @@ class Strengths:
             scores,
             {},
             replace(self._options.selection, threshold=None, layers=None, all=True),
-            Correction(mu),
+            replace(self._method, mu=mu),
             self._options.dtype,
         )
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from safeproj.adapter import Adapter
 from safeproj.checkpoint import open_checkpoint
-from safeproj.checkpoint.expression import stored_names
-from safeproj.engine import Comparison, Moments, Score, StoredMoment
+from safeproj.checkpoint.expression import key_of, stored_names
+from safeproj.engine import Comparison
 from safeproj.errors import SafeprojError
+from safeproj.methods.covariance.sources import Moments, StoredMoment
 from safeproj.methods.recorded import (
     Content,
     FileKind,
@@ -27,7 +28,8 @@ from safeproj.methods.recorded import (
     require_plain,
     require_run_inputs,
 )
-from safeproj.methods.safe_lora.targets import key_of
+from safeproj.methods.reference import Unprepared
+from safeproj.methods.score import Score
 from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule
 from safeproj.plan.match import plan as matched
@@ -61,7 +63,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Statistics(Unprepared):
     """Statistics of safety data and of benign data: no checkpoint is read with them.
 
     Attributes:

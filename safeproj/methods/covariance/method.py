@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import (
     Method,
-    Prepared,
+    Scorer,
     Src,
     is_number,
     option,
@@ -22,9 +22,11 @@ from safeproj.methods.interface import (
 from safeproj.methods.words import Words
 
 if TYPE_CHECKING:
+    from safeproj.adapter.record import Side
     from safeproj.lm.chat import ChatOptions
-    from safeproj.methods.projection import Correction, Reconstruction
+    from safeproj.methods.covariance.formulas import Correction, Reconstruction
     from safeproj.methods.reference import Subspace
+    from safeproj.methods.score import Score
     from safeproj.run.options import Options
 
 STATISTICS = ".safetensors"
@@ -91,6 +93,7 @@ class Covariance(Method):
     mark: ClassVar[str] = "--safety-data"
     advice: ClassVar[str] = ", and give --mu"
     selects_all: ClassVar[bool] = True
+    side: ClassVar[Side] = "input"
 
     aligned: Src | None = source("--aligned")
     safety_data: Src | None = source(
@@ -131,10 +134,27 @@ class Covariance(Method):
 
     @property
     def formulas(self) -> Correction | Reconstruction:
-        from safeproj.methods.projection import Correction, Reconstruction
+        from safeproj.methods.covariance.formulas import Correction, Reconstruction
 
         kind = Reconstruction if self.reconstruct else Correction
         return kind() if self.mu is None else kind(self.mu)
+
+    @property
+    def is_wide(self) -> bool:
+        return True
+
+    def scorer(
+        self, *, digests: bool = False, formulas: Correction | Reconstruction | None = None
+    ) -> Scorer:
+        from safeproj.methods.covariance.score import score
+
+        own = self.formulas if formulas is None else formulas
+        return lambda buffers, task: score(task, own, buffers, digests=digests)
+
+    def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
+        del scores
+        formulas = self.formulas
+        return {"kind": formulas.kind, "mu": formulas.mu}
 
     @property
     def runs_model(self) -> bool:
@@ -157,7 +177,7 @@ class Covariance(Method):
         adapters: Sequence[str],
         options: Options,
         chat: ChatOptions | None = None,
-    ) -> Iterator[Prepared]:
+    ) -> Iterator[Covariance]:
         from safeproj.methods.covariance.prepare import prepared
 
         with prepared(self, adapters, options, chat) as found:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import Adapter, read_adapter
 from safeproj.adapter.record import WeightNames
 from safeproj.engine import resolve_device
-from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.lm.chat import ChatOptions
 from safeproj.lm.data import BATCH_SIZE, RANDOM, Data, random_data, read_data
 from safeproj.lm.layers import OnBatch
 from safeproj.methods.covariance.file import Statistics, open_statistics
+from safeproj.methods.covariance.formulas import Reconstruction
 from safeproj.methods.covariance.method import STATISTICS, Covariance
-from safeproj.methods.interface import Prepared
-from safeproj.methods.projection import Reconstruction
+from safeproj.plan.match import Plan
 from safeproj.storage.source import open_folder
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 @contextmanager
 def prepared(
     method: Covariance, adapters: Sequence[str], options: Options, chat: ChatOptions | None = None
-) -> Iterator[Prepared]:
+) -> Iterator[Covariance]:
     """Yield the method with statistics, in a temporary directory if the model has to be run.
 
     They are those of the layers that the adapters change, made with the defaults of
@@ -45,63 +44,49 @@ def prepared(
     if method.reconstruct:
         require_data(method, adapters, options)
     if not method.runs_model:
-        yield Prepared(method)
+        yield method
         return
     with tempfile.TemporaryDirectory(prefix="safeproj-") as directory:
         with options.profile.phase("statistics"):
             made = _made(method, adapters, options.device, on_batch, Path(directory), chat)
-        ready = replace(method, statistics=made)
-        if not method.reconstruct:
-            yield Prepared(ready)
-            return
-        with options.profile.phase("reconstruct"):
-            replacements = rebuilt(ready, adapters[0], options, on_batch)
-        yield Prepared(ready, replacements)
+        yield replace(method, statistics=made)
 
 
-def rebuilt(
-    method: Covariance,
-    adapter: str,
-    options: Options,
-    on_batch: OnBatch | None,
-) -> dict[str, Tensor]:
-    """Return the `A'` (r, n) by module of a correction layer by layer.
+@dataclass(frozen=True)
+class Rebuilding(Statistics):
+    """Statistics with which adapters are corrected layer by layer, by running the model."""
 
-    Args:
-        method: with statistics.
-        adapter: SRC of a PEFT adapter.
-        options: how.
-        on_batch: told about the progress.
+    method: Covariance | None = None
 
-    Raises:
-        SafeprojError: data is missing, or the adapter or the model cannot be used.
-    """
-    from safeproj.lm import models
-    from safeproj.lm.adapters import attach_read, moves, require_peft
-    from safeproj.methods.covariance.reconstruct import reconstructed
-    from safeproj.run.job import Job
+    runs_adapter = True
 
-    formulas = method.formulas
-    assert isinstance(formulas, Reconstruction)
-    job = Job(method, replace(options, observer=None, profile=Profile()), digests=False)
-    read = job.read(adapter)
-    require_peft(read.folder)
-    loaded = job.runnable(read)
-    assert method.aligned is not None
-    folder = open_folder(method.aligned)
-    tokenizer = models.load_tokenizer(folder)
-    safety, benign = (
-        read_data(str(source), tokenizer, option=option).batches(BATCH_SIZE)
-        for option, source in _data(method)
-    )
-    is_mps = resolve_device(options.device).type == "mps"  # which has no float64
-    device = "cpu" if is_mps else options.device
-    host = models.load_model(folder, device)
-    moved = moves(host, loaded.adapter.folder)
-    names = {moved.get(name, name): name for name in (i.module.name for i in loaded.plan.modules)}
-    model = attach_read(host, loaded.adapter)
-    found = reconstructed(model, list(names), safety, benign, formulas, on_batch)
-    return {names[place]: factor for place, factor in found.items()}
+    def prepare(
+        self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
+    ) -> dict[str, Tensor]:
+        from safeproj.lm import models
+        from safeproj.lm.adapters import attach_read, moves, require_peft
+        from safeproj.methods.covariance.reconstruct import reconstructed
+
+        method = self.method
+        assert method is not None
+        formulas = method.formulas
+        assert isinstance(formulas, Reconstruction)
+        assert method.aligned is not None
+        require_peft(adapter.folder)
+        folder = open_folder(method.aligned)
+        tokenizer = models.load_tokenizer(folder)
+        safety, benign = (
+            read_data(str(source), tokenizer, option=option).batches(BATCH_SIZE)
+            for option, source in _data(method)
+        )
+        is_mps = resolve_device(device).type == "mps"  # which has no float64
+        host = models.load_model(folder, "cpu" if is_mps else device)
+        moved = moves(host, adapter.folder)
+        modules = [item.module.name for item in plan.modules]
+        names = {moved.get(name, name): name for name in modules}
+        model = attach_read(host, adapter)
+        found = reconstructed(model, list(names), safety, benign, formulas, on_batch)
+        return {names[place]: factor for place, factor in found.items()}
 
 
 def _data(method: Covariance) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
@@ -145,7 +130,8 @@ def statistics_of(method: Covariance, maps: Sequence[str]) -> Statistics:
     assert method.safety_data is not None
     if method.statistics is not None:
         names = (method.safety_data, method.task_data or RANDOM)
-        return open_statistics(*method.statistics, maps, method.aligned, names)
+        found = open_statistics(*method.statistics, maps, method.aligned, names)
+        return Rebuilding(**vars(found), method=method) if method.reconstruct else found
     if method.runs_model:
         raise SafeprojError(
             "statistics are needed here, not data; make them with `safeproj stats`, and give them "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from safeproj.errors import SafeprojError
 from safeproj.lm.data import Batch
 from safeproj.lm.layers import OnBatch, is_linear, plain_weight, rows_at, running, sharing_inputs
-from safeproj.methods.projection import RIDGE, Reconstruction
+from safeproj.methods.covariance.formulas import RIDGE, Reconstruction
 
 Factors = dict[str, Tensor]
 """Path of a layer to its `A` (r, n)."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
-from safeproj import engine
 from safeproj.adapter import Adapter
-from safeproj.engine import OnProgress, Score, Task
+from safeproj.engine import OnProgress, Task
 from safeproj.engine.profile import Usage
 from safeproj.methods.covariance.file import Statistics
-from safeproj.methods.projection import Correction, Moment
+from safeproj.methods.covariance.formulas import Correction, Moment
+from safeproj.methods.covariance.score import corrected, moments
+from safeproj.methods.score import Score, required
 from safeproj.plan.match import Plan
-from safeproj.run.job import update_of
-from safeproj.run.options import Options
+from safeproj.plan.updates import update_of
 
 Way = tuple[Correction, Callable[[Task, Moment, Moment], tuple[Moment, Moment]]]
 """How to correct: the numbers, and which moments take the places of `H` and `S`."""
@@ -43,8 +43,9 @@ def tasks_of(adapter: Adapter, plan: Plan, statistics: Statistics) -> dict[tuple
 def variants(
     tasks: Mapping[tuple[str, ...], Task],
     ways: Mapping[K, Way],
-    options: Options,
     *,
+    device: str = "auto",
+    workers: int | None = None,
     on_progress: OnProgress | None = None,
     usage: Usage | None = None,
 ) -> dict[K, dict[str, Score]]:
@@ -53,7 +54,8 @@ def variants(
     Args:
         tasks: as `tasks_of` returns them.
         ways: the ways, by any key.
-        options: device and workers count.
+        device: where the arithmetic runs.
+        workers: threads over weights on the CPU.
         on_progress: told what was read and is done.
         usage: what the workers do is added to it.
 
@@ -63,15 +65,15 @@ def variants(
 
     def use(task: Task, H: Moment, S: Moment) -> dict[K, list[Score]]:
         return {
-            key: engine.required(engine.corrected(task, projector, *moments(task, H, S)))
-            for key, (projector, moments) in ways.items()
+            key: required(corrected(task, formulas, *change(task, H, S)))
+            for key, (formulas, change) in ways.items()
         }
 
-    found = engine.moments(
+    found = moments(
         list(tasks.values()),
         use,
-        device=options.device,
-        workers=options.workers,
+        device=device,
+        workers=workers,
         on_progress=on_progress,
         usage=usage,
     )

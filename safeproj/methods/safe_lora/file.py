@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from safeproj.adapter import Adapter
-from safeproj.checkpoint.expression import stored_names
-from safeproj.engine import Comparison, Kept, Score
+from safeproj.checkpoint.expression import key_of, stored_names
+from safeproj.engine import Comparison
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import (
     Content,
@@ -25,7 +25,9 @@ from safeproj.methods.recorded import (
     open_recorded,
     require_plain,
 )
-from safeproj.methods.safe_lora.targets import key_of
+from safeproj.methods.reference import Unprepared
+from safeproj.methods.safe_lora.sources import Kept
+from safeproj.methods.score import Score
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule, plan, quantised_warning
 from safeproj.plan.select import Selection
 from safeproj.storage.source import identity
@@ -65,7 +67,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class AlignmentFile:
+class AlignmentFile(Unprepared):
     """An alignment file, in place of two checkpoints.
 
     Attributes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import (
     Method,
+    Scorer,
     Src,
     is_count,
     is_number,
@@ -20,8 +21,9 @@ from safeproj.methods.interface import (
 from safeproj.methods.words import PROJECTION_CONTROLS, Words
 
 if TYPE_CHECKING:
-    from safeproj.methods.projection import Approx, Exact
     from safeproj.methods.reference import Subspace
+    from safeproj.methods.safe_lora.formulas import Approx, Exact
+    from safeproj.methods.score import Score
 
 PROJECTORS = ("approx", "exact")
 """Choices of `projector`."""
@@ -109,9 +111,29 @@ class SafeLora(Method):
 
     @property
     def formulas(self) -> Approx | Exact:
-        from safeproj.methods.projection import Approx, Exact
+        from safeproj.methods.safe_lora.formulas import Approx, Exact
 
         return Exact(self.rank, self.energy) if self.projector == "exact" else Approx()
+
+    @property
+    def is_wide(self) -> bool:
+        return self.projector == "exact"
+
+    @property
+    def weighs_directions(self) -> bool:
+        return self.projector != "exact"
+
+    def scorer(self, *, digests: bool = False, formulas: Approx | Exact | None = None) -> Scorer:
+        from safeproj.methods.safe_lora.score import score
+
+        own = self.formulas if formulas is None else formulas
+        return lambda buffers, task: score(task, own, buffers, digests=digests)
+
+    def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
+        del scores
+        settings = {"rank": self.rank, "energy": self.energy}
+        given = {name: value for name, value in settings.items() if value is not None}
+        return {"kind": self.projector or PROJECTORS[0], **given}
 
     def open(self, maps: Sequence[str] = ()) -> Subspace:
         from safeproj.methods.safe_lora.file import open_file

@@ -9,14 +9,17 @@ from safeproj.adapter import Adapter
 from safeproj.adapter.record import Factor
 from safeproj.checkpoint import Checkpoint, open_checkpoint
 from safeproj.checkpoint.expression import Expression, matrix
-from safeproj.engine import Comparison, Difference, Score
+from safeproj.engine import Comparison
+from safeproj.methods.reference import Unprepared
+from safeproj.methods.safe_lora.sources import Difference
+from safeproj.methods.score import Score
 from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule, plan
 from safeproj.plan.select import Selection
 from safeproj.storage.source import identity
 
 
-class Pair:
+class Pair(Unprepared):
     """The aligned and the base checkpoint of one model.
 
     Args:

@@ -10,10 +10,9 @@ from safeproj.checkpoint.expression import (
     Expression,
     Flat,
     Head,
-    Item,
     Stored,
-    Swapped,
     dtype_and_shape,
+    key_of,
 )
 from safeproj.errors import SafeprojError
 from safeproj.names import Layout, Names
@@ -54,24 +53,6 @@ class Target:
         key = key_of(_as_matrix(whole, self.layout, self.expert))
         assert key is not None
         return key
-
-
-def key_of(expression: Expression) -> str | None:
-    """Return the name of a matrix that is one weight, or one item of a stack, perhaps turned.
-
-    None where it is more than that, such as several weights in one.
-
-    >>> key_of(Swapped(Item(Stored("experts.down_proj"), 3)))
-    'experts.down_proj[3].T'
-    """
-    if isinstance(expression, Stored):
-        return expression.name
-    if not isinstance(expression, Item | Swapped | Flat | Head):
-        return None
-    part = key_of(expression.part)
-    if part is None or isinstance(expression, Flat | Head):
-        return part
-    return f"{part}[{expression.index}]" if isinstance(expression, Item) else f"{part}.T"
 
 
 def find_targets(aligned: Names, base: Names, wanted: Sequence[str]) -> list[Target]:

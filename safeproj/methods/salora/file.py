@@ -14,8 +14,8 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from safeproj.adapter import Adapter
-from safeproj.checkpoint.expression import stored_names
-from safeproj.engine import Comparison, SafetyBasis, Score
+from safeproj.checkpoint.expression import key_of, stored_names
+from safeproj.engine import Comparison
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import (
     Content,
@@ -25,7 +25,9 @@ from safeproj.methods.recorded import (
     require_plain,
     require_run_inputs,
 )
-from safeproj.methods.safe_lora.targets import key_of
+from safeproj.methods.reference import Unprepared
+from safeproj.methods.salora.sources import SafetyBasis
+from safeproj.methods.score import Score
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule, plan
 from safeproj.plan.select import Selection
 from safeproj.storage.source import identity
@@ -59,7 +61,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class SafetyModuleFile:
+class SafetyModuleFile(Unprepared):
     """A safety module: no checkpoint is read with it.
 
     Attributes:

@@ -18,9 +18,19 @@ products with a few columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+
+from safeproj.methods.blocks import Blocks, Projected, with_rows
+
+if TYPE_CHECKING:
+    from safeproj.adapter.record import Side
+
+ORTHONORMAL = 1e-3
+"""Largest entry of `UᵀU - I` for columns that are orthonormal but for rounding."""
 
 OVERSAMPLING = 32
 """Columns of the iterated block beyond twice the k that are wanted: the more, the faster."""
@@ -30,6 +40,65 @@ WHOLE = 1024
 
 CONVERGED = 1e-12
 """Residual `‖M u - λ u‖` of an eigenpair, relative to the largest eigenvalue."""
+
+
+class NotOrthonormalError(Exception):
+    """The columns of `U` are not orthonormal, so that `I - U Uᵀ` is no projector."""
+
+
+@dataclass(frozen=True)
+class Complement:
+    """The orthogonal projector `C_S = I - U Uᵀ` of SaLoRA (section 3.2).
+
+    `U` (m, k) are the leading right singular vectors of the weight's outputs on safety data.
+
+    Attributes:
+        rank: use the first k columns of `U`; all of them if None.
+    """
+
+    rank: int | None = None
+    kind: ClassVar[str] = "complement"
+    side: ClassVar[Side] = "output"
+    method: ClassVar[str] = "salora"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, found {self.rank}")
+
+    def from_U(self, blocks: Blocks, rank: int, B: Tensor) -> Projected:
+        """Return `C_S B` and `Uᵀ B` for `B` (m, r), float32, in two passes over the rows of `U`.
+
+        Args:
+            blocks: row blocks of `U` (m, k).
+            rank: how many of the columns are used, at most k.
+            B: (m, r).
+
+        Raises:
+            FloatingPointError: `U` has a value that is not finite.
+            NotOrthonormalError: its columns are not orthonormal.
+        """
+        UB, overlap = B.new_zeros(rank, B.shape[1]), B.new_zeros(rank, rank)
+        for rows, U in with_rows(blocks):
+            UB.addmm_(U[:, :rank].T, B[rows])
+            overlap.addmm_(U[:, :rank].T, U[:, :rank])
+        require_orthonormal(overlap)
+        CB = torch.empty_like(B)
+        for rows, U in with_rows(blocks):
+            torch.addmm(B[rows], U[:, :rank], UB, alpha=-1, out=CB[rows])
+        return Projected(CB, None, rank, UB)
+
+
+def require_orthonormal(overlap: Tensor) -> None:
+    """Refuse columns `U` whose products `UᵀU` (k, k) are not those of orthonormal ones.
+
+    Raises:
+        NotOrthonormalError: they are not.
+    """
+    error = float((overlap - torch.eye(len(overlap), device=overlap.device)).abs().max())
+    if error > ORTHONORMAL:
+        raise NotOrthonormalError(
+            f"its columns are not orthonormal, UᵀU is off by {error:.2g}; the file is damaged"
+        )
 
 
 def without(U: Tensor, B: Tensor) -> Tensor:

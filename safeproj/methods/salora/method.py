@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import (
     Method,
+    Scorer,
     Src,
     is_count,
     option,
@@ -19,8 +20,9 @@ from safeproj.methods.interface import (
 from safeproj.methods.words import PROJECTION_CONTROLS, Words
 
 if TYPE_CHECKING:
-    from safeproj.methods.projection import Complement
     from safeproj.methods.reference import Subspace
+    from safeproj.methods.salora.formulas import Complement
+    from safeproj.methods.score import Score
 
 
 WORDS = Words(
@@ -61,6 +63,7 @@ class Salora(Method):
     mark: ClassVar[str] = "--safety-module"
     advice: ClassVar[str] = ", and give --rank to use fewer directions of the safety module"
     selects_all: ClassVar[bool] = True
+    is_idempotent: ClassVar[bool] = True  # C_S is an orthogonal projector
 
     safety_module: Src | None = source(
         "--safety-module",
@@ -75,9 +78,19 @@ class Salora(Method):
 
     @property
     def formulas(self) -> Complement:
-        from safeproj.methods.projection import Complement
+        from safeproj.methods.salora.formulas import Complement
 
         return Complement(self.rank)
+
+    def scorer(self, *, digests: bool = False, formulas: Complement | None = None) -> Scorer:
+        from safeproj.methods.salora.score import score
+
+        own = self.formulas if formulas is None else formulas
+        return lambda buffers, task: score(task, own, buffers, digests=digests)
+
+    def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
+        ranks = [score.rank for score in scores if score.rank is not None]
+        return {"kind": "safety-module", "rank": max(ranks)}
 
     def open(self, maps: Sequence[str] = ()) -> Subspace:
         from safeproj.methods.salora.file import open_safety_module

@@ -15,10 +15,10 @@ from safeproj.adapter.files import check_values, read_safetensors
 from safeproj.errors import SafeprojError
 from safeproj.lm.data import IGNORED, Batch
 from safeproj.lm.layers import ALL_LINEAR, MEMORY, OnBatch, find_layers, in_features
-from safeproj.methods.projection import NotOrthonormalError, require_orthonormal
 from safeproj.methods.recorded import check_file, recorded_parameters, write_recorded
 from safeproj.methods.salora.directions import Directions, output_directions
 from safeproj.methods.salora.file import BASIS, KIND, SCHEMA, VALUES, open_safety_module
+from safeproj.methods.salora.formulas import NotOrthonormalError, require_orthonormal
 from safeproj.names.layout import CONV1D, LINEAR, Layout
 from safeproj.storage.published import published, without_paths
 from safeproj.storage.source import LocalFolder

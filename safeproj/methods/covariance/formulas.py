@@ -1,0 +1,135 @@
+"""The formulas of the covariance-weighted correction on tensors, and nothing else.
+
+It changes the input-side factor, `A' = A M`, by second moments of the layer's inputs `x` (n,):
+`H = E x xᵀ` on safety data and `S` on benign data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from safeproj.adapter.record import Side
+
+RIDGE = 1e-3
+"""What is added to the diagonal of `S`, relative to its mean: benign data need not reach every
+direction."""
+
+
+class SingularError(Exception):
+    """`H + μS` has no Cholesky factorisation in float64, or `S` is zero."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A second moment `E x xᵀ` (n, n) of a layer's inputs, whole or as the product `Xᵀ X`.
+
+    Attributes:
+        matrix: the moment itself (n, n), or `X` (k, n), in float64.
+        whole: which of the two.
+    """
+
+    matrix: Tensor
+    whole: bool
+
+    def apply(self, A: Tensor) -> Tensor:
+        """Return `A E x xᵀ` (r, n) for `A` (r, n), float64."""
+        return A @ self.matrix if self.whole else (A @ self.matrix.T) @ self.matrix
+
+    def dense(self) -> Tensor:
+        """Return the moment itself, (n, n)."""
+        return self.matrix if self.whole else self.matrix.T @ self.matrix
+
+    @property
+    def ridge(self) -> float:
+        """What is added to the diagonal of a moment that is inverted: `RIDGE · tr / n`."""
+        diagonal = self.matrix.diagonal() if self.whole else self.matrix.square()
+        return RIDGE * float(diagonal.sum()) / self.matrix.shape[1]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The covariance-weighted correction: least effect on safety data, most on benign data.
+
+    The update `ΔW'` that minimises `E_safety ‖ΔW' x‖² + μ E_benign ‖(ΔW' - ΔW) x‖²` has
+    `A' = A · μS (H + μS)⁻¹` and the same `B`. `S` has `RIDGE · tr(S)/n` on its diagonal.
+
+    Attributes:
+        mu: μ. The larger, the more of the adapter is kept.
+    """
+
+    mu: float = 0.3
+    kind: ClassVar[str] = "covariance"
+    side: ClassVar[Side] = "input"
+    method: ClassVar[str] = "covariance"
+
+    def __post_init__(self) -> None:
+        _require_mu(self.mu)
+
+    def from_moments(self, H: Moment, S: Moment, A: Tensor) -> Tensor:
+        """Return `A · μS (H + μS)⁻¹ = A - A H (H + μS)⁻¹` for `A` (r, n), in float64.
+
+        By a Cholesky factorisation of side n; or, where the two moments are products of fewer than
+        n rows, of the side of that many (Woodbury): with `Z` (k, n) the rows of both, those of `S`
+        times `√μ`, and `ε` the ridge, `H (H + μS)⁻¹ = X_Hᵀ E (Z Zᵀ + μεI)⁻¹ Z`, where `E` picks
+        the rows of `H`. Nothing is divided by `ε`.
+
+        Args:
+            H: of the safety data.
+            S: of the benign data, without ridge.
+            A: (r, n), any dtype.
+
+        Raises:
+            SingularError: `S` is zero, or the moments are no moments.
+        """
+        A = A.double()
+        ridge = self.mu * S.ridge
+        if ridge <= 0.0:
+            raise SingularError("S is zero")
+        if not H.whole and not S.whole and len(H.matrix) + len(S.matrix) < A.shape[1]:
+            Z = torch.cat([H.matrix, math.sqrt(self.mu) * S.matrix])
+            K = Z @ Z.T
+            right = Z.new_zeros(len(Z), len(A))
+            right[: len(H.matrix)] = H.matrix @ A.T
+            K.diagonal().add_(ridge)
+            return A - (Z.T @ _solved(K, right)).T
+        K = H.dense() + self.mu * S.dense()
+        K.diagonal().add_(ridge)
+        return A - _solved(K, H.apply(A).T).T
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The covariance-weighted correction layer by layer, which runs the model with the adapter.
+
+    `A'` is made where the model is, in covariance/reconstruct.py; here is what it is called.
+
+    Attributes:
+        mu: μ. The larger, the more of the adapter is kept.
+    """
+
+    mu: float = 1.0
+    kind: ClassVar[str] = "reconstruction"
+    side: ClassVar[Side] = "input"
+    method: ClassVar[str] = "covariance"
+
+    def __post_init__(self) -> None:
+        _require_mu(self.mu)
+
+
+def _require_mu(mu: float) -> None:
+    if not (math.isfinite(mu) and mu > 0.0):
+        raise ValueError(f"mu must be a number of more than 0, found {mu}")
+
+
+def _solved(K: Tensor, right: Tensor) -> Tensor:
+    """Return `K⁻¹ R` for a positive definite `K`."""
+    factor, info = torch.linalg.cholesky_ex(K)
+    if int(info) != 0:
+        raise SingularError("H + μS is not positive definite")
+    return torch.cholesky_solve(right, factor)

@@ -1,0 +1,108 @@
+"""Scoring by methods that project: `ΔW` becomes `C ΔW`, by `C B` in the place of `B`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from safeproj.engine import Buffers, Task, Update
+from safeproj.errors import SafeprojError
+from safeproj.methods.blocks import Projected
+from safeproj.methods.factors import Core
+from safeproj.methods.measures import scale
+from safeproj.methods.score import Score, Settled, core_of, diagnosis
+
+Digests = tuple[dict[str, str], dict[str, str]]
+"""Label of each tensor that was read to its SHA-256, of both sides."""
+
+Project = Callable[[Tensor], tuple[Projected, Digests | None]]
+"""Makes `C B` of `B` (m, r), float32 on the device, and the digests of what was read for it."""
+
+Measure = Callable[[Tensor, Tensor, Tensor, Tensor | None], Score]
+"""Makes the score of `A`, `B`, `C B` and `Uᵀ B`, as far as its cosine goes."""
+
+
+def projected(
+    task: Task, buffers: Buffers, project: Project, measure: Measure
+) -> tuple[Score | SafeprojError, ...]:
+    """Score all updates of one weight in one reading: their factors lie side by side.
+
+    Args:
+        task: the weight and its updates.
+        buffers: of the thread.
+        project: reads the weight.
+        measure: says how an update and its projection compare.
+
+    Raises:
+        SafeprojError: the weight has a value that is not finite.
+    """
+    cores = [core_of(task.name, update, "output") for update in task.updates]
+    pairs = zip(task.updates, cores, strict=True)
+    factors = [_output(update, known) for update, known in pairs]
+    B = torch.cat(factors, dim=1).to(buffers.device)
+    try:
+        found, sha256 = project(B)
+    except FloatingPointError as error:
+        raise SafeprojError(diagnosis(task.name, task.origin, buffers)) from error
+    widths = [factor.shape[1] for factor in factors]
+    CBs, UBs = (
+        [None] * len(widths) if each is None else each.cpu().split(widths, dim=1)
+        for each in (found.CB, found.UB)
+    )
+    return tuple(
+        known
+        if isinstance(known, SafeprojError)
+        else _update_score(task, update, known, found, CB, UB, sha256, measure)
+        for update, known, CB, UB in zip(task.updates, cores, CBs, UBs, strict=True)
+    )
+
+
+def _output(update: Update, known: Core | SafeprojError | None) -> Tensor:
+    """Return `B`, or what stands for it, in float32 with the bias as a further column."""
+    B = known.M if isinstance(known, Core) else update.B
+    parts = [B] if update.bias is None else [B, update.bias]
+    return torch.cat([part.float() for part in parts], dim=1)
+
+
+def _update_score(
+    task: Task,
+    update: Update,
+    known: Core | None,
+    found: Projected,
+    CB: Tensor | None,
+    UB: Tensor | None,
+    sha256: Digests | None,
+    measure: Measure,
+) -> Score | SafeprojError:
+    if CB is None:
+        return Score(found.alignment_norm, None, None, None, None, found.rank, sha256)
+    if not bool(CB.isfinite().all()):
+        return SafeprojError(
+            f"{task.name}: the projected factor has a value that is not finite, though its weights "
+            "are: they are too large for float32"
+        )
+    A, B = (update.A, update.B) if known is None else (known.Q, known.M)
+    rank = B.shape[1]
+    Cb = None if update.bias is None else CB[:, rank:].clone()
+    CB = CB[:, :rank].clone()  # the others' may be let go
+    UB = None if UB is None else UB[:, :rank]
+    score = measure(A, B, CB, UB)
+    if known is not None:
+        settled = Settled(known, CB.double())
+        score = replace(score, factor=known.factor(CB).float(), settled=settled)
+    if score.cosine is not None and not math.isfinite(score.cosine):
+        return SafeprojError(
+            f"{task.name}: the cosine is not finite; the adapter's factors are too large"
+        )
+    return replace(
+        score,
+        alignment_norm=found.alignment_norm,
+        bias=Cb,
+        scale=None if score.cosine is None else scale(B, CB),
+        rank=found.rank,
+        sha256=sha256,
+    )

@@ -1,0 +1,107 @@
+"""`V` of one weight as blocks of rows on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from safeproj.checkpoint import Weight
+from safeproj.engine import Buffers, digests_of, row_width, rows_per_block
+from safeproj.engine.staging import Staging
+from safeproj.methods.safe_lora.formulas import alignment
+from safeproj.methods.safe_lora.sources import Difference
+
+CPU_HOLD = 64 << 20
+"""Largest float32 `V`, in bytes, that a CPU worker keeps for its second pass. A larger one is read
+again, most likely from the page cache, so that memory does not grow with the size of a weight."""
+
+
+GPU_HOLD = 2 << 30
+"""The same on a GPU."""
+
+
+class AlignmentBlocks:
+    """`V` of one weight as row blocks that can be iterated again.
+
+    The first pass reads both weights; it keeps `V` if that is small enough, otherwise a further
+    pass reads again. Weights that are stored transposed are always kept: their rows are columns of
+    the file.
+
+    Args:
+        name: of the module, for progress.
+        source: the two weights.
+        buffers: of the thread.
+        digests: compute the SHA-256 of what is read.
+        keep: keep `V` whatever its size.
+    """
+
+    def __init__(
+        self, name: str, source: Difference, buffers: Buffers, *, digests: bool, keep: bool = False
+    ) -> None:
+        self.sha256: tuple[dict[str, str], dict[str, str]] | None = None
+        self._name = name
+        self._buffers = buffers
+        self._digests = digests
+        self._aligned, self._base = source.aligned.weight, source.base.weight
+        self._transposed = source.aligned.transposed
+        self._mixed = source.aligned.transposed != source.base.transposed
+        self._rows = rows_per_block(buffers.device, self._aligned, self._base)
+        limit = GPU_HOLD if buffers.device.type == "cuda" else CPU_HOLD
+        small = math.prod(self._aligned.shape) * 4 <= limit
+        self._keeps = keep or self._transposed or self._mixed or small
+        self._kept: Tensor | None = None
+        self._seen = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._kept is None and not self._transposed:
+            yield from self._stored_blocks()
+        else:
+            yield from self.whole().split(self._rows)
+
+    def whole(self) -> Tensor:
+        """Return `V` (m, n), which is kept; valid until the buffers are used again."""
+        if self._kept is None:
+            for _ in self._stored_blocks():
+                pass
+        assert self._kept is not None
+        return self._kept
+
+    def _stored_blocks(self) -> Iterator[Tensor]:
+        """Yield `V` in the orientation in which the aligned weight is stored, by rows."""
+        buffers, readers = self._buffers, self._buffers.readers
+        for reader in readers:
+            reader.start(digests=self._digests and not self._seen)
+        rows, columns = self._aligned.shape
+        widest = max(row_width(self._aligned), row_width(self._base))
+        staging = buffers.staging(min(max(rows, columns), self._rows) * widest)
+        out = buffers.matrix(rows if self._keeps else min(rows, self._rows), columns)
+        if self._mixed:
+            self._load_turned(staging[1], out.T)
+        weights = (self._aligned,) if self._mixed else (self._aligned, self._base)
+        for start, stop in buffers.starts(self._rows, *weights):
+            V = out[start:stop] if self._keeps else out[: stop - start]
+            W_aligned = staging[0].load(self._aligned, readers[0], start, stop)
+            if self._mixed:
+                W_base = V.clone()
+            else:
+                W_base = staging[1].load(self._base, readers[1], start, stop)
+                self._advance(stop - start, self._base)
+            yield alignment(W_aligned, W_base, out=V)
+            self._advance(stop - start, self._aligned)
+        if self._keeps:
+            self._kept = out.T if self._transposed else out
+        if self._digests and not self._seen:
+            self.sha256 = (digests_of(readers[0]), digests_of(readers[1]))
+        self._seen = True
+
+    def _load_turned(self, staging: Staging, out: Tensor) -> None:
+        """Read all of the base weight, which is stored the other way round, into `out`."""
+        for start, stop in self._buffers.starts(self._rows, self._base):
+            out[start:stop] = staging.load(self._base, self._buffers.readers[1], start, stop)
+            self._advance(stop - start, self._base)
+
+    def _advance(self, rows: int, weight: Weight) -> None:
+        if not self._seen:
+            self._buffers.advance(self._name, rows * weight.row_bytes)

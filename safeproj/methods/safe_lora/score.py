@@ -1,0 +1,140 @@
+"""Scoring by Safe LoRA: what of an update lies where alignment moved the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from safeproj import engine
+from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task
+from safeproj.engine.profile import Usage
+from safeproj.errors import SafeprojError
+from safeproj.methods.blocks import Projected
+from safeproj.methods.measures import similarity
+from safeproj.methods.projecting import Digests, projected
+from safeproj.methods.safe_lora.blocks import AlignmentBlocks
+from safeproj.methods.safe_lora.decomposition import cosine_bounds
+from safeproj.methods.safe_lora.formulas import Approx, Exact
+from safeproj.methods.safe_lora.sources import Difference, Kept
+from safeproj.methods.score import Score, diagnosis
+
+T = TypeVar("T")
+
+
+def score(
+    task: Task, formulas: Approx | Exact, buffers: Buffers, *, digests: bool
+) -> tuple[Score | SafeprojError, ...]:
+    """Score all updates of one weight.
+
+    Args:
+        task: the weight and its updates.
+        formulas: which `C`.
+        buffers: of the thread.
+        digests: compute the SHA-256 of what is read.
+
+    Raises:
+        SafeprojError: the weight has a value that is not finite.
+    """
+    source = task.origin
+    assert isinstance(source, Difference | Kept)
+
+    def project(B: Tensor) -> tuple[Projected, Digests | None]:
+        return _project(task.name, source, formulas, buffers, B, digests=digests)
+
+    def measure(A: Tensor, B: Tensor, CB: Tensor, UB: Tensor | None) -> Score:
+        cosine = similarity(A, B, CB)
+        if not isinstance(source, Kept) or UB is None:
+            return Score(None, CB, None, cosine, None, None, None)
+        bounds = cosine_bounds(A, B, CB, UB, source.residual, source.leak)
+        return Score(
+            None,
+            CB,
+            None,
+            cosine,
+            None,
+            None,
+            None,
+            bounds=bounds,
+            truncation=source.error,
+            residual=source.residual,
+        )
+
+    return projected(task, buffers, project, measure)
+
+
+def _project(
+    name: str,
+    source: Difference | Kept,
+    formulas: Approx | Exact,
+    buffers: Buffers,
+    B: Tensor,
+    *,
+    digests: bool,
+) -> tuple[Projected, Digests | None]:
+    """Return `C B` and the digests of what was read for it."""
+    if isinstance(source, Difference):
+        V = AlignmentBlocks(name, source, buffers, digests=digests)
+        return formulas.from_V(V, B), V.sha256
+    norm = source.alignment_norm
+    if source.weight is None:
+        return Projected(None, norm), ({}, {})
+    kept = KeptBlocks(name, source.weight, buffers, digests=digests)
+    if source.form == "V":
+        return formulas.from_V(kept, B), kept.sha256
+    if source.form == "C":
+        return formulas.from_C(kept, norm, B), kept.sha256
+    assert isinstance(formulas, Approx)  # `SafeLora` refuses the exact projector of a truncated C
+    eigenvalues = torch.tensor(source.eigenvalues, dtype=torch.float32, device=B.device)
+    return formulas.from_U(kept, eigenvalues, norm, B), kept.sha256
+
+
+def differences(
+    tasks: Sequence[tuple[str, Difference]],
+    use: Callable[[Tensor], T],
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    on_progress: OnProgress | None = None,
+    usage: Usage | None = None,
+) -> Iterator[tuple[T, Digests]]:
+    """Yield what `use` makes of `V` (m, n), float32, of each weight, and the digests of both sides.
+
+    In the given order; each worker holds one `V`.
+
+    Args:
+        tasks: name and source of each weight.
+        use: called with `V`, which is only valid meanwhile; must depend on nothing else, and raise
+            FloatingPointError where `V` is not finite.
+        device: as for `engine.run`.
+        workers: as for `engine.run`.
+        on_progress: as for `engine.run`.
+        usage: as for `engine.run`.
+
+    Raises:
+        SafeprojError: as for `engine.run`.
+    """
+
+    def work(buffers: Buffers, task: Task) -> tuple[T, Digests]:
+        assert isinstance(task.origin, Difference)
+        blocks = AlignmentBlocks(task.name, task.origin, buffers, digests=True, keep=True)
+        V = blocks.whole()
+        assert blocks.sha256 is not None
+        try:
+            return use(V), blocks.sha256
+        except FloatingPointError as error:
+            message = diagnosis(task.name, task.origin, buffers)
+            raise SafeprojError(message) from error
+
+    without = [Task(name, source, ()) for name, source in tasks]
+    yield from engine.run(
+        without,
+        work,
+        device=device,
+        wide=True,
+        workers=workers,
+        on_progress=on_progress,
+        usage=usage,
+    )

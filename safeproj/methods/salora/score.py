@@ -1,0 +1,61 @@
+"""Scoring by SaLoRA: what of an update lies in the safety subspace."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from safeproj.engine import Buffers, KeptBlocks, Task
+from safeproj.errors import SafeprojError
+from safeproj.methods.blocks import Projected
+from safeproj.methods.measures import share
+from safeproj.methods.projecting import Digests, projected
+from safeproj.methods.salora.formulas import Complement, NotOrthonormalError
+from safeproj.methods.salora.sources import SafetyBasis
+from safeproj.methods.score import Score
+
+
+def score(
+    task: Task, formulas: Complement, buffers: Buffers, *, digests: bool
+) -> tuple[Score | SafeprojError, ...]:
+    """Score all updates of one weight.
+
+    Args:
+        task: the weight and its updates.
+        formulas: the projector.
+        buffers: of the thread.
+        digests: compute the SHA-256 of what is read.
+
+    Raises:
+        SafeprojError: the basis has a value that is not finite, or is none.
+    """
+    source = task.origin
+    assert isinstance(source, SafetyBasis)
+
+    def project(B: Tensor) -> tuple[Projected, Digests | None]:
+        U = KeptBlocks(task.name, source.weight, buffers, digests=digests)
+        return formulas.from_U(U, source.rank, B), U.sha256
+
+    def measure(A: Tensor, B: Tensor, CB: Tensor, UB: Tensor | None) -> Score:
+        assert UB is not None
+        left = share(A, B, CB)  # C is an orthogonal projector: ⟨ΔW, C ΔW⟩ = ‖C ΔW‖²
+        cosine = None if left is None else math.sqrt(left)
+        inside = share(A, B, UB)
+        return Score(
+            None,
+            CB,
+            None,
+            cosine,
+            None,
+            None,
+            None,
+            safety_share=inside,
+            energies=source.energies,
+        )
+
+    try:
+        return projected(task, buffers, project, measure)
+    except NotOrthonormalError as error:
+        weight = source.weight
+        raise SafeprojError(f"{weight.source}: {weight.label}: {error}") from error

@@ -1,0 +1,118 @@
+"""What a method made of one update, and what all of them need to make it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from safeproj.adapter.record import Side
+from safeproj.engine import Buffers, Source, Update, row_width, rows_per_block
+from safeproj.errors import SafeprojError
+from safeproj.methods.factors import CANCELS, CancellationError, Core, cancellation, core
+
+if TYPE_CHECKING:
+    from safeproj.methods.covariance.score import Effects
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the engine computed with in place of factors whose terms cancel.
+
+    Attributes:
+        core: of the update as `B A = M Q` where `B` is changed, and of its transpose where `A` is.
+        after: what takes the place of `M`, (m, k), or (n, k).
+    """
+
+    core: Core
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the engine found out about one update.
+
+    Attributes:
+        alignment_norm: `‖V‖_F`; None where a method has no `V`.
+        factor: what takes the place of the factor that the method changes, float32 on the CPU:
+            `C B` (m, r), None where `V = 0`; or `A'` (r, n), as it is stored.
+        bias: `C b` (m, 1) for the bias of `lora_B`, if there is one.
+        cosine: similarity of `ΔW` and `C ΔW`, or `ΔW'`; None where `V = 0` or `ΔW = 0`.
+        bounds: between which that cosine lies where `C` is truncated; None where it is not.
+        truncation: upper bound of `‖C - C_K‖_F / ‖C‖_F`, 0 where `C` is not truncated.
+        scale: `‖C B‖_F / ‖B‖_F`, or that of `A'` and `A`; None where it is undefined.
+        rank: k of a truncated projector, or of the basis of a safety subspace.
+        sha256: for the aligned and the base checkpoint, label of each tensor read to the digest of
+            its bytes, if wanted; from a file that stands for them they are the first of the two.
+            For moments those of the safety and the benign data.
+        safety_share: `‖Uᵀ ΔW‖_F² / ‖ΔW‖_F²`, for SaLoRA; None where it is undefined.
+        energies: those of the `SafetyBasis`, for SaLoRA.
+        before: how strongly the update acts, for moments.
+        after: the same of what takes its place.
+        residual: upper bound of `‖C - C_K‖₂` where `C` is truncated, else 0.
+        settled: what was computed with where the terms of `B A` cancel.
+    """
+
+    alignment_norm: float | None
+    factor: Tensor | None
+    bias: Tensor | None
+    cosine: float | None
+    scale: float | None
+    rank: int | None
+    sha256: tuple[dict[str, str], dict[str, str]] | None
+    bounds: tuple[float, float] | None = None
+    truncation: float = 0.0
+    safety_share: float | None = None
+    energies: tuple[float, ...] = ()
+    before: Effects | None = None
+    after: Effects | None = None
+    residual: float = 0.0
+    settled: Settled | None = None
+
+
+def required(results: Sequence[Score | SafeprojError]) -> list[Score]:
+    """Return the scores of updates that must all have one.
+
+    Raises:
+        SafeprojError: the first of the errors in their place.
+    """
+    for found in results:
+        if isinstance(found, SafeprojError):
+            raise found
+    return [found for found in results if isinstance(found, Score)]
+
+
+def core_of(name: str, update: Update, side: Side) -> Core | SafeprojError | None:
+    """Return what is computed with where the terms of an update cancel, None where they do not.
+
+    It is that of `B A`, or of its transpose where `A` is the factor that is changed. None, too,
+    where the update is exactly zero.
+    """
+    A, B = (update.A, update.B) if side == "output" else (_gained(update).T, update.stored.T)
+    if not cancellation(A, B) > CANCELS:
+        return None
+    try:
+        return core(A, B)
+    except CancellationError as error:
+        return SafeprojError(f"{name}: {error}")
+
+
+def _gained(update: Update) -> Tensor:
+    """Return `B` with AdaLoRA's gain: times `A` as it is stored it is the update."""
+    return update.B if update.gain is None else update.B.double() * update.gain.double().T
+
+
+def diagnosis(name: str, source: Source, buffers: Buffers) -> str:
+    """Name the tensor that has NaN or Inf, by reading all again."""
+    for weight in source.weights:
+        rows = rows_per_block(buffers.device, weight)
+        staging = buffers.staging(rows * row_width(weight))[0]
+        for start, stop in buffers.starts(rows, weight):
+            if not bool(staging.load(weight, buffers.readers[0], start, stop).isfinite().all()):
+                return f"{weight.source}: {weight.label} has NaN or Inf; the file is damaged"
+    return (
+        f"{name}: V has a value that is not finite, though its weights are: they are too large for "
+        "float32"
+    )
