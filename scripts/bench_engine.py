@@ -18,11 +18,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safeproj.methods.projection import Approx, Exact
 
 from safeproj.adapter import read_adapter
 from safeproj.checkpoint import Reader
 from safeproj.engine import Difference, Task, blocks, run
-from safeproj.methods.projection import Approx, Exact
 from safeproj.methods.safe_lora.pair import Pair
 from safeproj.plan.select import Selection
 from safeproj.run.job import update_of

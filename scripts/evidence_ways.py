@@ -20,6 +20,15 @@ import torch
 from pairs import BAD, MODULES, Pair, Recipe
 from peft import LoraConfig, get_peft_model
 from safeproj.methods.given import Against
+from safeproj.methods.projection import (
+    Approx,
+    Complement,
+    Covariance,
+    Exact,
+    Moment,
+    Projector,
+    Reconstruction,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_language import Row, write_jsonl
@@ -33,15 +42,6 @@ from safeproj.lm.data import BATCH_SIZE, Data, random_data, read_data
 from safeproj.lm.models import recorded_inputs
 from safeproj.methods.covariance.file import MOMENT
 from safeproj.methods.covariance.make import make_statistics
-from safeproj.methods.projection import (
-    Approx,
-    Complement,
-    Covariance,
-    Exact,
-    Moment,
-    Projector,
-    Reconstruction,
-)
 from safeproj.methods.recorded import METADATA
 from safeproj.plan.select import DEFAULT_THRESHOLD, Selection
 from safeproj.records.scores import Report

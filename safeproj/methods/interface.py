@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.words import Words
 
 if TYPE_CHECKING:
-    from safeproj.adapter.record import Side
     from safeproj.engine import Buffers, Task
     from safeproj.lm.chat import ChatOptions
     from safeproj.methods.reference import Subspace
@@ -96,7 +95,7 @@ class Method:
     mark: ClassVar[str]
     advice: ClassVar[str] = ""
     selects_all: ClassVar[bool] = False
-    side: ClassVar[Side] = "output"
+    side: ClassVar[Literal["output", "input"]] = "output"
     is_idempotent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

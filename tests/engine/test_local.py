@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safeproj.methods.projection import Approx, Exact, Projector, alignment
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from safeproj.engine import Difference, Progress, Score, Task, Update, blocks
 from safeproj.engine.blocks import CPU_BLOCK, CPU_HOLD
 from safeproj.engine.profile import Usage
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Approx, Exact, Projector, alignment
 
 
 def stored(path: Path, **tensors: Tensor) -> Path:

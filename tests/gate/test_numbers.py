@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safeproj.methods.projection import Covariance
 from torch import Tensor
 
 import safeproj as package
@@ -19,7 +20,6 @@ from safeproj import engine
 from safeproj.engine import Moments, StoredMoment, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
-from safeproj.methods.projection import Covariance
 from safeproj.report import Check, Outcome
 from tests.conftest import Trio
 from tests.gate.adversarial import change_manifest, configure, key, put_tensors, tensors_of

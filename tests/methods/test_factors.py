@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safeproj.methods.projection import Approx, Complement, gains, share, similarity
 from torch import Tensor
 
 from safeproj.methods import factors
 from safeproj.methods.factors import CancellationError, cancellation, core, is_zero, norm, settled
-from safeproj.methods.projection import Approx, Complement, gains, share, similarity
 from safeproj.methods.safe_lora.decomposition import cosine_bounds
 from tests.support import oracle_C, oracle_cosine
 

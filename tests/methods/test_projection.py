@@ -9,10 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-from safeproj import text
-from safeproj.methods import projection
 from safeproj.methods.projection import (
     Approx,
     Complement,
@@ -24,6 +20,10 @@ from safeproj.methods.projection import (
     share,
     similarity,
 )
+from torch import Tensor
+
+from safeproj import text
+from safeproj.methods import projection
 from safeproj.records import scores
 from tests.support import oracle_C, oracle_cosine
 

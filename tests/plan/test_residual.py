@@ -356,9 +356,9 @@ def test_mica_passes_the_gate(llama: Built, tmp_path: Path) -> None:
 
 def test_a_model_gets_the_converted_adapter(llama: Built, tmp_path: Path) -> None:
     """As sweeps and --reconstruct put it on: from files, on the weights as they are."""
+    from safeproj.evaluate.adapters import attach_read
     from safeproj.methods.given import Against
 
-    from safeproj.evaluate.adapters import attach_read
     from safeproj.run.job import Job
 
     adapter = trained(llama, tmp_path, "pissa")
@@ -377,6 +377,7 @@ def test_what_peft_puts_on_other_weights_is_not_measured(
     llama: Built, tmp_path: Path, init: str
 ) -> None:
     from safeproj.evaluate.adapters import attach
+
     from safeproj.storage.source import open_folder
 
     adapter = trained(llama, tmp_path, "pissa_niter_4")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Projected, Projector
 from torch import Tensor
 
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Projected, Projector
 from safeproj.sweep.apart import apart, in_step
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from safeproj.sweep.words import conclusion, with_interval
 
 from safeproj.records.sweeps import Sweep
 from safeproj.report import render
-from safeproj.sweep.words import conclusion, with_interval
 from tests.report.test_schemas import validator
 from tests.sweep.records import EXAMPLE, NONE, point, sweep
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safeproj.methods.given import Against
+from safeproj.methods.projection import Moment
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Moment
 from safeproj.sweep.candidates import Place, Replaced
 from safeproj.sweep.controls import COMPLEMENT, RANDOM, SHRINK, SWAPPED, Sizes
 from safeproj.sweep.strengths import MUS, Strengths, strengths, turned

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import (
@@ -22,7 +22,6 @@ from safeproj.methods.interface import (
 from safeproj.methods.words import Words
 
 if TYPE_CHECKING:
-    from safeproj.adapter.record import Side
     from safeproj.lm.chat import ChatOptions
     from safeproj.methods.covariance.formulas import Correction, Reconstruction
     from safeproj.methods.reference import Subspace
@@ -93,7 +92,7 @@ class Covariance(Method):
     mark: ClassVar[str] = "--safety-data"
     advice: ClassVar[str] = ", and give --mu"
     selects_all: ClassVar[bool] = True
-    side: ClassVar[Side] = "input"
+    side: ClassVar[Literal["output", "input"]] = "input"
 
     aligned: Src | None = source("--aligned")
     safety_data: Src | None = source(

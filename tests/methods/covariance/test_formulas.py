@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safeproj.methods.projection import Covariance, Moment, SingularError
 from torch import Tensor
 
-from safeproj.methods.projection import Covariance, Moment, SingularError
 from tests.methods.covariance import oracle
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safeproj.methods.projection import Approx, Exact
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safeproj import __version__, api
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Approx, Exact
 from safeproj.names import architecture
 from safeproj.plan.select import Selection
 from safeproj.report import Report

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safeproj.methods.projection import Approx, Complement, Exact
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safeproj import api
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Approx, Complement, Exact
 from safeproj.methods.recorded import check_file, open_recorded, write_recorded
 from safeproj.methods.salora.file import KIND, open_safety_module
 from safeproj.report import Report
