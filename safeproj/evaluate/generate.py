@@ -13,6 +13,7 @@ from safeproj.errors import SafeprojError
 from safeproj.evaluate.sets import Message, Prompt
 from safeproj.evaluate.thoughts import CHANNEL, Spoken, Thoughts
 from safeproj.lm.chat import ChatOptions, Rendered, render, single_start, template_of, without_end
+from safeproj.lm.places import require_tokens, vocabulary_size
 
 BATCH_SIZE = 16
 """Default number of prompts that run at a time."""
@@ -166,6 +167,7 @@ class Generator:
             SafeprojError: a prompt cannot be used.
         """
         tokens = [self.tokens(prompt) for prompt in prompts]
+        require_tokens(model, (token for each in tokens for token in each))
         room = positions(model)
         rooms = [self._room(len(each), room, p) for each, p in zip(tokens, prompts, strict=True)]
         order = sorted(range(len(prompts)), key=lambda i: (rooms[i], -len(tokens[i]), i))
@@ -191,9 +193,9 @@ class Generator:
     def _generate(self, model: Any, batch: Sequence[Sequence[int]], new: int) -> list[str]:
         width = max(map(len, batch))
         ends = end_tokens(model, self.tokenizer)
-        pad = next(
-            (i for i in (self.tokenizer.pad_token_id, *sorted(ends)) if i is not None), 0
-        )  # masked, so any token would do
+        padding = (self.tokenizer.pad_token_id, *sorted(ends))
+        rows = vocabulary_size(model)
+        pad = next((i for i in padding if i is not None and i < rows), 0)  # masked: any would do
         ids = torch.full((len(batch), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, tokens in enumerate(batch):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from safeproj.errors import SafeprojError
 from safeproj.lm.data import Batch
+from safeproj.lm.places import require_tokens
 from safeproj.text import natural_order, shorten
 
 ALL_LINEAR = "all-linear"
@@ -94,6 +95,7 @@ def running(model: Any, layers: Mapping[str, nn.Module]) -> Iterator[Callable[[B
 
     @torch.no_grad()
     def run(batch: Batch) -> None:
+        require_tokens(model, (int(batch["input_ids"].max()),))
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         part(**inputs, **options)
 

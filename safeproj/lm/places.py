@@ -65,6 +65,20 @@ def vocabulary_size(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def require_tokens(model: Any, tokens: Iterable[int]) -> None:
+    """Refuse tokens that a model has no row for, at which it would fail, or the device.
+
+    Raises:
+        SafeprojError: one of them.
+    """
+    rows, largest = vocabulary_size(model), max(tokens, default=0)
+    if largest >= rows:
+        raise SafeprojError(
+            f"the tokenizer makes the token {largest}, and the model's vocabulary has {rows}; "
+            "expected the tokenizer that belongs to the model"
+        )
+
+
 def wanted_vocabulary(
     model: Any,
     shapes: Mapping[str, tuple[int, ...]],

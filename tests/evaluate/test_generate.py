@@ -122,3 +122,13 @@ def test_what_cannot_be_generated_is_named() -> None:
     for batch_size, new in ((0, 1), (1, 0)):
         with pytest.raises(SafeprojError, match="must be 1 or more"):
             Generator(tokens, batch_size, new)
+
+
+def test_tokens_that_the_model_has_no_row_for_are_refused() -> None:
+    tokens = tokenizer([f"w{i}" for i in range(60)])
+    model = random_model("llama")
+    with pytest.raises(SafeprojError, match=r"token 65, and the model's vocabulary has 50"):
+        Generator(tokens, 2, 2).answers(model, ["w1", "w59"])
+    tokens.pad_token = "w59"  # what is masked may be any token
+    answers = Generator(tokens, 2, 2).answers(model, ["w1 w2", "w3"])
+    assert answers == Generator(tokenizer(), 2, 2).answers(model, ["w1 w2", "w3"])
