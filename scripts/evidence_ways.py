@@ -19,16 +19,6 @@ from typing import Any
 import torch
 from pairs import BAD, MODULES, Pair, Recipe
 from peft import LoraConfig, get_peft_model
-from safeproj.methods.given import Against
-from safeproj.methods.projection import (
-    Approx,
-    Complement,
-    Covariance,
-    Exact,
-    Moment,
-    Projector,
-    Reconstruction,
-)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_language import Row, write_jsonl
@@ -36,16 +26,18 @@ from tiny_lm import load_model, train_model
 from torch import Tensor
 
 import safeproj
-from safeproj import salora
+from safeproj import Covariance, Options, SafeLora, Salora, salora
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.lm.data import BATCH_SIZE, Data, random_data, read_data
 from safeproj.lm.models import recorded_inputs
 from safeproj.methods.covariance.file import MOMENT
 from safeproj.methods.covariance.make import make_statistics
+from safeproj.methods.interface import Method
+from safeproj.methods.projection import Correction, Moment, Reconstruction
 from safeproj.methods.recorded import METADATA
 from safeproj.plan.select import DEFAULT_THRESHOLD, Selection
 from safeproj.records.scores import Report
-from safeproj.run.job import Job, Options
+from safeproj.run.job import Job
 from safeproj.storage.source import open_folder
 from safeproj.sweep import controls
 from safeproj.sweep.candidates import Projections, candidates
@@ -70,7 +62,7 @@ ENERGY = 0.9
 FACTORS = (0.75, 0.5, 0.25)
 """Uniform shrinks that nothing was fitted to."""
 
-MU = Covariance().mu
+MU = Correction().mu
 """The default of `safeproj patch --method covariance`, at which its controls are."""
 
 MUS = tuple(sorted({0.03, 0.1, 0.3, 1.0, 3.0, 10.0, MU}))
@@ -161,19 +153,19 @@ class Case:
     scratch: Path
 
     @property
-    def checkpoints(self) -> Against:
-        """Both models, for Safe LoRA."""
-        return Against(base=str(self.pair.base), aligned=str(self.pair.aligned))
+    def safe_lora(self) -> SafeLora:
+        """Safe LoRA with both models."""
+        return SafeLora(base=str(self.pair.base), aligned=str(self.pair.aligned))
 
     @cached_property
     def projections(self) -> Projections:
         """The adapter scored with Safe LoRA's projector, and with a random one of each weight."""
-        return self._projections(Approx())
+        return self._projections(self.safe_lora)
 
     @cached_property
     def exact(self) -> Projections:
         """The same with the exact projector."""
-        return self._projections(Exact(energy=ENERGY))
+        return self._projections(replace(self.safe_lora, projector="exact", energy=ENERGY))
 
     @property
     def adapter(self) -> Adapter:
@@ -191,16 +183,16 @@ class Case:
         write_jsonl(path, rows)
         return path
 
-    def ran(self, against: Against, projector: Projector, selection: Selection) -> Replaced:
+    def ran(self, method: Method, selection: Selection) -> Replaced:
         """Return the tensors that a run of safeproj replaces."""
-        options = Options(selection, projector, device="cpu", workers=1)
-        job = Job(against, options, None, None, digests=False)
+        options = Options(selection, device="cpu", workers=1)
+        job = Job(method, options, digests=False)
         return job.one(str(self.path)).decision.replaced
 
-    def _projections(self, projector: Projector) -> Projections:
-        options = Options(projector=projector, device="cpu", workers=1)
+    def _projections(self, method: Method) -> Projections:
+        options = Options(device="cpu", workers=1)
         seed = RANDOM_SEED + self.pair.seed
-        return candidates(self.checkpoints, str(self.path), options, seed=seed)
+        return candidates(method, str(self.path), options, seed=seed)
 
 
 def post_hoc(case: Case) -> Iterator[tuple[str, Made]]:
@@ -224,7 +216,7 @@ def _safe_lora(case: Case) -> Iterator[tuple[str, Made]]:
     places = case.projections.places(QUARTERS)
     for number, share in SHARES.items():
         yield f"Safe LoRA, {share}", places[number].method
-    yield TAU, partial(case.ran, case.checkpoints, Approx(), Selection(threshold=DEFAULT_THRESHOLD))
+    yield TAU, partial(case.ran, case.safe_lora, Selection(threshold=DEFAULT_THRESHOLD))
     every = places[-1]
     made = {
         **every.controls,
@@ -254,8 +246,7 @@ def _removed(case: Case) -> Iterator[tuple[str, Made]]:
     def without(module: salora.SafetyModule, name: str, rank: int) -> Replaced:
         path = case.scratch / f"{name}.safetensors"
         module.save(path, overwrite=True)
-        against = Against(safety_module=str(path))
-        return case.ran(against, Complement(rank), Selection(all=True))
+        return case.ran(Salora(str(path), rank), Selection(all=True))
 
     own = case.safety_module
     yield REMOVED, lambda: without(own, "safety", SAFETY_RANK)
@@ -275,8 +266,8 @@ def _covariance(case: Case) -> Iterator[tuple[str, Made]]:
     S = _statistics(case, "task", read(task))
 
     def corrected(H: Path, S: Path, mu: float = MU) -> Replaced:
-        against = Against(safety_data=str(H), task_data=str(S))
-        return case.ran(against, Covariance(mu), Selection(all=True))
+        method = Covariance(safety_data=str(H), task_data=str(S), mu=mu)
+        return case.ran(method, Selection(all=True))
 
     def fewer(count: int) -> Replaced:
         few = case.file(f"safety-{count}", pair.rows("safety")[:count])
@@ -303,16 +294,9 @@ def _covariance(case: Case) -> Iterator[tuple[str, Made]]:
 def _reconstructed(case: Case, safety: Path, task: Path) -> Replaced:
     """Return the tensors that `safeproj patch --reconstruct` replaces."""
     out = case.scratch / "reconstructed"
-    safeproj.patch(
-        None,
-        str(case.pair.aligned),
-        str(case.path),
-        out,
-        Options(Selection(all=True), Reconstruction(), device="cpu", workers=1),
-        safety_data=str(safety),
-        task_data=str(task),
-        overwrite=True,
-    )
+    method = Covariance(str(case.pair.aligned), str(safety), str(task), reconstruct=True)
+    options = Options(Selection(all=True), device="cpu", workers=1)
+    safeproj.patch(method, str(case.path), out, options, overwrite=True)
     found: dict[str, Tensor] = load_file(out / "adapter_model.safetensors")
     return {name: each for name, each in found.items() if ".lora_A." in name}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from safeproj import SafeLora
 from tests.support import moved, save_adapter, tiny_llama
 
 
@@ -20,6 +21,11 @@ class Trio:
     adapter: Path
     base_model: Any
     aligned_model: Any
+
+    @property
+    def method(self) -> SafeLora:
+        """Safe LoRA with both."""
+        return SafeLora(str(self.base), str(self.aligned))
 
     @property
     def arguments(self) -> list[str]:

@@ -41,9 +41,8 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def findings(root: Path, adapter: Path) -> list[tuple[str, str]]:
     policy = Policy(threshold=0.0, max_size=1e9)
-    (found,) = safeproj.check(
-        str(root / "base"), str(root / "aligned"), [str(adapter)], policy
-    ).checks
+    method = safeproj.SafeLora(str(root / "base"), str(root / "aligned"))
+    (found,) = safeproj.check(method, [str(adapter)], policy).checks
     return [(finding.id, finding.message) for finding in found.findings]
 
 

@@ -118,14 +118,13 @@ def test_the_gate_knows_it(trio: Trio, adapter: Path, tmp_path: Path) -> None:
     manifest = patch(trio, adapter, out, "--all", "--portable")
     names = {module["name"] for module in manifest["modules"]}
     policy = Policy(threshold=1.0, max_size=1e9)
-    models = (str(trio.base), str(trio.aligned))
-    (checked,) = safeproj.check(*models, [str(out)], policy).checks
+    (checked,) = safeproj.check(trio.method, [str(out)], policy).checks
     assert not [each for each in checked.findings if each.level.name == "fail"], checked.findings
     assert set(checked.evidence) == names
     for original in (None, str(adapter)):
-        (found,) = safeproj.check(*models, [str(out)], policy, original=original).checks
+        (found,) = safeproj.check(trio.method, [str(out)], policy, original=original).checks
         assert set(found.evidence) == names
-    (verified,) = safeproj.verify(*models, str(out), str(adapter)).checks
+    (verified,) = safeproj.verify(str(out), str(adapter), trio.method).checks
     assert verified.outcome.name == "passed", verified.findings
     assert set(verified.evidence) == names
 
@@ -147,8 +146,7 @@ def test_one_of_a_changed_base_is_converted_first(trio: Trio, tmp_path: Path, in
         assert found.keys() == wanted.keys()
         for name, delta in wanted.items():
             assert float((found[name] - delta).norm() / delta.norm()) < 1e-6, name
-    models = (str(trio.base), str(trio.aligned))
-    (verified,) = safeproj.verify(*models, str(tmp_path / "out"), str(adapter)).checks
+    (verified,) = safeproj.verify(str(tmp_path / "out"), str(adapter), trio.method).checks
     assert verified.outcome.name == "passed", verified.findings
 
 
@@ -177,7 +175,7 @@ def test_what_is_changed_after_it_is_found(
     out = tmp_path / "out"
     patch(trio, adapter, out, "--all", "--portable")
     change(out)
-    (verified,) = safeproj.verify(str(trio.base), str(trio.aligned), str(out), str(adapter)).checks
+    (verified,) = safeproj.verify(str(out), str(adapter), trio.method).checks
     assert verified.outcome.name == "failed"
 
 

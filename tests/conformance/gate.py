@@ -17,16 +17,16 @@ ALLOWED = frozenset(ALLOWANCES) - {"unknown-tensors", "unmatched-modules", "othe
 
 def check_gate(pair: Built, adapter: Path, out: Path, manifest: Mapping[str, Any]) -> None:
     """Check that every module counts as projected, by its record and computed again."""
-    base, aligned = str(pair.base), str(pair.aligned)
+    method = safeproj.SafeLora(str(pair.base), str(pair.aligned))
     ignored = frozenset({"SP013"})  # tiny layers have fewer outputs than the rank
     policy = Policy(threshold=1.0, max_size=1e9, allow=ALLOWED, ignore=ignored)
     names = {module["name"] for module in manifest["modules"] if module["cosine"] is not None}
 
-    (recorded,) = safeproj.check(base, aligned, [str(out)], policy).checks
+    (recorded,) = safeproj.check(method, [str(out)], policy).checks
     assert recorded.outcome is Outcome.passed, recorded.findings
     assert set(recorded.evidence) >= names
 
-    (recomputed,) = safeproj.verify(base, aligned, str(out), str(adapter)).checks
+    (recomputed,) = safeproj.verify(str(out), str(adapter), method).checks
     assert recomputed.outcome is Outcome.passed, recomputed.findings
     assert set(recomputed.evidence) >= names
     assert set(recomputed.evidence.values()) == {Evidence.recomputed}

@@ -868,7 +868,7 @@ def test_every_other_method_of_peft_is_refused(llama: Built, tmp_path: Path) -> 
             continue
         change_json(adapter / CONFIG, peft_type=kind.value)
         with pytest.raises(SafeprojError, match=f"'{kind.value}' is not supported"):
-            package.inspect(base=str(llama.base), aligned=str(llama.aligned), adapter=str(adapter))
+            package.inspect(package.SafeLora(str(llama.base), str(llama.aligned)), str(adapter))
 
 
 def test_names_of_an_unknown_model_are_those_of_its_files(llama: Built, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def single(trio: Trio, adapters: Path, tmp_path_factory: pytest.TempPathFactory)
     for name in NAMES:
         (out / name).parent.mkdir(exist_ok=True)
         adapter = str(adapters / name)
-        api.patch(str(trio.base), str(trio.aligned), adapter, out / name, options)
+        api.patch(trio.method, adapter, out / name, options)
     return out
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safeproj.evaluate.adapters import Host
 from safetensors.torch import load_file, save_file
 
+from safeproj.lm.adapters import Host
 from safeproj.lm.models import load_model
 from safeproj.storage.source import open_folder
 from tests.evaluate.support import tokenizer, write_lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def check(trio: Trio) -> Callable[..., Check]:
     """A check of one adapter against the trio's checkpoints."""
 
     def run(adapter: Path, policy: Policy | None = None, **settings: Any) -> Check:
-        found = package.check(str(trio.base), str(trio.aligned), [str(adapter)], policy, **settings)
+        found = package.check(trio.method, [str(adapter)], policy, **settings)
         (one,) = found.checks
         return one
 
@@ -60,7 +61,7 @@ def ids(check: Check, *levels: Level) -> set[str]:
 
 
 def cosines(trio: Trio, adapter: Path) -> dict[str, float]:
-    report = package.inspect(str(trio.base), str(trio.aligned), str(adapter))
+    report = package.inspect(trio.method, str(adapter))
     return {module.name: module.cosine for module in report.modules if module.cosine is not None}
 
 
@@ -165,7 +166,8 @@ def test_projection_against_other_models_does_not_count(
     tensors = load_file(path)
     key = next(key for key in tensors if "q_proj" in key)
     save_file({**tensors, key: tensors[key] + 0.001}, path)
-    (result,) = package.check(str(other), str(trio.aligned), [str(patched)], NEVER).checks
+    method = dataclasses.replace(trio.method, base=str(other))
+    (result,) = package.check(method, [str(patched)], NEVER).checks
     assert ids(result, Level.fail) == {"SP022"}
 
 
@@ -174,16 +176,16 @@ def test_an_alignment_file_and_a_safety_module_do(
 ) -> None:
     file = tmp_path / "pair.safealign.safetensors"
     package.align(str(trio.base), str(trio.aligned), file, package.Form(exact=True))
-    (result,) = package.check(None, None, [str(patched)], NEVER, alignment=str(file)).checks
+    (result,) = package.check(package.SafeLora(alignment=str(file)), [str(patched)], NEVER).checks
     assert result.outcome is Outcome.passed
     assert set(result.evidence.values()) == {Evidence.recorded}
 
     module = save_safety_module(trio.aligned_model, tmp_path / "m.safetensors")
     out = tmp_path / "out"
-    package.patch(None, None, str(trio.adapter), out, safety_module=str(module))
-    found = package.check(None, None, [str(out)], Policy(threshold=0.9), safety_module=str(module))
+    package.patch(package.Salora(str(module)), str(trio.adapter), out)
+    found = package.check(package.Salora(str(module)), [str(out)], Policy(threshold=0.9))
     assert found.outcome is Outcome.passed
-    found = package.check(None, None, [str(out)], NEVER, alignment=str(file))
+    found = package.check(package.SafeLora(alignment=str(file)), [str(out)], NEVER)
     assert ids(found.checks[0], Level.fail) == {"SP022"}
 
 
@@ -192,13 +194,13 @@ def test_a_truncated_alignment_file_leaves_open_what_it_cannot_tell(
 ) -> None:
     file = tmp_path / "pair.safealign.safetensors"
     package.align(str(trio.base), str(trio.aligned), file, package.Form(rank=4))
-    (report,) = package.inspect_many(None, None, [str(trio.adapter)], alignment=str(file))
+    method = package.SafeLora(alignment=str(file))
+    (report,) = package.inspect_many(method, [str(trio.adapter)])
     assert report.report is not None
     bounds = [module.bounds for module in report.report.modules if module.bounds is not None]
     within = sum(bounds[0]) / 2
-    (result,) = package.check(
-        None, None, [str(trio.adapter)], Policy(threshold=within, max_below=3), alignment=str(file)
-    ).checks
+    policy = Policy(threshold=within, max_below=3)
+    (result,) = package.check(method, [str(trio.adapter)], policy).checks
     assert result.outcome is Outcome.undecided
     assert "SP002" in ids(result, Level.undecided)
 
@@ -280,7 +282,7 @@ def test_one_adapter_that_cannot_be_read_does_not_stop_the_others(
     (broken / FACTORS).write_bytes(b"no tensors")
     shutil.copytree(patched, tmp_path / "patched")
     adapters = [str(trio.adapter), str(broken), str(tmp_path / "patched")]
-    found = package.check(str(trio.base), str(trio.aligned), adapters, NEVER)
+    found = package.check(trio.method, adapters, NEVER)
     outcomes = [check.outcome for check in found.checks]
     assert outcomes == [Outcome.passed, Outcome.undecided, Outcome.passed]
     assert found.outcome is Outcome.undecided
@@ -374,7 +376,7 @@ def test_every_rule_is_documented() -> None:
 
 
 def test_the_record_is_plain_data(trio: Trio) -> None:
-    found = package.check(str(trio.base), str(trio.aligned), [str(trio.adapter)], NEVER)
+    found = package.check(trio.method, [str(trio.adapter)], NEVER)
     assert isinstance(found, Checks)
     document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert document["summary"] == {"adapters": 1, "passed": 1, "failed": 0, "undecided": 0}

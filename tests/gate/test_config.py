@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
 
 def checked(trio: Trio, adapter: Path, policy: Policy = ANY) -> Check:
-    (found,) = package.check(str(trio.base), str(trio.aligned), [str(adapter)], policy).checks
+    (found,) = package.check(trio.method, [str(adapter)], policy).checks
     return found
 
 
@@ -91,9 +92,9 @@ def test_what_peft_loads_nothing_of_fails_and_is_not_patched(
     assert found.outcome is Outcome.failed
     assert why in said(found, "SP011")
     with pytest.raises(SafeprojError, match="PEFT would load nothing of"):
-        package.inspect(str(trio.base), str(trio.aligned), str(adapter))
+        package.inspect(trio.method, str(adapter))
     with pytest.raises(SafeprojError, match="PEFT would load nothing of"):
-        package.patch(str(trio.base), str(trio.aligned), str(adapter), tmp_path / "out")
+        package.patch(trio.method, str(adapter), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -141,12 +142,12 @@ def test_adapter_names_in_keys_are_read_as_peft_reads_them(trio: Trio, tmp_path:
     adapter = copied(trio, tmp_path / "a", lambda key: key.replace(".weight", ".default.weight"))
     assert moves(trio, adapter)
     assert not moves(trio, adapter, "other")
-    plain = package.inspect(str(trio.base), str(trio.aligned), str(trio.adapter))
-    found = package.inspect(str(trio.base), str(trio.aligned), str(adapter))
+    plain = package.inspect(trio.method, str(trio.adapter))
+    found = package.inspect(trio.method, str(adapter))
     assert found.modules == plain.modules
     assert any("'default'" in warning for warning in found.warnings)
     assert "'default'" in said(checked(trio, adapter), "SP011")
-    package.patch(str(trio.base), str(trio.aligned), str(adapter), tmp_path / "out")
+    package.patch(trio.method, str(adapter), tmp_path / "out")
     assert moves(trio, tmp_path / "out")
 
 
@@ -386,7 +387,8 @@ def test_a_snapshot_of_the_hub_has_its_id_and_commit(trio: Trio, tmp_path: Path)
     ):
         adapter = tmp_path / f"{named[:3]}{revision[0]}"
         copied(trio, adapter, base_model_name_or_path=named, revision=revision)
-        (found,) = package.check(str(trio.base), str(place), [str(adapter)], ANY).checks
+        method = replace(trio.method, aligned=str(place))
+        (found,) = package.check(method, [str(adapter)], ANY).checks
         assert ("SP018" not in {each.id for each in found.findings}) is passes
 
 

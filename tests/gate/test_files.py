@@ -91,7 +91,7 @@ UNKNOWN: dict[str, bytes] = {
 @pytest.fixture
 def check(trio: Trio) -> Callable[..., Check]:
     def run(adapter: Path) -> Check:
-        (one,) = package.check(str(trio.base), str(trio.aligned), [str(adapter)], NEVER).checks
+        (one,) = package.check(trio.method, [str(adapter)], NEVER).checks
         return one
 
     return run
@@ -157,40 +157,39 @@ def test_a_real_repository_is_none_of_the_adapters_files(
     git = ["git", "-C", str(adapter), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["gc", "-q"]):
         subprocess.run([*git, *command], check=True)
-    pair = str(trio.base), str(trio.aligned)
-    (found,) = package.check(*pair, [str(adapter)], NEVER, original=str(trio.adapter)).checks
+    (found,) = package.check(trio.method, [str(adapter)], NEVER, original=str(trio.adapter)).checks
     assert found.outcome is Outcome.passed, found.findings
     out = tmp_path / "out"
-    package.patch(*pair, str(adapter), out)  # without the repository
-    assert package.verify(*pair, str(out), str(adapter)).outcome is Outcome.passed
+    package.patch(trio.method, str(adapter), out)  # without the repository
+    assert package.verify(str(out), str(adapter), trio.method).outcome is Outcome.passed
 
 
 def test_a_card_of_another_version_is_compared_outside_its_section(
     trio: Trio, tmp_path: Path
 ) -> None:
-    pair, out = (str(trio.base), str(trio.aligned)), tmp_path / "out"
-    package.patch(*pair, str(trio.adapter), out)
+    out = tmp_path / "out"
+    package.patch(trio.method, str(trio.adapter), out)
     change_json(out / MANIFEST, tool={"name": "safeproj", "version": "0.0.1"})
     card = out / "README.md"
     card.write_text(card.read_text("utf-8").replace("- projector:", "* projector:"), "utf-8")
-    (found,) = package.verify(*pair, str(out), str(trio.adapter)).checks
+    (found,) = package.verify(str(out), str(trio.adapter), trio.method).checks
     assert found.outcome is Outcome.passed
     assert [(f.id, f.level) for f in found.findings] == [("SP025", Level.note)]
     card.write_text("more\n" + card.read_text("utf-8"), "utf-8")
-    (found,) = package.verify(*pair, str(out), str(trio.adapter)).checks
+    (found,) = package.verify(str(out), str(trio.adapter), trio.method).checks
     assert [(f.id, f.level) for f in found.findings] == [("SP025", Level.fail)]
 
 
 def test_other_weights_that_patching_may_leave_out_are_not_missed(
     adapter: Path, trio: Trio, tmp_path: Path
 ) -> None:
-    pair, out = (str(trio.base), str(trio.aligned)), tmp_path / "out"
+    out = tmp_path / "out"
     put(adapter, {"merged/model.dat": (trio.adapter / FACTORS).read_bytes(), "notes.md": b"x"})
-    package.patch(*pair, str(adapter), out)
+    package.patch(trio.method, str(adapter), out)
     shutil.rmtree(out / "merged", ignore_errors=True)
-    assert package.verify(*pair, str(out), str(adapter)).outcome is Outcome.passed
+    assert package.verify(str(out), str(adapter), trio.method).outcome is Outcome.passed
     (out / "notes.md").unlink()
-    assert package.verify(*pair, str(out), str(adapter)).outcome is Outcome.failed
+    assert package.verify(str(out), str(adapter), trio.method).outcome is Outcome.failed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs capabilities to be dropped")
@@ -246,15 +245,14 @@ def test_an_adapter_behind_a_link_out_of_a_collection_fails(
     many = tmp_path / "many"
     shutil.copytree(trio.adapter, many / "one")
     (many / "again").symlink_to(many / "one")  # counts once
-    pair = str(trio.base), str(trio.aligned)
-    found = package.check(*pair, [str(many)], NEVER)
+    found = package.check(trio.method, [str(many)], NEVER)
     assert [check.outcome for check in found.checks] == [Outcome.passed]
     (many / "deeper").mkdir()
     (many / "deeper" / "other").symlink_to(adapter)
-    found = package.check(*pair, [str(many)], NEVER)
+    found = package.check(trio.method, [str(many)], NEVER)
     (linked,) = [each for each in found.checks if each.name == "deeper/other"]
     assert [f.id for f in linked.at(Level.fail)] == ["SP015"]
-    found = package.check(*pair, [str(many / "deeper" / "other")], NEVER)
+    found = package.check(trio.method, [str(many / "deeper" / "other")], NEVER)
     assert found.outcome is Outcome.passed  # it is what was given
 
 
@@ -265,7 +263,7 @@ def test_no_hidden_directory_of_a_collection_is_passed_over(
     shutil.copytree(trio.adapter, tmp_path / "one")
     shutil.copytree(trio.adapter, tmp_path / place)
     (tmp_path / place / FACTORS).write_bytes(b"")
-    found = package.check(str(trio.base), str(trio.aligned), [str(tmp_path)], NEVER)
+    found = package.check(trio.method, [str(tmp_path)], NEVER)
     assert {each.name: each.outcome for each in found.checks} == {
         "one": Outcome.passed,
         place: Outcome.undecided,
@@ -277,7 +275,7 @@ def test_an_adapter_of_a_collection_in_another_case_is_no_pass(trio: Trio, tmp_p
     other = Path(shutil.copytree(trio.adapter, tmp_path / "two"))
     (other / CONFIG).rename(other / CONFIG.upper())
     (other / FACTORS).rename(other / FACTORS.upper())
-    found = package.check(str(trio.base), str(trio.aligned), [str(tmp_path)], NEVER)
+    found = package.check(trio.method, [str(tmp_path)], NEVER)
     outcomes = {each.name: each.outcome for each in found.checks}
     assert outcomes == {"one": Outcome.passed, "two": Outcome.undecided}
 

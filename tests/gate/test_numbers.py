@@ -7,12 +7,11 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safeproj.methods.projection import Covariance
 from torch import Tensor
 
 import safeproj as package
@@ -20,6 +19,8 @@ from safeproj import engine
 from safeproj.engine import Moments, StoredMoment, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
+from safeproj.methods.interface import Method
+from safeproj.methods.projection import Correction
 from safeproj.report import Check, Outcome
 from tests.conftest import Trio
 from tests.gate.adversarial import change_manifest, configure, key, put_tensors, tensors_of
@@ -62,31 +63,27 @@ def weights(trio: Trio, module: str) -> tuple[Tensor, Tensor]:
     return aligned, base
 
 
-def safe_lora(trio: Trio, tmp_path: Path) -> tuple[dict[str, Any], Tensor]:
-    return {"base": str(trio.base), "aligned": str(trio.aligned)}, oracle_C(*weights(trio, Q))
+def safe_lora(trio: Trio, tmp_path: Path) -> tuple[Method, Tensor]:
+    return trio.method, oracle_C(*weights(trio, Q))
 
 
-def exactly(trio: Trio, tmp_path: Path) -> tuple[dict[str, Any], Tensor]:
-    options = package.Options(package.Selection(all=True), package.Exact(rank=5))
-    models = {"base": str(trio.base), "aligned": str(trio.aligned), "options": options}
-    return models, oracle_C(*weights(trio, Q), 5)
+def exactly(trio: Trio, tmp_path: Path) -> tuple[Method, Tensor]:
+    return replace(trio.method, projector="exact", rank=5), oracle_C(*weights(trio, Q), 5)
 
 
-def from_a_file(trio: Trio, tmp_path: Path) -> tuple[dict[str, Any], Tensor]:
+def from_a_file(trio: Trio, tmp_path: Path) -> tuple[Method, Tensor]:
     file = tmp_path / "all.safealign.safetensors"
     targets = ("q_proj", "v_proj")
     package.align(str(trio.base), str(trio.aligned), file, package.Form(rank=32), targets)
-    given = {"base": None, "aligned": None, "alignment": str(file)}
-    return given, oracle_C(*weights(trio, Q))
+    return package.SafeLora(alignment=str(file)), oracle_C(*weights(trio, Q))
 
 
-def salora(trio: Trio, tmp_path: Path) -> tuple[dict[str, Any], Tensor]:
+def salora(trio: Trio, tmp_path: Path) -> tuple[Method, Tensor]:
     from safetensors.torch import load_file
 
     file = save_safety_module(trio.aligned_model, tmp_path / "m.safety.safetensors")
     U = load_file(file)[f"{Q}.weight.U"].double()
-    given = {"base": None, "aligned": None, "safety_module": str(file)}
-    return given, torch.eye(len(U), dtype=torch.float64) - U @ U.T
+    return package.Salora(str(file)), torch.eye(len(U), dtype=torch.float64) - U @ U.T
 
 
 WAYS = [safe_lora, exactly, from_a_file, salora]
@@ -94,12 +91,11 @@ WAYS = [safe_lora, exactly, from_a_file, salora]
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_an_update_beside_columns_that_cancel_is_projected(
-    trio: Trio, hidden: Path, tmp_path: Path, way: Callable[..., tuple[dict[str, Any], Tensor]]
+    trio: Trio, hidden: Path, tmp_path: Path, way: Callable[..., tuple[Method, Tensor]]
 ) -> None:
-    given, C = way(trio, tmp_path)
+    method, C = way(trio, tmp_path)
     out = tmp_path / "out"
-    given = {"options": ALL, **given}
-    report = package.patch(adapter=str(hidden), out=out, **given)
+    report = package.patch(method, str(hidden), out, ALL)
     modules = {module.name: module for module in report.modules}
     before, after = update(hidden, Q), update(out, Q)
     assert modules[Q].cosine == pytest.approx(oracle_cosine(before, C), abs=2e-6)
@@ -113,15 +109,15 @@ def test_an_update_beside_columns_that_cancel_is_projected(
 
 
 def test_what_is_patched_so_is_verified(trio: Trio, hidden: Path, tmp_path: Path) -> None:
-    models, out = (str(trio.base), str(trio.aligned)), tmp_path / "out"
-    package.patch(*models, str(hidden), out, ALL)
-    (found,) = package.verify(*models, str(out), str(hidden)).checks
+    out = tmp_path / "out"
+    package.patch(trio.method, str(hidden), out, ALL)
+    (found,) = package.verify(str(out), str(hidden), trio.method).checks
     assert found.outcome is Outcome.passed, found.findings
     tensors = tensors_of(out)
     tensors[key(Q, "B")][:, 0] *= 1.01
     put_tensors(out, tensors)
     change_manifest(out, lambda document: document["options"].update(device="cuda:9"))
-    (found,) = package.verify(*models, str(out), str(hidden)).checks
+    (found,) = package.verify(str(out), str(hidden), trio.method).checks
     # Within rounding is relative to what is left, not to the terms that cancel.
     assert any("differs by" in message for message in messages(found, "SP024"))
 
@@ -137,7 +133,7 @@ def test_a_projection_that_cannot_be_written_beside_the_other_factor_is_refused(
     put_tensors(adapter, tensors)
     configure(adapter, rank_pattern={Q: 3})
     with pytest.raises(SafeprojError, match="cannot be written"):
-        package.patch(str(trio.base), str(trio.aligned), str(adapter), tmp_path / "out", ALL)
+        package.patch(trio.method, str(adapter), tmp_path / "out", ALL)
     assert not (tmp_path / "out").exists()
 
 
@@ -151,7 +147,7 @@ def test_the_correction_of_an_update_beside_rows_that_cancel(gain: Tensor | None
     unused = StoredMoment(None, True)  # type: ignore[arg-type]
     task = Task("w", Moments(unused, unused), (Update(ungained, B, gain=gain),))
 
-    (found,) = engine.corrected(task, Covariance(mu), moment(X, whole=True), moment(Y, whole=True))
+    (found,) = engine.corrected(task, Correction(mu), moment(X, whole=True), moment(Y, whole=True))
 
     assert not isinstance(found, SafeprojError)
     assert found.factor is not None
@@ -171,7 +167,7 @@ def test_the_correction_of_an_update_beside_rows_that_cancel(gain: Tensor | None
 
 
 def check(trio: Trio, adapter: Path, policy: Policy | None = None) -> Check:
-    (found,) = package.check(str(trio.base), str(trio.aligned), [str(adapter)], policy).checks
+    (found,) = package.check(trio.method, [str(adapter)], policy).checks
     return found
 
 
@@ -269,7 +265,8 @@ def test_the_part_that_points_away_is_bounded(trio: Trio) -> None:
 
 def test_adapters_as_they_come_out_of_training_have_none_of_these() -> None:
     adapters = [str(EXAMPLE / "adapters" / name) for name in ("bad", "mixed", "skill")]
-    found = package.check(str(EXAMPLE / "base"), str(EXAMPLE / "aligned"), adapters)
+    method = package.SafeLora(str(EXAMPLE / "base"), str(EXAMPLE / "aligned"))
+    found = package.check(method, adapters)
     for each in found.checks:
         assert {finding.id for finding in each.findings} == {"SP001", "SP020"}
     assert all((EXAMPLE / "adapters" / name / FACTORS).is_file() for name in ("bad", "skill"))

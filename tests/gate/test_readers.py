@@ -36,7 +36,7 @@ EARLY = frozenset(
 
 def differences(trio: Trio, adapter: Path, reader: str) -> list[str]:
     policy = Policy(threshold=0.0, readers=(reader,), max_size=1e9, max_scaling=1e9)
-    found = package.check(str(trio.base), str(trio.aligned), [str(adapter)], policy)
+    found = package.check(trio.method, [str(adapter)], policy)
     (check,) = found.checks
     said = [each.message for each in check.findings if each.id == "SP042"]
     assert all(each.startswith(f"{reader}: {TABLE[reader].title} ") for each in said)

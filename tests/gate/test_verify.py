@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -36,15 +37,14 @@ CASES = sorted(FIXTURES.glob("peft-*/*"))
 def out(trio: Trio, tmp_path: Path) -> Path:
     """The trio's adapter with two of four modules projected."""
     selection = package.Options(package.Selection(layers=2))
-    package.patch(str(trio.base), str(trio.aligned), str(trio.adapter), tmp_path / "out", selection)
+    package.patch(trio.method, str(trio.adapter), tmp_path / "out", selection)
     return tmp_path / "out"
 
 
 @pytest.fixture
 def verify(trio: Trio, out: Path) -> Callable[[], Check]:
     def run() -> Check:
-        base, aligned, original = str(trio.base), str(trio.aligned), str(trio.adapter)
-        (found,) = package.verify(base, aligned, str(out), original).checks
+        (found,) = package.verify(str(out), str(trio.adapter), trio.method).checks
         return found
 
     return run
@@ -120,29 +120,28 @@ def test_the_tolerance_is_that_of_the_stored_dtype(
     save_file(tensors, adapter / FACTORS, {"format": "pt"})
     out = tmp_path / "out"
     options = package.Options(package.Selection(all=True))
-    package.patch(str(trio.base), str(trio.aligned), str(adapter), out, options)
+    package.patch(trio.method, str(adapter), out, options)
     elsewhere(out)
     aligned, base = trio.aligned_model.state_dict(), trio.base_model.state_dict()
     for key in read_json(out / MANIFEST)["output"]["projected"]:
         name = key.removeprefix("base_model.model.").replace("lora_B.weight", "weight")
         exact = oracle_C(aligned[name], base[name]) @ tensors[key].double()
         change(out, lambda _, exact=exact: exact.to(dtype), key)  # type: ignore[misc]
-    pair = str(trio.base), str(trio.aligned)
-    (found,) = package.verify(*pair, str(out), str(adapter)).checks
+    (found,) = package.verify(str(out), str(adapter), trio.method).checks
     assert found.outcome is Outcome.passed, found.findings
     step = torch.finfo(dtype).eps * 8 if dtype is not torch.float32 else 1e-3
     change(out, lambda tensor: tensor * (1 + step))
-    (found,) = package.verify(*pair, str(out), str(adapter)).checks
+    (found,) = package.verify(str(out), str(adapter), trio.method).checks
     assert found.outcome is Outcome.failed
 
 
 def test_a_record_that_claims_too_much_is_seen(trio: Trio, tmp_path: Path) -> None:
     """Nothing was projected, and safeproj.json says that everything was."""
-    out, pair = tmp_path / "out", (str(trio.base), str(trio.aligned))
-    package.patch(*pair, str(trio.adapter), out, package.Options(package.Selection(layers=0)))
+    out, options = tmp_path / "out", package.Options(package.Selection(layers=0))
+    package.patch(trio.method, str(trio.adapter), out, options)
     modules = [{**module, "projected": True} for module in read_json(out / MANIFEST)["modules"]]
     change_json(out / MANIFEST, modules=modules)
-    (found,) = package.verify(*pair, str(out), str(trio.adapter)).checks
+    (found,) = package.verify(str(out), str(trio.adapter), trio.method).checks
     said = [finding.id for finding in found.findings]
     # The summary and the section of the card still say that none is.
     assert said == ["SP021", *["SP024"] * 4, "SP025"]
@@ -199,33 +198,33 @@ def test_every_kind_of_adapter(case: Path, tmp_path: Path) -> None:
     """Stacks of experts of which some are projected, Conv1D, embeddings, DoRA, biases."""
     adapter = case / "adapter"
     model = FIXTURES / "models" / read_json(adapter / CONFIG)["base_model_name_or_path"]
-    pair = str(model / "base"), str(model / "aligned")
+    method = package.SafeLora(str(model / "base"), str(model / "aligned"))
     options = package.Options(package.Selection(layers=2), dtype="float32")
-    report = package.patch(*pair, str(adapter), tmp_path / "out", options)
+    report = package.patch(method, str(adapter), tmp_path / "out", options)
     projected = {module.name for module in report.modules if module.projected}
-    (found,) = package.verify(*pair, str(tmp_path / "out"), str(adapter)).checks
+    (found,) = package.verify(str(tmp_path / "out"), str(adapter), method).checks
     assert found.outcome is Outcome.passed, found.findings
     assert set(found.evidence) == projected
     assert len(projected) == min(2, len(report.modules))
 
 
 def test_the_projector_is_the_recorded_one(trio: Trio, tmp_path: Path) -> None:
-    pair, out = (str(trio.base), str(trio.aligned)), tmp_path / "out"
-    options = package.Options(package.Selection(all=True), package.Exact(energy=0.5))
-    package.patch(*pair, str(trio.adapter), out, options)
-    assert package.verify(*pair, str(out), str(trio.adapter)).outcome is Outcome.passed
-    other = package.Options(projector=package.Exact(rank=3))
-    assert package.verify(*pair, str(out), str(trio.adapter), other).outcome is Outcome.failed
+    out, options = tmp_path / "out", package.Options(package.Selection(all=True))
+    exact = dataclasses.replace(trio.method, projector="exact", energy=0.5)
+    package.patch(exact, str(trio.adapter), out, options)
+    assert package.verify(str(out), str(trio.adapter), trio.method).outcome is Outcome.passed
+    other = dataclasses.replace(trio.method, projector="exact", rank=3)
+    assert package.verify(str(out), str(trio.adapter), other).outcome is Outcome.failed
     change_json(out / MANIFEST, projector={"kind": "none"})
     with pytest.raises(package.SafeprojError, match="names no projector that there is"):
-        package.verify(*pair, str(out), str(trio.adapter))
+        package.verify(str(out), str(trio.adapter), trio.method)
 
 
 def test_a_safety_module_is_one_way(trio: Trio, tmp_path: Path) -> None:
     module = str(save_safety_module(trio.aligned_model, tmp_path / "m.safetensors"))
     out = tmp_path / "out"
-    package.patch(None, None, str(trio.adapter), out, safety_module=module)
-    found = package.verify(None, None, str(out), str(trio.adapter), safety_module=module)
+    package.patch(package.Salora(module), str(trio.adapter), out)
+    found = package.verify(str(out), str(trio.adapter), package.Salora(module))
     assert found.outcome is Outcome.passed
     assert len(found.checks[0].evidence) == 4
 

@@ -162,8 +162,12 @@ def check(pair: Built, adapter: Path, *options: str | Path) -> Any:
     return command("check", adapter, "--base", pair.base, "--aligned", pair.aligned, *options)
 
 
+def method_of(pair: Built) -> safeproj.SafeLora:
+    return safeproj.SafeLora(str(pair.base), str(pair.aligned))
+
+
 def inspect(pair: Built, adapter: Path) -> Any:
-    return safeproj.inspect(base=str(pair.base), aligned=str(pair.aligned), adapter=str(adapter))
+    return safeproj.inspect(method_of(pair), str(adapter))
 
 
 def close(found: Tensor, wanted: Tensor, scale: Tensor, error: float = 3e-6) -> bool:
@@ -356,13 +360,11 @@ def test_mica_passes_the_gate(llama: Built, tmp_path: Path) -> None:
 
 def test_a_model_gets_the_converted_adapter(llama: Built, tmp_path: Path) -> None:
     """As sweeps and --reconstruct put it on: from files, on the weights as they are."""
-    from safeproj.evaluate.adapters import attach_read
-    from safeproj.methods.given import Against
-
+    from safeproj.lm.adapters import attach_read
     from safeproj.run.job import Job
 
     adapter = trained(llama, tmp_path, "pissa")
-    job = Job(Against(str(llama.base), str(llama.aligned)), None, None, None, digests=False)
+    job = Job(method_of(llama), None, digests=False)
     found = job.runnable(job.read(str(adapter))).adapter
     model = attach_read(copy.deepcopy(llama.aligned_model), found)
     wanted = logits(loaded(llama, adapter))
@@ -376,8 +378,7 @@ def test_a_model_gets_the_converted_adapter(llama: Built, tmp_path: Path) -> Non
 def test_what_peft_puts_on_other_weights_is_not_measured(
     llama: Built, tmp_path: Path, init: str
 ) -> None:
-    from safeproj.evaluate.adapters import attach
-
+    from safeproj.lm.adapters import attach
     from safeproj.storage.source import open_folder
 
     adapter = trained(llama, tmp_path, "pissa_niter_4")
@@ -392,8 +393,7 @@ def test_what_peft_puts_on_other_weights_is_not_measured(
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_gate_scores_the_true_update_and_fails(llama: Built, tmp_path: Path, init: str) -> None:
     adapter = trained(llama, tmp_path, init)
-    base, aligned = str(llama.base), str(llama.aligned)
-    (found,) = safeproj.check(base=base, aligned=aligned, adapters=[str(adapter)]).checks
+    (found,) = safeproj.check(method_of(llama), [str(adapter)]).checks
     assert "SP010" in {each.id for each in found.findings}
     assert found.report is not None
     wanted = inspect(llama, adapter).modules

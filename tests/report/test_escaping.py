@@ -18,6 +18,7 @@ from safeproj.records.evaluations import Evaluation, Subject
 from safeproj.records.rates import Rate
 from safeproj.records.scores import Failure, Unprojected
 from safeproj.report import CHECK_FORMATS, Report, Reports, render
+from safeproj.report.card import section
 from safeproj.report.markdown import code, escaped
 from tests.report.checks import HOSTILE, check, checks, finding, hostile
 from tests.report.test_report import EXAMPLE, module
@@ -163,15 +164,15 @@ def test_every_text_of_a_report_is_hostile_here() -> None:
 @pytest.mark.parametrize("method", ["safe-lora", "salora", "covariance"])
 def test_the_card_has_no_markup_of_the_adapters(method: str) -> None:
     inputs = {role: {"source": EVIL} for role in ("safety_data", "task_data", *RECORD.inputs)}
-    text = card.section(replace(RECORD, method=method, inputs=inputs))
+    text = section(replace(RECORD, method=method, inputs=inputs))
     assert_only_text(text)
     assert headings(text) == ["Safety projection"]
     assert not shown(text)
 
 
 def test_a_card_written_twice_has_one_section() -> None:
-    first = card.with_section(b"# mine\n", card.section(RECORD))
-    again = card.with_section(first, card.section(replace(RECORD, warnings=())))
+    first = card.with_section(b"# mine\n", section(RECORD))
+    again = card.with_section(first, section(replace(RECORD, warnings=())))
     assert again.count(card.BEGIN) == again.count(card.END) == 1
     assert again.startswith(b"# mine\n")
     assert b"Warning" not in again

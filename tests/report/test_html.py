@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from safeproj.cli.options import ReportFormat, outputs_of
+from safeproj.cli.options import ReportFormat, Reporting
 from safeproj.errors import SafeprojError
 from safeproj.records.rules import RULES, Level
 from safeproj.report import (
@@ -135,8 +135,9 @@ def test_a_check_says_what_else_was_looked_at() -> None:
 
 def test_without_plotly_nothing_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
+    formats, places = [ReportFormat.json, ReportFormat.html], [tmp_path / "a", tmp_path / "b"]
     with pytest.raises(SafeprojError, match=r"^plotly is not installed.*safeproj\[report\]$"):
-        outputs_of([ReportFormat.json, ReportFormat.html], [tmp_path / "a", tmp_path / "b"])
+        _ = Reporting(formats, places).outputs
 
 
 def test_without_plotly_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

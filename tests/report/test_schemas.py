@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
-from safeproj import Exact, Options, Selection, inspect
+from safeproj import Options, SafeLora, Selection, inspect
 from safeproj.gate.policy import Policy
 from safeproj.records.checks import Checks
 from safeproj.records.rules import RULES
@@ -153,17 +153,18 @@ def test_reports_of_checkpoints_are_valid() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "settings"),
     [
-        Options(Selection(all=True)),
-        Options(Selection(layers=3, include=("q_proj", "v_proj"), exclude=("k_proj",))),
-        Options(projector=Exact(rank=4)),
-        Options(projector=Exact(energy=0.5)),
+        (Options(Selection(all=True)), {}),
+        (Options(Selection(layers=3, include=("q_proj", "v_proj"), exclude=("k_proj",))), {}),
+        (Options(), {"projector": "exact", "rank": 4}),
+        (Options(), {"projector": "exact", "energy": 0.5}),
     ],
     ids=["all", "layers", "rank", "energy"],
 )
-def test_reports_of_every_option_are_valid(options: Options) -> None:
-    found = inspect(str(EXAMPLES / "base"), str(EXAMPLES / "aligned"), str(BAD), options)
+def test_reports_of_every_option_are_valid(options: Options, settings: dict[str, Any]) -> None:
+    method = SafeLora(str(EXAMPLES / "base"), str(EXAMPLES / "aligned"), **settings)
+    found = inspect(method, str(BAD), options)
     validator("report").validate(json.loads(render(found, "json")))
 
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safeproj import api
+from safeproj import SafeLora, api
 from safeproj.engine import Progress
 from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
@@ -79,8 +79,8 @@ def adapters(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def inspect_many(trio: Trio, adapters: Sequence[str]) -> Found:
     """Inspect adapters of the trio's models, all of which must succeed."""
     seen, profile = Seen(), Profile()
-    base, aligned = str(trio.base), str(trio.aligned)
-    outcomes = api.inspect_many(base, aligned, adapters, ALL, observer=seen, profile=profile)
+    options = replace(ALL, observer=seen, profile=profile)
+    outcomes = api.inspect_many(trio.method, adapters, options)
     assert [outcome.source for outcome in outcomes] == list(adapters)
     return Found([report_of(each) for each in outcomes], profile.usage.read_bytes, seen)
 
@@ -98,7 +98,7 @@ def error_of(outcome: api.Outcome) -> str:
 
 
 def inspect(trio: Trio, adapter: str) -> Report:
-    return api.inspect(str(trio.base), str(trio.aligned), adapter, ALL)
+    return api.inspect(trio.method, adapter, ALL)
 
 
 def assert_alike(found: Any, expected: Any) -> None:
@@ -177,10 +177,9 @@ def test_as_many_as_fit_are_held_at_a_time(
 def test_batches_are_written_as_one(
     trio: Trio, adapters: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, aligned = str(trio.base), str(trio.aligned)
-    api.patch_many(base, aligned, adapters, tmp_path / "one", ALL)
+    api.patch_many(trio.method, adapters, tmp_path / "one", ALL)
     monkeypatch.setattr(job, "BATCH", nbytes_of(adapters[0]) + nbytes_of(adapters[1]))
-    api.patch_many(base, aligned, adapters, tmp_path / "two", ALL)
+    api.patch_many(trio.method, adapters, tmp_path / "two", ALL)
     for adapter in map(Path, adapters):
         one, two = (load_file(tmp_path / run / adapter.name / FACTORS) for run in ("one", "two"))
         for key, tensor in one.items():
@@ -189,12 +188,12 @@ def test_batches_are_written_as_one(
 
 
 def test_an_alignment_file_serves_many(trio: Trio, adapters: list[str], tmp_path: Path) -> None:
-    base, aligned = str(trio.base), str(trio.aligned)
     file = tmp_path / "pair.safetensors"
-    api.align(base, aligned, file, api.Form(exact=True), ["q_proj", "v_proj"])
+    api.align(str(trio.base), str(trio.aligned), file, api.Form(exact=True), ["q_proj", "v_proj"])
     one, many = Profile(), Profile()
-    api.inspect(None, None, adapters[0], ALL, alignment=str(file), profile=one)
-    outcomes = api.inspect_many(None, None, adapters, ALL, alignment=str(file), profile=many)
+    method = SafeLora(alignment=str(file))
+    api.inspect(method, adapters[0], replace(ALL, profile=one))
+    outcomes = api.inspect_many(method, adapters, replace(ALL, profile=many))
     assert many.usage.read_bytes == one.usage.read_bytes > 0
     for outcome, adapter in zip(outcomes, adapters, strict=True):
         expected = inspect(trio, adapter)
@@ -222,14 +221,14 @@ def test_outcomes_come_in_order_with_a_report_or_an_error(
     trio: Trio, adapters: list[str], broken: Path
 ) -> None:
     given = [adapters[1], str(broken), "/missing/adapter", adapters[0]]
-    outcomes = api.inspect_many(str(trio.base), str(trio.aligned), given, ALL)
+    outcomes = api.inspect_many(trio.method, given, ALL)
     assert [outcome.source for outcome in outcomes] == given
     assert [outcome.name for outcome in outcomes] == ["rank-5", "broken", "adapter", "rank-2"]
     assert report_of(outcomes[0]).inputs["adapter"]["source"] == adapters[1]
     assert "NaN or Inf" in error_of(outcomes[1])
     assert "no such file" in error_of(outcomes[2])
     assert report_of(outcomes[3]) == report_of(
-        api.inspect_many(str(trio.base), str(trio.aligned), [adapters[1], adapters[0]], ALL)[1]
+        api.inspect_many(trio.method, [adapters[1], adapters[0]], ALL)[1]
     )
 
     found = api.reports(outcomes).to_dict()
@@ -244,11 +243,10 @@ def test_outcomes_come_in_order_with_a_report_or_an_error(
 
 
 def test_one_adapter_that_fails_raises(trio: Trio, broken: Path, tmp_path: Path) -> None:
-    base, aligned = str(trio.base), str(trio.aligned)
     with pytest.raises(SafeprojError, match="NaN or Inf"):
-        api.inspect(base, aligned, str(broken))
+        api.inspect(trio.method, str(broken))
     with pytest.raises(SafeprojError, match="NaN or Inf"):
-        api.patch(base, aligned, str(broken), tmp_path / "out")
+        api.patch(trio.method, str(broken), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -262,9 +260,10 @@ def test_a_missing_checkpoint_raises_before_any_adapter_is_read(
     trio: Trio, tmp_path: Path, checkpoint: str
 ) -> None:
     pair = {"base": str(trio.base), "aligned": str(trio.aligned), checkpoint: "/missing/model"}
+    method = SafeLora(pair["base"], pair["aligned"])
     missing = [str(tmp_path / name) for name in ("alpha", "beta")]
     with pytest.raises(SafeprojError, match="/missing/model: no such file"):
-        api.patch_many(pair["base"], pair["aligned"], missing, tmp_path / "out", ALL)
+        api.patch_many(method, missing, tmp_path / "out", ALL)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -273,7 +272,7 @@ def test_a_damaged_checkpoint_raises(trio: Trio, adapters: list[str], tmp_path: 
     shutil.copytree(trio.base, base)
     (base / "model.safetensors.index.json").write_text("{")
     with pytest.raises(SafeprojError, match="is not JSON"):
-        api.patch_many(str(base), str(trio.aligned), adapters, tmp_path / "out", ALL)
+        api.patch_many(replace(trio.method, base=str(base)), adapters, tmp_path / "out", ALL)
     assert not (tmp_path / "out").exists()
 
 
@@ -282,7 +281,7 @@ def test_base_and_aligned_of_one_model_raise(
 ) -> None:
     shutil.copytree(trio.aligned, tmp_path / "base")
     with pytest.raises(SafeprojError, match="are the same model"):
-        api.inspect_many(str(tmp_path / "base"), str(trio.aligned), adapters, ALL)
+        api.inspect_many(replace(trio.method, base=str(tmp_path / "base")), adapters, ALL)
 
 
 def test_a_weight_that_only_one_adapter_needs_stops_that_one(
@@ -296,7 +295,8 @@ def test_a_weight_that_only_one_adapter_needs_stops_that_one(
     other = save_adapter(
         trio.aligned_model, tmp_path / "other", target_modules=["v_proj", "down_proj"]
     )
-    outcomes = api.inspect_many(str(base), str(trio.aligned), [str(other), adapters[0]], ALL)
+    method = replace(trio.method, base=str(base))
+    outcomes = api.inspect_many(method, [str(other), adapters[0]], ALL)
     assert name in error_of(outcomes[0])
     report_of(outcomes[1])
 
@@ -314,15 +314,15 @@ def test_an_update_too_large_for_float32_fails_alone(tmp_path: Path) -> None:
         if "lora_B" in key:  # finite by itself
             tensors[key] = torch.full_like(tensors[key], 3e38)
     save_file(tensors, given[1] / FACTORS, metadata={"format": "pt"})
-    paths = str(tmp_path / "base"), str(tmp_path / "aligned")
+    method = SafeLora(str(tmp_path / "base"), str(tmp_path / "aligned"))
 
-    found = api.patch_many(*paths, list(map(str, given)), tmp_path / "out", ALL)
+    found = api.patch_many(method, list(map(str, given)), tmp_path / "out", ALL)
 
     assert "too large for float32" in error_of(found[1])
     assert "self_attn" in error_of(found[1])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"before", "after"}
     for i in (0, 2):
-        alone = api.inspect(*paths, str(given[i]), ALL)
+        alone = api.inspect(method, str(given[i]), ALL)
         assert_alike(report_of(found[i]).to_dict(), alone.to_dict())
         assert_complete(tmp_path / "out" / names[i], given[i])
 
@@ -336,7 +336,7 @@ def test_an_input_factor_too_large_for_its_square_fails_alone(
     large = {key: tensor * (1e200 if "lora_A" in key else 1) for key, tensor in tensors.items()}
     save_file(large, path / FACTORS, metadata={"format": "pt"})
     given = [str(path), adapters[1]]
-    outcomes = api.inspect_many(str(trio.base), str(trio.aligned), given, ALL)
+    outcomes = api.inspect_many(trio.method, given, ALL)
     found = json.loads(render(api.reports(outcomes), "json"))
     assert "rank-5" in found["reports"]
     assert all(m["cosine"] <= 1 for report in found["reports"].values() for m in report["modules"])
@@ -349,7 +349,7 @@ def test_a_name_that_is_no_text_fails_alone(
     shutil.copytree(adapters[0], tmp_path / "runs" / os.fsdecode(b"latin-\xe9"))
     shutil.copytree(adapters[1], tmp_path / "runs" / "text")
     given = [str(tmp_path / "runs")]
-    outcomes = api.inspect_many(str(trio.base), str(trio.aligned), given, ALL)
+    outcomes = api.inspect_many(trio.method, given, ALL)
     errors = {outcome.name: outcome.error for outcome in outcomes}
     assert errors.pop("text") is None
     (error,) = errors.values()
@@ -366,7 +366,7 @@ def test_a_file_whose_name_is_no_text_stops_that_adapter(
     (path / os.fsdecode(name)).write_bytes(b"x")
     out = tmp_path / "out"
     given = [str(path), adapters[1]]
-    outcomes = api.patch_many(str(trio.base), str(trio.aligned), given, out, ALL)
+    outcomes = api.patch_many(trio.method, given, out, ALL)
     assert f"{ascii(os.fsdecode(name))[1:-1]} is not UTF-8; rename it" in error_of(outcomes[0])
     assert_complete(out / "rank-5", Path(adapters[1]))
     assert not (out / "inside").exists()
@@ -382,9 +382,8 @@ def test_what_is_in_the_way_of_one_adapter_stops_that_one(
     (out / "rank-2").mkdir(parents=True)
     (out / "rank-5").write_text("a file")
     before = snapshot(out)
-    base, aligned = str(trio.base), str(trio.aligned)
     seen = Seen()
-    outcomes = api.patch_many(base, aligned, adapters, out, ALL, observer=seen)
+    outcomes = api.patch_many(trio.method, adapters, out, replace(ALL, observer=seen))
     assert f"--out {out / 'rank-2'}: exists; give --overwrite" in error_of(outcomes[0])
     assert f"--out {out / 'rank-5'}: is a file" in error_of(outcomes[1])
     assert report_of(outcomes[2]).projected == 4
@@ -395,16 +394,14 @@ def test_what_is_in_the_way_of_one_adapter_stops_that_one(
 def test_a_dry_run_says_the_same_and_writes_nothing(
     trio: Trio, adapters: list[str], tmp_path: Path
 ) -> None:
-    base, aligned = str(trio.base), str(trio.aligned)
-    dry = api.patch_many(base, aligned, adapters, tmp_path / "out", ALL, dry_run=True)
+    dry = api.patch_many(trio.method, adapters, tmp_path / "out", ALL, dry_run=True)
     assert list(tmp_path.iterdir()) == []
-    assert api.patch_many(base, aligned, adapters, tmp_path / "out", ALL) == dry
+    assert api.patch_many(trio.method, adapters, tmp_path / "out", ALL) == dry
 
 
 def test_no_adapters_are_no_outcomes(trio: Trio, tmp_path: Path) -> None:
-    base, aligned = str(trio.base), str(trio.aligned)
-    assert api.inspect_many(base, aligned, [], ALL) == []
-    assert api.patch_many(base, aligned, [], tmp_path / "out", ALL) == []
+    assert api.inspect_many(trio.method, [], ALL) == []
+    assert api.patch_many(trio.method, [], tmp_path / "out", ALL) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -428,19 +425,21 @@ def test_where_out_cannot_be(
     shutil.copytree(adapters[0], tmp_path / "runs" / "group" / "alpha")
     (tmp_path / "file").touch()
     before = snapshot(tmp_path)
-    paths = str(tmp_path / "base"), str(trio.aligned), [str(tmp_path / "runs")]
+    method = replace(trio.method, base=str(tmp_path / "base"))
+    given = [str(tmp_path / "runs")]
     for overwrite in (False, True):
         with pytest.raises(SafeprojError, match=words) as caught:
-            api.patch_many(*paths, tmp_path / out, ALL, overwrite=overwrite)
+            api.patch_many(method, given, tmp_path / out, ALL, overwrite=overwrite)
         assert str(caught.value).startswith(f"--out {tmp_path / out}: ")
     assert snapshot(tmp_path) == before
 
 
 def test_options_are_checked_first(tmp_path: Path) -> None:
-    with pytest.raises(SafeprojError, match="--aligned, --alignment, --safety-module, or"):
-        api.inspect_many("/missing/base", None, ["/missing/adapter"])
+    with pytest.raises(SafeprojError, match="needs --base and --aligned, or --alignment"):
+        SafeLora("/missing/base")
     with pytest.raises(SafeprojError, match="is not an existing directory"):
-        api.patch_many("/missing/base", "/missing/aligned", ["/missing/a"], tmp_path / "a" / "out")
+        method = SafeLora("/missing/base", "/missing/aligned")
+        api.patch_many(method, ["/missing/a"], tmp_path / "a" / "out")
 
 
 def test_an_adapter_may_be_given_twice_under_two_names(
@@ -449,7 +448,7 @@ def test_an_adapter_may_be_given_twice_under_two_names(
     inner = tmp_path / "runs" / "group" / "alpha"
     shutil.copytree(adapters[0], inner)
     given = [str(tmp_path / "runs"), str(inner)]
-    outcomes = api.patch_many(str(trio.base), str(trio.aligned), given, tmp_path / "out", ALL)
+    outcomes = api.patch_many(trio.method, given, tmp_path / "out", ALL)
     assert [outcome.name for outcome in outcomes] == ["group/alpha", "alpha"]
     for outcome in outcomes:
         assert_complete(tmp_path / "out" / outcome.name, inner)
@@ -463,9 +462,8 @@ def test_no_input_is_replaced_through_a_link(
     out.mkdir()
     (out / "group").symlink_to(runs / "group")
     before = snapshot(runs)
-    base, aligned = str(trio.base), str(trio.aligned)
     with suppress(SafeprojError):  # or an outcome that is an error
-        api.patch_many(base, aligned, [str(runs)], out, ALL, overwrite=True)
+        api.patch_many(trio.method, [str(runs)], out, ALL, overwrite=True)
     assert snapshot(runs) == before
 
 
@@ -476,7 +474,6 @@ def test_nothing_is_written_inside_an_adapter_that_is_there(
     shutil.copytree(adapters[0], runs / "group" / "alpha")
     shutil.copytree(adapters[1], out / "group")
     before = snapshot(out)
-    base, aligned = str(trio.base), str(trio.aligned)
-    (outcome,) = api.patch_many(base, aligned, [str(runs)], out, ALL)
+    (outcome,) = api.patch_many(trio.method, [str(runs)], out, ALL)
     assert str(out / "group") in error_of(outcome)
     assert snapshot(out) == before

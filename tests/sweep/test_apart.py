@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from safeproj.methods.projection import Approx, Complement, Covariance, Exact, Projected, Projector
 from torch import Tensor
 
 from safeproj.errors import SafeprojError
+from safeproj.methods.projection import Approx, Complement, Correction, Exact, Projected, Projector
 from safeproj.sweep.apart import apart, in_step
 
 
@@ -133,4 +133,4 @@ def test_it_is_of_the_same_kind(projector: Projector) -> None:
 
 def test_a_method_that_does_not_project_is_refused() -> None:
     with pytest.raises(SafeprojError, match="found covariance"):
-        apart(Covariance())
+        apart(Correction())

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safeproj.methods.given import Against
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safeproj import Complement, Exact, Options, Selection
+from safeproj import Options, SafeLora, Salora, Selection
 from safeproj.engine import Progress
 from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
+from safeproj.methods.interface import Method
 from safeproj.sweep.candidates import Candidates, Place, Replaced, candidates, spread
 from safeproj.sweep.controls import Sizes, scaled
 from safeproj.sweep.rotation import Rotation
@@ -39,16 +39,16 @@ from tests.support import (
 
 @dataclass(frozen=True)
 class Case:
-    """An adapter, what it is scored against, and `C` (m, m) of its modules in float64."""
+    """An adapter, what is done to it, and `C` (m, m) of its modules in float64."""
 
-    against: Against
+    method: Method
     adapter: Path
     model: Any
     C: Callable[[str], Tensor]
     arguments: tuple[str, ...]
 
     def find(self, **settings: Any) -> Candidates:
-        return candidates(self.against, str(self.adapter), **settings)
+        return candidates(self.method, str(self.adapter), **settings)
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def pair_case(root: Path, base: Any, **settings: Any) -> Case:
     after, before = weights(aligned), weights(base)
     sources = (str(root / "base"), str(root / "aligned"))
     return Case(
-        Against(*sources),
+        SafeLora(*sources),
         adapter,
         aligned,
         lambda name: oracle_C(after[name], before[name]),
@@ -108,7 +108,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             return torch.eye(len(U), dtype=torch.float64) - U @ U.T
 
         arguments = ("--safety-module", str(file), "--adapter", str(found.adapter))
-        return replace(found, against=Against(safety_module=str(file)), C=C, arguments=arguments)
+        return replace(found, method=Salora(str(file)), C=C, arguments=arguments)
     return found
 
 
@@ -172,9 +172,7 @@ def test_tensors_are_those_that_patch_writes(case: Case, share: float, tmp_path:
 
 
 def test_a_threshold_chooses_what_patch_chooses(trio: Trio, tmp_path: Path) -> None:
-    found = candidates(
-        Against(str(trio.base), str(trio.aligned)), str(trio.adapter), by="threshold"
-    )
+    found = candidates(trio.method, str(trio.adapter), by="threshold")
     place = found.places(100)[2]
     assert place.value == place.threshold
     done = safeproj(
@@ -187,15 +185,16 @@ def test_a_threshold_chooses_what_patch_chooses(trio: Trio, tmp_path: Path) -> N
     assert all(torch.equal(each, written[name]) for name, each in place.method().items())
 
 
-@pytest.mark.parametrize("projector", [Exact(rank=3), Exact(energy=0.6)], ids=["rank", "energy"])
-def test_the_exact_projector_is_that_of_patch(trio: Trio, tmp_path: Path, projector: Exact) -> None:
-    found = candidates(
-        Against(str(trio.base), str(trio.aligned)), str(trio.adapter), Options(projector=projector)
-    )
-    setting = ("--rank", "3") if projector.rank else ("--energy", "0.6")
+@pytest.mark.parametrize("setting", [{"rank": 3}, {"energy": 0.6}], ids=["rank", "energy"])
+def test_the_exact_projector_is_that_of_patch(
+    trio: Trio, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    method = replace(trio.method, projector="exact", **setting)
+    found = candidates(method, str(trio.adapter))
+    options = [text for name, value in setting.items() for text in (f"--{name}", str(value))]
     out = tmp_path / "out"
     done = safeproj(
-        "patch", *trio.arguments, "--all", "--projector", "exact", *setting, "--out", out
+        "patch", *trio.arguments, "--all", "--projector", "exact", *options, "--out", out
     )
     assert done.returncode == 0, done.stderr
     written = load_file(out / FACTORS)
@@ -330,14 +329,10 @@ def test_the_checkpoints_are_read_once(trio: Trio) -> None:
     import safeproj
 
     inspected, swept = Profile(), Profile()
-    safeproj.inspect(str(trio.base), str(trio.aligned), str(trio.adapter), profile=inspected)
+    safeproj.inspect(trio.method, str(trio.adapter), Options(profile=inspected))
     counter = Counter()
-    found = candidates(
-        Against(str(trio.base), str(trio.aligned)),
-        str(trio.adapter),
-        observer=counter,
-        profile=swept,
-    )
+    options = Options(observer=counter, profile=swept)
+    found = candidates(trio.method, str(trio.adapter), options)
     for place in found.places(100):  # making the variants reads nothing
         place.method()
         for make in place.controls.values():
@@ -355,11 +350,8 @@ def test_weights_too_large_to_keep_are_read_as_often_as_by_inspect(
     monkeypatch.setattr(blocks, "CPU_HOLD", 1)
     monkeypatch.setattr(blocks, "CPU_BLOCK", 1 << 10)  # several blocks of each weight
     inspected, swept = Profile(), Profile()
-    against = Against(str(trio.base), str(trio.aligned))
-    report = safeproj.inspect(
-        str(trio.base), str(trio.aligned), str(trio.adapter), profile=inspected
-    )
-    found = candidates(against, str(trio.adapter), profile=swept)
+    report = safeproj.inspect(trio.method, str(trio.adapter), Options(profile=inspected))
+    found = candidates(trio.method, str(trio.adapter), Options(profile=swept))
     assert swept.usage.read_bytes == inspected.usage.read_bytes > 0
     assert found.report.cosines == report.cosines
 
@@ -368,7 +360,7 @@ def test_weights_too_large_to_keep_are_read_as_often_as_by_inspect(
 
 
 def test_places_go_from_none_to_all_and_are_spread_evenly(trio: Trio) -> None:
-    found = candidates(Against(str(trio.base), str(trio.aligned)), str(trio.adapter))
+    found = candidates(trio.method, str(trio.adapter))
     whole = found.places(100)
     assert [place.value for place in whole] == [0, 1, 2, 3, 4]
     assert [len(place.modules) for place in whole] == [0, 1, 2, 3, 4]
@@ -410,15 +402,6 @@ def test_an_adapter_without_any_update_has_nothing_to_sweep(tmp_path: Path) -> N
     case = pair_case(tmp_path, tiny_llama(), target_modules=["q_proj"], init_lora_weights=True)
     with pytest.raises(SafeprojError, match="no module has a cosine"):
         case.find().places(5)
-
-
-def test_a_projector_of_the_other_method_is_refused(trio: Trio) -> None:
-    with pytest.raises(SafeprojError, match="safety module"):
-        candidates(
-            Against(str(trio.base), str(trio.aligned)),
-            str(trio.adapter),
-            Options(projector=Complement()),
-        )
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safeproj.methods.given import Against
 
-from safeproj import Options
+from safeproj import Options, SafeLora
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.errors import SafeprojError
 from safeproj.evaluate.generate import Generator
@@ -18,6 +18,7 @@ from safeproj.evaluate.judges import Keywords
 from safeproj.evaluate.sets import PromptSet, read_prompts
 from safeproj.lm.models import load_model, load_tokenizer
 from safeproj.records.scores import Report
+from safeproj.report import render
 from safeproj.storage.source import open_folder
 from safeproj.sweep.candidates import Candidates, Place, candidates
 from safeproj.sweep.controls import scaled
@@ -27,7 +28,7 @@ from tests.report.test_schemas import validator
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-lm"
 DATA = EXAMPLE / "data"
 JUDGE = Keywords(("sorry i will not",))
-AGAINST = Against(str(EXAMPLE / "base"), str(EXAMPLE / "aligned"))
+METHOD = SafeLora(str(EXAMPLE / "base"), str(EXAMPLE / "aligned"))
 ADAPTER = str(EXAMPLE / "adapters" / "mixed")
 
 
@@ -78,7 +79,7 @@ def test_another_axis_is_swept_in_the_same_way(
 ) -> None:
     steps: list[tuple[int, int]] = []
     found = sweep(
-        Weaker(candidates(AGAINST, ADAPTER)),
+        Weaker(candidates(METHOD, ADAPTER)),
         model,
         sets,
         JUDGE,
@@ -86,7 +87,7 @@ def test_another_axis_is_swept_in_the_same_way(
         Settings(on="topics"),
         on_step=lambda done, total: steps.append((done, total)),
     )
-    validator("sweep").validate(found.to_dict())
+    validator("sweep").validate(json.loads(render(found, "json")))
     assert steps == [(i, 11) for i in range(1, 12)]  # two references, and three of each point
     assert [point.value for point in found.points] == [1.0, 0.5, 0.01]
     assert found.kinds == ("method", "uniform", "same")
@@ -107,7 +108,7 @@ def test_points_that_change_nothing_are_not_measured_again(
 ) -> None:
     steps: list[tuple[int, int]] = []
     found = sweep(
-        candidates(AGAINST, ADAPTER, Options(), seed=3),
+        candidates(METHOD, ADAPTER, Options(), seed=3),
         model,
         sets,
         JUDGE,
@@ -155,7 +156,7 @@ def test_answers_that_end_in_thoughts_are_other_and_counted(
         "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ strftime_now('') }}<think>"
     )
     found = sweep(
-        Weaker(candidates(AGAINST, ADAPTER)),
+        Weaker(candidates(METHOD, ADAPTER)),
         model,
         sets,
         JUDGE,

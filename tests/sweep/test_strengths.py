@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safeproj.methods.given import Against
-from safeproj.methods.projection import Moment
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safeproj import Covariance
 from safeproj.errors import SafeprojError
+from safeproj.methods.projection import Moment
 from safeproj.sweep.candidates import Place, Replaced
 from safeproj.sweep.controls import COMPLEMENT, RANDOM, SHRINK, SWAPPED, Sizes
 from safeproj.sweep.strengths import MUS, Strengths, strengths, turned
@@ -46,8 +46,8 @@ def adapter(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(model: Model, adapter: Path) -> Strengths:
-    against = Against(safety_data=str(model.safety_stats), task_data=str(model.task_stats))
-    return strengths(against, str(adapter))
+    method = Covariance(safety_data=str(model.safety_stats), task_data=str(model.task_stats))
+    return strengths(method, str(adapter))
 
 
 def place_at(found: Strengths, mu: float) -> Place:
@@ -145,13 +145,13 @@ def test_places_go_from_nothing_to_the_smallest_mu(found: Strengths) -> None:
 def test_an_adapter_of_zeros_has_nothing_to_sweep(
     model: Model, adapter: Path, tmp_path: Path
 ) -> None:
-    against = Against(safety_data=str(model.safety_stats), task_data=str(model.task_stats))
+    method = Covariance(safety_data=str(model.safety_stats), task_data=str(model.task_stats))
     zeros = tmp_path / "zeros"
     shutil.copytree(adapter, zeros)
     tensors = {name: torch.zeros_like(each) for name, each in load_file(zeros / FACTORS).items()}
     save_file(tensors, zeros / FACTORS, metadata={"format": "pt"})
     with pytest.raises(SafeprojError, match="all updates are zero"):
-        strengths(against, str(zeros)).places(3)
+        strengths(method, str(zeros)).places(3)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safeproj.methods.projection import Covariance, Moment, SingularError
 from torch import Tensor
 
+from safeproj.methods.projection import Correction, Moment, SingularError
 from tests.methods.covariance import oracle
 
 
@@ -51,7 +51,7 @@ def test_agrees_with_the_oracle_on_any_shape(
     A, B = drawn(seed + 2, r, n), drawn(seed + 3, m, r)
     H, S = oracle.moment(X), oracle.ridged(oracle.moment(Y))
     expected = oracle.corrected(B @ A, H, S, mu)
-    found = Covariance(mu).from_moments(
+    found = Correction(mu).from_moments(
         moment(X, whole=forms[0]), moment(Y, whole=forms[1]), A.float()
     )
     assert found.dtype == torch.float64
@@ -68,7 +68,7 @@ def test_nothing_does_better_than_it(whole: bool) -> None:
     X, Y, A, B = drawn(1, 9, n), drawn(2, 11, n), drawn(3, 4, n), drawn(4, 13, 4)
     H, S = oracle.moment(X), oracle.ridged(oracle.moment(Y))
     moments = moment(X, whole=whole), moment(Y, whole=whole)
-    found = B @ Covariance(mu).from_moments(*moments, A)
+    found = B @ Correction(mu).from_moments(*moments, A)
     best = oracle.objective(found, B @ A, H, S, mu)
     for seed in range(20):
         other = found + 1e-3 * drawn(100 + seed, 13, n)
@@ -82,9 +82,9 @@ def test_a_large_mu_keeps_the_adapter_and_a_small_one_what_safety_inputs_cannot_
     n = 30
     X, Y, A = drawn(1, 7, n), drawn(2, 12, n), drawn(3, 4, n)
     H, S = moment(X, whole=whole), moment(Y, whole=whole)
-    kept = Covariance(1e10).from_moments(H, S, A)
+    kept = Correction(1e10).from_moments(H, S, A)
     assert float((kept - A).norm() / A.norm()) < 1e-5
-    removed = Covariance(1e-9).from_moments(H, S, A)
+    removed = Correction(1e-9).from_moments(H, S, A)
     assert float((removed @ X.T).norm() / (A @ X.T).norm()) < 1e-4
     assert float(removed.norm()) > 0.1 * float(A.norm())  # n - 7 directions are left
 
@@ -92,7 +92,7 @@ def test_a_large_mu_keeps_the_adapter_and_a_small_one_what_safety_inputs_cannot_
 def test_forms_agree() -> None:
     X, Y, A = drawn(5, 9, 40), drawn(6, 10, 40), drawn(7, 3, 40)
     found = [
-        Covariance(0.3).from_moments(moment(X, whole=a), moment(Y, whole=b), A)
+        Correction(0.3).from_moments(moment(X, whole=a), moment(Y, whole=b), A)
         for a in (True, False)
         for b in (True, False)
     ]
@@ -103,17 +103,17 @@ def test_forms_agree() -> None:
 def test_safety_data_without_anything_keeps_the_adapter() -> None:
     A = drawn(1, 3, 8)
     zero = Moment(torch.zeros(8, 8, dtype=torch.float64), True)
-    found = Covariance(1.0).from_moments(zero, moment(drawn(2, 20, 8), whole=True), A)
+    found = Correction(1.0).from_moments(zero, moment(drawn(2, 20, 8), whole=True), A)
     assert torch.equal(found, A)
 
 
 def test_benign_data_without_anything_is_refused() -> None:
     zero = Moment(torch.zeros(8, 8, dtype=torch.float64), True)
     with pytest.raises(SingularError, match="S is zero"):
-        Covariance(1.0).from_moments(moment(drawn(2, 20, 8), whole=True), zero, drawn(1, 3, 8))
+        Correction(1.0).from_moments(moment(drawn(2, 20, 8), whole=True), zero, drawn(1, 3, 8))
 
 
 @pytest.mark.parametrize("mu", [0.0, -1.0, math.inf, math.nan])
 def test_mu_is_positive(mu: float) -> None:
     with pytest.raises(ValueError, match="mu must be"):
-        Covariance(mu)
+        Correction(mu)

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from safeproj.methods.projection import Approx, Exact
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safeproj import __version__, api
+from safeproj import SafeLora, __version__, api
 from safeproj.errors import SafeprojError
+from safeproj.methods import registry
 from safeproj.names import architecture
 from safeproj.plan.select import Selection
 from safeproj.report import Report
@@ -102,33 +102,35 @@ def document(file: Path) -> Any:
         return json.loads(opened.metadata()["safeproj"])
 
 
+def method_of(source: Path | Built, **settings: Any) -> SafeLora:
+    """Return Safe LoRA with an alignment file, or with two checkpoints."""
+    if isinstance(source, Built):
+        return SafeLora(str(source.base), str(source.aligned), **settings)
+    return SafeLora(alignment=str(source), **settings)
+
+
 def inspect(
     source: Path | Built,
     adapter: Path,
     selection: Selection | None = None,
-    projector: Approx | Exact | None = None,
     maps: tuple[str, ...] = (),
+    **settings: Any,
 ) -> Report:
     """Return the report from an alignment file, or from two checkpoints."""
-    options = api.Options(selection or Selection(all=True), projector or Approx(), maps=maps)
-    if isinstance(source, Built):
-        return api.inspect(str(source.base), str(source.aligned), str(adapter), options)
-    return api.inspect(None, None, str(adapter), options, alignment=str(source))
+    options = api.Options(selection or Selection(all=True), maps=maps)
+    return api.inspect(method_of(source, **settings), str(adapter), options)
 
 
 def patch(
     source: Path | Built,
     adapter: Path,
     out: Path,
-    projector: Approx | Exact | None = None,
     maps: tuple[str, ...] = (),
+    **settings: Any,
 ) -> dict[str, Any]:
     """Project every module and return the manifest."""
-    options = api.Options(Selection(all=True), projector or Approx(), maps=maps)
-    if isinstance(source, Built):
-        api.patch(str(source.base), str(source.aligned), str(adapter), out, options)
-    else:
-        api.patch(None, None, str(adapter), out, options, alignment=str(source))
+    options = api.Options(Selection(all=True), maps=maps)
+    api.patch(method_of(source, **settings), str(adapter), out, options)
     found: dict[str, Any] = read_json(out / MANIFEST)
     return found
 
@@ -383,11 +385,11 @@ def test_many_adapters_use_one_file(llama: Built, tmp_path: Path) -> None:
     ]
     file = align(llama, tmp_path / "file", api.Form(rank=2))
 
-    found = api.inspect_many(None, None, sources, alignment=str(file))
+    found = api.inspect_many(method_of(file), sources)
 
     for outcome, source in zip(found, sources, strict=True):
         assert outcome.report is not None
-        alone = api.inspect(None, None, source, alignment=str(file))
+        alone = api.inspect(method_of(file), source)
         assert outcome.report.to_dict() == alone.to_dict()
 
 
@@ -404,10 +406,10 @@ def test_the_size_of_other_changes_is_not_known(llama: Built, tmp_path: Path) ->
 # The exact projector needs all of V.
 
 
-@pytest.mark.parametrize("projector", [Exact(rank=3), Exact(energy=0.5)], ids=str)
+@pytest.mark.parametrize("projector", [{"rank": 3}, {"energy": 0.5}], ids=str)
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_the_exact_projector_works_from_an_exact_file(
-    root: Path, tmp_path: Path, model: str, projector: Exact
+    root: Path, tmp_path: Path, model: str, projector: dict[str, Any]
 ) -> None:
     pair = build(model, root)
     adapter = save(pair.aligned_model, tmp_path / "adapter", target_modules="all-linear")
@@ -415,8 +417,8 @@ def test_the_exact_projector_works_from_an_exact_file(
     forms = {item["form"] for item in document(file)["weights"].values()}
     assert forms == {"C", "V"}
 
-    found = patch(file, adapter, tmp_path / "out", projector)
-    expected = patch(pair, adapter, tmp_path / "expected", projector)
+    found = patch(file, adapter, tmp_path / "out", projector="exact", **projector)
+    expected = patch(pair, adapter, tmp_path / "expected", projector="exact", **projector)
 
     assert_same_scores(found["modules"], expected["modules"], tolerance=1e-4)
     assert distance(tmp_path / "out", tmp_path / "expected") < 1e-4
@@ -430,7 +432,7 @@ def test_the_exact_projector_refuses_a_truncated_file(
     adapter = save(llama.aligned_model, tmp_path / "adapter")
     file = align(llama, tmp_path / "file", form)
     with pytest.raises(SafeprojError) as caught:
-        inspect(file, adapter, projector=Exact(rank=1))
+        inspect(file, adapter, projector="exact", rank=1)
     for words in (str(file), "--projector exact", "align --exact"):
         assert words in str(caught.value)
 
@@ -1056,11 +1058,12 @@ def test_only_an_alignment_file_is_replaced(llama: Built, tmp_path: Path) -> Non
 def test_either_both_checkpoints_or_a_file(
     sound: tuple[Path, Path], llama: Built, given: tuple[bool, bool, bool]
 ) -> None:
-    file, adapter = sound
-    places = (llama.base, llama.aligned, file)
+    places = (llama.base, llama.aligned, sound[0])
     base, aligned, alignment = (str(p) if g else None for p, g in zip(places, given, strict=True))
+    with pytest.raises(SafeprojError, match="needs --base and --aligned, or --alignment"):
+        SafeLora(base, aligned, alignment)
     with pytest.raises(SafeprojError, match="--aligned, --alignment, --safety-module, or"):
-        api.inspect(base, aligned, str(adapter), alignment=alignment)
+        registry.method_of({"base": base, "aligned": aligned, "alignment": alignment})
 
 
 # Damaged files. Each function below changes the content of one and returns what the message must

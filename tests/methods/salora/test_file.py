@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safeproj import api
+from safeproj import Salora, api
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import check_file, open_recorded, write_recorded
+from safeproj.methods.registry import method_of
 from safeproj.methods.salora.file import KIND, open_safety_module
 from safeproj.report import Report
-from safeproj.run.job import Options
 from tests.support import save_adapter, save_safety_module, snapshot, tiny_llama
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -56,8 +56,8 @@ def write(path: Path, text: str, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def inspect(file: Path, adapter: Path, options: Options | None = None) -> Report:
-    return api.inspect(None, None, str(adapter), options, safety_module=str(file))
+def inspect(file: Path, adapter: Path, rank: int | None = None) -> Report:
+    return api.inspect(Salora(str(file), rank), str(adapter))
 
 
 # Sound files
@@ -96,10 +96,10 @@ def test_layers_may_have_different_ranks(sound: tuple[Path, Path], tmp_path: Pat
     assert list(found.safety_energy) == [1, 2, 4, RANK]
     energies = [module.safety.energy for module in found.modules if module.safety]
     assert found.safety_energy[RANK] == pytest.approx(sum(e for e in energies if e) / 4)
-    cut = inspect(mixed, adapter, Options(projector=Complement(3)))
+    cut = inspect(mixed, adapter, rank=3)
     assert [module.projector_rank for module in cut.modules] == [2, 3, 3, 3]  # all that there are
     with pytest.raises(SafeprojError, match=f"--rank {RANK + 1}: .* holds {RANK} directions"):
-        inspect(mixed, adapter, Options(projector=Complement(RANK + 1)))
+        inspect(mixed, adapter, rank=RANK + 1)
 
 
 def test_shares_that_round_to_more_than_one_are_one(
@@ -114,18 +114,18 @@ def test_shares_that_round_to_more_than_one_are_one(
     assert inspect(exact, adapter).safety_energy[RANK] == 1.0
 
 
-@pytest.mark.parametrize("projector", [Approx(), Exact(rank=2)], ids=["approx", "exact"])
+@pytest.mark.parametrize("projector", ["approx", "exact"])
 def test_the_projectors_of_safe_lora_do_not_go_with_it(
-    sound: tuple[Path, Path], projector: Approx | Exact
+    sound: tuple[Path, Path], projector: str
 ) -> None:
-    with pytest.raises(SafeprojError, match="--safety-module, which holds the projector"):
-        inspect(*sound, Options(projector=projector))
+    given = {"safety_module": str(sound[0]), "projector": projector, "rank": 2}
+    with pytest.raises(SafeprojError, match=r"--projector goes with .*, and not with --safety-mod"):
+        method_of(given)
 
 
-def test_its_projector_goes_with_nothing_else(sound: tuple[Path, Path]) -> None:
-    options = Options(projector=Complement())
-    with pytest.raises(SafeprojError, match="needs a safety module"):
-        api.inspect("base", "aligned", str(sound[1]), options)
+def test_its_projector_goes_with_nothing_else() -> None:
+    with pytest.raises(SafeprojError, match="--rank and --energy need --projector exact"):
+        method_of({"base": "base", "aligned": "aligned", "rank": 3})
 
 
 # Writing
@@ -479,7 +479,7 @@ def test_a_damaged_file_is_refused(
     text = json.dumps(content.document)
     damaged = write(tmp_path / "damaged.safetensors", text, content.tensors)
     with pytest.raises(SafeprojError) as caught:
-        api.patch(None, None, str(adapter), tmp_path / "out", safety_module=str(damaged))
+        api.patch(Salora(str(damaged)), str(adapter), tmp_path / "out")
     message = str(caught.value)
     for word in (str(damaged), *words):
         assert word in message
