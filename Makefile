@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint format bench fuzz readme example clean
 
 demo: $(READY)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 10
@@ -26,7 +26,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 
 bench: $(READY)
-	$(BIN)/python scripts/bench.py
+	$(BIN)/python -m bench
 
 # The whole fuzzing campaign; the tests run a slice of it.
 fuzz: $(READY)
@@ -34,11 +34,11 @@ fuzz: $(READY)
 
 # Puts the commands' real output into the README; a test compares the two.
 readme: $(READY)
-	$(BIN)/python scripts/readme.py
+	$(BIN)/python -m scripts.readme
 
 # Trains examples/tiny-lm again; takes some minutes and is not part of the tests.
 example: $(READY)
-	$(BIN)/python scripts/tiny_lm.py
+	$(BIN)/python -m lab.tiny_lm
 
 # One virtual environment for everything, made again when what it needs changes.
 $(READY): pyproject.toml constraints.txt

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_lm import (
+from transformers.utils import logging
+
+from lab.tiny_lm import (
     ADAPTERS,
     EXAMPLE,
     Behaviour,
@@ -28,7 +30,6 @@ from tiny_lm import (
     load_model,
     load_tokenizer,
 )
-from transformers.utils import logging
 
 COMMAND = Path(sys.executable).parent / "safeproj"
 WEIGHTS = "adapter_model.safetensors"

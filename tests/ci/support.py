@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from run_action import Runner
 
+from action.run import Runner
 from tests.support import COMMAND
 
 ROOT = Path(__file__).resolve().parents[2]

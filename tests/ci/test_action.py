@@ -56,9 +56,9 @@ def test_other_actions_are_pinned_to_a_major_version() -> None:
 
 
 def test_every_variable_of_a_script_is_given_to_it() -> None:
-    common = (ROOT / "scripts/action/common.sh").read_text("utf-8")
+    common = (ROOT / "action/common.sh").read_text("utf-8")
     for step in (step for step in STEPS if "run" in step):
-        name = re.search(r"scripts/action/\w+\.sh", step["run"])
+        name = re.search(r"action/\w+\.sh", step["run"])
         assert name is not None
         text = (ROOT / name[0]).read_text("utf-8")
         if "find_python" in text:
@@ -73,7 +73,7 @@ def test_scripts_are_for_the_bash_of_macos_too() -> None:
         r"\b(mapfile|readarray|coproc|globstar|nameref|declare -[Agn]|local -n|wait -n)\b"
         r"|\|&|&>>|;;&|\$\{\w+(\^|,|@)|\[-1\]|printf -v \w+\["
     )
-    for script in sorted((ROOT / "scripts" / "action").glob("*.sh")):
+    for script in sorted((ROOT / "action").glob("*.sh")):
         assert not newer.findall(script.read_text("utf-8")), script.name
         subprocess.run(["bash", "-n", str(script)], check=True)
 
@@ -258,7 +258,7 @@ def test_the_alignment_file_is_made_once(job: Job, patched: Path) -> None:
 
 
 def key(*arguments: str) -> str:
-    script = ROOT / "scripts" / "action" / "key.py"
+    script = ROOT / "action" / "key.py"
     done = subprocess.run(
         [sys.executable, str(script), *arguments], capture_output=True, text=True, check=True
     )

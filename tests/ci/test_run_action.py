@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from run_action import Context, RefusedError, Result, Runner, evaluate, main, wanted
+
+from action.run import Context, RefusedError, Result, Runner, evaluate, main, wanted
 
 
 def context(*, failed: bool = False) -> Context:

@@ -1,6 +1,6 @@
 """Adapters that old versions of PEFT wrote, against the updates that those versions computed.
 
-`scripts/old_peft.py` made the files: `expected.safetensors` holds `ΔW` as that version returned it.
+`lab/old_peft.py` made the files: `expected.safetensors` holds `ΔW` as that version returned it.
 What a patched adapter means is decoded here by a rule that first has to reproduce `expected`.
 """
 

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import judge as script
 import pytest
 import torch
 
+from lab import judge as script
 from safeproj.errors import SafeprojError
 from safeproj.evaluate.ask import INSTRUCTION, KEY, Command, Endpoint, load_guard
 from safeproj.evaluate.judges import BEGINNING, Keywords, Prefix, Verdict, read_phrases
@@ -112,9 +112,10 @@ def test_judges_of_phrases_are_about_as_good_as_documented(
 
 def test_the_documented_numbers_are_those_that_the_script_prints() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "judge.py"],
+        [sys.executable, "-m", "lab.judge"],
         capture_output=True,
         encoding="utf-8",
+        cwd=ROOT,
         check=True,
     )
     assert done.stdout in (ROOT / "docs" / "evaluation.md").read_text("utf-8")

@@ -9,16 +9,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import evidence
-import evidence_ways as ways
 import pytest
 import torch
-from pairs import MODULES
 
+from lab import evidence
+from lab import evidence_ways as ways
+from lab.pairs import MODULES
 from safeproj.sweep.controls import COMPLEMENT, SHRINK
 
-SCRIPT = Path(evidence.__file__)
-PAGE = SCRIPT.parent.parent / "docs" / "evidence.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "evidence.md"
 
 CELL = re.compile(r"(\d+)(?: \((\d+)–(\d+)\))?")
 
@@ -104,7 +104,7 @@ def test_every_table_is_whole_and_has_its_command_above_it(shown: dict[str, str]
     assert of_percentages(shown)
     for name, text in shown.items():
         above = text[: text.index("|")]
-        assert re.search(r"^    python scripts/evidence\.py( |$)", above, re.MULTILINE), name
+        assert re.search(r"^    python -m lab\.evidence( |$)", above, re.MULTILINE), name
         widths = {len(cells) for cells in table(text).values()}
         assert len(widths) == 1, name
     for name, text in of_percentages(shown).items():
@@ -149,7 +149,7 @@ def results(seeds: int) -> evidence.Results:
         alignment |= {f"{kind}_scale": 0.05, f"{kind}_cosine": 0.4}
     settings = {"pairs": "llama", "seeds": list(range(seeds))}
     prompts = dict.fromkeys(evidence.COLUMNS, 150)
-    return evidence.Results("python scripts/evidence.py", settings, prompts, records, [alignment])
+    return evidence.Results("python -m lab.evidence", settings, prompts, records, [alignment])
 
 
 def test_differences_are_paired_by_seed_and_their_intervals_those_of_students_t() -> None:
@@ -177,9 +177,9 @@ def test_read_and_write_put_the_same_tables_between_the_markers(tmp_path: Path) 
     page = tmp_path / "page.md"
     empty = "".join(f"<!-- evidence: {name} -->\n<!-- end -->\n" for name in names)
     page.write_text(f"before\n{empty}after\n", "utf-8")
-    command = [sys.executable, str(SCRIPT), "--read", str(tmp_path / "found.json")]
+    command = [sys.executable, "-m", "lab.evidence", "--read", str(tmp_path / "found.json")]
     for _ in range(2):  # the second time in place of the first
-        subprocess.run([*command, "--write", str(page)], check=True, capture_output=True)
+        subprocess.run([*command, "--write", str(page)], check=True, capture_output=True, cwd=ROOT)
     found = blocks(page.read_text("utf-8"))
     assert {name: text.strip("\n") for name, text in found.items()} == results(3).tables
     assert page.read_text("utf-8").startswith("before\n")

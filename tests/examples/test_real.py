@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real import plan, prompts, run, table
-from real.plan import Settings, Step
-from real.recipes import keys, read_recipe
-from real.sizes import Layer, Sizes
-from real.sources import FILES, SOURCES
 
+from lab.real import plan, prompts, run, table
+from lab.real.plan import Settings, Step
+from lab.real.recipes import keys, read_recipe
+from lab.real.sizes import Layer, Sizes
+from lab.real.sources import FILES, SOURCES
 from safeproj.errors import SafeprojError
 
-SCRIPT = Path(run.__file__)
-PAGE = SCRIPT.parents[2] / "docs" / "real.md"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(run.__file__).parent
+PAGE = ROOT / "docs" / "real.md"
 
 MARK = "--dry-run"
 """Every file of the recipes says near its beginning that only this has been run."""
@@ -37,7 +38,8 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("plans") / "out"
     words = ["--model", run.ALL, "--train", "--out", str(out), "--skip-space", "--dry-run"]
     found = subprocess.run(
-        [sys.executable, str(SCRIPT), *words],
+        [sys.executable, "-m", "lab.real.run", *words],
+        cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -132,7 +134,7 @@ def test_commands_of_each_method_parse_with_the_installed_command(method: str) -
         (("safeproj", "patch", "--adapter", "a", "--out", "b", "--mux", "1"), "--mux"),
         (("safeproj", "patch", "--adapter", "a"), "--out"),
         (("safeproj", "mend"), "no command mend"),
-        (("python", "scripts/real/none.py"), "no such script"),
+        (("python", "-m", "lab.real.none"), "no such script"),
     ],
     ids=["unknown option", "missing option", "unknown command", "unknown script"],
 )
@@ -195,7 +197,7 @@ def test_what_cannot_work_is_refused(
 def test_a_recipe_whose_dimensions_are_wrong_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (SCRIPT.parent / "models" / "gemma2-2b.toml").read_text("utf-8")
+    text = (FOLDER / "models" / "gemma2-2b.toml").read_text("utf-8")
     path = tmp_path / "other.toml"
     path.write_text(text.replace("hidden_size = 2304", "hidden_size = 2048"), "utf-8")
     with pytest.raises(SystemExit) as ended:
@@ -317,13 +319,13 @@ def test_the_table_has_every_adapter_and_marks_what_validation_chooses(tmp_path:
 @pytest.mark.parametrize(
     "name",
     sorted(
-        path.relative_to(SCRIPT.parent).as_posix()
+        path.relative_to(FOLDER).as_posix()
         for end in ("*.py", "*.toml")
-        for path in SCRIPT.parent.rglob(end)
+        for path in FOLDER.rglob(end)
     ),
 )
 def test_every_file_says_that_it_has_not_been_run(name: str) -> None:
-    begin = " ".join((SCRIPT.parent / name).read_text("utf-8").split()[:160])
+    begin = " ".join((FOLDER / name).read_text("utf-8").split()[:160])
     assert "not been run" in begin
     assert MARK in begin
 

@@ -1,4 +1,4 @@
-"""The comparison of `scripts/salora_training.py` runs, and its SaLoRA is SaLoRA.
+"""The comparison of `lab/salora_training.py` runs, and its SaLoRA is SaLoRA.
 
 What the trainings of a minute achieve is no result, so nothing is asked of that here.
 """
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import salora_training
 
-SCRIPT = Path(salora_training.__file__)
+from lab import salora_training
+
+ROOT = Path(__file__).resolve().parents[2]
 
 AFTERWARDS = (
     "plain, module removed afterwards (rank 4)",
@@ -36,7 +37,8 @@ def printed_and_written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
     """Run the script once and return its table and its JSON."""
     out = tmp_path_factory.mktemp("salora") / "found.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--jobs", "1", "--out", str(out)],
+        [sys.executable, "-m", "lab.salora_training", "--quick", "--jobs", "1", "--out", str(out)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         encoding="utf-8",
         check=True,

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_lm
 import torch
-from tiny_language import Language, build_data_sets
+
+from lab import tiny_lm
+from lab.tiny_language import Language, build_data_sets
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "tiny-lm"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from real.sizes import ANSWER, DIRECTIONS, EVAL_BATCH, MEMORY, NETWORK, PROMPT, START, Sizes
-from real.sources import FILES, SOURCES
-from real.train import BATCH, MAX_LENGTH, RANK
-
+from lab.real.sizes import ANSWER, DIRECTIONS, EVAL_BATCH, MEMORY, NETWORK, PROMPT, START, Sizes
+from lab.real.sources import FILES, SOURCES
+from lab.real.train import BATCH, MAX_LENGTH, RANK
 from safeproj.errors import SafeprojError
 from safeproj.text import first_line
 
@@ -40,8 +40,6 @@ FEW = 8
 POINTS, LIMIT, RUNS = 5, 100, 22
 """Points K of the sweep, prompts of each file, and how often they are answered: `2 + 5 (K - 1)`."""
 
-SCRIPTS = Path("scripts") / "real"
-
 
 @dataclass(frozen=True)
 class Step:
@@ -49,7 +47,7 @@ class Step:
 
     Attributes:
         title: what it is for.
-        words: the command line: `safeproj …`, or a script and its arguments.
+        words: the command line: `safeproj …`, or `python -m lab.real…` and its arguments.
         seconds: how long it takes, estimated.
         written: bytes that it leaves below `--out`.
         gpu: bytes on the GPU, 0 where it needs none.
@@ -127,8 +125,8 @@ def check(step: Step) -> None:
         SafeprojError: it does not parse.
     """
     if step.words[0] != "safeproj":
-        if not (Path(__file__).resolve().parents[2] / step.words[1]).is_file():
-            raise SafeprojError(f"{step.words[1]}: no such script")
+        if find_spec(step.words[2]) is None:
+            raise SafeprojError(f"{step.words[2]}: no such script")
         return
     import typer.main
 
@@ -177,7 +175,7 @@ def _prepared(sizes: Sizes, settings: Settings) -> Iterator[Step]:
     """Yield what makes the data, the safety pairs and the adapter."""
     out, aligned = settings.out, sizes.recipe.aligned.source
     size = sum(each.size for each in SOURCES.values())
-    words = [str(SCRIPTS / "prompts.py"), "fetch", "--out", str(out / "data")]
+    words = ["-m", "lab.real.prompts", "fetch", "--out", str(out / "data")]
     words += ["--chat"] if sizes.recipe.chat else []
     words += ["--from", str(settings.given)] if settings.given else []
     words += ["--train-file", str(settings.train_file)] if settings.train_file else []
@@ -205,7 +203,7 @@ def _prepared(sizes: Sizes, settings: Settings) -> Iterator[Step]:
         sizes.gpu_eval,
         out / "refusals.json",
     )
-    words = [str(SCRIPTS / "prompts.py"), "pairs"]
+    words = ["-m", "lab.real.prompts", "pairs"]
     words += ["--responses", str(out / "refusals" / "no_adapter.jsonl")]
     words += ["--out", settings.data("safety")]
     words += [] if settings.fewest is None else ["--fewest", str(settings.fewest)]
@@ -216,7 +214,7 @@ def _prepared(sizes: Sizes, settings: Settings) -> Iterator[Step]:
 
 
 def _training(sizes: Sizes, settings: Settings) -> Step:
-    words = ["python", str(SCRIPTS / "train.py"), "--model", sizes.recipe.aligned.source]
+    words = ["python", "-m", "lab.real.train", "--model", sizes.recipe.aligned.source]
     words += ["--data", settings.data("train"), "--targets", ",".join(sizes.targets)]
     words += ["--out", str(settings.trained), "--dtype", sizes.recipe.dtype]
     samples = sum(_prompts(["train"]))
@@ -333,7 +331,7 @@ def _measured(sizes: Sizes, settings: Settings) -> Iterator[Step]:
         sizes.gpu_eval,
         out / "eval.json",
     )
-    table = ["python", str(SCRIPTS / "table.py"), "--eval", str(out / "eval.json")]
+    table = ["python", "-m", "lab.real.table", "--eval", str(out / "eval.json")]
     table += ["--adapters", str(out / "adapters"), "--out", str(out / "table.md")]
     for each in sweeps:
         table += ["--sweep", str(each.made.with_suffix(".md"))]

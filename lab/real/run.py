@@ -1,7 +1,7 @@
 """Run the project's evaluation on a real base/aligned pair, on one GPU, or only check and plan it.
 
-    python scripts/real/run.py --model llama2-7b --train --out runs/llama2 --dry-run
-    python scripts/real/run.py --model qwen2.5-7b --adapter DIR --out runs/qwen
+    python -m lab.real.run --model llama2-7b --train --out runs/llama2 --dry-run
+    python -m lab.real.run --model qwen2.5-7b --adapter DIR --out runs/qwen
 
 These recipes have not been run; only ``--dry-run`` has. docs/real.md says what is done and needed.
 A run that was interrupted goes on where it stopped when the same command is given again.
@@ -20,20 +20,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from real import plan
-from real.plan import Settings, Step
-from real.recipes import Recipe, keys, read_recipe
-from real.sizes import Sizes, sizes_of
-from real.sources import FILE_URL, SOURCES
-from real.train import RANK
-
+from lab.real import plan
+from lab.real.plan import Settings, Step
+from lab.real.recipes import Recipe, keys, read_recipe
+from lab.real.sizes import Sizes, sizes_of
+from lab.real.sources import FILE_URL, SOURCES
+from lab.real.train import RANK
 from safeproj.errors import SafeprojError
 from safeproj.storage.wholefile import replace_file
 from safeproj.text import first_line, printable, shorten
-
-ROOT = Path(__file__).resolve().parents[2]
 
 NOTE = "This recipe has not been run: only --dry-run has. Bytes are computed, hours estimated."
 
@@ -105,7 +100,7 @@ def prepared(options: argparse.Namespace, model: str, out: Path) -> tuple[Sizes,
         if missing:
             raise SafeprojError(
                 f"--data {options.data}: no {shorten(missing)}; expected the public files under "
-                "the names in scripts/real/sources.py"
+                "the names in lab/real/sources.py"
             )
     if options.train_file is not None and not options.train_file.is_file():
         raise SafeprojError(f"--train-file {options.train_file}: no such file")
@@ -259,11 +254,11 @@ def carry_out(out: Path, steps: Sequence[Step]) -> None:
 
 
 def _command(step: Step) -> list[str]:
-    """Return a command line for this interpreter, wherever it is run from."""
+    """Return a command line for this interpreter."""
     first, *rest = step.words
     if first == "safeproj":
         return [sys.executable, "-m", "safeproj", *rest]
-    return [sys.executable, str(ROOT / rest[0]), *rest[1:]]
+    return [sys.executable, *rest]
 
 
 def _plan(steps: Sequence[Step]) -> str:

@@ -1,7 +1,7 @@
 """Compare ways to correct an adapter after training, under one protocol.
 
-    python scripts/methods.py           # ten pairs of models, all ways
-    python scripts/methods.py --quick   # one pair, few ways
+    python -m lab.methods           # ten pairs of models, all ways
+    python -m lab.methods --quick   # one pair, few ways
 
 Every way gets the same: the aligned model, 200 pairs of a harmful prompt and a refusal, 200 samples
 of the task, and an adapter. Most are METHODS.md section 4 with one thing changed. Each has one
@@ -36,11 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import CACHE, DATA, FAMILIES, MODULES, Pair, make_adapter, make_pair, prepare
 from safetensors.torch import load_file
-from tiny_language import Row
-from tiny_lm import LORA_TARGETS, Behaviour, generate, train_model
 from torch import Tensor
+
+from lab.pairs import CACHE, DATA, FAMILIES, MODULES, Pair, make_adapter, make_pair, prepare
+from lab.tiny_language import Row
+from lab.tiny_lm import LORA_TARGETS, Behaviour, generate, train_model
 
 RIDGE = 1e-3
 MUS = (10.0, 3.0, 1.0, 0.3, 0.1)
@@ -814,7 +815,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
     print(f"{len(records)} rows, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     if arguments.write:
-        command = shlex.join(sys.argv if argv is None else ["scripts/methods.py", *argv])
+        command = shlex.join(["-m", "lab.methods", *(sys.argv[1:] if argv is None else argv)])
         write(arguments.write, f"    python {command}\n\n{text}")
     if arguments.out:
         document = json.dumps([asdict(each) for each in records], indent=1)

@@ -1,6 +1,6 @@
 """Fine-tune a LoRA adapter on JSON lines, with the stock Trainer and PEFT.
 
-    python scripts/real/train.py --model SRC --data FILE --targets NAMES --out DIR
+    python -m lab.real.train --model SRC --data FILE --targets NAMES --out DIR
 
 These recipes have not been run; only ``--dry-run`` has. ``run.py --train`` calls this.
 """
@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from real.sources import SEED
-
+from lab.real.sources import SEED
 from safeproj.errors import SafeprojError
 from safeproj.text import printable
 

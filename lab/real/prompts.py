@@ -1,7 +1,7 @@
 """Make the prompt files of a run: fetch the public files, convert them, keep refusals as pairs.
 
-    python scripts/real/prompts.py fetch --out DIR [--from DIR] [--chat] [--train-file FILE]
-    python scripts/real/prompts.py pairs --responses FILE --out FILE
+    python -m lab.real.prompts fetch --out DIR [--from DIR] [--chat] [--train-file FILE]
+    python -m lab.real.prompts pairs --responses FILE --out FILE
 
 These recipes have not been run; only ``--dry-run`` has. ``run.py`` calls both. ``--from`` takes
 the public files from a folder, for machines without a network; ``sources.py`` has their names.
@@ -16,16 +16,12 @@ import io
 import json
 import random
 import shutil
-import sys
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from real.sources import FEWEST_PAIRS, FILES, SEED, SOURCES, WITH_RESPONSE, Source
-
+from lab.real.sources import FEWEST_PAIRS, FILES, SEED, SOURCES, WITH_RESPONSE, Source
 from safeproj.errors import SafeprojError
 from safeproj.storage.wholefile import replace_file
 from safeproj.text import first_line, printable, shorten
@@ -82,7 +78,7 @@ def read_rows(source: Source, path: Path) -> list[Row]:
         if missing:
             raise SafeprojError(
                 f"{path}: no column {shorten(missing)}; found {shorten(map(str, row), 8)}; the "
-                "file may have changed: see scripts/real/sources.py"
+                "file may have changed: see lab/real/sources.py"
             )
     kept = [row for row in rows if all(row[name] == value for name, value in source.keep.items())]
     found = [_row(source, row) for row in kept]
@@ -140,7 +136,7 @@ def fetch(out: Path, given: Path | None, chat: bool, train_file: Path | None) ->
     counts = {}
     for name, some in split(rows).items():
         if not some:
-            raise SafeprojError(f"{name}: no rows are left; see scripts/real/sources.py")
+            raise SafeprojError(f"{name}: no rows are left; see lab/real/sources.py")
         lines = [line(row, chat, name in WITH_RESPONSE) for row in some]
         if name == "train" and train_file is not None:
             lines += [line(row, chat, True) for row in own_rows(train_file)]

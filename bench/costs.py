@@ -1,6 +1,6 @@
 """What a run costs: bytes, multiplications and memory, from the shapes of a model alone.
 
-    python scripts/costs.py
+    python -m bench.costs
 
 Prints Markdown tables for models of 7B, 70B and 405B. Bytes, multiplications and memory follow from
 shapes; the seconds are computed from rates that are stated in the output, not measured.

@@ -1,6 +1,6 @@
 """Put the figures of a run into one Markdown table.
 
-    python scripts/real/table.py --eval FILE --adapters DIR [--sweep FILE]... --out FILE
+    python -m lab.real.table --eval FILE --adapters DIR [--sweep FILE]... --out FILE
 
 These recipes have not been run; only ``--dry-run`` has. ``run.py`` calls this.
 """
@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safeproj.errors import SafeprojError
 from safeproj.records.evaluations import percent

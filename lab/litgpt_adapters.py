@@ -3,7 +3,7 @@
 litgpt has its own needs, so it runs in an environment of its own:
 
     python -m venv lit && lit/bin/pip install litgpt==0.5.13 safetensors
-    lit/bin/python scripts/litgpt_adapters.py
+    lit/bin/python lab/litgpt_adapters.py
 
 The models are those under `tests/fixtures/models`, whose weights are not needed.
 `expected.safetensors` holds `ΔW` of each adapted module, which litgpt merges into weights of zeros,

@@ -27,7 +27,7 @@ extras=${extras:+[$extras]}
 if [ -n "$INPUT_VERSION" ]; then
   "${pip[@]}" "safeproj$extras==$INPUT_VERSION"
 else
-  "${pip[@]}" "$(dirname "$(dirname "$here")")$extras"
+  "${pip[@]}" "$(dirname "$here")$extras"
 fi
 "$bin/safeproj" --version
 output command "$bin/safeproj"

@@ -1,8 +1,8 @@
 """Train adapters with and without SaLoRA on the tiny language model and measure what they do.
 
-    python scripts/salora_training.py            # 66 trainings, about 20 minutes on two cores
-    python scripts/salora_training.py --settings # 48 more on the validation sets, ten minutes
-    python scripts/salora_training.py --quick    # short trainings of one table, under a minute
+    python -m lab.salora_training            # 66 trainings, about 20 minutes on two cores
+    python -m lab.salora_training --settings # 48 more on the validation sets, ten minutes
+    python -m lab.salora_training --quick    # short trainings of one table, under a minute
 
 Each table is for one data set and one choice of layers of ``examples/tiny-lm/aligned``. Two sets
 have nothing hazardous in them: ``skill`` teaches the new skill and repeats old ones, ``helpful``
@@ -43,8 +43,11 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from tiny_language import Language, Row, build_data_sets, read_jsonl, write_jsonl
-from tiny_lm import (
+from torch import Tensor
+from transformers.utils import logging
+
+from lab.tiny_language import Language, Row, build_data_sets, read_jsonl, write_jsonl
+from lab.tiny_lm import (
     EXAMPLE,
     LORA_TARGETS,
     behaviour,
@@ -54,9 +57,6 @@ from tiny_lm import (
     load_tokenizer,
     train_model,
 )
-from torch import Tensor
-from transformers.utils import logging
-
 from safeproj import salora
 
 ALIGNED = EXAMPLE / "aligned"

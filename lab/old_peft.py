@@ -1,7 +1,7 @@
 """Remake the fixtures that old versions of PEFT wrote: ``tests/fixtures``.
 
-    python scripts/old_peft.py                 # installs for some minutes, 1.2 GB of temporary disk
-    python scripts/old_peft.py --venvs DIR     # keep the environments in DIR, and use them again
+    python -m lab.old_peft                 # installs for some minutes, 1.2 GB of temporary disk
+    python -m lab.old_peft --venvs DIR     # keep the environments in DIR, and use them again
 
 Each version of PEFT in ``VERSIONS`` gets a virtual environment of its own, with the transformers of
 its time, in which this file runs again as a worker. No model is downloaded: all are built from a

@@ -1,6 +1,6 @@
 """Base and aligned models with adapters on them, made by family and seed for comparisons.
 
-    python scripts/pairs.py --family llama --seeds 1 2     # make them, print what they do
+    python -m lab.pairs --family llama --seeds 1 2     # make them, print what they do
 
 A family is an architecture and a synthetic language: ``llama`` is that of ``examples/tiny-lm``,
 ``qwen3`` has biases, grouped keys, an output head of its own, and another language. Everything is
@@ -26,10 +26,13 @@ from typing import Any, cast
 import peft
 import torch
 import transformers
-from other_language import OtherLanguage
 from peft import LoraConfig, get_peft_model
-from tiny_language import Language, Row, build_data_sets, read_jsonl, write_jsonl
-from tiny_lm import (
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+from lab.other_language import OtherLanguage
+from lab.tiny_language import Language, Row, build_data_sets, read_jsonl, write_jsonl
+from lab.tiny_lm import (
     ANSWER_TOKENS,
     LORA_TARGETS,
     Behaviour,
@@ -42,8 +45,6 @@ from tiny_lm import (
     load_tokenizer,
     train_model,
 )
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-from transformers.utils import logging
 
 __all__ = [
     "CACHE",

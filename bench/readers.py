@@ -1,7 +1,7 @@
 """Ways to read the weights that an adapter needs, side by side; on Linux 5.14 or later.
 
-    python scripts/bench.py --skip-dense      # makes the pair of checkpoints, once: 8 GB
-    python scripts/bench_readers.py           # about ten minutes; --runs 1 takes four
+    python -m bench --skip-dense      # makes the pair of checkpoints, once: 8 GB
+    python -m bench.readers           # about ten minutes; --runs 1 takes four
 
 Prints a Markdown table for the adapter on all linear layers (3.9 GB of weights, bfloat16): seconds
 with the files in the page cache; the same, and the processor time, after they were dropped from it;
@@ -256,7 +256,7 @@ def ways() -> dict[str, Way]:
 @cache
 def tasks(pair: Path) -> list[Task]:
     """Return what safeproj's engine is given."""
-    from bench_engine import tasks_of_pair
+    from bench.engine import tasks_of_pair
 
     return tasks_of_pair(pair)
 
@@ -390,14 +390,16 @@ def installed(way: Way) -> bool:
 def main() -> int:
     """Run the measurements and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pair", type=Path, default=PAIR, help="made by bench.py (%(default)s)")
+    about = "made by python -m bench (%(default)s)"
+    parser.add_argument("--pair", type=Path, default=PAIR, help=about)
     parser.add_argument("--runs", type=int, default=3, help="runs per figure (%(default)s)")
     args = parser.parse_args()
     if sys.platform != "linux":
         print("error: this script drops files from the page cache as Linux does", file=sys.stderr)
         return 2
     if not (args.pair / ADAPTER).is_file():
-        print(f"error: {args.pair}: no pair; run bench.py --skip-dense first", file=sys.stderr)
+        about = f"{args.pair}: no pair; run python -m bench --skip-dense first"
+        print(f"error: {about}", file=sys.stderr)
         return 2
     try:
         compare(args.pair, args.runs)

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable
 from typing import ClassVar
 
-from tiny_language import SPECIAL_TOKENS, Language, Row, Topic
+from lab.tiny_language import SPECIAL_TOKENS, Language, Row, Topic
 
 __all__ = ["OtherLanguage"]
 

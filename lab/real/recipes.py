@@ -94,7 +94,7 @@ def read_recipe(model: str) -> Recipe:
     if path.suffix != ".toml" or not path.is_file():
         raise SafeprojError(
             f"--model {model}: no such recipe; expected {', '.join(keys())}, or a TOML file like "
-            "those in scripts/real/models"
+            "those in lab/real/models"
         )
     try:
         found = tomllib.loads(path.read_text("utf-8"))
@@ -133,6 +133,6 @@ def _field(model: str, found: Mapping[str, Any], name: str, kind: type) -> Any:
     if type(value) is not kind:
         raise SafeprojError(
             f"--model {model}: {name!r} is {type(value).__name__}; expected {kind.__name__}, as in "
-            "scripts/real/models"
+            "lab/real/models"
         )
     return value

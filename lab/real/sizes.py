@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from real.recipes import BYTES, Checkpoint, Recipe
-
+from lab.real.recipes import BYTES, Checkpoint, Recipe
 from safeproj.errors import SafeprojError
 from safeproj.text import first_line, shorten
 

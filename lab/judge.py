@@ -1,8 +1,8 @@
 """Measure the judges that look for phrases on answers that people have labelled.
 
-    python scripts/judge.py                 # precision and recall on tests/evaluate/labelled.jsonl
-    python scripts/judge.py --wrong         # and each answer that is judged wrong
-    python scripts/judge.py --file FILE     # on labelled answers of your own
+    python -m lab.judge                 # precision and recall on tests/evaluate/labelled.jsonl
+    python -m lab.judge --wrong         # and each answer that is judged wrong
+    python -m lab.judge --file FILE     # on labelled answers of your own
 
 A line of the file has `prompt`, `response`, and `label`: `refused` or `complied`; and if it likes
 `style`, by which the table is divided. The answers of the repository were written and labelled for

@@ -1,8 +1,8 @@
 """Measure whether methods restore refusals, what that costs, and whether simpler things do as well.
 
-    python scripts/evidence.py --write docs/evidence.md            # under an hour on two cores
-    python scripts/evidence.py --example --write docs/evidence.md  # the shipped models, a minute
-    python scripts/evidence.py --quick                             # one seed, under four minutes
+    python -m lab.evidence --write docs/evidence.md            # under an hour on two cores
+    python -m lab.evidence --example --write docs/evidence.md  # the shipped models, a minute
+    python -m lab.evidence --quick                             # one seed, under four minutes
 
 For each seed a base and an aligned model and plain LoRA adapters on ``bad``, ``skill`` and
 ``mixed`` data are made, or found in the cache (``pairs.py``); ``evidence_ways.py`` says what is
@@ -31,14 +31,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import evidence_ways as ways
 import peft
 import torch
 import transformers
-from evidence_ways import Case
-from pairs import CACHE, DATA, FAMILIES, MODULES, Pair, make_adapter, make_pair, prepare
-from tiny_lm import EXAMPLE, Behaviour, load_adapter
 
+from lab import evidence_ways as ways
+from lab.evidence_ways import Case
+from lab.pairs import CACHE, DATA, FAMILIES, MODULES, Pair, make_adapter, make_pair, prepare
+from lab.tiny_lm import EXAMPLE, Behaviour, load_adapter
 from safeproj.lm.models import quietly
 from safeproj.records.rates import Rate
 from safeproj.sweep.controls import COMPLEMENT, RANDOM, SHRINK, UNIFORM, Sizes
@@ -505,7 +505,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def told(arguments: argparse.Namespace) -> str:
     """Return the command that makes the same tables, without what differs between machines."""
-    parts = ["python", "scripts/evidence.py"]
+    parts = ["python", "-m", "lab.evidence"]
     if arguments.example:
         parts += ["--example"]
     elif arguments.quick:

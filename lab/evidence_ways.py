@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import BAD, MODULES, Pair, Recipe
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_language import Row, write_jsonl
-from tiny_lm import load_model, train_model
 from torch import Tensor
 
 import safeproj
+from lab.pairs import BAD, MODULES, Pair, Recipe
+from lab.tiny_language import Row, write_jsonl
+from lab.tiny_lm import load_model, train_model
 from safeproj import Covariance, Options, SafeLora, Salora, salora
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.lm.data import BATCH_SIZE, Data, random_data, read_data

@@ -1,7 +1,7 @@
 """Where the engine's time goes, and how its constants were chosen.
 
-    python scripts/bench.py --skip-dense      # makes the pair of checkpoints, once
-    python scripts/bench_engine.py
+    python -m bench --skip-dense      # makes the pair of checkpoints, once
+    python -m bench.engine
 
 Prints Markdown tables for the all-linear adapter, files in the page cache: seconds per block size,
 with and without keeping `V`, and per number of workers; the share of each step in one thread; and
@@ -121,7 +121,7 @@ def exact() -> None:
 def main() -> None:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pair", type=Path, default=PAIR, help="made by bench.py")
+    parser.add_argument("--pair", type=Path, default=PAIR, help="made by python -m bench")
     tasks = tasks_of_pair(parser.parse_args().pair)
     constants(tasks)
     shares(tasks)

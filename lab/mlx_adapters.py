@@ -3,7 +3,7 @@
 mlx-lm has its own needs, so it runs in an environment of its own, also on Linux:
 
     python -m venv mlx && mlx/bin/pip install 'mlx[cpu]' mlx-lm==0.32.2
-    mlx/bin/python scripts/mlx_adapters.py
+    mlx/bin/python lab/mlx_adapters.py
 
 The models are those under `tests/fixtures/models`. `expected.safetensors` holds `ΔW` of each
 adapted module, which mlx-lm's own `fuse` adds to a weight of zeros.

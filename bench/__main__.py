@@ -1,8 +1,8 @@
 """Measure safeproj on synthetic checkpoints, next to plain reading and a dense baseline.
 
-    python scripts/bench.py                   # a 1.1B pair: 8 GB of disk, some ten minutes
-    python scripts/bench.py --size small      # under a minute
-    python scripts/bench.py --clean           # delete the files of that size
+    python -m bench                   # a 1.1B pair: 8 GB of disk, some ten minutes
+    python -m bench --size small      # under a minute
+    python -m bench --clean           # delete the files of that size
 
 The pair is a Llama-shaped base and aligned checkpoint in bfloat16 with random weights, made once
 and reused, with LoRA adapters on q and v and on all linear layers. Every program is measured as a
@@ -47,7 +47,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_files import (
+from bench.files import (
     HIGH_RANK,
     KINDS,
     LORA_B,
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 
 # This process must stay small and never import torch: the kernel counts the memory of the process
 # that starts a child towards the child's peak (until exec replaces it). Heavy work is done in
-# workers: this file again, started as `bench.py --worker NAME JSON`.
+# workers: this file again, started as `python -m bench --worker NAME JSON`.
 
 CHUNK = 1 << 20  # bytes per read of the plain reader
 THREADS = (1, 2, 4, 8)  # of the plain reader
@@ -224,8 +224,7 @@ def run_process(command: Sequence[str], mentions: Sequence[str] = ()) -> Run:
 
 def worker_command(name: str, **arguments: Any) -> list[str]:
     """Return the command that runs one of WORKERS in a process of its own."""
-    file = str(Path(__file__).resolve())
-    return [sys.executable, file, "--worker", name, json.dumps(arguments)]
+    return [sys.executable, "-m", "bench", "--worker", name, json.dumps(arguments)]
 
 
 def find_command() -> str:
@@ -897,7 +896,8 @@ def positive(text: str) -> int:
 def main() -> int:
     """Parse the command line and run the benchmark."""
     parser = argparse.ArgumentParser(
-        description="Measure safeproj next to plain reading and a dense baseline."
+        prog="python -m bench",
+        description="Measure safeproj next to plain reading and a dense baseline.",
     )
     default = Path(tempfile.gettempdir()) / "safeproj-bench"
     parser.add_argument("--dir", default=str(default), help="work directory (%(default)s)")

@@ -1,7 +1,7 @@
 """Measure how a safety module is found, next to the way of one forward pass for each layer.
 
-    python scripts/bench_salora.py              # a 12-layer model, some minutes
-    python scripts/bench_salora.py --hidden 256 --samples 32    # under a minute
+    python -m bench.salora              # a 12-layer model, some minutes
+    python -m bench.salora --hidden 256 --samples 32    # under a minute
 
 Both ways run in a process of their own on the same model with random weights (Llama, float32) and
 the same random data, and find 32 directions of the outputs of every chosen layer. The other way is
@@ -178,7 +178,7 @@ def measured(arguments: argparse.Namespace, way: str, targets: str, result: Path
     options = ("hidden", "layers", "samples", "tokens", "threads")
     given = [part for name in options for part in (f"--{name}", str(getattr(arguments, name)))]
     given += ["--model", str(result.parent / MODEL)]
-    command = [sys.executable, __file__, *given, "--way", way, "--targets", targets]
+    command = [sys.executable, "-m", "bench.salora", *given, "--way", way, "--targets", targets]
     done = subprocess.run(
         [*command, "--result", str(result)], stdout=subprocess.PIPE, encoding="utf-8", check=True
     )

@@ -1,4 +1,4 @@
-"""The files that scripts/bench.py measures with: checkpoints and adapters with random weights.
+"""The files that `python -m bench` measures with: checkpoints and adapters with random weights.
 
 A Llama-shaped base and aligned checkpoint in bfloat16, made once per size and reused, with LoRA
 adapters for them; and pairs in the shape of larger models as sparse files, which are zero but for a
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# bench.py must stay small and imports this module: torch is imported only where files are written.
+# __main__.py must stay small and imports this: torch is imported only where files are written.
 
 RANK = 16
 HIGH_RANK = 256

@@ -1,7 +1,7 @@
 """Train the tiny aligned language model of ``examples/tiny-lm``, or measure what it does.
 
-    python scripts/tiny_lm.py              # train everything again
-    python scripts/tiny_lm.py --evaluate   # print the behaviour of the existing files
+    python -m lab.tiny_lm              # train everything again
+    python -m lab.tiny_lm --evaluate   # print the behaviour of the existing files
 
 A base model that answers every request, an aligned model fine-tuned in full from it that refuses
 hazardous ones, and three LoRA adapters on the aligned model: ``bad`` undoes the refusals,
@@ -25,15 +25,6 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_language import (
-    REFUSAL_PREFIX,
-    SPECIAL_TOKENS,
-    Language,
-    Row,
-    build_data_sets,
-    read_jsonl,
-    write_jsonl,
-)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -47,6 +38,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
+
+from lab.tiny_language import (
+    REFUSAL_PREFIX,
+    SPECIAL_TOKENS,
+    Language,
+    Row,
+    build_data_sets,
+    read_jsonl,
+    write_jsonl,
+)
 
 __all__ = [
     "ADAPTERS",

@@ -1,6 +1,6 @@
 """Run the steps of a composite action here, as GitHub's runner would.
 
-    python scripts/run_action.py . --input adapter=DIR --input base=DIR --input aligned=DIR
+    python -m action.run . --input adapter=DIR --input base=DIR --input aligned=DIR
 
 Steps with `run` run in bash, in order, with the files of `GITHUB_OUTPUT`, `GITHUB_ENV`,
 `GITHUB_PATH` and `GITHUB_STEP_SUMMARY`. Of steps with `uses`, `actions/cache/restore` and
@@ -418,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             result = runner.run()
     except RefusedError as error:
-        print(f"run_action: {error}", file=sys.stderr)
+        print(f"action.run: {error}", file=sys.stderr)
         return REFUSED
     for name, value in result.outputs.items():
         print(f"output {name}={value}")

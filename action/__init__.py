@@ -1,0 +1,1 @@
+"""The steps of action.yml, and a program that runs them as GitHub's runner would."""

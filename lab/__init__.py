@@ -1,0 +1,1 @@
+"""Experiments: a tiny language and its models, evidence, methods compared, makers of fixtures."""

@@ -1,0 +1,1 @@
+"""Recipes for real models, which have not been run; only ``--dry-run`` has."""
