@@ -18,14 +18,17 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safeproj.methods.projection import Approx, Exact
 
 from safeproj.adapter import read_adapter
 from safeproj.checkpoint import Reader
-from safeproj.engine import Difference, Task, blocks, run
+from safeproj.engine import Buffers, Task, blocks, run
+from safeproj.methods.safe_lora import blocks as weights
+from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.safe_lora.pair import Pair
+from safeproj.methods.safe_lora.score import score
+from safeproj.methods.safe_lora.sources import Difference
 from safeproj.plan.select import Selection
-from safeproj.run.job import update_of
+from safeproj.plan.updates import update_of
 
 PAIR = Path(tempfile.gettempdir()) / "safeproj-bench" / "pair-1.1b"
 KIB = 1 << 10
@@ -42,27 +45,37 @@ def tasks_of_pair(pair: Path) -> list[Task]:
     ]
 
 
+def score_all(tasks: list[Task], workers: int | None = None) -> None:
+    """Score all updates of all tasks with the fast projector."""
+
+    def work(buffers: Buffers, task: Task) -> object:
+        return score(task, Approx(), buffers, digests=False)
+
+    for _ in run(tasks, work, device="cpu", workers=workers):
+        pass
+
+
 def seconds(tasks: list[Task], workers: int = 2) -> float:
     """Return the best of three runs."""
     found = []
     for _ in range(3):
         start = time.perf_counter()
-        run(tasks, Approx(), device="cpu", workers=workers)
+        score_all(tasks, workers)
         found.append(time.perf_counter() - start)
     return min(found)
 
 
 def constants(tasks: list[Task]) -> None:
     """Print seconds per block size, with `V` kept and read twice, and per number of workers."""
-    block, hold = blocks.CPU_BLOCK, blocks.CPU_HOLD
+    block, hold = blocks.CPU_BLOCK, weights.CPU_HOLD
     print("| block per weight | `V` kept up to 64 MiB | every `V` read twice |\n|---|---:|---:|")
     for size in (256, 512, 1024, 2048):
         blocks.CPU_BLOCK = size * KIB
         cells = []
-        for blocks.CPU_HOLD in (hold, 0):
+        for weights.CPU_HOLD in (hold, 0):
             cells.append(f"{seconds(tasks):.2f}")
         print(f"| {size} KiB | {' | '.join(cells)} |", flush=True)
-    blocks.CPU_BLOCK, blocks.CPU_HOLD = block, hold
+    blocks.CPU_BLOCK, weights.CPU_HOLD = block, hold
     print("\n| workers | seconds |\n|---|---:|")
     for workers in (1, 2, 4):
         print(f"| {workers} | {seconds(tasks, workers):.2f} |", flush=True)

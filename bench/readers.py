@@ -263,11 +263,9 @@ def tasks(pair: Path) -> list[Task]:
 
 def score(stored: Sequence[Stored]) -> None:
     """Read and score all modules with safeproj's engine."""
-    from safeproj.methods.projection import Approx
+    from bench.engine import score_all
 
-    from safeproj.engine import run
-
-    run(tasks(stored[0].path.parents[1]), Approx(), device="cpu")
+    score_all(tasks(stored[0].path.parents[1]))
 
 
 # --- measuring -----------------------------------------------------------------------------------

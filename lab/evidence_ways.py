@@ -31,9 +31,9 @@ from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.lm.data import BATCH_SIZE, Data, random_data, read_data
 from safeproj.lm.models import recorded_inputs
 from safeproj.methods.covariance.file import MOMENT
+from safeproj.methods.covariance.formulas import Correction, Moment, Reconstruction
 from safeproj.methods.covariance.make import make_statistics
 from safeproj.methods.interface import Method
-from safeproj.methods.projection import Correction, Moment, Reconstruction
 from safeproj.methods.recorded import METADATA
 from safeproj.plan.select import DEFAULT_THRESHOLD, Selection
 from safeproj.records.scores import Report

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safeproj.methods.projection import Approx, Exact, Projector, alignment
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,10 +18,15 @@ from safeproj import engine
 from safeproj.checkpoint import open_checkpoint
 from safeproj.checkpoint.expression import Matrix
 from safeproj.checkpoint.safetensors import SafetensorsWeight
-from safeproj.engine import Difference, Progress, Score, Task, Update, blocks
-from safeproj.engine.blocks import CPU_BLOCK, CPU_HOLD
+from safeproj.engine import Buffers, Progress, Task, Update, blocks
+from safeproj.engine.blocks import CPU_BLOCK
 from safeproj.engine.profile import Usage
 from safeproj.errors import SafeprojError
+from safeproj.methods.safe_lora.blocks import CPU_HOLD
+from safeproj.methods.safe_lora.formulas import Approx, Exact, alignment
+from safeproj.methods.safe_lora.score import score
+from safeproj.methods.safe_lora.sources import Difference
+from safeproj.methods.score import Score
 
 
 def stored(path: Path, **tensors: Tensor) -> Path:
@@ -70,8 +76,23 @@ def oracle(task: Task, W_aligned: Tensor, W_base: Tensor) -> tuple[Tensor, float
     return V @ (V.T @ B) / V.norm(), float(cosine)
 
 
-def run_one(task: Task, projector: Projector | None = None, device: str = "cpu") -> Score:
-    ((score,),) = engine.run([task], projector or Approx(), device=device)
+def run(
+    tasks: Sequence[Task],
+    formulas: Approx | Exact,
+    *,
+    digests: bool = False,
+    device: str = "cpu",
+    **options: Any,
+) -> list[tuple[Score | SafeprojError, ...]]:
+    def work(buffers: Buffers, task: Task) -> tuple[Score | SafeprojError, ...]:
+        return score(task, formulas, buffers, digests=digests)
+
+    wide = isinstance(formulas, Exact)
+    return list(engine.run(tasks, work, device=device, wide=wide, **options))
+
+
+def run_one(task: Task, projector: Approx | Exact | None = None, device: str = "cpu") -> Score:
+    ((score,),) = run([task], projector or Approx(), device=device)
     assert isinstance(score, Score)
     return score
 
@@ -100,9 +121,7 @@ def test_a_weight_too_large_to_keep_is_read_again(tmp_path: Path) -> None:
     W_aligned, W_base = pair(m, n)
     task = task_of(tmp_path, W_aligned, W_base)
     read: list[int] = []
-    ((score,),) = engine.run(
-        [task], Approx(), device="cpu", on_progress=lambda e: read.append(e.nbytes)
-    )
+    ((score,),) = run([task], Approx(), on_progress=lambda e: read.append(e.nbytes))
     assert isinstance(score, Score)
 
     expected, cosine = oracle(task, W_aligned, W_base)
@@ -117,7 +136,7 @@ def test_digests_are_those_of_the_stored_bytes(tmp_path: Path) -> None:
     W_aligned, W_base = pair(600, 1100)
     task = task_of(tmp_path, W_aligned, W_base)
     for projector in (Approx(), Exact(rank=3)):
-        ((score,),) = engine.run([task], projector, device="cpu", digests=True)
+        ((score,),) = run([task], projector, digests=True)
         assert isinstance(score, Score)
         assert score.sha256 == tuple(
             {"w": hashlib.sha256(W.view(torch.uint8).numpy().data).hexdigest()}
@@ -128,14 +147,14 @@ def test_digests_are_those_of_the_stored_bytes(tmp_path: Path) -> None:
 def test_progress_covers_all_bytes_and_all_modules(tmp_path: Path) -> None:
     task = task_of(tmp_path, *pair(600, 1100))
     events: list[Progress] = []
-    engine.run([task] * 3, Approx(), device="cpu", on_progress=events.append)
+    run([task] * 3, Approx(), on_progress=events.append)
     assert sum(event.nbytes for event in events) == 3 * task.origin.nbytes
     assert sum(event.finished for event in events) == 3
 
 
 def test_usage_counts_the_bytes_and_the_time_of_all_workers(tmp_path: Path) -> None:
     task, usage = task_of(tmp_path, *pair(600, 1100)), Usage()
-    engine.run([task] * 4, Approx(), device="cpu", workers=2, usage=usage)
+    run([task] * 4, Approx(), workers=2, usage=usage)
     assert usage.read_bytes == 4 * task.origin.nbytes
     assert 1 <= usage.workers <= 2
     assert 0 < usage.read_seconds < usage.busy_seconds <= usage.workers * usage.wall_seconds
@@ -181,7 +200,9 @@ def test_unknown_devices_are_refused(device: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("projector", [Approx(), Exact(rank=4)], ids=repr)
-def test_cuda_agrees_with_the_cpu(tmp_path: Path, projector: Projector, transposed: bool) -> None:
+def test_cuda_agrees_with_the_cpu(
+    tmp_path: Path, projector: Approx | Exact, transposed: bool
+) -> None:
     task = task_of(tmp_path, *pair(1300, 900), transposed=transposed)
     cpu, cuda = run_one(task, projector), run_one(task, projector, "cuda")
     assert cpu.factor is not None
@@ -218,7 +239,7 @@ def test_what_is_read_was_asked_for_before(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(blocks, "AHEAD", 300_000)
     task = task_of(tmp_path, *pair(600, 1100))
     plain = run_one(task)
-    engine.run([task] * 3, Approx(), device="cpu", workers=1)
+    run([task] * 3, Approx(), workers=1)
     assert isinstance(task.origin, Difference)
     for matrix in (task.origin.aligned, task.origin.base):
         weight = matrix.weight

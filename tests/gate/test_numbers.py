@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 import safeproj as package
-from safeproj import engine
-from safeproj.engine import Moments, StoredMoment, Task, Update
+from safeproj.engine import Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
+from safeproj.methods.covariance.formulas import Correction
+from safeproj.methods.covariance.score import corrected
+from safeproj.methods.covariance.sources import Moments, StoredMoment
 from safeproj.methods.interface import Method
-from safeproj.methods.projection import Correction
 from safeproj.report import Check, Outcome
 from tests.conftest import Trio
 from tests.gate.adversarial import change_manifest, configure, key, put_tensors, tensors_of
@@ -147,7 +148,7 @@ def test_the_correction_of_an_update_beside_rows_that_cancel(gain: Tensor | None
     unused = StoredMoment(None, True)  # type: ignore[arg-type]
     task = Task("w", Moments(unused, unused), (Update(ungained, B, gain=gain),))
 
-    (found,) = engine.corrected(task, Correction(mu), moment(X, whole=True), moment(Y, whole=True))
+    (found,) = corrected(task, Correction(mu), moment(X, whole=True), moment(Y, whole=True))
 
     assert not isinstance(found, SafeprojError)
     assert found.factor is not None

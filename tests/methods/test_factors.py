@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safeproj.methods.projection import Approx, Complement, gains, share, similarity
 from torch import Tensor
 
 from safeproj.methods import factors
 from safeproj.methods.factors import CancellationError, cancellation, core, is_zero, norm, settled
+from safeproj.methods.measures import gains, share, similarity
 from safeproj.methods.safe_lora.decomposition import cosine_bounds
+from safeproj.methods.safe_lora.formulas import Approx
+from safeproj.methods.salora.formulas import Complement
 from tests.support import oracle_C, oracle_cosine
 
 

@@ -9,21 +9,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safeproj.methods.projection import (
-    Approx,
-    Complement,
-    Exact,
-    NotOrthonormalError,
-    alignment,
-    pdst,
-    scale,
-    share,
-    similarity,
-)
 from torch import Tensor
 
 from safeproj import text
-from safeproj.methods import projection
+from safeproj.checkpoint import expression
+from safeproj.methods import measures
+from safeproj.methods.measures import pdst, scale, share, similarity
+from safeproj.methods.safe_lora import formulas
+from safeproj.methods.safe_lora.formulas import Approx, Exact, alignment
+from safeproj.methods.salora.formulas import Complement, NotOrthonormalError
 from safeproj.records import scores
 from tests.support import oracle_C, oracle_cosine
 
@@ -246,7 +240,9 @@ def test_the_exact_projector_needs_a_rank_or_an_energy_in_range(options: dict[st
         Exact(**options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("module", [projection, text, scores], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [formulas, measures, expression, text, scores], ids=lambda m: m.__name__
+)
 def test_the_examples_in_the_docstrings_hold(module: object) -> None:
     found = doctest.testmod(module)  # type: ignore[arg-type]
     assert found.attempted > 0

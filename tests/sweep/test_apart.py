@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Approx, Complement, Correction, Exact, Projected, Projector
+from safeproj.methods.blocks import Projected
+from safeproj.methods.covariance.formulas import Correction
+from safeproj.methods.safe_lora.formulas import Approx, Exact
+from safeproj.methods.salora.formulas import Complement
 from safeproj.sweep.apart import apart, in_step
 
 
@@ -125,7 +128,7 @@ def test_values_that_are_not_finite_are_found() -> None:
 @pytest.mark.parametrize(
     "projector", [Approx(), Exact(rank=2), Complement(3)], ids=["approx", "exact", "complement"]
 )
-def test_it_is_of_the_same_kind(projector: Projector) -> None:
+def test_it_is_of_the_same_kind(projector: Approx | Exact | Complement) -> None:
     both = apart(projector)
     assert isinstance(both, type(projector))
     assert vars(both) == vars(projector)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safeproj import Covariance
 from safeproj.errors import SafeprojError
-from safeproj.methods.projection import Moment
+from safeproj.methods.covariance.formulas import Moment
 from safeproj.sweep.candidates import Place, Replaced
 from safeproj.sweep.controls import COMPLEMENT, RANDOM, SHRINK, SWAPPED, Sizes
 from safeproj.sweep.strengths import MUS, Strengths, strengths, turned

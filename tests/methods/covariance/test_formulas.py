@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safeproj.methods.projection import Correction, Moment, SingularError
+from safeproj.methods.covariance.formulas import Correction, Moment, SingularError
 from tests.methods.covariance import oracle
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safeproj.methods.projection import Reconstruction
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from safeproj.lm.data import Data, read_data
+from safeproj.methods.covariance.formulas import Reconstruction
 from safeproj.methods.covariance.reconstruct import reconstructed
 from tests.conformance.oracle import save, updates
 from tests.methods.covariance import oracle

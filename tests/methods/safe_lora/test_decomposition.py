@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from safeproj.methods.projection import similarity
 from torch import Tensor
 
 from safeproj.methods.factors import CancellationError
+from safeproj.methods.measures import similarity
 from safeproj.methods.safe_lora import decomposition
 from safeproj.methods.safe_lora.decomposition import (
     Eigenpairs,

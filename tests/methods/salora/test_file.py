@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safeproj.methods.projection import Approx, Complement, Exact
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
