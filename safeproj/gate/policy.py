@@ -339,7 +339,9 @@ def _allowed(table: object, allowed: frozenset[str]) -> frozenset[str]:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SafeprojError(f"{name} is {value!r}; expected a number")
+    if not abs(value) <= sys.float_info.max:  # NaN, and integers beyond it
         raise SafeprojError(f"{name} is {value!r}; expected a number")
     return float(value)
 

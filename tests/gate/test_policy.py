@@ -100,6 +100,7 @@ REFUSED = {
     "threshold that is text": ('threshold = "low"', "expected a number"),
     "threshold that is a truth": ("threshold = true", "expected a number"),
     "threshold that is no number": ("threshold = nan", "expected a number"),
+    "mu beyond any float": (f"mu = 1{'0' * 400}", "expected a number"),
     "negative count": ("max-below = -1", "0 or more"),
     "count with a fraction": ("max-below = 1.5", "whole number"),
     "share above all": ('max-below = "101%"', "a share like 10%"),

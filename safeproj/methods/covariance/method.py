@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -128,7 +128,7 @@ class Covariance(Method):
                 "give --aligned, which is run on the data; or statistics for both --safety-data "
                 "and --task-data, which `safeproj stats` makes"
             )
-        if self.mu is not None and not 0.0 < self.mu < math.inf:
+        if self.mu is not None and not 0.0 < self.mu <= sys.float_info.max:
             raise SafeprojError(f"--mu must be a number of more than 0, found {self.mu}")
 
     @property
