@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.methods import registry
 from safeproj.methods.interface import Method, Option
+from safeproj.records.profile import Profile
 from safeproj.report.html_page import NO_PLOTLY
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Given:
             "--method",
             help="What is to be done; must fit what is given.  [default: what is given tells]",
         )
-        yield _parameter("method", Annotated[_choices("Method", registry.NAMES), named])
+        yield _parameter("method", Annotated[_choices("Method", tuple(registry.by_name())), named])
         declared = registry.options().items()
         for name, (option, method) in sorted(declared, key=lambda each: not each[1][0].is_source):
             yield _parameter(name, _annotated(name, option, method))

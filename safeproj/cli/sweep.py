@@ -12,7 +12,6 @@ from safeproj.cli.bundles import Without, command
 from safeproj.cli.eval_options import Answering, Judging, Prompting
 from safeproj.cli.options import Choosing, Given, Reporting, Running, Talking
 from safeproj.errors import SafeprojError
-from safeproj.methods.covariance.method import Covariance
 
 
 class Axis(str, Enum):
@@ -88,9 +87,9 @@ def sweep_command(
     whether a control does as well. Writes no adapter.
     """
     method, device = given.method, running.device
-    by_mu = isinstance(method, Covariance)
-    if by is not None and by_mu:
-        raise SafeprojError("--by does not go with --safety-data, with which mu is varied")
+    if by is not None and by.value not in method.axes:
+        varied = " or ".join(method.axes)
+        raise SafeprojError(f"--by does not go with {method.mark}, with which {varied} is varied")
     source = model or method.sources.get("aligned")
     if source is None:
         raise SafeprojError(
@@ -109,9 +108,8 @@ def sweep_command(
         import peft  # noqa: F401 - what is imported later could not be interrupted
 
         from safeproj.storage.source import identity, open_folder
-        from safeproj.sweep.candidates import By, Candidates, candidates
+        from safeproj.sweep.axes import interventions
         from safeproj.sweep.run import Settings, sweep
-        from safeproj.sweep.strengths import strengths
 
         selection = choosing.selection
         running.options(selection=selection)
@@ -128,13 +126,9 @@ def sweep_command(
             generator.rendered(prompt)  # what cannot be used is said before anything is read
     with terminal.observer(talking.quiet) as observer:
         options = running.options(observer, selection=selection)
-        tried: Candidates
         with method.prepared([adapter], options, chats) as ready:
-            if by_mu:
-                tried = strengths(ready, adapter, options, seed=seed)
-            else:
-                axis: By = "threshold" if by is Axis.threshold else "layers"
-                tried = candidates(ready, adapter, options, by=axis, seed=seed)
+            axis = None if by is None else by.value
+            tried = interventions(ready, adapter, options, axis=axis, seed=seed)
     with profile.phase("load model"):
         judge = judging.build(device, answering.batch_size)
         loaded = models.load_model(folder, device, answering.dtype)

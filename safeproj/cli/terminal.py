@@ -22,7 +22,7 @@ from safeproj.text import cut, first_line, printable
 if TYPE_CHECKING:
     from safeproj.api import Observer
     from safeproj.engine import Progress
-    from safeproj.engine.profile import Profile
+    from safeproj.records.profile import Profile
     from safeproj.report import Checks, Record
 
 WIDTH = 100

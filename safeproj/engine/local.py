@@ -18,9 +18,9 @@ from typing import TypeVar
 import torch
 
 from safeproj.engine.blocks import Buffers, OnProgress, StoppedError
-from safeproj.engine.profile import Usage
 from safeproj.engine.task import Progress, Task
 from safeproj.errors import SafeprojError
+from safeproj.records.profile import Usage
 
 MAX_WORKERS = 8
 """Default bound on worker threads: each holds up to `CPU_HOLD` bytes, and disks saturate early."""

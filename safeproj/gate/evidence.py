@@ -285,7 +285,13 @@ def _require_same_models(
                 f"the {role.replace('_', ' ')} in {MANIFEST} is another one than this check uses: "
                 f"{shorten(other)} has another digest",
             )
-    if not compared:
+    if compared:
+        return
+    files = {role: each.get("files") for role, each in digests.items()}  # no weight is read
+    if not files or any(
+        own is None or own != document["inputs"][role]["sha256"].get("files")
+        for role, own in files.items()
+    ):
         raise _MismatchError(
             "SP022", f"{MANIFEST} does not say what the modules were projected onto"
         )

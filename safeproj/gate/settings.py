@@ -47,6 +47,8 @@ def about_settings(context: Context) -> Iterator[Finding]:
 
 def _other_model(config: Mapping[str, Any], context: Context) -> Iterator[str]:
     """Yield what the config says of the base model that does not hold for the aligned one."""
+    if "aligned" not in context.run.report.inputs:  # a method that knows no such model
+        return
     aligned, known, revision = _aligned(context)
     named = config.get("base_model_name_or_path")
     if named and not (isinstance(named, str) and _is_same(named, known)):

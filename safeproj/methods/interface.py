@@ -80,6 +80,7 @@ class Method:
         advice: what to do without another method's options.
         selects_all: whether it is meant for every module, where no selection is asked for.
         side: which factor of an update it changes.
+        axes: what a sweep varies; the first is the default.
         is_idempotent: whether doing it again to what it made changes nothing.
 
     Raises:
@@ -96,6 +97,7 @@ class Method:
     advice: ClassVar[str] = ""
     selects_all: ClassVar[bool] = False
     side: ClassVar[Literal["output", "input"]] = "output"
+    axes: ClassVar[tuple[str, ...]] = ("layers", "threshold")
     is_idempotent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

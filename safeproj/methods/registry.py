@@ -10,20 +10,24 @@ from safeproj.methods.covariance.method import Covariance
 from safeproj.methods.interface import Method, Option
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.salora.method import Salora
+from safeproj.methods.words import Words
 
 METHODS: tuple[type[Method], ...] = (SafeLora, Salora, Covariance)
 """One line for each."""
 
-NAMES = tuple(method.name for method in METHODS)
-"""What `Report.method` can be."""
+
+def by_name() -> dict[str, type[Method]]:
+    """Return the methods by what `Report.method` says of them."""
+    return {method.name: method for method in METHODS}
 
 
-METHOD_WORDS = {method.name: method.words for method in METHODS}
-"""`Report.method` to how reports speak of it."""
+def words_of(name: str) -> Words:
+    """Return how reports speak of a method.
 
-
-IDEMPOTENT = frozenset(method.name for method in METHODS if method.is_idempotent)
-"""Names of those that change nothing when they are done again."""
+    Raises:
+        KeyError: there is none of that name.
+    """
+    return by_name()[name].words
 
 
 def options() -> dict[str, tuple[Option, type[Method]]]:
@@ -59,7 +63,7 @@ def method_of(given: Mapping[str, Any], name: str | None = None) -> Method:
     sources = frozenset(name for name in values if known[name][0].is_source)
     chosen = next((method for method in METHODS if sources in method.ways), None)
     if name is not None and (chosen is None or chosen.name != name):
-        wanted = next(method for method in METHODS if method.name == name)
+        wanted = by_name()[name]
         found = "" if chosen is None else f"; what is given is for {chosen.name}"
         raise SafeprojError(f"--method {name} needs {wanted.needs}{found}")
     if chosen is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safeproj.methods.registry import METHOD_WORDS
+from safeproj.methods.registry import words_of
 from safeproj.records.scores import Report
 from safeproj.report.markdown import code, describe, energy_lines, escaped, span
 
@@ -21,7 +21,7 @@ def section(report: Report) -> str:
         f"- projector: {describe(report.projector)}",
         f"- selection: {describe(report.selection)}",
         f"- cosine of an update and its projection, before: {span(report.cosines)}",
-        f"- {METHOD_WORDS[report.method].formula}: {span(report.measures)}",
+        f"- {words_of(report.method).formula}: {span(report.measures)}",
         *energy_lines(report),
         "- every module, its score and the digests of the inputs: `safeproj.json`",
         "",
@@ -32,7 +32,7 @@ def section(report: Report) -> str:
 
 def _done(report: Report) -> str:
     """Return what was done, in one sentence."""
-    done = METHOD_WORDS[report.method].done
+    done = words_of(report.method).done
     named = {role: identity for role, identity in report.inputs.items() if f"{{{role}}}" in done}
     names = {role: _published_name(identity) for role, identity in named.items()}
     return done.format(changed=report.projected, all=len(report.modules), **names)

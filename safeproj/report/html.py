@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
-from safeproj.methods.registry import METHOD_WORDS
+from safeproj.methods.registry import words_of
 from safeproj.records.checks import Check, Checks, Finding, Outcome
 from safeproj.records.evaluations import (
     WORDS,
@@ -89,7 +89,7 @@ class _Page:
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return the page of one adapter."""
     name = str(report.inputs["adapter"]["source"])
-    title = f"{METHOD_WORDS[report.method].title} report: {name}"
+    title = f"{words_of(report.method).title} report: {name}"
     return _render(_Page(title, report.version, _tau([report]), (_Entry(name, report),)))
 
 
@@ -97,7 +97,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
     """Return the page of several adapters, beside each other."""
     good = (_Entry(name, report) for name, report in reports.reports.items())
     bad = (_Entry(name, None, error=each.error) for name, each in reports.failures.items())
-    title = f"{METHOD_WORDS[reports.method].title} reports: {len(reports.reports)} adapters"
+    title = f"{words_of(reports.method).title} reports: {len(reports.reports)} adapters"
     return _render(_Page(title, reports.version, _tau(reports.reports.values()), (*good, *bad)))
 
 
@@ -340,8 +340,8 @@ def _cosines(scored: dict[str, Report]) -> list[dict[str, Any]]:
 
 def _overview(page: _Page) -> str:
     """Return one row per adapter."""
-    method = next((each.method for each in page.scored.values()), "safe-lora")
-    beside = f"{METHOD_WORDS[method].measure} mean"
+    methods = {each.method for each in page.scored.values()}
+    beside = f"{' or '.join(words_of(each).measure for each in sorted(methods)) or 'scale'} mean"
     headings = ["adapter", "modules", "projected", "cosine min", "mean", "max", beside, "warnings"]
     if page.checks is not None:
         headings[1:1] = ["outcome", "findings"]
@@ -398,7 +398,7 @@ def _adapter(page: _Page, i: int, canvas: _Canvas) -> str:
 
 
 def _charts(report: Report, i: int, tau: float, canvas: _Canvas) -> list[str]:
-    words = METHOD_WORDS[report.method]
+    words = words_of(report.method)
     # The legend is written for a table, whose cells hold the cosine first and then the measure.
     legend = " ".join(words.legend.partition(";")[0].removeprefix("then ").split())
     return [
@@ -467,7 +467,7 @@ def _summary(report: Report) -> str:
         ("selection", describe(report.selection)),
         ("projector", describe(report.projector)),
         ("cosine", span(report.cosines)),
-        (METHOD_WORDS[report.method].formula, span(report.measures)),
+        (words_of(report.method).formula, span(report.measures)),
     ]
     if report.pdst is not None:
         items.append(("pdst", f"{report.pdst:.4f}"))
@@ -486,7 +486,7 @@ def _modules(report: Report, i: int, tau: float, check: Check | None) -> str:
     evidence = (
         {} if check is None else {k: f"projected ({v.value})" for k, v in check.evidence.items()}
     )
-    measure_name = METHOD_WORDS[report.method].measure
+    measure_name = words_of(report.method).measure
     columns = {
         "module": [Cell(each.name, float(place)) for place, each in enumerate(listed)],
         "shape": [_shape(each) for each in listed],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from safeproj.methods.registry import METHOD_WORDS
+from safeproj.methods.registry import words_of
 from safeproj.records.checks import Check, Checks, Evidence
 from safeproj.records.evaluations import (
     LEGEND,
@@ -26,13 +26,13 @@ from safeproj.text import printable
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return the report as Markdown."""
-    title = METHOD_WORDS[report.method].title
+    title = words_of(report.method).title
     return "\n".join([f"## {title} report", "", *_body(report)]) + "\n"
 
 
 def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: ARG001
     """Return a table of the adapters, and the report of each below it."""
-    words = METHOD_WORDS[reports.method]
+    words = words_of(reports.method)
     lines = [
         f"## {words.title} reports",
         "",
@@ -221,14 +221,14 @@ def _summary(report: Report) -> list[str]:
         f"- projector: {describe(report.projector)}; selection: {describe(report.selection)}",
         f"- projected: {report.projected} of {len(report.modules)} modules",
         f"- cosine: {span(report.cosines)}",
-        f"- {METHOD_WORDS[report.method].formula}: {span(report.measures)}",
+        f"- {words_of(report.method).formula}: {span(report.measures)}",
         *energy_lines(report),
     ]
     return lines + [f"- warning: {escaped(warning)}" for warning in report.warnings]
 
 
 def _modules(report: Report) -> list[str]:
-    measure = METHOD_WORDS[report.method].measure
+    measure = words_of(report.method).measure
     further = "energy" if report.safety_energy else "‖V‖"
     lines = [
         f"| module | shape | r | cosine | {measure} | {further} | projected | note |",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from safeproj.methods.registry import METHOD_WORDS
+from safeproj.methods.registry import words_of
 from safeproj.records.rates import Rate
 from safeproj.records.sweeps import METHOD, Point, Rates, Sweep
 
@@ -12,7 +12,7 @@ from safeproj.records.sweeps import METHOD, Point, Rates, Sweep
 def heading(sweep: Sweep, kind: str) -> str:
     """Return what a method or control is called at the head of a column."""
     if kind == METHOD:
-        return METHOD_WORDS[sweep.method].title if sweep.method in METHOD_WORDS else sweep.method
+        return words_of(sweep.method).title
     return _controls_of(sweep).get(kind, (kind, ""))[0]
 
 
@@ -22,7 +22,7 @@ def meanings(sweep: Sweep) -> list[tuple[str, str]]:
 
 
 def _controls_of(sweep: Sweep) -> Mapping[str, tuple[str, str]]:
-    return METHOD_WORDS[sweep.method].controls if sweep.method in METHOD_WORDS else {}
+    return words_of(sweep.method).controls
 
 
 def conclusion(sweep: Sweep) -> list[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safeproj.methods.registry import METHOD_WORDS
+from safeproj.methods.registry import words_of
 from safeproj.records.checks import Checks, Finding, Outcome
 from safeproj.records.evaluations import (
     LEGEND,
@@ -54,7 +54,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("adapter", overflow="fold")
-    measure = f"{METHOD_WORDS[reports.method].measure} mean"
+    measure = f"{words_of(reports.method).measure} mean"
     for heading in ("modules", "projected", "cosine min", "mean", "max", measure, "warnings"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.reports.items():
@@ -266,7 +266,7 @@ def _cell(modules: list[ModuleReport]) -> Text:
 
 
 def _legend(report: Report) -> Text:
-    legend = METHOD_WORDS[report.method].legend
+    legend = words_of(report.method).legend
     text = f"each cell: cosine of the update and its projection, {legend}"
     if report.safety_energy:
         text += (
@@ -293,7 +293,7 @@ def _summary(report: Report) -> Table:
     counts = f"{report.projected} of {len(report.modules)} modules"
     table.add_row("projected", f"{counts} ({describe(report.selection)})")
     table.add_row("projector", describe(report.projector))
-    measure = METHOD_WORDS[report.method].measure
+    measure = words_of(report.method).measure
     for label, values in (("cosine", report.cosines), (measure, report.measures)):
         found = spread(values)
         if found["mean"] is not None:

@@ -24,7 +24,7 @@ from safeproj.errors import SafeprojError, explained
 from safeproj.methods import factors
 from safeproj.methods.interface import Method
 from safeproj.methods.reference import Subspace
-from safeproj.methods.registry import IDEMPOTENT
+from safeproj.methods.registry import by_name
 from safeproj.methods.score import Score
 from safeproj.plan.match import Plan, PlannedModule
 from safeproj.plan.residual import converted, held_parts, told_of
@@ -581,7 +581,7 @@ def _notes(adapter: Adapter, method: Method, *, copy_weights: bool) -> Iterator[
             f"other weights are not patched, and left out: {shorten(others, NAMED)}; "
             "--copy-weights copies them as they are"
         )
-    others = [name for name in _methods_before(folder) if name not in IDEMPOTENT]
+    others = [name for name in _methods_before(folder) if not _is_idempotent(name)]
     if others and not method.is_idempotent:
         yield (
             "the adapter was patched before: projecting again shrinks its updates further, "
@@ -602,6 +602,11 @@ def _two_readings(adapter: Adapter, today: Sequence[PlannedModule]) -> str:
         f"square expert stacks ({names}) are read as PEFT {version} did, which the config names; "
         "today's PEFT takes the same factors for another update, without an error"
     )
+
+
+def _is_idempotent(name: str) -> bool:
+    found = by_name().get(name)
+    return found is not None and found.is_idempotent
 
 
 def _methods_before(folder: Folder) -> Iterator[str]:

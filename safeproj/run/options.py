@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from safeproj.engine import Progress, resolve_device
-from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.names import parse_rules
 from safeproj.plan.select import Selection
+from safeproj.records.profile import Profile
 from safeproj.run.decide import DTYPES
 
 

@@ -20,13 +20,13 @@ from safeproj.checkpoint.expression import Matrix
 from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.engine import Buffers, Progress, Task, Update, blocks
 from safeproj.engine.blocks import CPU_BLOCK
-from safeproj.engine.profile import Usage
 from safeproj.errors import SafeprojError
 from safeproj.methods.safe_lora.blocks import CPU_HOLD
 from safeproj.methods.safe_lora.formulas import Approx, Exact, alignment
 from safeproj.methods.safe_lora.score import score
 from safeproj.methods.safe_lora.sources import Difference
 from safeproj.methods.score import Score
+from safeproj.records.profile import Usage
 
 
 def stored(path: Path, **tensors: Tensor) -> Path:

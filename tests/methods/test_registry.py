@@ -95,7 +95,7 @@ def test_every_source_and_setting_is_looked_at_here() -> None:
     assert set(registry.options()) == {*GIVEN, *SETTINGS}
     assert {method: set(method.options()) - set(GIVEN) for method in METHODS} == OWN
     assert {method.name: method.needs for method in METHODS} == NEEDS
-    assert tuple(NEEDS) == registry.NAMES
+    assert tuple(NEEDS) == tuple(registry.by_name())
 
 
 @pytest.mark.parametrize("names", WAYS, ids=named)

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from safeproj import SafeLora, api
 from safeproj.engine import Progress
-from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.plan.select import Selection
+from safeproj.records.profile import Profile
 from safeproj.report import Report, render
 from safeproj.run import job
 from tests.conftest import Trio

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from safeproj import Options, SafeLora, Salora, Selection
 from safeproj.engine import Progress
-from safeproj.engine.profile import Profile
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
+from safeproj.records.profile import Profile
 from safeproj.sweep.candidates import Candidates, Place, Replaced, candidates, spread
 from safeproj.sweep.controls import Sizes, scaled
 from safeproj.sweep.rotation import Rotation

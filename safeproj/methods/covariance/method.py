@@ -92,6 +92,7 @@ class Covariance(Method):
     mark: ClassVar[str] = "--safety-data"
     advice: ClassVar[str] = ", and give --mu"
     selects_all: ClassVar[bool] = True
+    axes: ClassVar[tuple[str, ...]] = ("mu",)
     side: ClassVar[Literal["output", "input"]] = "input"
 
     aligned: Src | None = source("--aligned")

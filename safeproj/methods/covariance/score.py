@@ -11,7 +11,6 @@ from torch import Tensor
 
 from safeproj import engine
 from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task, Update
-from safeproj.engine.profile import Usage
 from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.formulas import (
     Correction,
@@ -23,6 +22,7 @@ from safeproj.methods.covariance.sources import Moments, StoredMoment
 from safeproj.methods.factors import Core
 from safeproj.methods.measures import scale, similarity
 from safeproj.methods.score import Score, Settled, core_of, diagnosis
+from safeproj.records.profile import Usage
 
 T = TypeVar("T")
 

@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from safeproj.adapter import Adapter
 from safeproj.engine import OnProgress, Task
-from safeproj.engine.profile import Usage
 from safeproj.methods.covariance.file import Statistics
 from safeproj.methods.covariance.formulas import Correction, Moment
 from safeproj.methods.covariance.score import corrected, moments
 from safeproj.methods.score import Score, required
 from safeproj.plan.match import Plan
 from safeproj.plan.updates import update_of
+from safeproj.records.profile import Usage
 
 Way = tuple[Correction, Callable[[Task, Moment, Moment], tuple[Moment, Moment]]]
 """How to correct: the numbers, and which moments take the places of `H` and `S`."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from safeproj import engine
 from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task
-from safeproj.engine.profile import Usage
 from safeproj.errors import SafeprojError
 from safeproj.methods.blocks import Projected
 from safeproj.methods.measures import similarity
@@ -20,6 +19,7 @@ from safeproj.methods.safe_lora.decomposition import cosine_bounds
 from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.safe_lora.sources import Difference, Kept
 from safeproj.methods.score import Score, diagnosis
+from safeproj.records.profile import Usage
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from safeproj.errors import SafeprojError
-from safeproj.methods.registry import METHOD_WORDS
+from safeproj.methods.registry import words_of
 from safeproj.records.scores import ModuleReport, Report
 from safeproj.report.html_page import NO_PLOTLY
 from safeproj.report.markdown import span
@@ -198,7 +198,7 @@ def measure(graphs: Any, report: Report) -> Chart:
             meta=column,
             **_line(column),
         )
-    words = METHOD_WORDS[report.method]
+    words = words_of(report.method)
     figure.update_layout(
         template="none",
         height=380,
@@ -326,7 +326,7 @@ def _details(module: ModuleReport, report: Report) -> list[str]:
         unsure = ", either side of the threshold" if module.uncertain else ""
         lines.append(f"between {module.bounds[0]:.4f} and {module.bounds[1]:.4f}{unsure}")
     if module.measure is not None:
-        lines.append(f"{METHOD_WORDS[report.method].formula} {module.measure:.4f}")
+        lines.append(f"{words_of(report.method).formula} {module.measure:.4f}")
     lines.append(f"shape {module.shape[0]}×{module.shape[1]}, rank {module.rank}")
     if module.alignment_norm is not None:
         lines.append(f"‖V‖ {module.alignment_norm:.4g}")

@@ -1,0 +1,36 @@
+"""What a sweep varies: the interventions of each axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from safeproj.methods.interface import Method
+from safeproj.run.options import Options
+from safeproj.sweep.candidates import Candidates, candidates
+from safeproj.sweep.strengths import strengths
+
+AXES: dict[str, Callable[..., Candidates]] = {
+    "layers": partial(candidates, by="layers"),
+    "threshold": partial(candidates, by="threshold"),
+    "mu": strengths,
+}
+"""One line for each."""
+
+
+def interventions(
+    method: Method, adapter: str, options: Options, *, axis: str | None = None, seed: int = 0
+) -> Candidates:
+    """Score an adapter with all that is tried on it, in one reading.
+
+    Args:
+        method: what is done, prepared.
+        adapter: SRC of the adapter.
+        options: how.
+        axis: one of the method's; its first if None.
+        seed: of random controls.
+
+    Raises:
+        SafeprojError: an input cannot be used.
+    """
+    return AXES[axis or method.axes[0]](method, adapter, options, seed=seed)

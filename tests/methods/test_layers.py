@@ -1,0 +1,66 @@
+"""What is outside the methods' folders does not ask which method is running."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import safeproj
+from safeproj.methods import registry
+
+PACKAGE = Path(safeproj.__file__).parent
+
+FOLDERS = ("safe_lora", "salora", "covariance")
+
+NAMES = {*registry.by_name(), *(method.__name__ for method in registry.METHODS)}
+NAMES |= {"Approx", "Exact", "Complement", "Correction", "Reconstruction"}
+NAMES |= {"Pair", "AlignmentFile", "SafetyModuleFile", "Statistics"}
+
+EXCEPTIONS = {
+    "__init__.py": "exports the methods",
+    "api.py": "`align` makes the file of one method",
+    "cli/app.py": "has the commands of one method's training",
+    "cli/salora.py": "the commands of one method's training",
+    "cli/stats.py": "makes the file of one method",
+    "gate/evidence.py": "an adapter that was folded has a record of its own",
+    "gate/policy.py": "the names of projectors that a policy file may have",
+    "plan/residual.py": "an initialisation that has the name of a method",
+    "records/scores.py": "what a report without adapters says",
+    "sweep/apart.py": "takes the formulas of projections apart",
+    "sweep/strengths.py": "the axis of one method",
+}
+"""Files that name one, with the reason."""
+
+
+def asked(path: Path) -> Iterator[str]:
+    """Yield where a file names a method: an import of its folder, its class or its name."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            parts = node.module.split(".")
+            if parts[:2] == ["safeproj", "methods"] and set(parts[2:3]) & set(FOLDERS):
+                yield f"line {node.lineno}: imports {node.module}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value in NAMES:
+                yield f"line {node.lineno}: {node.value!r}"
+        elif isinstance(node, ast.Name) and node.id in NAMES:
+            yield f"line {node.lineno}: {node.id}"
+
+
+FILES = sorted(
+    str(path.relative_to(PACKAGE).as_posix())
+    for path in PACKAGE.rglob("*.py")
+    if "methods" not in path.relative_to(PACKAGE).parts
+)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in EXCEPTIONS])
+def test_a_file_asks_for_no_method(name: str) -> None:
+    assert list(asked(PACKAGE / name)) == []
+
+
+@pytest.mark.parametrize("name", EXCEPTIONS)
+def test_exceptions_are_needed(name: str) -> None:
+    assert list(asked(PACKAGE / name))
