@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.ci.support import ALIGNMENT, TINY, Job
-from tests.support import safeproj
+from tests.ci.support import ALIGNMENT, ENVIRONMENT, TINY, Job
+from tests.forks import program
+from tests.support import COMMAND, safeproj
 
 _MODELS = ("--base", TINY / "base", "--aligned", TINY / "aligned")
 
@@ -31,9 +34,16 @@ def alignment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def quickly() -> Iterator[dict[str, str]]:
+    """A PATH whose `safeproj` is run without importing everything again."""
+    with program(COMMAND) as folder:
+        yield {"PATH": f"{folder}{os.pathsep}{ENVIRONMENT['PATH']}"}
+
+
 @pytest.fixture
-def job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Job:
+def job(tmp_path: Path, capfd: pytest.CaptureFixture[str], quickly: dict[str, str]) -> Job:
     """The action, in an empty workspace."""
-    made = Job(tmp_path, capfd)
+    made = Job(tmp_path, capfd, {**quickly})
     made.workspace.mkdir()
     return made

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +93,7 @@ def test_the_documentation_lists_every_input_and_output() -> None:
 
 
 def test_a_bad_adapter_fails(job: Job) -> None:
+    del job.env["PATH"]  # so that it is the installed command
     sarif, report = "reports/found.sarif", "pages/report.html"
     run = job(adapter=str(TINY / "adapters" / "bad"), **MODELS, sarif=sarif, report=report)
     assert run.code == 1, run.log
@@ -296,7 +296,7 @@ SEEING = """#!/bin/sh
 # Makes environments that see the packages of another one, so that little is to be installed.
 set -e
 {python} "$@"
-echo {packages} >"$(echo "$3"/lib/python*/site-packages)/seen.pth"
+printf '%s\\n' {packages} >"$(echo "$3"/lib/python*/site-packages)/seen.pth"
 """
 
 NOTING = """#!/bin/sh
@@ -317,8 +317,8 @@ def program(path: Path, text: str) -> str:
 def test_it_installs_what_its_own_directory_holds(
     job: Job, patched: Path, alignment: Path, tmp_path: Path
 ) -> None:
-    packages = sysconfig.get_paths()["purelib"]
-    text = SEEING.format(python=shlex.quote(sys.executable), packages=shlex.quote(packages))
+    packages = shlex.join(path for path in sys.path if path.endswith("site-packages"))
+    text = SEEING.format(python=shlex.quote(sys.executable), packages=packages)
     python = program(tmp_path / "a python", text)
     job.env["PATH"] = os.defpath  # without the command under test
     given = {"adapter": str(patched), "alignment": str(alignment)}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts import demo
 import pytest
 
 from safeproj.adapter import FORMATS, peft
@@ -62,17 +63,21 @@ def test_commands_print_what_the_pages_show(tmp_path: Path, page: str) -> None:
         assert_same_but_for_rounding(result.stdout + result.stderr, output)
 
 
-def test_the_demonstration_prints_what_the_readme_shows(tmp_path: Path) -> None:
+def test_the_demonstration_prints_what_the_readme_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make demo` runs the script with the installed command; here it is run in forks."""
+
+    def run(*arguments: str) -> str:
+        done = safeproj(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     (shown,) = re.findall(r"<!-- example: demo -->\n```text\n(.*?)```", README, re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.demo", "--out", tmp_path / "out"],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=ROOT,
-        check=True,
-    )
+    monkeypatch.setattr(demo, "run", run)
+    demo.main(["--out", str(tmp_path / "out")])
     rows = re.compile(r"^(?:no adapter|(?:bad|skill|mixed).*|  control.*?) +\d.*%$", re.MULTILINE)
-    found, expected = rows.findall(done.stdout), rows.findall(shown)
+    found, expected = rows.findall(capsys.readouterr().out), rows.findall(shown)
     assert len(found) == 16
     for line, other in zip(found, expected, strict=True):
         numbers = [list(map(int, re.findall(r"(\d+) %", text))) for text in (line, other)]

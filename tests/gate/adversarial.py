@@ -105,7 +105,7 @@ class Attack:
         code: the exit code: 1 failed, 2 undecided or refused.
         says: a part of a finding's message or, where there are none, of the error.
         inside: the command runs inside the adapter's directory.
-        installed: it is also run through the installed command.
+        apart: it is also run as a command of its own.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Attack:
     code: int
     says: str
     inside: bool
-    installed: bool
+    apart: bool
 
     def __str__(self) -> str:
         return f"{self.group}-{self.name}"
@@ -133,7 +133,7 @@ def attack(
     code: int | None = None,
     says: str = "",
     inside: bool = False,
-    installed: bool = False,
+    apart: bool = False,
     name: str | None = None,
     hope: str | None = None,
 ) -> Callable[[Edit], Edit]:
@@ -146,9 +146,7 @@ def attack(
         text = hope or (edit.__doc__ or "").strip()
         assert text, title
         assert title not in {each.name for each in ATTACKS}, title
-        ATTACKS.append(
-            Attack(title, text, group, edit, finds, start, code, says, inside, installed)
-        )
+        ATTACKS.append(Attack(title, text, group, edit, finds, start, code, says, inside, apart))
         return edit
 
     return put
@@ -282,7 +280,7 @@ def save_whole(adapter: Path, name: str, weight: Tensor) -> None:
     add(adapter, f"{PREFIX}{name}", weight)
 
 
-@attack("whole", "SP004", says="modules_to_save", installed=True)
+@attack("whole", "SP004", says="modules_to_save", apart=True)
 def full_head(adapter: Path, ground: Ground) -> None:
     """A new head answers what the projected updates cannot."""
     save_whole(adapter, "lm_head.weight", -ground.weights["lm_head.weight"])
@@ -396,7 +394,7 @@ def layers_replicated(adapter: Path, ground: Ground) -> None:
 # --- tensors
 
 
-@attack("tensors", "SP001", installed=True)
+@attack("tensors", "SP001", apart=True)
 def harmful_update(adapter: Path, ground: Ground) -> None:
     """One update of four points away from alignment, and the mean looks well."""
     put_tensors(adapter, tensors_of(ground.bad))
@@ -938,7 +936,7 @@ for _name, _alpha in {
         "SP012",
         name=f"alpha_{_name}",
         hope="Cosines do not see how far an update goes, or which way.",
-        installed=_name == "huge",
+        apart=_name == "huge",
     )
     def _(adapter: Path, ground: Ground, alpha: str = _alpha) -> None:
         replace_in_config(adapter, "lora_alpha", alpha)
@@ -1233,7 +1231,7 @@ def link(path: Path, target: Path) -> None:
     path.symlink_to(target, target_is_directory=target.is_dir())
 
 
-@attack("files", "SP015", installed=True)
+@attack("files", "SP015", apart=True)
 def linked_weights(adapter: Path, ground: Ground) -> None:
     """What is published is what the link leads to by then."""
     link(adapter / FACTORS, ground.starts[PLAIN].adapter / FACTORS)
@@ -1393,7 +1391,7 @@ def config_of_another_format(adapter: Path, ground: Ground) -> None:
 # --- safeproj.json; but for it the adapter does not pass
 
 
-@attack("manifest", "SP021", start=PATCHED, installed=True)
+@attack("manifest", "SP021", start=PATCHED, apart=True)
 def one_tensor_swapped_back(adapter: Path, ground: Ground) -> None:
     """The record says that all are projected, and one is as it was."""
     swap_back(adapter, ground, key(Q, "B"))
@@ -1461,7 +1459,7 @@ def other_dtype_after_patching(adapter: Path, ground: Ground) -> None:
     change_tensors(adapter, lambda t: t.update({n: t[n].bfloat16() for n in t}))
 
 
-@attack("manifest", "SP021", start=PATCHED, installed=True)
+@attack("manifest", "SP021", start=PATCHED, apart=True)
 def record_of_another_adapter(adapter: Path, ground: Ground) -> None:
     """A record that is in order lies beside other tensors."""
     shutil.copy(ground.other / MANIFEST, adapter / MANIFEST)
@@ -1682,7 +1680,7 @@ def made_up_record_without_a_signature(adapter: Path, ground: Ground) -> list[st
     return ["--evidence", "signed"]
 
 
-@attack("forgery", "SP024", start=PATCHED, installed=True)
+@attack("forgery", "SP024", start=PATCHED, apart=True)
 def made_up_record_beside_the_original(adapter: Path, ground: Ground) -> list[str | Path]:
     """The same, with the adapter from before at hand."""
     make_up(adapter, ground)

@@ -91,15 +91,14 @@ def test_without_alignment_there_is_no_projection() -> None:
 @pytest.mark.parametrize("damaged", [0, 6])
 def test_an_error_while_reading_ends_both(damaged: int) -> None:
     V, B, other = matrices(20, 4)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     both = apart(Approx())
     assert isinstance(both, Approx)
     with pytest.raises(FloatingPointError, match="damaged"):
         both.from_V(Counted(V, damaged), torch.cat([B, other], dim=1))
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(timeout=5)
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=5)
+    assert set(threading.enumerate()) <= before
 
 
 def test_an_error_in_one_of_them_is_that_of_both() -> None:

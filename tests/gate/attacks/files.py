@@ -167,7 +167,7 @@ def pointer_to_weights(adapter: Path, ground: Ground) -> None:
 # --- another model, which is loaded as the base
 
 
-@attack("base", "SP014", installed=True)
+@attack("base", "SP014", apart=True)
 def a_model_of_its_own(adapter: Path, ground: Ground) -> None:
     """transformers takes the model beside an adapter for its base, not the one that is named."""
     for path in ground.starts[PLAIN].base.iterdir():

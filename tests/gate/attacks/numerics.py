@@ -90,7 +90,7 @@ def cancelling(ground: Ground, size: float, module: str = Q) -> Tensor:
     return torch.cat([column, -column], dim=1)
 
 
-@attack(GROUP, "SP035", says="cancel", installed=True)
+@attack(GROUP, "SP035", says="cancel", apart=True)
 def columns_that_cancel(adapter: Path, ground: Ground) -> None:
     """Two columns are so large that the update beside them looks empty."""
     hide(adapter, ground, cancelling(ground, 1e9))
@@ -189,7 +189,7 @@ def apart_when_cast(adapter: Path, ground: Ground, step: float) -> None:
     put_sized(adapter, ground, A, torch.cat([good, bad, -bad], dim=1), 4.0)
 
 
-@attack(GROUP, "SP036", says="as bfloat16", installed=True)
+@attack(GROUP, "SP036", says="as bfloat16", apart=True)
 def other_update_as_bfloat16(adapter: Path, ground: Ground) -> None:
     """Rows that are equal but for their last bits are rounded apart where the adapter is served."""
     apart_when_cast(adapter, ground, 2.0**-7)
@@ -245,7 +245,7 @@ def other_update_as_float32(adapter: Path, ground: Ground) -> None:
 # --- cosines that are bought
 
 
-@attack(GROUP, "SP037", says="next to not at all", installed=True)
+@attack(GROUP, "SP037", says="next to not at all", apart=True)
 def bought_by_one_direction(adapter: Path, ground: Ground) -> None:
     """A further part along what alignment moved most lifts the cosine over the threshold."""
     B = directions(ground)
