@@ -15,6 +15,19 @@ import typer.testing
 from safeproj import SafeLora
 from tests.support import moved, save_adapter, tiny_llama
 
+LONGEST = (
+    "tests/e2e/test_readme.py::test_the_demonstration",
+    "tests/e2e/test_readme.py::test_commands_print_what_the_pages_show[docs/covariance.md]",
+    "tests/fuzz/",
+    "tests/examples/test_salora_training.py",
+)
+"""Tests that take a minute or more: others run beside them, and none of them is begun last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
 
 @dataclass(frozen=True)
 class Trio:

@@ -22,6 +22,7 @@ from tests.support import (
     assert_complete,
     assert_refused,
     change_json,
+    safeproj,
     snapshot,
 )
 
@@ -81,12 +82,13 @@ def patch_arguments(trio: Trio, adapter: Path) -> list[str]:
 
 
 def run(arguments: list[str], largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command, if wanted with a limit on the size of the files that it writes."""
+    """Run the command; with a limit on the size of the files that it writes, from its start."""
+    if largest_file is None:
+        return safeproj(*arguments)
 
     def limit() -> None:
         import resource
 
-        assert largest_file is not None
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     return subprocess.run(
@@ -96,7 +98,7 @@ def run(arguments: list[str], largest_file: int | None = None) -> subprocess.Com
         encoding="utf-8",
         timeout=300,
         check=False,
-        preexec_fn=None if largest_file is None else limit,
+        preexec_fn=limit,
     )
 
 

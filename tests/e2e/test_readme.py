@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts import demo
 import pytest
 
 from safeproj.adapter import FORMATS, peft
 from safeproj.checkpoint import pickled, quantised
 from safeproj.storage.tensorfile import DTYPES
+from scripts import demo
 from tests.conformance.architectures import ARCHITECTURES
 from tests.support import safeproj
 
@@ -98,11 +98,12 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 
 
 def test_every_option_of_the_contract_is_in_the_help() -> None:
+    text = safeproj("check", "--help").stdout
     for option in (
         "--base", "--aligned", "--alignment", "--safety-module", "--original", "--policy", "--init",
         "--format", "--output", "--ignore", "--public-key", "--evidence", "--pin",
     ):  # fmt: skip
-        assert option in safeproj("check", "--help").stdout, option
+        assert option in text, option
     for command in ("inspect", "patch"):
         text = safeproj(command, "--help").stdout
         for option in (
@@ -120,8 +121,9 @@ def test_every_option_of_the_contract_is_in_the_help() -> None:
     for command, wanted in further.items():
         text = safeproj(command, "--help").stdout
         assert all(name in text for name in wanted), command
+    text = safeproj("patch", "--help").stdout
     for option in ("--out", "--dtype", "--overwrite", "--dry-run", "--reconstruct"):
-        assert option in safeproj("patch", "--help").stdout
+        assert option in text
     options = {
         "module": ("--aligned", "--data", "--out", "--rank", "--targets", "--memory"),
         "init": ("--aligned", "--module", "--data", "--rank", "--task-rank", "--out"),
