@@ -226,7 +226,7 @@ def test_an_interrupt_ends_it_with_130_and_nothing_written(tmp_path: Path) -> No
 
 def test_the_help_needs_no_torch() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from safeproj.cli import app; "
+        "import sys; from typer.testing import CliRunner; from safeproj.cli.app import app; "
         "found = CliRunner().invoke(app, ['sweep', '--help']); assert found.exit_code == 0; "
         "assert '--wanted-refusal' in found.output; "
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
