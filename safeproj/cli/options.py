@@ -20,6 +20,7 @@ from safeproj.records.profile import Profile
 from safeproj.report.html_page import NO_PLOTLY
 
 if TYPE_CHECKING:
+    from safeproj.engine.profile import Profile
     from safeproj.lm.chat import ChatOptions
     from safeproj.plan.select import Selection
     from safeproj.run.options import Observer, Options
@@ -187,7 +188,9 @@ class Running:
 
     @cached_property
     def profile(self) -> Profile:
-        """Where the time goes."""
+        """Where the time goes; imports torch."""
+        from safeproj.engine.profile import Profile
+
         return Profile()
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from inspect import Parameter
@@ -296,6 +298,21 @@ def test_commands_take_every_option_of_the_methods_but_these(name: str, missing:
     assert len(set(flags)) == len(flags)
     known = {f"--{each.name.replace('_', '-')}" for each in Given.parameters()}
     assert known - set(flags) == missing
+
+
+def test_wrong_options_are_refused_before_torch_is_imported() -> None:
+    """Which takes a second or more; a command is made without it too."""
+    program = (
+        "import sys; from typer.testing import CliRunner; from safeproj.cli.app import app\n"
+        "found = CliRunner().invoke(app, ['inspect', '--mu', '0', '--alignment', 'a', "
+        "'--adapter', 'x'])\n"
+        "print(found.stderr.strip(), found.exit_code, 'torch' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith("safeproj: error: --mu goes with --safety-data")
+    assert found.stdout.endswith(" 2 False\n")
 
 
 def test_what_commands_share_is_written_once() -> None:
