@@ -20,7 +20,6 @@ from safeproj.records.profile import Profile
 from safeproj.report.html_page import NO_PLOTLY
 
 if TYPE_CHECKING:
-    from safeproj.engine.profile import Profile
     from safeproj.lm.chat import ChatOptions
     from safeproj.plan.select import Selection
     from safeproj.run.options import Observer, Options
@@ -189,8 +188,6 @@ class Running:
     @cached_property
     def profile(self) -> Profile:
         """Where the time goes; imports torch."""
-        from safeproj.engine.profile import Profile
-
         return Profile()
 
     @property

@@ -71,17 +71,21 @@ def method_of(given: Mapping[str, Any], name: str | None = None) -> Method:
         raise SafeprojError(f"give {', '.join(ways)}, or {last}")
     others = [name for name in values if name not in chosen.options()]
     if others:
-        raise _another(chosen, [known[name] for name in others])
+        raise _another(chosen, sources, [known[name] for name in others])
     return chosen(**values)
 
 
-def _another(chosen: type[Method], others: list[tuple[Option, type[Method]]]) -> SafeprojError:
+def _another(
+    chosen: type[Method], sources: frozenset[str], others: list[tuple[Option, type[Method]]]
+) -> SafeprojError:
     """Return the error of options that are not the chosen method's."""
     flags = [option.flag for option, _ in others]
     owner = others[0][1]
     goes, them = ("goes", "it") if len(flags) == 1 else ("go", "them")
     listed = " and ".join(filter(None, [", ".join(flags[:-1]), flags[-1]]))
+    several = len(chosen.give) == len(chosen.ways)
+    way = chosen.give[chosen.ways.index(sources)] if several else chosen.mark
     return SafeprojError(
-        f"{listed} {goes} with {owner.mark}, for {owner.title}, and not with {chosen.mark}; leave "
+        f"{listed} {goes} with {owner.mark}, for {owner.title}, and not with {way}; leave "
         f"{them} out{chosen.advice}"
     )

@@ -169,7 +169,8 @@ def test_settings_of_another_method_are_refused(
     flags = [f"--{name}" for name in others]
     listed = flags[0] if len(flags) == 1 else f"{', '.join(flags[:-1])} and {flags[-1]}"
     assert text.startswith(f"{listed} {'goes' if len(flags) == 1 else 'go'} with --")
-    assert f"and not with {method.mark}; leave {'it' if len(flags) == 1 else 'them'} out" in text
+    way = "--alignment" if names == {"alignment"} else method.mark
+    assert f"and not with {way}; leave {'it' if len(flags) == 1 else 'them'} out" in text
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_settings_of_another_method_are_refused(
             {"alignment"},
             {"reconstruct": True},
             "--reconstruct goes with --safety-data, for the covariance-weighted correction, and "
-            "not with --base and --aligned; leave it out",
+            "not with --alignment; leave it out",
         ),
         (
             {"safety_module"},
