@@ -6,6 +6,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LINT := $(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/lint-imports --no-logo && $(BIN)/mypy
 
 .PHONY: demo test quick lint format bench fuzz readme example clean
 
@@ -15,7 +16,7 @@ demo: $(READY)
 # Lint runs beside the tests, and what it says comes after them; either of them fails both.
 test: $(READY)
 	@begin=$$(date +%s); said=$$(mktemp); \
-	$(MAKE) --no-print-directory lint >"$$said" 2>&1 & lint=$$!; \
+	($(LINT)) >"$$said" 2>&1 & lint=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 10; tests=$$?; \
 	wait $$lint; linted=$$?; cat "$$said"; rm -f "$$said"; \
 	echo "make test: $$(($$(date +%s) - $$begin)) s; tests ended with $$tests, lint with $$linted"; \
@@ -33,10 +34,7 @@ quick: $(READY)
 		--ignore tests/plan/test_residual.py
 
 lint: $(READY)
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
-	$(BIN)/lint-imports --no-logo
-	$(BIN)/mypy
+	$(LINT)
 
 format: $(READY)
 	$(BIN)/ruff format
