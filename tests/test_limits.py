@@ -27,16 +27,16 @@ PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 def test_the_page_states_the_limits() -> None:
     stated = {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", PAGE.read_text())}
     limits = {
-        "jsontext": ["MAX_VALUES"],
-        "tensorfile": ["MAX_TENSORS", "MAX_NAME"],
-        "picklefile": ["MAX_OPERATIONS"],
-        "patterns": ["MAX_PATTERNS", "MAX_PATTERN"],
+        "storage.documents": ["MAX_VALUES"],
+        "storage.tensorfile": ["MAX_TENSORS", "MAX_NAME"],
+        "storage.picklefile": ["MAX_OPERATIONS"],
+        "storage.patterns": ["MAX_PATTERNS", "MAX_PATTERN"],
         "adapter.peft_config": ["MAX_LISTED", "MAX_LAYERS_PATTERNS", "MAX_LENGTHS", "MAX_DEPTHS"],
         "adapter.gguf": ["MAX_BLOCKS"],
         "adapter.collection": ["MAX_ENTRIES"],
-        "source": ["MAX_FILES"],
+        "storage.source": ["MAX_FILES"],
         "gate.check": ["MAX_FINDINGS"],
-        "errors": ["MAX_MESSAGE"],
+        "text": ["MAX_MESSAGE"],
     }
     for module, names in limits.items():
         for name in names:

@@ -17,9 +17,6 @@ from tests.support import save_adapter
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w12 w13", "w4", "w20 w21 w22 w23 w24"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @torch.no_grad()
 def one_by_one(model: Any, tokens: Any, prompt: str, new: int) -> str:
     """Return the most likely token after the prompt, and after that, until the end."""

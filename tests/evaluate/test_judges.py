@@ -321,7 +321,6 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_guard_model_says_whether_answers_are_safe(guard: Path) -> None:
     judge = load_guard(str(guard), "cpu", 2)
     chat = (Message("system", "good"), Message("user", "p"))
@@ -334,7 +333,6 @@ def test_a_guard_model_says_whether_answers_are_safe(guard: Path) -> None:
     assert set(judge.identity()["guard"]["sha256"]["files"]) >= {"config.json"}
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_guards_template_may_show_the_last_messages_alone_but_no_fewer(guard: Path) -> None:
     chat = (Message("user", "good"), Message("assistant", "well"), Message("user", "p"))
     judge = load_guard(str(guard), "cpu", 2)
@@ -345,7 +343,6 @@ def test_a_guards_template_may_show_the_last_messages_alone_but_no_fewer(guard: 
         judge.verdicts([(*chat[:-1], Message("user", "p"))], ["good fine"])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_guards_need_a_chat_template_and_say_a_word(tmp_path: Path) -> None:
     random_model("llama").save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)

@@ -182,7 +182,6 @@ def test_what_the_template_opens_is_told_from_what_the_messages_say(prompt: str)
     assert generator.spoken(prompt, "sure") == Spoken("sure")
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_model_that_thinks_past_the_limit_says_nothing() -> None:
     model, tokens = random_model("llama"), tokenizer(template=OPENS)
     tokens.add_tokens(["<think>", "</think>"])

@@ -18,8 +18,6 @@ from safeproj.storage.source import open_folder
 from tests.evaluate.support import tokenizer, write_lines
 from tests.support import CONFIG, FACTORS, safeproj
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,

@@ -15,8 +15,6 @@ from safeproj.storage.source import open_folder
 from tests.evaluate.support import random_model
 from tests.support import CONFIG, FACTORS, change_json, save_adapter
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IDS = torch.tensor([[1, 7, 8, 9, 10]])
 
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -346,8 +346,9 @@ def test_weights_too_large_to_keep_are_read_as_often_as_by_inspect(
 ) -> None:
     import safeproj
     from safeproj.engine import blocks
+    from safeproj.methods.safe_lora import blocks as weights
 
-    monkeypatch.setattr(blocks, "CPU_HOLD", 1)
+    monkeypatch.setattr(weights, "CPU_HOLD", 1)
     monkeypatch.setattr(blocks, "CPU_BLOCK", 1 << 10)  # several blocks of each weight
     inspected, swept = Profile(), Profile()
     report = safeproj.inspect(trio.method, str(trio.adapter), Options(profile=inspected))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,6 @@ CLOSE = 1e-5
 QV = ("q_proj", "v_proj")
 TARGETS = pytest.mark.parametrize("targets", [QV, "all-linear"], ids=["qv", "all-linear"])
 STARTS = pytest.mark.parametrize("initialised", [False, True], ids=["from-zero", "initialised"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small to share out, and the machine may be busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
