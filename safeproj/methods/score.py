@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,13 +12,28 @@ from safeproj.engine import Buffers, Source, Update, row_width, rows_per_block
 from safeproj.errors import SafeprojError
 from safeproj.methods.factors import CANCELS, CancellationError, Core, cancellation, core
 
-if TYPE_CHECKING:
-    from safeproj.methods.covariance.score import Effects
+
+@dataclass(frozen=True)
+class Effects:
+    """How strongly an update acts on what a layer reads, without its scaling.
+
+    Attributes:
+        safety: `E ‖ΔW x‖²` on safety data.
+        benign: the same on benign data, with the ridge.
+    """
+
+    safety: float
+    benign: float
+
+    @property
+    def ratio(self) -> float:
+        """`E_safety ‖ΔW x‖² / E_benign ‖ΔW x‖²`."""
+        return self.safety / self.benign if self.benign > 0.0 else 0.0
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What the engine computed with in place of factors whose terms cancel.
+    """What was computed with in place of factors whose terms cancel.
 
     Attributes:
         core: of the update as `B A = M Q` where `B` is changed, and of its transpose where `A` is.
@@ -32,7 +46,7 @@ class Settled:
 
 @dataclass(frozen=True)
 class Score:
-    """What the engine found out about one update.
+    """What a method found out about one update.
 
     Attributes:
         alignment_norm: `‖V‖_F`; None where a method has no `V`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -21,28 +21,10 @@ from safeproj.methods.covariance.formulas import (
 from safeproj.methods.covariance.sources import Moments, StoredMoment
 from safeproj.methods.factors import Core
 from safeproj.methods.measures import scale, similarity
-from safeproj.methods.score import Score, Settled, core_of, diagnosis
+from safeproj.methods.score import Effects, Score, Settled, core_of, diagnosis
 from safeproj.records.profile import Usage
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Effects:
-    """How strongly an update acts on what a layer reads, without its scaling.
-
-    Attributes:
-        safety: `E ‖ΔW x‖²` on safety data.
-        benign: the same on benign data, with the ridge.
-    """
-
-    safety: float
-    benign: float
-
-    @property
-    def ratio(self) -> float:
-        """`E_safety ‖ΔW x‖² / E_benign ‖ΔW x‖²`."""
-        return self.safety / self.benign if self.benign > 0.0 else 0.0
 
 
 def score(
