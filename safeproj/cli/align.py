@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -66,14 +67,13 @@ def align_command(
     with running.profile.phase("import"):
         from safeproj import api
 
-        running.options()  # what cannot be used is said before anything is read
+        options = running.options()
     form = api.Form(64 if rank is None and energy is None and not exact else rank, energy, exact)
     names = names_of(targets)
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
-        made = api.align(
-            base, aligned, out, form, names, running.options(observer), overwrite=overwrite
-        )
+        options = replace(options, observer=observer)
+        made = api.align(base, aligned, out, form, names, options, overwrite=overwrite)
     signals.done()
     result = f"wrote {out} ({made.describe()})"
     terminal.closing(made.warnings, talking.quiet, result, running.shown)

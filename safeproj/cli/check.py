@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,9 +190,9 @@ def check_command(
     with running.profile.phase("import"):
         from safeproj import api
 
-        running.options()  # what cannot be used is said before anything is read
+        options = running.options()
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
-        options = running.options(observer)
+        options = replace(options, observer=observer)
         checks = api.check(method, adapter, chosen, options, original=original)
     terminal.finish(checks, outputs, talking.quiet, "", running.shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from safeproj.cli import signals, terminal
@@ -34,13 +35,13 @@ def inspect_command(
         from safeproj import api
         from safeproj.adapter.collection import collect
 
-        running.options()  # what cannot be used is said before anything is read
+        options = running.options(selection=selection)
     signals.interruptible()
     report: Report | Reports
     adapters = collect(adapter)
     terminal.check_outputs(outputs, None, [("--adapter", each.source) for each in adapters.members])
     with terminal.observer(talking.quiet) as observer:
-        options = running.options(observer, selection=selection)
+        options = replace(options, observer=observer)
         if adapters.many:
             report = api.reports(api.inspect_many(method, adapter, options))
         else:

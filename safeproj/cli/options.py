@@ -15,14 +15,14 @@ import typer
 
 from safeproj.errors import SafeprojError
 from safeproj.methods import registry
-from safeproj.methods.interface import Method, Option
+from safeproj.methods.interface import Method, Option, having_value
 from safeproj.records.profile import Profile
 from safeproj.report.html_page import NO_PLOTLY
 
 if TYPE_CHECKING:
     from safeproj.lm.chat import ChatOptions
     from safeproj.plan.select import Selection
-    from safeproj.run.options import Observer, Options
+    from safeproj.run.options import Options
 
 
 class ReportFormat(str, Enum):
@@ -58,8 +58,7 @@ class Given:
         self._name = None if method is None else str(method.value)
         self.values = {
             name: value.value if isinstance(value, Enum) else value
-            for name, value in values.items()
-            if value is not None and value is not False
+            for name, value in having_value(values).items()
         }
 
     @classmethod
@@ -69,10 +68,13 @@ class Given:
             "--method",
             help="What is to be done; must fit what is given.  [default: what is given tells]",
         )
-        yield _parameter("method", Annotated[_choices("Method", tuple(registry.by_name())), named])
+        kind: Any = Annotated[_choices("Method", tuple(registry.by_name())), named]
+        yield Parameter("method", Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         declared = registry.options().items()
         for name, (option, method) in sorted(declared, key=lambda each: not each[1][0].is_source):
-            yield _parameter(name, _annotated(name, option, method))
+            default = method.__dataclass_fields__[name].default
+            kind = _annotated(name, option, method)
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
     @cached_property
     def method(self) -> Method:
@@ -93,12 +95,8 @@ def _annotated(name: str, option: Option, method: type[Method]) -> Any:
 
 
 def _choices(name: str, values: Sequence[str]) -> Any:
-    return Enum(name, {each: each for each in values}, type=str) | None  # type: ignore[operator]
-
-
-def _parameter(name: str, annotation: Any) -> Parameter:
-    default = False if bool in annotation.__args__ else None
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    make: Any = Enum
+    return make(name, {each: each for each in values}, type=str) | None
 
 
 @dataclass(frozen=True)
@@ -195,11 +193,10 @@ class Running:
         """The same, if it is to be shown."""
         return self.profile if self.show_profile else None
 
-    def options(self, observer: Observer | None = None, **others: Any) -> Options:
+    def options(self, **others: Any) -> Options:
         """Return how the run is done; imports torch.
 
         Args:
-            observer: told about the progress.
             others: fields of `Options` that are not here.
 
         Raises:
@@ -211,7 +208,6 @@ class Running:
             device=self.device,
             workers=self.workers,
             maps=tuple(self.map_ or ()),
-            observer=observer,
             profile=self.profile,
             **others,
         )
@@ -224,10 +220,10 @@ _FORMAT = typer.Option(
 
 
 @dataclass(frozen=True)
-class Reporting:
+class _Reporting:
     """Which reports go where."""
 
-    format_: Annotated[list[ReportFormat] | None, _FORMAT] = None
+    format_: Annotated[list[Any] | None, _FORMAT] = None
     output: Annotated[
         list[Path] | None,
         typer.Option(
@@ -264,10 +260,17 @@ class Reporting:
 
 
 @dataclass(frozen=True)
-class GateReporting(Reporting):
+class Reporting(_Reporting):
+    """Which reports of scores, of an evaluation or a sweep go where."""
+
+    format_: Annotated[list[ReportFormat] | None, _FORMAT] = None
+
+
+@dataclass(frozen=True)
+class GateReporting(_Reporting):
     """The same of a gate."""
 
-    format_: Annotated[list[CheckFormat] | None, _FORMAT] = None  # type: ignore[assignment]
+    format_: Annotated[list[CheckFormat] | None, _FORMAT] = None
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -82,16 +82,14 @@ def patch_command(
     """
     method, outputs, out = given.method, reporting.outputs, writing.out
     terminal.check_outputs(outputs, out, method.inputs(adapter))
-    form: dict[str, Any] = {
-        "selection": choosing.selection,
-        "dtype": writing.dtype.value,
-        "portable": writing.portable,
-    }
+    selection = choosing.selection
     with running.profile.phase("import"):
         from safeproj import api
         from safeproj.adapter.collection import collect
 
-        running.options(**form)  # what cannot be used is said before anything is read
+        options = running.options(
+            selection=selection, dtype=writing.dtype.value, portable=writing.portable
+        )
     signals.interruptible()
     report: Report | Reports
     adapters = collect(adapter)
@@ -102,7 +100,7 @@ def patch_command(
         "copy_weights": writing.copy_weights,
     }
     with terminal.observer(talking.quiet) as observer:
-        options = running.options(observer, **form)
+        options = replace(options, observer=observer)
         if adapters.many:
             found = api.patch_many(method, adapter, out, options, **how)
             report = api.reports(found)

@@ -45,11 +45,11 @@ def leave(code: object) -> None:
 
     A thread that the signal kept from being waited for would abort it.
     """
-    if code in [128 + number for number in _SIGNALS]:
+    if isinstance(code, int) and code - 128 in _SIGNALS:
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError, OSError, ValueError):
                 stream.flush()
-        os._exit(int(str(code)))
+        os._exit(code)
 
 
 def _handle(handler: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from typing import Annotated
 
@@ -111,8 +112,7 @@ def sweep_command(
         from safeproj.sweep.axes import interventions
         from safeproj.sweep.run import Settings, sweep
 
-        selection = choosing.selection
-        running.options(selection=selection)
+        options = running.options(selection=choosing.selection)
     signals.interruptible()
     settings = Settings(points, wanted_refusal, wanted_on)
     sets = prompting.sets()
@@ -125,7 +125,7 @@ def sweep_command(
         for prompt in each.prompts:
             generator.rendered(prompt)  # what cannot be used is said before anything is read
     with terminal.observer(talking.quiet) as observer:
-        options = running.options(observer, selection=selection)
+        options = replace(options, observer=observer)
         with method.prepared([adapter], options, chats) as ready:
             axis = None if by is None else by.value
             tried = interventions(ready, adapter, options, axis=axis, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -54,9 +55,9 @@ def verify_command(
     with running.profile.phase("import"):
         from safeproj import api
 
-        running.options()  # what cannot be used is said before anything is read
+        options = running.options()
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
-        options = running.options(observer)
+        options = replace(options, observer=observer)
         checks = api.verify(patched, original, method, options, public_key=public_key)
     terminal.finish(checks, outputs, talking.quiet, "", running.shown)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -47,26 +48,26 @@ class Option:
     is_source: bool = False
 
 
-def source(flag: str, help: str = "", metavar: str = "SRC") -> Any:  # noqa: A002 - as typer has it
+def source(flag: str, text: str = "", metavar: str = "SRC") -> Any:
     """Return a field of a method that is a SRC; None where it is not given."""
-    made = Option(flag, help, metavar, is_source=True)
+    made = Option(flag, text, metavar, is_source=True)
     return dataclasses.field(default=None, metadata={"option": made})
 
 
 def option(
     flag: str,
-    help: str = "",  # noqa: A002 - as typer has it
+    text: str = "",
     metavar: str | None = None,
     choices: tuple[str, ...] = (),
     default: Any = None,
 ) -> Any:
     """Return a field of a method that is no SRC; None where the method's default is meant."""
-    made = Option(flag, help, metavar, choices)
+    made = Option(flag, text, metavar, choices)
     return dataclasses.field(default=default, metadata={"option": made})
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """What is done to adapters, as the user gives it; nothing is opened here.
 
     Attributes:
@@ -116,12 +117,7 @@ class Method:
     @property
     def given(self) -> dict[str, Any]:
         """The options that have a value, by field."""
-        values = {name: getattr(self, name) for name in self.options()}
-        return {
-            name: value
-            for name, value in values.items()
-            if value is not None and value is not False
-        }
+        return having_value({name: getattr(self, name) for name in self.options()})
 
     @property
     def sources(self) -> dict[str, Src]:
@@ -146,8 +142,8 @@ class Method:
 
     @property
     def formulas(self) -> Any:
-        """What it computes, on tensors; imports torch."""
-        raise NotImplementedError
+        """What it computes, on tensors; None where that is not apart from `kernel`."""
+        return None
 
     @property
     def is_wide(self) -> bool:
@@ -166,16 +162,22 @@ class Method:
             digests: compute the SHA-256 of what is read.
             formulas: in the place of its own.
         """
-        raise NotImplementedError
+        kernel, own = self.kernel(), self.formulas if formulas is None else formulas
+        return lambda buffers, task: kernel(task, own, buffers, digests=digests)
 
+    @abstractmethod
+    def kernel(self) -> Callable[..., tuple[Score | SafeprojError, ...]]:
+        """Return what makes the scores of a task, given formulas, buffers and `digests`."""
+
+    @abstractmethod
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
         """Return what a record says of it under `projector`; `recorded` is the inverse.
 
         Args:
             scores: all that there are.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, maps: Sequence[str] = ()) -> Subspace:
         """Open what is read.
 
@@ -185,15 +187,13 @@ class Method:
         Raises:
             SafeprojError: it cannot be used, or is still to be prepared.
         """
-        raise NotImplementedError
 
-    @contextmanager
     def prepared(
         self,
         adapters: Sequence[str],
         options: Options,
         chat: ChatOptions | None = None,
-    ) -> Iterator[Method]:
+    ) -> AbstractContextManager[Method]:
         """Yield what can be opened; what was made for it is gone afterwards.
 
         Args:
@@ -205,8 +205,9 @@ class Method:
             SafeprojError: it cannot be made.
         """
         del adapters, options, chat
-        yield self
+        return nullcontext(self)
 
+    @abstractmethod
     def recorded(self: Self, source: Src, projector: Mapping[str, Any]) -> Self:
         """Return this method with the settings that a record says; `describe` is the inverse.
 
@@ -217,7 +218,24 @@ class Method:
         Raises:
             SafeprojError: it says none that there is, or another method's.
         """
-        raise NotImplementedError
+
+    def with_recorded(self: Self, source: Src, **settings: Any) -> Self:
+        """Return this method with settings of a record, for `recorded`.
+
+        Raises:
+            SafeprojError: they do not go together.
+        """
+        try:
+            return dataclasses.replace(self, **settings)
+        except SafeprojError:
+            raise unrecorded(source) from None
+
+
+def having_value(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those that are given: neither None nor, of a switch, False. Zero is given."""
+    return {
+        name: value for name, value in values.items() if value is not None and value is not False
+    }
 
 
 def local_path(source: Src) -> Path | None:

@@ -82,16 +82,25 @@ class Subspace(Protocol):
         """Return for each role of `inputs` the SHA-256 of all that was read for these modules."""
 
 
-class Unprepared:
-    """What nothing has to be made for by running the model with an adapter."""
+class Plain:
+    """What most subspaces have: no weights at hand, and nothing that is made by running a model."""
 
     runs_adapter = False
 
+    @property
+    def weights(self) -> Names | None:
+        return None
+
+    def held(self, adapter: Adapter, plan: Plan) -> Sequence[PlannedModule]:
+        del adapter, plan
+        return ()
+
+    def comparison(self, adapter: Adapter, item: PlannedChange) -> Comparison | None:
+        del adapter, item
+        return None
+
     def prepare(
-        self,
-        adapter: Adapter,  # noqa: ARG002
-        plan: Plan,  # noqa: ARG002
-        device: str,  # noqa: ARG002
-        on_batch: OnBatch | None,  # noqa: ARG002
+        self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
     ) -> Mapping[str, Tensor]:
+        del adapter, plan, device, on_batch
         return {}

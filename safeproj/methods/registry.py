@@ -7,7 +7,7 @@ from typing import Any
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.method import Covariance
-from safeproj.methods.interface import Method, Option
+from safeproj.methods.interface import Method, Option, having_value
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.salora.method import Salora
 from safeproj.methods.words import Words
@@ -57,9 +57,7 @@ def method_of(given: Mapping[str, Any], name: str | None = None) -> Method:
         SafeprojError: what is given does not go together, or is another method's.
     """
     known = options()
-    values = {
-        name: value for name, value in given.items() if value is not None and value is not False
-    }
+    values = having_value(given)
     sources = frozenset(name for name in values if known[name][0].is_source)
     chosen = next((method for method in METHODS if sources in method.ways), None)
     if name is not None and (chosen is None or chosen.name != name):

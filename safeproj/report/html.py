@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
-from safeproj.methods.registry import words_of
+from safeproj.methods.registry import METHODS, words_of
 from safeproj.records.checks import Check, Checks, Finding, Outcome
 from safeproj.records.evaluations import (
     WORDS,
@@ -340,8 +340,8 @@ def _cosines(scored: dict[str, Report]) -> list[dict[str, Any]]:
 
 def _overview(page: _Page) -> str:
     """Return one row per adapter."""
-    methods = {each.method for each in page.scored.values()}
-    beside = f"{' or '.join(words_of(each).measure for each in sorted(methods)) or 'scale'} mean"
+    method = next((each.method for each in page.scored.values()), METHODS[0].name)
+    beside = f"{words_of(method).measure} mean"
     headings = ["adapter", "modules", "projected", "cosine min", "mean", "max", beside, "warnings"]
     if page.checks is not None:
         headings[1:1] = ["outcome", "findings"]

@@ -111,6 +111,10 @@ def candidates(
     options = options or Options()
     profile = options.profile
     job = Job(method, options, digests=False)
+    if method.formulas is None:
+        raise SafeprojError(
+            f"a sweep over modules needs a method that projects, found {method.name}"
+        )
     both = apart(method.formulas)
     read = job.read(adapter)
     require_peft(read.folder)

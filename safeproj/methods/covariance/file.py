@@ -17,7 +17,6 @@ from typing import Any
 from safeproj.adapter import Adapter
 from safeproj.checkpoint import open_checkpoint
 from safeproj.checkpoint.expression import key_of, stored_names
-from safeproj.engine import Comparison
 from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.sources import Moments, StoredMoment
 from safeproj.methods.recorded import (
@@ -28,10 +27,10 @@ from safeproj.methods.recorded import (
     require_plain,
     require_run_inputs,
 )
-from safeproj.methods.reference import Unprepared
+from safeproj.methods.reference import Plain
 from safeproj.methods.score import Score
 from safeproj.names import Names
-from safeproj.plan.match import Plan, PlannedChange, PlannedModule
+from safeproj.plan.match import Plan, PlannedModule
 from safeproj.plan.match import plan as matched
 from safeproj.plan.select import Selection
 from safeproj.storage.source import LocalFolder, file_sha256, identity, open_folder
@@ -63,7 +62,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Statistics(Unprepared):
+class Statistics(Plain):
     """Statistics of safety data and of benign data: no checkpoint is read with them.
 
     Attributes:
@@ -115,9 +114,6 @@ class Statistics(Unprepared):
     def origin(self, item: PlannedModule) -> Moments:
         safety, benign = (self._stored(file, item) for file in self._files)
         return Moments(safety, benign)
-
-    def comparison(self, adapter: Adapter, item: PlannedChange) -> Comparison | None:  # noqa: ARG002
-        return None
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
         found = {"aligned": self.safety.document["inputs"]["aligned"]["sha256"]}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import (
     Method,
-    Scorer,
     Src,
     is_number,
     option,
@@ -143,13 +142,10 @@ class Covariance(Method):
     def is_wide(self) -> bool:
         return True
 
-    def scorer(
-        self, *, digests: bool = False, formulas: Correction | Reconstruction | None = None
-    ) -> Scorer:
+    def kernel(self) -> Callable[..., tuple[Score | SafeprojError, ...]]:
         from safeproj.methods.covariance.score import score
 
-        own = self.formulas if formulas is None else formulas
-        return lambda buffers, task: score(task, own, buffers, digests=digests)
+        return score
 
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
         del scores
@@ -171,17 +167,15 @@ class Covariance(Method):
 
         return statistics_of(self, maps)
 
-    @contextmanager
     def prepared(
         self,
         adapters: Sequence[str],
         options: Options,
         chat: ChatOptions | None = None,
-    ) -> Iterator[Covariance]:
+    ) -> AbstractContextManager[Covariance]:
         from safeproj.methods.covariance.prepare import prepared
 
-        with prepared(self, adapters, options, chat) as found:
-            yield found
+        return prepared(self, adapters, options, chat)
 
     def recorded(self, source: Src, projector: Mapping[str, Any]) -> Covariance:
         found = dict(projector)
@@ -194,7 +188,4 @@ class Covariance(Method):
             )
         if found or kind != "covariance" or mu is None or not is_number(mu):
             raise unrecorded(source)
-        try:
-            return replace(self, mu=mu)
-        except SafeprojError:
-            raise unrecorded(source) from None
+        return self.with_recorded(source, mu=mu)

@@ -15,7 +15,6 @@ from typing import Any
 
 from safeproj.adapter import Adapter
 from safeproj.checkpoint.expression import key_of, stored_names
-from safeproj.engine import Comparison
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import (
     Content,
@@ -25,10 +24,10 @@ from safeproj.methods.recorded import (
     open_recorded,
     require_plain,
 )
-from safeproj.methods.reference import Unprepared
+from safeproj.methods.reference import Plain
 from safeproj.methods.safe_lora.sources import Kept
 from safeproj.methods.score import Score
-from safeproj.plan.match import Plan, PlannedChange, PlannedModule, plan, quantised_warning
+from safeproj.plan.match import Plan, PlannedModule, plan, quantised_warning
 from safeproj.plan.select import Selection
 from safeproj.storage.source import identity
 from safeproj.text import is_plain, shorten
@@ -67,7 +66,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class AlignmentFile(Unprepared):
+class AlignmentFile(Plain):
     """An alignment file, in place of two checkpoints.
 
     Attributes:
@@ -96,13 +95,6 @@ class AlignmentFile(Unprepared):
         for role, recorded in document["inputs"].items():
             found[role] = {name: recorded[name] for name in IDENTITY if name in recorded}
         return {**found, "alignment": {**document["options"], **identity(self.file)}}
-
-    @property
-    def weights(self) -> None:
-        return None
-
-    def held(self, adapter: Adapter, plan: Plan) -> Sequence[PlannedModule]:  # noqa: ARG002
-        return ()
 
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         found = plan(adapter, self.file.running, self.file.running, selection)
@@ -136,9 +128,6 @@ class AlignmentFile(Unprepared):
             kept.residual,
             kept.leak,
         )
-
-    def comparison(self, adapter: Adapter, item: PlannedChange) -> Comparison | None:  # noqa: ARG002
-        return None
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
         recorded = self.file.document["inputs"]

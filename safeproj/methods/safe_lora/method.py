@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import (
     Method,
-    Scorer,
     Src,
     is_count,
     is_number,
@@ -123,11 +122,10 @@ class SafeLora(Method):
     def weighs_directions(self) -> bool:
         return self.projector != "exact"
 
-    def scorer(self, *, digests: bool = False, formulas: Approx | Exact | None = None) -> Scorer:
+    def kernel(self) -> Callable[..., tuple[Score | SafeprojError, ...]]:
         from safeproj.methods.safe_lora.score import score
 
-        own = self.formulas if formulas is None else formulas
-        return lambda buffers, task: score(task, own, buffers, digests=digests)
+        return score
 
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
         del scores
@@ -156,7 +154,4 @@ class SafeLora(Method):
         kind, rank, energy = (found.pop(name, None) for name in ("kind", "rank", "energy"))
         if found or kind not in PROJECTORS or not (is_count(rank) and is_number(energy)):
             raise unrecorded(source)
-        try:
-            return replace(self, projector=kind, rank=rank, energy=energy)
-        except SafeprojError:
-            raise unrecorded(source) from None
+        return self.with_recorded(source, projector=kind, rank=rank, energy=energy)

@@ -10,7 +10,7 @@ from safeproj.adapter.record import Factor
 from safeproj.checkpoint import Checkpoint, open_checkpoint
 from safeproj.checkpoint.expression import Expression, matrix
 from safeproj.engine import Comparison
-from safeproj.methods.reference import Unprepared
+from safeproj.methods.reference import Plain
 from safeproj.methods.safe_lora.sources import Difference
 from safeproj.methods.score import Score
 from safeproj.names import Names
@@ -19,7 +19,7 @@ from safeproj.plan.select import Selection
 from safeproj.storage.source import identity
 
 
-class Pair(Unprepared):
+class Pair(Plain):
     """The aligned and the base checkpoint of one model.
 
     Args:

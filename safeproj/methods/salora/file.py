@@ -15,7 +15,6 @@ from typing import Any
 
 from safeproj.adapter import Adapter
 from safeproj.checkpoint.expression import key_of, stored_names
-from safeproj.engine import Comparison
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import (
     Content,
@@ -25,10 +24,10 @@ from safeproj.methods.recorded import (
     require_plain,
     require_run_inputs,
 )
-from safeproj.methods.reference import Unprepared
+from safeproj.methods.reference import Plain
 from safeproj.methods.salora.sources import SafetyBasis
 from safeproj.methods.score import Score
-from safeproj.plan.match import Plan, PlannedChange, PlannedModule, plan
+from safeproj.plan.match import Plan, PlannedModule, plan
 from safeproj.plan.select import Selection
 from safeproj.storage.source import identity
 from safeproj.text import shorten
@@ -61,7 +60,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class SafetyModuleFile(Unprepared):
+class SafetyModuleFile(Plain):
     """A safety module: no checkpoint is read with it.
 
     Attributes:
@@ -90,13 +89,6 @@ class SafetyModuleFile(Unprepared):
             "safety_module": {**document["options"], **identity(self.file)},
         }
 
-    @property
-    def weights(self) -> None:
-        return None
-
-    def held(self, adapter: Adapter, plan: Plan) -> Sequence[PlannedModule]:  # noqa: ARG002
-        return ()
-
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         return plan(adapter, self.file.running, self.file.running, selection)
 
@@ -114,9 +106,6 @@ class SafetyModuleFile(Unprepared):
             )
         rank = kept.rank if self.rank is None else min(self.rank, kept.rank)
         return SafetyBasis(file.matrix(f"{key}.{BASIS}"), rank, self._energies(key, kept))
-
-    def comparison(self, adapter: Adapter, item: PlannedChange) -> Comparison | None:  # noqa: ARG002
-        return None
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
         recorded = self.file.document["inputs"]

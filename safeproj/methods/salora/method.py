@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import (
     Method,
-    Scorer,
     Src,
     is_count,
     option,
@@ -82,11 +81,10 @@ class Salora(Method):
 
         return Complement(self.rank)
 
-    def scorer(self, *, digests: bool = False, formulas: Complement | None = None) -> Scorer:
+    def kernel(self) -> Callable[..., tuple[Score | SafeprojError, ...]]:
         from safeproj.methods.salora.score import score
 
-        own = self.formulas if formulas is None else formulas
-        return lambda buffers, task: score(task, own, buffers, digests=digests)
+        return score
 
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
         ranks = [score.rank for score in scores if score.rank is not None]
@@ -103,7 +101,4 @@ class Salora(Method):
         kind, rank = found.pop("kind", None), found.pop("rank", None)
         if found or kind != "safety-module" or not is_count(rank):
             raise unrecorded(source)
-        try:
-            return replace(self, rank=rank)
-        except SafeprojError:
-            raise unrecorded(source) from None
+        return self.with_recorded(source, rank=rank)
