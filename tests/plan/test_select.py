@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeproj.errors import SafeprojError
@@ -140,6 +140,7 @@ def test_bounds_that_touch_are_a_tie_which_the_name_may_decide() -> None:
     assert Selection(layers=1).uncertain(cosines, bounds) == set(cosines)
 
 
+@settings(deadline=None)
 @given(data=st.data(), tau=st.integers(0, 10), layers=st.integers(0, 6), seed=st.integers(0, 99))
 def test_no_cosines_within_the_bounds_change_what_is_certain(
     data: st.DataObject, tau: int, layers: int, seed: int

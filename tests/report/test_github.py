@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeproj.records.rules import Level
@@ -126,6 +126,7 @@ def test_no_name_starts_another_command() -> None:
     assert HOSTILE not in text
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS, TEXTS, st.sampled_from(Level))
 def test_any_text_gives_one_command_and_comes_back(
     name: str, message: str, file: str, level: Level
@@ -169,6 +170,7 @@ def test_a_summary_that_just_fits_is_whole(monkeypatch: pytest.MonkeyPatch) -> N
     assert github.summary(checks(), len(TABLE.encode()) - 1) != TABLE
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1200), st.lists(TEXTS, max_size=30))
 def test_a_summary_is_cut_between_lines_and_says_what_is_missing(
     limit: int, names: list[str]

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import xmlschema
-from hypothesis import given
+from hypothesis import given, settings
 
 from safeproj.records.rules import RULES, Level
 from safeproj.report import Check, Checks, render
@@ -185,6 +185,7 @@ def test_hostile_text_stays_text() -> None:
     assert HOSTILE not in text
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS)
 def test_any_text_gives_a_valid_document(name: str, message: str) -> None:
     found = check(finding(message=message, module=name), name=name, source=name)

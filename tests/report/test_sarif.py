@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from safeproj.records.rules import RULES, Level
 from safeproj.report import Checks, Report, render, sarif
@@ -272,6 +272,7 @@ def test_hostile_names_are_shown_as_escapes_and_are_no_links() -> None:
         assert "\\x1b[2J" in result["message"]["text"]
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS, TEXTS, TEXTS)
 def test_any_text_gives_a_valid_log(name: str, source: str, message: str, file: str) -> None:
     found = finding(message=message, module=name, file=file)
