@@ -181,11 +181,10 @@ class Policy:
         """
         found = {"rank": self.rank, "energy": self.energy, "mu": self.mu}
         own: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
-        before = given.given
-        if self.projector != DEFAULT_PROJECTOR or {"rank", "energy"} & own.keys():
-            before = given.sources  # rank and energy belong to the projector
         if self.projector != DEFAULT_PROJECTOR:
             own["projector"] = self.projector
+        # Rank and energy belong to the projector.
+        before = given.sources if {"projector", "rank", "energy"} & own.keys() else given.given
         return method_of({**before, **own})
 
     def threshold_of(self, module: str) -> float:

@@ -328,9 +328,9 @@ def _directory(read: Read, size: int) -> tuple[int, int, int]:
         stop = at - _LOCATOR.size - _WIDE_END.size
         wide = _WIDE_END.unpack(read(stop, _WIDE_END.size))
         count, length, start = wide[-3:]
-        if wide != (b"PK\x06\x06", 44, *wide[2:4], 0, 0, count, count, length, start):
-            raise ValueError("a directory whose place is not clear")
-        if _LOCATOR.unpack(read(at - _LOCATOR.size, _LOCATOR.size)) != (_WIDER, 0, stop, 1):
+        located = _LOCATOR.unpack(read(at - _LOCATOR.size, _LOCATOR.size))
+        expected = (b"PK\x06\x06", 44, *wide[2:4], 0, 0, count, count, length, start)
+        if wide != expected or located != (_WIDER, 0, stop, 1):
             raise ValueError("a directory whose place is not clear")
     counts = min(count, 0xFFFF)
     places = (min(length, 0xFFFFFFFF), min(start, 0xFFFFFFFF))
