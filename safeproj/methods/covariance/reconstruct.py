@@ -3,14 +3,15 @@
 A layer's inputs are not what the statistics of the aligned model say once the layers before it
 have an adapter. Here each layer is corrected for the inputs that it gets in the model that is
 corrected up to it, towards the outputs that the aligned model has on the safety data, and the
-adapted model on the benign data. Up to the layer the model runs twice over each data for each input
-that layers share; no gradient is taken.
+adapted model on the benign data. The model runs over each data twice: once for the targets, and
+once stopping wherever layers are corrected. Where that takes too much memory, the targets are taken
+for some layers at a time, and what cannot wait runs up to every layer anew. No gradient is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,30 @@ from torch import Tensor, nn
 
 from safeproj.errors import SafeprojError
 from safeproj.lm.data import Batch
-from safeproj.lm.layers import OnBatch, is_linear, plain_weight, rows_at, running, sharing_inputs
+from safeproj.lm.layers import (
+    MEMORY,
+    OnBatch,
+    fitting,
+    in_features,
+    is_linear,
+    plain_weight,
+    running,
+    sharing_inputs,
+)
+from safeproj.lm.passes import Pass, stopping
 from safeproj.methods.covariance.formulas import RIDGE, Reconstruction
 
 Factors = dict[str, Tensor]
 """Path of a layer to its `A` (r, n)."""
 
 STATES = 2
-"""Runs over each data for each input: one for the targets, one for the model corrected so far."""
+"""What each input is looked at in: the model of the targets, and the one corrected so far."""
+
+WAITING = 3
+"""What a pass that waits holds, in copies of its widest input: that, the residual, queries, …"""
+
+THREADS = 512
+"""Bound on the threads that passes wait in, together with those that torch starts for each."""
 
 
 def reconstructed(
@@ -36,6 +53,7 @@ def reconstructed(
     benign: Sequence[Batch],
     projector: Reconstruction,
     on_batch: OnBatch | None = None,
+    memory: int = MEMORY,
 ) -> Factors:
     """Return the corrected `A'` (r, n) of each layer, in float32.
 
@@ -46,6 +64,8 @@ def reconstructed(
         benign: the benign data.
         projector: μ.
         on_batch: told about the progress.
+        memory: bound in bytes on what is kept so that it need not be computed again, half of it for
+            targets, on the CPU; those of a single input may be larger.
 
     Raises:
         SafeprojError: a layer is no plain LoRA on a linear layer, has no weight in memory, or does
@@ -55,33 +75,123 @@ def reconstructed(
     current = {name: each.A.detach().clone() for name, each in adapted.items()}
     trained = dict(current)
     layers = {name: each.base for name, each in adapted.items()}
-    done = 0
     try:
         with running(model, layers) as run:
             groups = sharing_inputs(layers, run, safety[0])
-            total = len(groups) * STATES * (len(safety) + len(benign))
-            for group in groups:
-                sums = (_Sums(), _Sums())
-                for own, data, other in zip(sums, (safety, benign), (None, trained), strict=True):
-                    for batch in data:
-                        wanted, now = (
-                            _seen(model, adapted, group[0], run, batch, factors)
-                            for factors in (other, current)
-                        )
-                        own.add(wanted, now)
-                        done += STATES
-                        if on_batch is not None:
-                            on_batch(done, total)
-                for name in group:
-                    A = _solved(adapted[name], trained[name], *sums, projector.mu)
-                    if not bool(A.isfinite().all()):
-                        raise SafeprojError(
-                            f"{name}: the corrected factor has a value that is not finite"
-                        )
-                    current[name] = A.to(trained[name].dtype)
+            inputs = [_input(group, layers[group[0]], [*safety, *benign]) for group in groups]
+            with stopping(run, {each.layer: layers[each.layer] for each in inputs}) as begin:
+                room = memory // 2 // max(each.waiting for each in inputs)
+                runs = _Runs(model, safety, benign, begin, room, len(inputs), on_batch)
+                for chunk in fitting(inputs, memory // 2):
+                    _put(adapted, trained)
+                    targets = runs.targets([each.layer for each in chunk])
+                    _put(adapted, current)
+                    for each in chunk:
+                        sums = runs.sums(each.layer, [seen.pop(each.layer) for seen in targets])
+                        for name in each.sharing:
+                            A = _solved(adapted[name], trained[name], *sums, projector.mu)
+                            if not bool(A.isfinite().all()):
+                                raise SafeprojError(
+                                    f"{name}: the corrected factor has a value that is not finite"
+                                )
+                            current[name] = A.to(trained[name].dtype)
+                        _put(adapted, {name: current[name] for name in each.sharing})
     finally:
         _put(adapted, trained)
     return {name: factor.float().cpu() for name, factor in current.items()}
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What some layers read.
+
+    Attributes:
+        layer: the first of them.
+        sharing: all of them.
+        nbytes: of it, over both data.
+        waiting: bytes that a pass over the largest batch holds where it waits.
+    """
+
+    layer: str
+    sharing: Sequence[str]
+    nbytes: int
+    waiting: int
+
+
+def _input(group: Sequence[str], layer: nn.Module, batches: Sequence[Batch]) -> _Input:
+    weight = plain_weight(layer)
+    assert weight is not None
+    row = in_features(layer) * weight.element_size()
+    sizes = [batch["attention_mask"].numel() for batch in batches]
+    return _Input(group[0], group, row * sum(sizes), WAITING * row * max(sizes))
+
+
+class _Runs:
+    """The runs of the model over both data, with the factors that it has at the time.
+
+    Args:
+        model: a `PeftModel`.
+        safety: the safety data.
+        benign: the benign data.
+        begin: begins a pass.
+        room: bound on the passes that wait.
+        inputs: how many inputs there are to be looked at.
+        on_batch: told about the progress.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        safety: Sequence[Batch],
+        benign: Sequence[Batch],
+        begin: Callable[[Batch], Pass],
+        room: int,
+        inputs: int,
+        on_batch: OnBatch | None,
+    ) -> None:
+        self._model, self._begin, self._on_batch = model, begin, on_batch
+        self._safety, self._benign = safety, benign
+        threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+        self._room = min(room, THREADS // threads)
+        self._waiting: dict[int, Pass] = {}
+        self._done, self._total = 0, inputs * STATES * (len(safety) + len(benign))
+
+    def targets(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return what layers read, for each batch of the safety data and then of the benign data.
+
+        For the former it is without the adapter.
+        """
+        found = []
+        for data, state in (
+            (self._safety, self._model.disable_adapter()),
+            (self._benign, nullcontext()),
+        ):
+            with state:
+                for batch in data:
+                    each = self._begin(batch)
+                    found.append({name: each.until(name).cpu() for name in names})
+                    each.end()
+                    self._tell(len(names))
+        return found
+
+    def sums(self, name: str, targets: Sequence[Tensor]) -> tuple[_Sums, _Sums]:
+        """Return those of the safety and of the benign data for what a layer reads now."""
+        found = _Sums(), _Sums()
+        for number, batch in enumerate((*self._safety, *self._benign)):
+            each = self._waiting.pop(number, None) or self._begin(batch)
+            now = each.until(name)
+            if number < self._room:
+                self._waiting[number] = each
+            else:
+                each.end()
+            found[number >= len(self._safety)].add(targets[number].to(now.device), now)
+            self._tell(1)
+        return found
+
+    def _tell(self, count: int) -> None:
+        self._done += count
+        if self._on_batch is not None:
+            self._on_batch(self._done, self._total)
 
 
 @dataclass(frozen=True)
@@ -148,41 +258,10 @@ def _adapted(model: Any, name: str) -> _Adapted:
 
 
 def _put(adapted: Mapping[str, _Adapted], factors: Mapping[str, Tensor]) -> None:
-    """Give the model other factors."""
+    """Give the model other factors of some layers."""
     with torch.no_grad():
-        for name, each in adapted.items():
-            each.A.copy_(factors[name])
-
-
-class _SeenError(Exception):
-    """What was to be seen was seen; the rest of the model need not run."""
-
-
-def _seen(
-    model: Any,
-    adapted: Mapping[str, _Adapted],
-    name: str,
-    run: Any,
-    batch: Batch,
-    factors: Mapping[str, Tensor] | None,
-) -> Tensor:
-    """Return what a layer reads (N, n) with these factors, or in the model without the adapter."""
-    mask = batch["attention_mask"].bool()
-    found: list[Tensor] = []
-
-    def hear(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found.append(rows_at(name, inputs[0], mask))
-        raise _SeenError
-
-    without = model.disable_adapter() if factors is None else nullcontext()
-    if factors is not None:
-        _put(adapted, factors)
-    with ExitStack() as stack:
-        stack.enter_context(without)
-        stack.callback(adapted[name].base.register_forward_pre_hook(hear).remove)
-        with suppress(_SeenError):
-            run(batch)
-    return found[0]
+        for name, factor in factors.items():
+            adapted[name].A.copy_(factor)
 
 
 def _solved(layer: _Adapted, A: Tensor, safety: _Sums, benign: _Sums, mu: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from safeproj.errors import SafeprojError
 from safeproj.lm.data import Data, read_data
+from safeproj.lm.layers import MEMORY
+from safeproj.lm.passes import Pass
 from safeproj.methods.covariance.formulas import Reconstruction
 from safeproj.methods.covariance.reconstruct import reconstructed
 from tests.conformance.oracle import save, updates
@@ -119,14 +123,14 @@ ORDERS = {
 STACKS = {"llama": "model.layers", "gpt2": "transformer.h"}
 
 
-def order_of(architecture: str, names: Sequence[str]) -> list[list[str]]:
-    """Return the adapted layers in the order in which the model runs them, by shared inputs."""
+def order_of(architecture: str, names: Sequence[str] | None = None) -> list[list[str]]:
+    """Return layers, or all, in the order in which the model runs them, by shared inputs."""
     found = [
         [f"{STACKS[architecture]}.{layer}.{kind}" for kind in kinds]
         for layer in range(2)
         for kinds in ORDERS[architecture]
     ]
-    kept = [[name for name in group if name in names] for group in found]
+    kept = [[name for name in group if names is None or name in names] for group in found]
     return [group for group in kept if group]
 
 
@@ -192,11 +196,15 @@ def test_the_first_layer_is_what_the_statistics_give(llama: Case, tmp_path: Path
         assert error < 1e-4
 
 
-def test_the_adapter_on_the_model_is_left_as_it_was(llama: Case, tmp_path: Path) -> None:
+def attached(case: Case, adapter: Path) -> Any:
+    """Return the model of a case with an adapter on it, to be changed."""
     from peft import PeftModel
 
-    adapter = save(llama.model, lora(), tmp_path / "adapter")
-    model: Any = PeftModel.from_pretrained(copy.deepcopy(llama.model), str(adapter))
+    return PeftModel.from_pretrained(copy.deepcopy(case.model), str(adapter))
+
+
+def test_the_adapter_on_the_model_is_left_as_it_was(llama: Case, tmp_path: Path) -> None:
+    model = attached(llama, save(llama.model, lora(), tmp_path / "adapter"))
     before = {name: each.clone() for name, each in model.state_dict().items()}
     names = [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
     calls: list[tuple[int, int]] = []
@@ -206,9 +214,49 @@ def test_the_adapter_on_the_model_is_left_as_it_was(llama: Case, tmp_path: Path)
     )
     assert list(found) == names
     assert calls[-1] == (2 * 2 * 4, 2 * 2 * 4)  # inputs, runs, batches
-    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert_as_before(model, before)
     assert all(not torch.equal(A, before_A(before, name)) for name, A in found.items())
+
+
+@pytest.mark.parametrize("kept", ["some", "nothing"])
+def test_what_does_not_fit_into_memory_is_computed_again(
+    case: Case, tmp_path: Path, kept: str
+) -> None:
+    adapter = save(case.model, lora(target_modules="all-linear"), tmp_path / "adapter")
+    model = attached(case, adapter)
+    names = [name for group in order_of(case.model.architecture) for name in group]
+    data = case.safety.batches(4), case.task.batches(4)
+    passes: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
+
+    def corrected(memory: int) -> tuple[dict[str, Tensor], int]:
+        passes.clear()
+        return reconstructed(model, names, *data, Reconstruction(MU), memory=memory), len(passes)
+
+    expected, least = corrected(MEMORY)
+    found, count = corrected(400_000 if kept == "some" else 0)
+    inputs, batches, first = 2 * 4, 2 * 4, 1
+    most = first + 2 * inputs * batches
+    assert least == first + 2 * batches
+    assert count == most if kept == "nothing" else least < count < most
+    assert all(torch.equal(found[name], factor) for name, factor in expected.items())
+
+
+def test_an_error_in_a_run_is_told_and_leaves_nothing_behind(llama: Case, tmp_path: Path) -> None:
+    model = attached(llama, save(llama.model, lora(), tmp_path / "adapter"))
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    safety, task = llama.safety.batches(8), llama.task.batches(8)
+    task[-1]["input_ids"][0, 0] = 10_000
+    with pytest.raises(SafeprojError, match="10000"):
+        reconstructed(model, ["model.layers.1.self_attn.v_proj"], safety, task, Reconstruction(MU))
+    assert_as_before(model, before)
+
+
+def assert_as_before(model: Any, state: Mapping[str, Tensor]) -> None:
+    """Check that a model has its weights, no hooks, and nothing that still runs it."""
+    assert all(torch.equal(each, state[name]) for name, each in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, Pass)]
 
 
 def before_A(state: Mapping[str, Tensor], name: str) -> Tensor:
