@@ -2,7 +2,7 @@
 
 It is the installed command's own entry point with its own arguments, environment, directory, output
 and exit code; only the seconds that imports take are not spent again each time. Tests of how the
-command starts, is interrupted and ends use `tests.support.installed`.
+command starts and ends use `tests.support.installed`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socketserver
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SECONDS = 300
 """Nothing takes so long."""
@@ -39,7 +42,7 @@ _SERVERS = 3
 """Processes kept by one worker of the tests; each holds some 300 MB."""
 
 _SERVER = r"""
-import atexit, gc, importlib, json, os, pkgutil, signal, sys
+import atexit, gc, importlib, json, os, pkgutil, resource, signal, sys
 import jinja2, numpy, rich.progress, rich.table, safetensors.torch, torch
 import safeproj, typer.main
 late = ("huggingface_hub", "peft", "transformers")
@@ -58,6 +61,10 @@ typer.main.get_command = lambda app: command  # made once: it takes longer than 
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
+    if "ended" in job:
+        found, status = os.waitpid(job["ended"], 0 if job["wait"] else os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if found else None), flush=True)
+        continue
     child = os.fork()
     if not child:
         signal.alarm(job["seconds"])
@@ -67,6 +74,8 @@ for line in sys.stdin:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        if job["largest_file"] is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
         sys.argv = ["safeproj", *job["arguments"]]
         try:
             main()
@@ -82,8 +91,7 @@ for line in sys.stdin:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code if isinstance(code, int) else code is not None)  # nothing is torn down
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(code, flush=True)
+    print(child, flush=True)
 """
 
 _servers: OrderedDict[tuple[str, tuple[tuple[str, str], ...]], subprocess.Popen[str]] = (
@@ -110,23 +118,74 @@ def _server(which: str, own: Mapping[str, str]) -> subprocess.Popen[str]:
     return _servers[key]
 
 
-def forked(
-    arguments: list[str], env: Mapping[str, str], cwd: Path
-) -> subprocess.CompletedProcess[str] | None:
-    """Run the command and return what it printed; None where it has to be started anew.
+class Fork:
+    """A run of the command in a fork: what a test needs of `subprocess.Popen`.
+
+    Attributes:
+        args: the arguments.
+        pid: the process.
+        returncode: the exit code, None until it is known to have ended.
+    """
+
+    def __init__(self, server: subprocess.Popen[str], job: Mapping[str, Any]) -> None:
+        self.args: list[str] = job["arguments"]
+        self.returncode: int | None = None
+        self._server = server
+        self._texts = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
+        out, err = (file.name for file in self._texts)
+        self.pid: int = self._asked({**job, "out": out, "err": err})
+
+    def _asked(self, job: Mapping[str, Any]) -> Any:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def _ended(self, *, wait: bool) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._asked({"ended": self.pid, "wait": wait})
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Return the exit code if it has ended."""
+        return self._ended(wait=False)
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it is known to have ended."""
+        if self.returncode is None:  # until it is known nothing else has its number
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end, for so many seconds, and return what it printed."""
+        end = time.monotonic() + (timeout or SECONDS)
+        while timeout is not None and self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.002)
+        self._ended(wait=True)
+        out, err = (Path(file.name).read_text("utf-8") for file in self._texts)
+        for file in self._texts:
+            file.close()
+        return out, err
+
+
+def begun(
+    arguments: list[str], env: Mapping[str, str], cwd: str, largest_file: int | None = None
+) -> Fork | None:
+    """Begin to run the command; None where it has to be started anew.
 
     Args:
         arguments: of the command.
-        env: variables beside those of this process.
+        env: all variables.
         cwd: where it runs.
+        largest_file: bound on the bytes of the files that it writes.
     """
-    return _run(arguments, {**os.environ, **env}, str(cwd))
-
-
-def _run(
-    arguments: list[str], env: dict[str, str], cwd: str
-) -> subprocess.CompletedProcess[str] | None:
-    """Do the same with these variables alone."""
     if not hasattr(os, "fork") or sys.platform == "darwin":  # where forks are not safe
         return None
     own = {
@@ -140,22 +199,26 @@ def _run(
         server = _server("what reads no settings of the Hub", {})
     else:
         return None
-    assert server.stdin is not None
-    assert server.stdout is not None
-    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        job = {
-            "arguments": arguments,
-            "env": env,
-            "cwd": cwd,
-            "out": out.name,
-            "err": err.name,
-            "seconds": SECONDS,
-        }
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        texts = [Path(file.name).read_text("utf-8") for file in (out, err)]
-    return subprocess.CompletedProcess(arguments, code, *texts)
+    job = {
+        "arguments": arguments,
+        "env": dict(env),
+        "cwd": cwd,
+        "seconds": SECONDS,
+        "largest_file": largest_file,
+    }
+    return Fork(server, job)
+
+
+def _run(
+    arguments: list[str], env: Mapping[str, str], cwd: str
+) -> subprocess.CompletedProcess[str] | None:
+    """Run the command with these variables alone, and return what it printed."""
+    found = begun(arguments, env, cwd)
+    if found is None:
+        return None
+    texts = found.communicate()
+    assert found.returncode is not None
+    return subprocess.CompletedProcess(arguments, found.returncode, *texts)
 
 
 _CLIENT = """

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.forks import SECONDS, forked
+from tests.forks import SECONDS, Fork, begun
 
 COMMAND = str(Path(sys.executable).parent / "safeproj")
 """The command as it is installed beside the interpreter that runs the tests."""
@@ -25,7 +25,10 @@ MANIFEST = "safeproj.json"
 
 
 def safeproj(
-    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    *arguments: str | Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    largest_file: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command and return what it printed, without importing everything again each time.
 
@@ -33,25 +36,69 @@ def safeproj(
         arguments: of the command.
         env: variables beside those of this process.
         cwd: where it runs; here if None.
+        largest_file: bound on the bytes of the files that it writes.
     """
-    found = forked([str(each) for each in arguments], env or {}, cwd or Path.cwd())
-    return installed(*arguments, env=env, cwd=cwd) if found is None else found
+    return _completed(started(*arguments, env=env, cwd=cwd, largest_file=largest_file))
 
 
 def installed(
     *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the installed command from its start, and return what it printed."""
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)],
-        capture_output=True,
+    return _completed(started(*arguments, env=env, cwd=cwd, anew=True))
+
+
+Process = subprocess.Popen[str] | Fork
+"""A run of the command that goes on."""
+
+
+def started(
+    *arguments: str | Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    largest_file: int | None = None,
+    anew: bool = False,
+) -> Process:
+    """Begin to run the command.
+
+    Args:
+        arguments: of the command.
+        env: variables beside those of this process.
+        cwd: where it runs; here if None.
+        largest_file: bound on the bytes of the files that it writes.
+        anew: from the start of the interpreter, and not in a fork that has imported everything.
+    """
+    words, variables = [str(each) for each in arguments], {**os.environ, **(env or {})}
+    if not anew:
+        fork = begun(words, variables, str(cwd or Path.cwd()), largest_file)
+        if fork is not None:
+            return fork
+
+    def limit() -> None:
+        import resource
+
+        assert largest_file is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+    return subprocess.Popen(
+        [COMMAND, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env={**os.environ, **(env or {})},
+        env=variables,
         cwd=cwd,
-        timeout=SECONDS,
-        check=False,
+        preexec_fn=None if largest_file is None else limit,
     )
+
+
+def _completed(process: Process) -> subprocess.CompletedProcess[str]:
+    # What runs in a fork ends itself in time.
+    texts = (
+        process.communicate() if isinstance(process, Fork) else process.communicate(timeout=SECONDS)
+    )
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(process.args, process.returncode, *texts)
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -22,15 +22,16 @@ from safetensors.torch import load_file, save_file
 from tests import hub_server
 from tests.conftest import Trio
 from tests.support import (
-    COMMAND,
     FACTORS,
     MANIFEST,
+    Process,
     assert_refused,
     moved,
     read_json,
     safeproj,
     save_adapter,
     snapshot,
+    started,
     tiny_llama,
 )
 
@@ -68,24 +69,7 @@ def bare(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def align(pair: Pair, out: Path, *options: str, largest_file: int | None = None) -> Result:
     """Run `safeproj align`, if wanted with a limit on the size of the files that it writes."""
     words = ["align", *pair.arguments, "--out", str(out), *options]
-    if largest_file is None:
-        return safeproj(*words, env=OFFLINE)
-
-    def limit() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
-    return subprocess.run(
-        [COMMAND, *words],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, **OFFLINE},
-        timeout=300,
-        check=False,
-        preexec_fn=limit,
-    )
+    return safeproj(*words, env=OFFLINE, largest_file=largest_file)
 
 
 def using(command: str, file: Path | str, adapter: Path, *options: str | Path) -> Result:
@@ -514,7 +498,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Slow:
     arguments = ["align", *Pair(root / "base", root / "aligned").arguments, "--exact"]
     out = root / f"model{SUFFIX}"
     begin = time.monotonic()
-    process = start(arguments, out)
+    process = started(*arguments, "--out", out, anew=True)
     wait_until(out.exists, process)
     seconds = time.monotonic() - begin
     _, errors = process.communicate(timeout=60)
@@ -522,21 +506,11 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Slow:
     return Slow(arguments, out.read_bytes(), seconds)
 
 
-def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [COMMAND, *arguments, "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-
-
 def beside(out: Path) -> set[str]:
     return {path.name for path in out.parent.iterdir()} - {out.name}
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(happened: Callable[[], bool], process: Process) -> None:
     while not happened() and process.poll() is None:
         time.sleep(0.0005)
 
@@ -553,7 +527,8 @@ def interrupt(
         signal: the signal.
         options: further ones.
     """
-    process = start([*slow.arguments, *options], out)
+    anew = isinstance(moment, float)
+    process = started(*slow.arguments, *options, "--out", out, anew=anew)
     if isinstance(moment, float):
         time.sleep(moment * slow.seconds)
     else:
@@ -562,6 +537,7 @@ def interrupt(
     _, errors = process.communicate(timeout=60)
     assert "unexpected" not in errors
     code = process.returncode
+    assert code is not None
     return (128 - code if code < 0 else code), errors
 
 
@@ -607,7 +583,7 @@ def test_what_a_killed_run_leaves_does_not_hinder_the_next(slow: Slow, tmp_path:
     interrupt(slow, out, "writing", SIGKILL)
     assert not out.exists() or out.read_bytes() == slow.content
 
-    process = start([*slow.arguments, "--overwrite"], out)
+    process = started(*slow.arguments, "--overwrite", "--out", out)
     _, errors = process.communicate(timeout=60)
 
     assert process.returncode == 0, errors

@@ -50,7 +50,7 @@ def big_adapter(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pages(trio: Trio, big_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
     """Pages that the patched adapter takes on a tmpfs."""
     out = tmp_path_factory.mktemp("room") / "out"
-    result = run([*patch_arguments(trio, big_adapter), "--out", str(out)])
+    result = safeproj(*patch_arguments(trio, big_adapter), "--out", out)
     assert result.returncode == 0, result.stderr
     assert_complete(out, big_adapter)
     return sum(-(-path.stat().st_size // PAGE) for path in out.iterdir())
@@ -81,27 +81,6 @@ def patch_arguments(trio: Trio, adapter: Path) -> list[str]:
     return ["patch", *checkpoints, "--adapter", str(adapter), "--all"]
 
 
-def run(arguments: list[str], largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command; with a limit on the size of the files that it writes, from its start."""
-    if largest_file is None:
-        return safeproj(*arguments)
-
-    def limit() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
-    return subprocess.run(
-        [COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-        check=False,
-        preexec_fn=limit,
-    )
-
-
 @pytest.mark.parametrize("room", ["for nothing", "for the small files", "for all but the last"])
 def test_a_full_disk_leaves_nothing_behind(
     trio: Trio, big_adapter: Path, pages: int, mount: Mount, room: str
@@ -110,7 +89,7 @@ def test_a_full_disk_leaves_nothing_behind(
     disk = mount(f"size={size * PAGE}")
     out = disk / "out"
 
-    result = run([*patch_arguments(trio, big_adapter), "--out", str(out)])
+    result = safeproj(*patch_arguments(trio, big_adapter), "--out", out)
 
     assert_refused(result, f"--out {out}", "No space left on device", "nothing was written")
     assert list(disk.iterdir()) == []
@@ -121,7 +100,7 @@ def test_a_disk_that_is_just_large_enough_does(
 ) -> None:
     out = mount(f"size={(pages + 8) * PAGE}") / "out"
 
-    result = run([*patch_arguments(trio, big_adapter), "--out", str(out)])
+    result = safeproj(*patch_arguments(trio, big_adapter), "--out", out)
 
     assert result.returncode == 0, result.stderr
     assert_complete(out, big_adapter)
@@ -133,7 +112,7 @@ def test_a_disk_without_room_for_a_directory_is_reported(
     disk = mount("nr_inodes=1")
     out = disk / "out"
 
-    result = run([*patch_arguments(trio, big_adapter), "--out", str(out)])
+    result = safeproj(*patch_arguments(trio, big_adapter), "--out", out)
 
     assert_refused(result, f"--out {out}", "No space left on device")
     assert list(disk.iterdir()) == []
@@ -147,7 +126,7 @@ def test_a_full_disk_leaves_the_old_adapter_as_it_was(
     shutil.copytree(trio.adapter, out)
     before = snapshot(disk)
 
-    result = run([*patch_arguments(trio, big_adapter), "--out", str(out), "--overwrite"])
+    result = safeproj(*patch_arguments(trio, big_adapter), "--out", out, "--overwrite")
 
     assert_refused(result, f"--out {out}", "No space left on device", "nothing was written")
     assert snapshot(disk) == before
@@ -162,7 +141,7 @@ def test_a_limit_on_file_size_is_reported(
 ) -> None:
     out = tmp_path / "out"
 
-    result = run([*patch_arguments(trio, big_adapter), "--out", str(out)], largest_file)
+    result = safeproj(*patch_arguments(trio, big_adapter), "--out", out, largest_file=largest_file)
 
     assert_refused(result, f"--out {out}", "File too large", "nothing was written")
     assert list(tmp_path.iterdir()) == []
@@ -176,7 +155,9 @@ def test_a_limit_on_file_size_leaves_the_old_adapter_as_it_was(
     shutil.copytree(trio.adapter, out)
     before = snapshot(tmp_path)
 
-    result = run([*patch_arguments(trio, big_adapter), "--out", str(out), "--overwrite"], 1 << 20)
+    result = safeproj(
+        *patch_arguments(trio, big_adapter), "--out", out, "--overwrite", largest_file=1 << 20
+    )
 
     assert_refused(result, f"--out {out}", "File too large", "nothing was written")
     assert snapshot(tmp_path) == before
@@ -189,7 +170,7 @@ def test_a_limit_on_file_size_leaves_the_old_adapter_as_it_was(
 def test_a_report_that_finds_no_room_is_an_error(trio: Trio, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
-    result = run([*patch_arguments(trio, trio.adapter), "--out", str(out), "--output", str(FULL)])
+    result = safeproj(*patch_arguments(trio, trio.adapter), "--out", out, "--output", FULL)
 
     assert_refused(result, f"--output {FULL}", "No space left on device")
     if out.exists():

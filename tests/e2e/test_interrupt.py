@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from signal import SIGINT, SIGKILL, SIGTERM, Signals
 import pytest
 
 from tests.conftest import Trio
-from tests.support import COMMAND, MANIFEST, assert_complete, snapshot
+from tests.support import MANIFEST, Process, assert_complete, snapshot, started
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 
@@ -62,7 +61,7 @@ def slow(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> Slow:
     out = root / "place" / "out"
     out.parent.mkdir()
     begin = time.monotonic()
-    process = start(arguments, out)
+    process = started(*arguments, "--out", out, anew=True)
     wait_until(lambda: bool(beside(out)), process)
     writing = time.monotonic()
     wait_until((out / MANIFEST).exists, process)
@@ -79,21 +78,11 @@ def add_files(adapter: Path) -> None:
         (adapter / "logs" / f"step-{number}.json").write_text(f'{{"loss": {number}}}')
 
 
-def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [COMMAND, *arguments, "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-
-
 def beside(out: Path) -> set[str]:
     return {path.name for path in out.parent.iterdir()} - {out.name}
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(happened: Callable[[], bool], process: Process) -> None:
     while not happened() and process.poll() is None:
         time.sleep(0.0005)
 
@@ -113,9 +102,12 @@ class End:
     written: bool
 
 
-def interrupt(slow: Slow, out: Path, moment: Moment, signal: Signals, *options: str) -> End:
-    """Run `patch` and send it the signal."""
-    process = start([*slow.arguments, *options], out)
+def interrupt(
+    slow: Slow, out: Path, moment: Moment, signal: Signals, *options: str, anew: bool = False
+) -> End:
+    """Run `patch` and send it the signal: as it starts, and, if `anew`, later."""
+    anew = anew or moment.phase == "reading"
+    process = started(*slow.arguments, *options, "--out", out, anew=anew)
     if moment.phase == "reading":
         time.sleep(moment.share * slow.reading)
     elif moment.phase == "writing":
@@ -127,6 +119,7 @@ def interrupt(slow: Slow, out: Path, moment: Moment, signal: Signals, *options: 
     process.send_signal(signal)
     _, errors = process.communicate(timeout=60)
     code = process.returncode
+    assert code is not None
     return End(128 - code if code < 0 else code, errors, written)
 
 
@@ -147,6 +140,9 @@ MOMENTS = [
     Moment("writing", 0.8),
     Moment("written", 0.0),
 ]
+ANEW = [MOMENTS[5], MOMENTS[7]]
+"""Those in the middle of the writing and at its end at which a run of its own is interrupted."""
+
 OVERWRITE_MOMENTS = [Moment("writing", 0.5), Moment("writing", 0.95), Moment("written", 0.0)]
 
 
@@ -157,7 +153,7 @@ def test_an_interrupted_run_leaves_a_complete_adapter_or_nothing(
 ) -> None:
     out = tmp_path / "out"
 
-    end = interrupt(slow, out, moment, signal)
+    end = interrupt(slow, out, moment, signal, anew=moment in ANEW)
 
     assert_ended_by(signal, end)
     assert beside(out) == set()
@@ -203,7 +199,7 @@ def test_overwriting_leaves_the_old_adapter_or_the_new_one(
 
 def test_impatience_does_not_leave_half_an_adapter(slow: Slow, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(slow.arguments, out)
+    process = started(*slow.arguments, "--out", out)
     wait_until(lambda: bool(beside(out)), process)
     for _ in range(3):
         process.send_signal(SIGINT)
@@ -221,7 +217,7 @@ def test_what_a_killed_run_leaves_does_not_hinder_the_next(slow: Slow, tmp_path:
     assert not out.exists()
     assert beside(out)  # it was hit while it wrote
 
-    process = start(slow.arguments, out)
+    process = started(*slow.arguments, "--out", out)
     _, errors = process.communicate(timeout=60)
 
     assert process.returncode == 0, errors

@@ -20,13 +20,14 @@ from safeproj.storage.wholefile import replace_file, write_file
 from tests.conftest import Trio
 from tests.faults.system import failing
 from tests.support import (
-    COMMAND,
     CONFIG,
+    Process,
     assert_complete,
     assert_refused,
     safeproj,
     save_safety_module,
     snapshot,
+    started,
 )
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX processes")
@@ -58,19 +59,9 @@ def slow(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return adapter
 
 
-def start(*arguments: str | Path, env: Mapping[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [COMMAND, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, **env},
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+def ended(process: Process) -> subprocess.CompletedProcess[str]:
     _, errors = process.communicate(timeout=300)
+    assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, "", errors)
 
 
@@ -78,7 +69,7 @@ def leftovers(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir() if is_leftover(path.name)]
 
 
-def when_it_writes(process: subprocess.Popen[str], out: Path, act: Callable[[], object]) -> None:
+def when_it_writes(process: Process, out: Path, act: Callable[[], object]) -> None:
     """Do something when a run has begun to write, and is not done yet."""
     while not leftovers(out.parent) and process.poll() is None:
         time.sleep(0.0005)
@@ -136,7 +127,7 @@ def test_of_many_runs_to_one_place_one_writes_it(
 
 def test_what_appears_meanwhile_is_left_as_it_is(trio: Trio, slow: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(*patch(trio, slow, out), env={})
+    process = started(*patch(trio, slow, out))
     when_it_writes(process, out, lambda: put(out / "mine.txt"))
 
     assert_refused(ended(process), f"--out {out}", "has appeared while this run went on")
@@ -146,7 +137,7 @@ def test_what_appears_meanwhile_is_left_as_it_is(trio: Trio, slow: Path, tmp_pat
 
 def test_overwrite_looks_again_before_it_replaces(trio: Trio, slow: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(*patch(trio, slow, out, "--overwrite"), env={})
+    process = started(*patch(trio, slow, out, "--overwrite"))
     when_it_writes(process, out, lambda: put(out / "thesis.txt"))
 
     assert_refused(ended(process), f"--out {out}", "is no adapter")
@@ -158,7 +149,7 @@ def test_two_runs_that_may_overwrite_leave_a_complete_adapter(
     trio: Trio, slow: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    runs = [start(*patch(trio, slow, out, "--overwrite"), env={}) for _ in range(2)]
+    runs = [started(*patch(trio, slow, out, "--overwrite")) for _ in range(2)]
 
     assert [ended(run).returncode for run in runs] == [0, 0]
     assert_complete(out, slow)
@@ -169,7 +160,7 @@ def test_two_runs_of_align_to_one_place(trio: Trio, tmp_path: Path) -> None:
     out = tmp_path / "model.alignment.safetensors"
     checkpoints: list[str | Path] = ["--base", trio.base, "--aligned", trio.aligned]
     system = failing(FAIL_RENAMEAT2="ENOSYS", FAIL_LINK="EPERM")  # the simplest file system
-    runs = [start("align", *checkpoints, "-q", "--out", out, env=system) for _ in range(2)]
+    runs = [started("align", *checkpoints, "-q", "--out", out, env=system) for _ in range(2)]
     results = [ended(run) for run in runs]
 
     assert sorted(result.returncode for result in results) == [0, 2], results
@@ -209,7 +200,7 @@ def test_the_next_run_removes_what_a_killed_one_left(
     trio: Trio, slow: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = start(*patch(trio, slow, out), env={})
+    process = started(*patch(trio, slow, out))
     when_it_writes(process, out, process.kill)
     process.communicate()
     assert len(leftovers(tmp_path)) == 1
@@ -252,7 +243,7 @@ def test_leftovers_are_no_adapters(trio: Trio, slow: Path, tmp_path: Path) -> No
     adapters = tmp_path / "adapters"
     shutil.copytree(trio.adapter, adapters / "one")
     out = adapters / "two"
-    process = start(*patch(trio, slow, out), env={})
+    process = started(*patch(trio, slow, out))
     when_it_writes(process, out, lambda: None)
     while not any((adapters / name / CONFIG).exists() for name in leftovers(adapters)):
         time.sleep(0.0005)
