@@ -45,7 +45,8 @@ _SERVER = r"""
 import atexit, gc, importlib, json, os, pkgutil, resource, signal, sys
 import jinja2, numpy, rich.progress, rich.table, safetensors.torch, torch
 import safeproj, typer.main
-late = ("huggingface_hub", "peft", "transformers")
+import filelock, fsspec, regex, sympy, tokenizers, torch._dynamo, torch.distributed.tensor, yaml
+late = ("huggingface_hub", "peft", "transformers")  # all that the above are imported for
 if sys.argv[1] == "all":
     import peft, transformers.conversion_mapping, transformers.core_model_loading
     import transformers.initialization, transformers.models.auto.modeling_auto

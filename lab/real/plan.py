@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,15 @@ def steps(sizes: Sizes, settings: Settings) -> list[Step]:
     ]
 
 
+@cache
+def _command() -> Any:
+    import typer.main
+
+    from safeproj.cli.app import app
+
+    return typer.main.get_command(app)
+
+
 def check(step: Step) -> None:
     """Parse a command line as the command itself does, without running it.
 
@@ -128,11 +138,7 @@ def check(step: Step) -> None:
         if find_spec(step.words[2]) is None:
             raise SafeprojError(f"{step.words[2]}: no such script")
         return
-    import typer.main
-
-    from safeproj.cli.app import app
-
-    command: Any = typer.main.get_command(app)
+    command = _command()
     words = list(step.words[1:])
     try:
         while hasattr(command, "commands"):

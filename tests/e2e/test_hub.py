@@ -503,10 +503,11 @@ def test_a_safety_module_of_a_model_on_the_hub_is_that_of_its_directory(
     commit = hub.publish("org/model", example / "aligned")
     given = ("--data", example / "data" / "safety.jsonl", "--targets", "q_proj", "--rank", "2")
     remote, local = tmp_path / "remote.safetensors", tmp_path / "local.safetensors"
-    for aligned, out in ((f"org/model@{commit}", remote), (str(example / "aligned"), local)):
-        result = user._run(
-            "salora", "module", "--aligned", aligned, *map(str, given), "--out", str(out)
-        )
+    command = ("salora", "module", *map(str, given))
+    for result in (
+        user._run(*command, "--aligned", f"org/model@{commit}", "--out", str(remote)),
+        safeproj(*command, "--aligned", example / "aligned", "--out", local),
+    ):
         assert result.returncode == 0, result.stderr
     with safe_open(remote, framework="pt") as file:
         identity = json.loads(file.metadata()["safeproj"])["inputs"]["aligned"]

@@ -26,7 +26,7 @@ from tests.evaluate.support import (
     write_lines,
 )
 from tests.report.test_schemas import validator
-from tests.support import COMMAND, assert_refused, safeproj, save_adapter
+from tests.support import assert_refused, safeproj, save_adapter, started
 
 DATA = TINY / "data"
 PAIRS, SKILL = DATA / "held_out_pairs.jsonl", DATA / "new_skill.jsonl"
@@ -182,10 +182,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     directory = tmp_path / "answers"
     arguments = tiny("--responses", directory, "--batch-size", "1", "--device", "cpu")
     arguments[arguments.index("--limit") + 1] = "150"
-    words = [COMMAND, "eval", *map(str, arguments)]
-    process = subprocess.Popen(
-        words, env={**os.environ, **ONE_THREAD}, stderr=subprocess.PIPE, text=True
-    )
+    process = started("eval", *arguments, env=ONE_THREAD)
     path = directory / "no_adapter.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.report.test_schemas import validator
-from tests.support import COMMAND, assert_refused, safeproj, save_safety_module, snapshot
+from tests.support import assert_refused, safeproj, save_safety_module, snapshot, started
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-lm"
 DATA = EXAMPLE / "data"
@@ -201,17 +201,10 @@ def test_an_interrupt_ends_it_with_130_and_nothing_written(tmp_path: Path) -> No
     )
     out = tmp_path / "place"
     out.mkdir()
-    process = subprocess.Popen(
-        [
-            COMMAND, "sweep", *map(str, (*PAIR, *ADAPTER, *SETS)), "--points", "28",
-            "--limit", "20", "--max-new-tokens", "20",
-            "--judge-command", f"{sys.executable} {judge}", "--format", "json",
-            "--output", str(out / "sweep.json"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env={**os.environ, **ONE_THREAD},
+    process = started(
+        "sweep", *PAIR, *ADAPTER, *SETS, "--points", "28", "--limit", "20",
+        "--max-new-tokens", "20", "--judge-command", f"{sys.executable} {judge}",
+        "--format", "json", "--output", out / "sweep.json", env=ONE_THREAD,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not seen.exists() and process.poll() is None and time.monotonic() < deadline:
