@@ -44,7 +44,7 @@ _SERVERS = 3
 _SERVER = r"""
 import atexit, gc, importlib, json, os, pkgutil, resource, signal, sys
 import jinja2, numpy, rich.progress, rich.table, safetensors.torch, torch
-import safeproj, typer.main
+import safeproj, typer.main, typer.rich_utils
 import filelock, fsspec, regex, sympy, tokenizers, torch._dynamo, torch.distributed.tensor, yaml
 late = ("huggingface_hub", "peft", "transformers")  # all that the above are imported for
 if sys.argv[1] == "all":
@@ -59,6 +59,11 @@ from safeproj.__main__ import main
 from safeproj.cli.app import app
 command = typer.main.get_command(app)
 typer.main.get_command = lambda app: command  # made once: it takes longer than most commands
+parts = [command]
+for part in parts:  # so do the types of their options
+    parts += getattr(part, "commands", {}).values()
+    for parameter in part.params:
+        getattr(parameter, "get_runtime_param", bool)()
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
