@@ -13,7 +13,7 @@ from safeproj.errors import SafeprojError
 from safeproj.gate.weights import found
 from safeproj.records.checks import Finding
 from safeproj.records.rules import Level
-from safeproj.records.scores import ModuleReport, Report, Safety, Unprojected, place
+from safeproj.records.scores import ModuleReport, Report, Unprojected, place
 from safeproj.report.card import section as written_section
 from safeproj.storage.source import read_json
 
@@ -81,7 +81,6 @@ def recorded_report(document: Mapping[str, Any]) -> Report:
     Raises:
         LookupError, TypeError, ValueError: it is not as `safeproj patch` writes it.
     """
-    energy = document["summary"].get("safety_energy", {})
     return Report(
         version=document["tool"]["version"],
         method=document["method"],
@@ -92,27 +91,22 @@ def recorded_report(document: Mapping[str, Any]) -> Report:
         pdst=document["summary"]["pdst"],
         unprojected=tuple(Unprojected(**item) for item in document["unprojected"]),
         warnings=tuple(document["warnings"]),
-        safety_energy={int(rank): share for rank, share in energy.items()},
+        summary=document["summary"],
     )
 
 
 def _module(item: Mapping[str, Any]) -> ModuleReport:
-    safety = ratios = None
-    if "safety_share" in item:
-        safety = Safety(item["safety_share"], item["safety_energy"])
-    if "safety_ratio" in item:
-        ratios = (item["safety_ratio"], item["safety_ratio_after"])
     m, n = item["shape"]
+    bounds = item.get("cosine_bounds")
     return ModuleReport(
         item["name"],
         *place(item["name"]),
         (m, n),
         item["rank"],
         item["cosine"],
-        item["alignment_norm"],
         item["scale"],
         item["projected"],
         item["note"],
-        safety=safety,
-        ratios=ratios,
+        None if bounds is None else (bounds[0], bounds[1]),
+        detail=item,
     )

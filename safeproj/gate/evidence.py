@@ -342,7 +342,7 @@ def _require_possible(claim: Mapping[str, Any], module: ModuleReport, *, shrinks
     if claim["shape"] != list(module.shape) or claim["rank"] != module.rank:
         raise _MismatchError("SP021", f"{MANIFEST} has {module.name} with another shape or rank")
     norm = claim["alignment_norm"]
-    own = module.alignment_norm
+    own = module.value("alignment_norm")
     if norm is not None and own is not None and not abs(norm - own) <= NORM_ROUNDING * own:
         raise _MismatchError("SP022", f"{MANIFEST} has {module.name} with another ‖V‖")
     # C is positive semidefinite, so ‖C² B‖/‖C B‖ is at least ‖C B‖/‖B‖ (log-convex moments): of

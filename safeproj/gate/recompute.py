@@ -196,7 +196,7 @@ def _state(
         length = module.out_features + module.in_features
         if score.settled is not None:  # what was computed with in place of large terms that cancel
             given = score.settled.core.factor(score.settled.core.M)
-        if error <= _tolerance(there, expected, given, score.alignment_norm, length):
+        if error <= _tolerance(there, expected, given, score.detail.length, length):
             if not result.same:
                 result.close += 1
                 result.error = max(result.error, error / norm if norm else 0.0)

@@ -213,11 +213,11 @@ def _unscored(context: Context) -> Iterator[Finding]:
     """Yield what was not scored, if that is more than the policy allows."""
     policy, plan = context.policy, context.run.plan
     missing = {
-        item.module.name: "base and aligned are equal here, so there is no alignment signal"
-        for item, module in context.modules
-        if module.alignment_norm == 0.0
+        item.module.name: context.run.method.detail.blank.finding
+        for item, _ in context.modules
+        if context.run.scores[item.module.name].factor is None
     }
-    empty = [item for item, module in context.modules if _is_empty(module)]
+    empty = [item for item, module in context.modules if _is_empty(context, module)]
     if "unmatched-modules" not in policy.allow:
         missing |= {module.name: "it has no weight" for module, _ in plan.unmatched}
     for item, _ in context.modules:
@@ -243,8 +243,8 @@ def _unscored(context: Context) -> Iterator[Finding]:
         yield found("SP003", f"{name}: {why}", level=level, module=name)
 
 
-def _is_empty(module: ModuleReport) -> bool:
-    return module.cosine is None and module.alignment_norm != 0.0
+def _is_empty(context: Context, module: ModuleReport) -> bool:
+    return module.cosine is None and context.run.scores[module.name].factor is not None
 
 
 def _rows_beyond(context: Context, whole: AdaptedModule | None, part: AdaptedModule) -> bool:
@@ -283,7 +283,7 @@ def _beside_the_update(context: Context) -> Iterator[Finding]:
         if item.module.dora:
             text = f"{name}: has a DoRA magnitude, which no score covers"
             yield found("SP007", text, policy=context.policy, module=name)
-        if _is_empty(module):
+        if _is_empty(context, module):
             text = f"{name}: the update is zero"
             yield found("SP008", text, policy=context.policy, module=name)
         bias = item.module.bias
@@ -358,7 +358,7 @@ def _by_others(context: Context) -> Iterator[Finding]:
 
 def _size(context: Context, item: PlannedModule, s: float) -> float | None:
     """Return `‖s B A‖_F / ‖V‖_F`, None where there is no `V`."""
-    length = context.run.scores[item.module.name].alignment_norm
+    length = context.run.scores[item.module.name].detail.length
     if not length:
         return None
     update = update_of(context.run.adapter, item)
@@ -432,10 +432,11 @@ def _unseen(context: Context, item: PlannedModule, s: float) -> float:
     exact projectors, which leave most directions alone by their definition.
     """
     score = context.run.scores[item.module.name]
-    if not context.run.method.weighs_directions or not score.alignment_norm or score.factor is None:
+    length, residual = score.detail.length, score.detail.residual
+    if not context.run.method.weighs_directions or not length or score.factor is None:
         return 0.0
     update = update_of(context.run.adapter, item)
     seen, sizes = gains(update.A, update.B, score.factor)
-    mean = score.alignment_norm / len(score.factor)
-    alone = sizes[seen + score.residual < UNSEEN * mean]
-    return abs(s) * float(alone.norm()) / score.alignment_norm
+    mean = length / len(score.factor)
+    alone = sizes[seen + residual < UNSEEN * mean]
+    return abs(s) * float(alone.norm()) / length

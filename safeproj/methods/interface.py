@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from safeproj.errors import SafeprojError
+from safeproj.methods.detail import Detail
 from safeproj.methods.words import Words
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Method(ABC):
         name: what `Report.method` says, and `--method`.
         title: its name in sentences.
         words: how reports speak of it.
+        detail: what its scores have beside what all do.
         ways: the sets of its SRC fields that can be given together.
         give: the same in words, one for each that is its own.
         needs: the same in one sentence.
@@ -91,6 +93,7 @@ class Method(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     words: ClassVar[Words]
+    detail: ClassVar[type[Detail]] = Detail
     ways: ClassVar[tuple[frozenset[str], ...]]
     give: ClassVar[tuple[str, ...]]
     needs: ClassVar[str]

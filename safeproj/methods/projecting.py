@@ -22,8 +22,8 @@ Digests = tuple[dict[str, str], dict[str, str]]
 Project = Callable[[Tensor], tuple[Projected, Digests | None]]
 """Makes `C B` of `B` (m, r), float32 on the device, and the digests of what was read for it."""
 
-Measure = Callable[[Tensor, Tensor, Tensor, Tensor | None], Score]
-"""Makes the score of `A`, `B`, `C B` and `Uᵀ B`, as far as its cosine goes."""
+Measure = Callable[[Tensor, Tensor, Projected], Score]
+"""Makes the score of `A`, `B` and what they were projected to, as far as its cosine goes."""
 
 
 def projected(
@@ -79,7 +79,7 @@ def _update_score(
     measure: Measure,
 ) -> Score | SafeprojError:
     if CB is None:
-        return Score(found.alignment_norm, None, None, None, None, found.rank, sha256)
+        return replace(measure(update.A, update.B, found), sha256=sha256)
     if not bool(CB.isfinite().all()):
         return SafeprojError(
             f"{task.name}: the projected factor has a value that is not finite, though its weights "
@@ -90,7 +90,7 @@ def _update_score(
     Cb = None if update.bias is None else CB[:, rank:].clone()
     CB = CB[:, :rank].clone()  # the others' may be let go
     UB = None if UB is None else UB[:, :rank]
-    score = measure(A, B, CB, UB)
+    score = measure(A, B, replace(found, CB=CB, UB=UB))
     if known is not None:
         settled = Settled(known, CB.double())
         score = replace(score, factor=known.factor(CB).float(), settled=settled)
@@ -100,9 +100,7 @@ def _update_score(
         )
     return replace(
         score,
-        alignment_norm=found.alignment_norm,
         bias=Cb,
         scale=None if score.cosine is None else scale(B, CB),
-        rank=found.rank,
         sha256=sha256,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.method import Covariance
+from safeproj.methods.detail import Detail
 from safeproj.methods.interface import Method, Option, having_value
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.salora.method import Salora
@@ -21,13 +22,26 @@ def by_name() -> dict[str, type[Method]]:
     return {method.name: method for method in METHODS}
 
 
-def words_of(name: str) -> Words:
-    """Return how reports speak of a method.
+def words_of(name: str | None) -> Words:
+    """Return how reports speak of a method; of the first where no adapter says which it is.
 
     Raises:
         KeyError: there is none of that name.
     """
-    return by_name()[name].words
+    return _named(name).words
+
+
+def detail_of(name: str | None) -> type[Detail]:
+    """Return what a method's scores have beside what all do, likewise.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    return _named(name).detail
+
+
+def _named(name: str | None) -> type[Method]:
+    return METHODS[0] if name is None else by_name()[name]
 
 
 def options() -> dict[str, tuple[Option, type[Method]]]:

@@ -10,25 +10,8 @@ from torch import Tensor
 from safeproj.adapter.record import Side
 from safeproj.engine import Buffers, Source, Update, row_width, rows_per_block
 from safeproj.errors import SafeprojError
+from safeproj.methods.detail import Detail
 from safeproj.methods.factors import CANCELS, CancellationError, Core, cancellation, core
-
-
-@dataclass(frozen=True)
-class Effects:
-    """How strongly an update acts on what a layer reads, without its scaling.
-
-    Attributes:
-        safety: `E ‖ΔW x‖²` on safety data.
-        benign: the same on benign data, with the ridge.
-    """
-
-    safety: float
-    benign: float
-
-    @property
-    def ratio(self) -> float:
-        """`E_safety ‖ΔW x‖² / E_benign ‖ΔW x‖²`."""
-        return self.safety / self.benign if self.benign > 0.0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -49,40 +32,27 @@ class Score:
     """What a method found out about one update.
 
     Attributes:
-        alignment_norm: `‖V‖_F`; None where a method has no `V`.
         factor: what takes the place of the factor that the method changes, float32 on the CPU:
-            `C B` (m, r), None where `V = 0`; or `A'` (r, n), as it is stored.
+            `C B` (m, r); or `A'` (r, n), as it is stored. None where there is nothing to compare
+            an update with, as where `V = 0`.
+        cosine: similarity of `ΔW` and `C ΔW`, or `ΔW'`; None where `ΔW = 0`, or `factor` is None.
+        detail: what else the method says.
         bias: `C b` (m, 1) for the bias of `lora_B`, if there is one.
-        cosine: similarity of `ΔW` and `C ΔW`, or `ΔW'`; None where `V = 0` or `ΔW = 0`.
-        bounds: between which that cosine lies where `C` is truncated; None where it is not.
-        truncation: upper bound of `‖C - C_K‖_F / ‖C‖_F`, 0 where `C` is not truncated.
         scale: `‖C B‖_F / ‖B‖_F`, or that of `A'` and `A`; None where it is undefined.
-        rank: k of a truncated projector, or of the basis of a safety subspace.
+        bounds: between which that cosine lies where `C` is truncated; None where it is not.
         sha256: for the aligned and the base checkpoint, label of each tensor read to the digest of
             its bytes, if wanted; from a file that stands for them they are the first of the two.
             For moments those of the safety and the benign data.
-        safety_share: `‖Uᵀ ΔW‖_F² / ‖ΔW‖_F²`, for SaLoRA; None where it is undefined.
-        energies: those of the `SafetyBasis`, for SaLoRA.
-        before: how strongly the update acts, for moments.
-        after: the same of what takes its place.
-        residual: upper bound of `‖C - C_K‖₂` where `C` is truncated, else 0.
         settled: what was computed with where the terms of `B A` cancel.
     """
 
-    alignment_norm: float | None
     factor: Tensor | None
-    bias: Tensor | None
     cosine: float | None
-    scale: float | None
-    rank: int | None
-    sha256: tuple[dict[str, str], dict[str, str]] | None
+    detail: Detail
+    bias: Tensor | None = None
+    scale: float | None = None
     bounds: tuple[float, float] | None = None
-    truncation: float = 0.0
-    safety_share: float | None = None
-    energies: tuple[float, ...] = ()
-    before: Effects | None = None
-    after: Effects | None = None
-    residual: float = 0.0
+    sha256: tuple[dict[str, str], dict[str, str]] | None = None
     settled: Settled | None = None
 
 

@@ -12,8 +12,6 @@ class Words:
 
     Attributes:
         title: its name.
-        measure: what is shown beside each cosine, in one word.
-        formula: the same with its formula.
         legend: what a cell of the table means, after the cosine.
         done: what was done, for a model card: to `{changed}` of `{all}` modules; inputs by role.
         controls: what a sweep measures beside it: what each is called at the head of a column, and
@@ -21,8 +19,6 @@ class Words:
     """
 
     title: str
-    measure: str
-    formula: str
     legend: str
     done: str
     controls: Mapping[str, tuple[str, str]]

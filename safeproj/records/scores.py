@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,19 +12,6 @@ SCHEMA = "safeproj.report/1"
 SCHEMA_MANY = "safeproj.reports/1"
 TAUS = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The thresholds for which the table says how many modules they would project."""
-
-
-@dataclass(frozen=True)
-class Safety:
-    """What SaLoRA says of one module.
-
-    Attributes:
-        share: share of `‖ΔW‖_F²` that lies in the safety subspace, None where it is undefined.
-        energy: share of the safety data's output energy that the directions in use hold.
-    """
-
-    share: float | None
-    energy: float | None
 
 
 @dataclass(frozen=True)
@@ -38,17 +26,12 @@ class ModuleReport:
         shape: (out_features, in_features).
         rank: r of the adapter.
         cosine: similarity of `ΔW` and `C ΔW`, None where it is undefined or was not computed.
-        alignment_norm: `‖V‖_F`.
         scale: `‖C B‖_F / ‖B‖_F`.
         projected: whether the module is (or would be) projected.
         note: why there is no cosine, or what is special.
-        projector_rank: k of the exact projector, or how many directions SaLoRA uses.
         bounds: between which the cosine lies, where `C` is truncated.
-        truncation: upper bound of `‖C - C_K‖_F / ‖C‖_F`, where `C` is truncated.
         uncertain: a cosine within these bounds might be decided otherwise.
-        safety: what SaLoRA says of the module, None for other methods.
-        ratios: `E_safety ‖ΔW x‖² / E_benign ‖ΔW x‖²` before and after the covariance-weighted
-            correction, None for other methods.
+        detail: what else the method says, by its keys in the record.
     """
 
     name: str
@@ -58,26 +41,22 @@ class ModuleReport:
     shape: tuple[int, int]
     rank: int
     cosine: float | None
-    alignment_norm: float | None
     scale: float | None
     projected: bool
     note: str | None
-    projector_rank: int | None = None
     bounds: tuple[float, float] | None = None
-    truncation: float | None = None
     uncertain: bool = False
-    safety: Safety | None = None
-    ratios: tuple[float, float] | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def measure(self) -> float | None:
-        """What is shown beside the cosine: the scale, SaLoRA's safety share, or the ratio."""
-        if self.ratios is not None:
-            return self.ratios[0]
-        return self.scale if self.safety is None else self.safety.share
+    def value(self, key: str) -> Any:
+        """Return a number that its record has under a key, None where it has none."""
+        return self.scale if key == "scale" else self.detail.get(key)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return one item of `modules` in the JSON report."""
+        """Return one item of `modules` in the JSON report.
+
+        The keys that every record has, or all with bounds, keep their place whoever gives them.
+        """
         found: dict[str, Any] = {
             "name": self.name,
             "layer": self.layer,
@@ -85,23 +64,16 @@ class ModuleReport:
             "shape": list(self.shape),
             "rank": self.rank,
             "cosine": self.cosine,
-            "alignment_norm": self.alignment_norm,
+            "alignment_norm": None,
             "scale": self.scale,
             "projected": self.projected,
             "note": self.note,
         }
-        if self.projector_rank is not None:
-            found["projector_rank"] = self.projector_rank
         if self.bounds is not None:
             found["cosine_bounds"] = list(self.bounds)
-            found["truncation_error"] = self.truncation
+            found["truncation_error"] = None
             found["uncertain"] = self.uncertain
-        if self.safety is not None:
-            found["safety_share"] = self.safety.share
-            found["safety_energy"] = self.safety.energy
-        if self.ratios is not None:
-            found["safety_ratio"], found["safety_ratio_after"] = self.ratios
-        return found
+        return {**found, **self.detail}
 
 
 @dataclass(frozen=True)
@@ -157,7 +129,7 @@ class Report:
 
     Attributes:
         version: of safeproj.
-        method: `safe-lora`, `salora` or `covariance`.
+        method: its name.
         projector: the `projector` object of the JSON report.
         selection: the `selection` object of the JSON report.
         inputs: `base`, `aligned` and `adapter`, and `alignment` where an alignment file was used;
@@ -169,8 +141,7 @@ class Report:
             `C`.
         unprojected: what the adapter changes past every projection.
         warnings: what the user should know.
-        safety_energy: for SaLoRA, rank to the share of the safety data's output energy that so many
-            directions hold, mean over modules.
+        summary: what the method says of all modules together, by its keys in `summary`.
     """
 
     version: str
@@ -182,22 +153,16 @@ class Report:
     pdst: float | None
     unprojected: tuple[Unprojected, ...]
     warnings: tuple[str, ...]
-    safety_energy: dict[int, float] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def cosines(self) -> list[float]:
         """The cosines that are defined, in the order of the modules."""
         return [module.cosine for module in self.modules if module.cosine is not None]
 
-    @property
-    def scales(self) -> list[float]:
-        """The scales that are defined, in the order of the modules."""
-        return [module.scale for module in self.modules if module.scale is not None]
-
-    @property
-    def measures(self) -> list[float]:
-        """What is shown beside the cosines, where it is defined, in the order of the modules."""
-        return [module.measure for module in self.modules if module.measure is not None]
+    def values(self, key: str) -> list[float]:
+        """Return the numbers that modules have under a key, in the order of the modules."""
+        return values(self.modules, key)
 
     @property
     def projected(self) -> int:
@@ -224,21 +189,14 @@ class Report:
         }
 
     def _summary(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        return {
             "modules": len(self.modules),
             "projected": self.projected,
             "cosine": spread(self.cosines),
-            "scale": spread(self.scales),
+            "scale": spread(self.values("scale")),
             "pdst": self.pdst,
+            **self.summary,
         }
-        if self.safety_energy:
-            found["safety_share"] = spread(self.measures)
-            found["safety_energy"] = {str(k): share for k, share in self.safety_energy.items()}
-        ratios = [module.ratios for module in self.modules if module.ratios is not None]
-        if ratios:
-            found["safety_ratio"] = spread([before for before, _ in ratios])
-            found["safety_ratio_after"] = spread([after for _, after in ratios])
-        return found
 
 
 @dataclass(frozen=True)
@@ -268,9 +226,9 @@ class Reports:
     failures: dict[str, Failure]
 
     @property
-    def method(self) -> str:
-        """The method of the run, which is one for all adapters."""
-        return next((report.method for report in self.reports.values()), "safe-lora")
+    def method(self) -> str | None:
+        """The method of the run, which is one for all adapters; None where all of them failed."""
+        return next((report.method for report in self.reports.values()), None)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -288,6 +246,12 @@ class Reports:
             "reports": {name: report.to_dict() for name, report in self.reports.items()},
             "failures": {name: asdict(failure) for name, failure in self.failures.items()},
         }
+
+
+def values(modules: Iterable[ModuleReport], key: str) -> list[float]:
+    """Return the numbers that modules have under a key, of those that have one."""
+    found = (module.value(key) for module in modules)
+    return [value for value in found if value is not None]
 
 
 def spread(values: list[float]) -> dict[str, float | None]:

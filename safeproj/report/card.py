@@ -8,7 +8,7 @@ from typing import Any
 
 from safeproj.methods.registry import words_of
 from safeproj.records.scores import Report
-from safeproj.report.markdown import code, describe, energy_lines, escaped, span
+from safeproj.report.markdown import code, describe, escaped, measured, span
 
 
 def section(report: Report) -> str:
@@ -21,8 +21,7 @@ def section(report: Report) -> str:
         f"- projector: {describe(report.projector)}",
         f"- selection: {describe(report.selection)}",
         f"- cosine of an update and its projection, before: {span(report.cosines)}",
-        f"- {words_of(report.method).formula}: {span(report.measures)}",
-        *energy_lines(report),
+        *measured(report),
         "- every module, its score and the digests of the inputs: `safeproj.json`",
         "",
         "Projection is no proof of safety: evaluate the patched adapter before you publish it.",

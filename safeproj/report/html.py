@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
-from safeproj.methods.registry import METHODS, words_of
+from safeproj.methods.detail import Column
+from safeproj.methods.registry import detail_of, words_of
 from safeproj.records.checks import Check, Checks, Finding, Outcome
 from safeproj.records.evaluations import (
     WORDS,
@@ -340,8 +341,8 @@ def _cosines(scored: dict[str, Report]) -> list[dict[str, Any]]:
 
 def _overview(page: _Page) -> str:
     """Return one row per adapter."""
-    method = next((each.method for each in page.scored.values()), METHODS[0].name)
-    beside = f"{words_of(method).measure} mean"
+    method = next((each.method for each in page.scored.values()), None)
+    beside = f"{detail_of(method).columns[0].heading} mean"
     headings = ["adapter", "modules", "projected", "cosine min", "mean", "max", beside, "warnings"]
     if page.checks is not None:
         headings[1:1] = ["outcome", "findings"]
@@ -361,9 +362,10 @@ def _overview_row(entry: _Entry, failed: bool) -> Row:
         cells += [number(None)] * 7
     else:
         cosine = spread(report.cosines)
+        beside = spread(report.values(detail_of(report.method).columns[0].key))
         cells += [_count(len(report.modules)), _count(report.projected)]
         cells += [number(cosine[each]) for each in ("min", "mean", "max")]
-        cells += [number(spread(report.measures)["mean"]), _count(len(report.warnings))]
+        cells += [number(beside["mean"]), _count(len(report.warnings))]
     return Row(cells + [Cell(entry.error or "")] * failed)
 
 
@@ -398,13 +400,14 @@ def _adapter(page: _Page, i: int, canvas: _Canvas) -> str:
 
 
 def _charts(report: Report, i: int, tau: float, canvas: _Canvas) -> list[str]:
-    words = words_of(report.method)
-    # The legend is written for a table, whose cells hold the cosine first and then the measure.
-    legend = " ".join(words.legend.partition(";")[0].removeprefix("then ").split())
+    # The legend is written for a table, whose cells hold the cosine and then the first column.
+    legend = " ".join(
+        words_of(report.method).legend.partition(";")[0].removeprefix("then ").split()
+    )
     return [
         "<h3>Cosine by layer and kind</h3>",
         canvas.place(heatmap(canvas.graphs, report, tau), f"heatmap-{i}", _HEATMAP),
-        f"<h3>What projection removes: {text(words.measure)}</h3>",
+        f"<h3>What projection removes: {text(detail_of(report.method).columns[0].heading)}</h3>",
         canvas.place(measure(canvas.graphs, report), f"measure-{i}", f"{legend}."),
     ]
 
@@ -462,21 +465,18 @@ def _filled(
 
 def _summary(report: Report) -> str:
     """Return the facts about all modules together."""
+    detail = detail_of(report.method)
+    first = detail.columns[0]
     items = [
         ("projected, or would be", f"{report.projected} of {len(report.modules)} modules"),
         ("selection", describe(report.selection)),
         ("projector", describe(report.projector)),
         ("cosine", span(report.cosines)),
-        (words_of(report.method).formula, span(report.measures)),
+        (first.meaning, span(report.values(first.key))),
     ]
     if report.pdst is not None:
         items.append(("pdst", f"{report.pdst:.4f}"))
-    if report.safety_energy:
-        energies = (f"{rank}: {share:.2f}" for rank, share in report.safety_energy.items())
-        items.append(("share of the safety data's output energy by rank", ", ".join(energies)))
-    truncations = [each.truncation for each in report.modules if each.truncation is not None]
-    if truncations:
-        items.append(("relative error of the truncated C", f"up to {max(truncations):.3f}"))
+    items += [fact.whole for fact in detail.facts(report)]
     return f"<h3>Summary</h3>\n{pairs(items)}"
 
 
@@ -486,25 +486,23 @@ def _modules(report: Report, i: int, tau: float, check: Check | None) -> str:
     evidence = (
         {} if check is None else {k: f"projected ({v.value})" for k, v in check.evidence.items()}
     )
-    measure_name = words_of(report.method).measure
+    own = detail_of(report.method).columns
     columns = {
         "module": [Cell(each.name, float(place)) for place, each in enumerate(listed)],
         "shape": [_shape(each) for each in listed],
         "rank": [_count(each.rank) for each in listed],
         "cosine": [number(each.cosine) for each in listed],
-        measure_name: [number(each.measure) for each in listed],
-        "energy" if report.safety_energy else "‖V‖": [_further(each) for each in listed],
+        **{each.heading: _values(each, listed) for each in own if not each.is_aside},
         "at or below tau": [_below(each, tau) for each in listed],
         "projected" if check is None else "to project": [
             Cell("yes" if each.projected else "") for each in listed
         ],
         "evidence": [Cell(evidence.get(each.name, "")) for each in listed],
         "bounds of the cosine": [_bounds(each) for each in listed],
-        "relative error of C": [number(each.truncation, ".3f") for each in listed],
-        "rank of C": [number(each.projector_rank, "d") for each in listed],
+        **{each.heading: _values(each, listed) for each in own if each.is_aside},
         "note": [Cell(each.note or "") for each in listed],
     }
-    always = ("cosine", measure_name, "at or below tau", "projected", "to project")
+    always = ("cosine", own[0].heading, "at or below tau", "projected", "to project")
     caption = "Every module, with the numbers of the charts"
     cosines = [each.cosine for each in listed]
     shown = _filled(f"modules-{i}", caption, columns, *always, cosines=cosines)
@@ -528,10 +526,8 @@ def _bounds(module: ModuleReport) -> Cell:
     return Cell(f"{module.bounds[0]:.4f} to {module.bounds[1]:.4f}{unsure}", module.bounds[0])
 
 
-def _further(module: ModuleReport) -> Cell:
-    if module.safety is not None:
-        return number(module.safety.energy)
-    return number(module.alignment_norm, ".4g")
+def _values(column: Column, modules: Iterable[ModuleReport]) -> list[Cell]:
+    return [number(each.value(column.key), column.form) for each in modules]
 
 
 def _rest(report: Report, i: int) -> list[str]:

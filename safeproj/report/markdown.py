@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from safeproj.methods.registry import words_of
+from safeproj.methods.registry import detail_of, words_of
 from safeproj.records.checks import Check, Checks, Evidence
 from safeproj.records.evaluations import (
     LEGEND,
@@ -32,11 +32,11 @@ def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 -
 
 def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: ARG001
     """Return a table of the adapters, and the report of each below it."""
-    words = words_of(reports.method)
+    first = detail_of(reports.method).columns[0]
     lines = [
-        f"## {words.title} reports",
+        f"## {words_of(reports.method).title} reports",
         "",
-        f"| adapter | modules | projected | cosine | {words.measure} | warnings |",
+        f"| adapter | modules | projected | cosine | {first.heading} | warnings |",
         "|---|---:|---:|---|---|---:|",
     ]
     for name, report in reports.reports.items():
@@ -45,7 +45,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
             str(len(report.modules)),
             str(report.projected),
             span(report.cosines),
-            span(report.measures),
+            span(report.values(first.key)),
             str(len(report.warnings)),
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -221,18 +221,17 @@ def _summary(report: Report) -> list[str]:
         f"- projector: {describe(report.projector)}; selection: {describe(report.selection)}",
         f"- projected: {report.projected} of {len(report.modules)} modules",
         f"- cosine: {span(report.cosines)}",
-        f"- {words_of(report.method).formula}: {span(report.measures)}",
-        *energy_lines(report),
+        *measured(report),
     ]
     return lines + [f"- warning: {escaped(warning)}" for warning in report.warnings]
 
 
 def _modules(report: Report) -> list[str]:
-    measure = words_of(report.method).measure
-    further = "energy" if report.safety_energy else "‖V‖"
+    columns = [each for each in detail_of(report.method).columns if not each.is_aside]
+    headings = " | ".join(each.heading for each in columns)
     lines = [
-        f"| module | shape | r | cosine | {measure} | {further} | projected | note |",
-        "|---|---|---:|---:|---:|---:|---|---|",
+        f"| module | shape | r | cosine | {headings} | projected | note |",
+        f"|---|---|---:|---:|{'---:|' * len(columns)}---|---|",
     ]
     for module in report.modules:
         cells = (
@@ -240,8 +239,7 @@ def _modules(report: Report) -> list[str]:
             f"{module.shape[0]}×{module.shape[1]}",
             str(module.rank),
             _cosine(module),
-            _number(module.measure),
-            _further(module),
+            *(each.text(module) for each in columns),
             "yes" if module.projected else "",
             escaped(module.note or ""),
         )
@@ -256,12 +254,6 @@ def _cosine(module: ModuleReport) -> str:
     return f"{_number(module.cosine)}{mark} [{module.bounds[0]:.4f}, {module.bounds[1]:.4f}]"
 
 
-def _further(module: ModuleReport) -> str:
-    if module.safety is not None:
-        return _number(module.safety.energy)
-    return "" if module.alignment_norm is None else f"{module.alignment_norm:.4g}"
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
@@ -274,12 +266,12 @@ def describe(options: dict[str, object]) -> str:
     return ", ".join([head, *(f"{name} {value}" for name, value in items.items())])
 
 
-def energy_lines(report: Report) -> list[str]:
-    """Return the line that says how much of the safety data directions hold, for SaLoRA."""
-    if not report.safety_energy:
-        return []
-    energies = ", ".join(f"{rank}: {share:.2f}" for rank, share in report.safety_energy.items())
-    return [f"- share of the safety data's output energy by rank, mean over modules: {energies}"]
+def measured(report: Report) -> list[str]:
+    """Return what the method says of all modules beside their cosines, a line each."""
+    detail = detail_of(report.method)
+    first = detail.columns[0]
+    lines = [f"{first.meaning}: {span(report.values(first.key))}"]
+    return [f"- {line}" for line in (*lines, *(fact.line for fact in detail.facts(report))) if line]
 
 
 def span(values: list[float]) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safeproj.methods.registry import words_of
+from safeproj.methods.registry import detail_of, words_of
 from safeproj.records.checks import Checks, Finding, Outcome
 from safeproj.records.evaluations import (
     LEGEND,
@@ -37,11 +37,12 @@ def render(report: Report, *, width: int, color: bool) -> str:
     console = Console(
         file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
     )
+    key = detail_of(report.method).columns[0].key
     for stack, modules in _by_stack(report):
         columns = _columns(modules)
         kinds = list(dict.fromkeys(columns.values()))
         for chunk in _chunks(kinds, max(1, (width - 8) // CELL)):
-            console.print(_grid(stack, modules, columns, chunk))
+            console.print(_grid(stack, modules, columns, chunk, key))
     console.print(_legend(report))
     console.print(_summary(report))
     return _lines(console)
@@ -54,12 +55,13 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("adapter", overflow="fold")
-    measure = f"{words_of(reports.method).measure} mean"
-    for heading in ("modules", "projected", "cosine min", "mean", "max", measure, "warnings"):
+    first = detail_of(reports.method).columns[0]
+    beside = f"{first.heading} mean"
+    for heading in ("modules", "projected", "cosine min", "mean", "max", beside, "warnings"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.reports.items():
-        cosine, beside = spread(report.cosines), spread(report.measures)
-        values = (cosine["min"], cosine["mean"], cosine["max"], beside["mean"])
+        cosine, found = spread(report.cosines), spread(report.values(first.key))
+        values = (cosine["min"], cosine["mean"], cosine["max"], found["mean"])
         numbers = ("n/a" if value is None else f"{value:.3f}" for value in values)
         counts = (str(len(report.modules)), str(report.projected))
         table.add_row(Text(printable(name)), *counts, *numbers, str(len(report.warnings)))
@@ -230,7 +232,7 @@ def _chunks(kinds: list[str], size: int) -> list[list[str]]:
 
 
 def _grid(
-    stack: str, modules: list[ModuleReport], columns: dict[str, str], kinds: list[str]
+    stack: str, modules: list[ModuleReport], columns: dict[str, str], kinds: list[str], key: str
 ) -> Table:
     title = Text(printable(stack), style="table.title") if stack else None
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
@@ -244,40 +246,37 @@ def _grid(
     for layer, row in cells.items():
         if any(kind in row for kind in kinds):
             label = "-" if layer is None else str(layer)
-            table.add_row(label, *(_cell(row.get(kind, [])) for kind in kinds))
+            table.add_row(label, *(_cell(row.get(kind, []), key) for kind in kinds))
     return table
 
 
-def _cell(modules: list[ModuleReport]) -> Text:
-    """Return one cell: a module, or of a stack of experts the one with the lowest cosine."""
+def _cell(modules: list[ModuleReport], key: str) -> Text:
+    """Return one cell: a module, or of a stack of experts the one with the lowest cosine.
+
+    Args:
+        modules: the module, or the experts.
+        key: of the number that is shown beside the cosine.
+    """
     if not modules:
         return Text("")
-    both = [(module.cosine, module.measure) for module in modules]
-    scored = [(c, measure) for c, measure in both if c is not None and measure is not None]
+    both = [(module.cosine, module.value(key)) for module in modules]
+    scored = [(c, beside) for c, beside in both if c is not None and beside is not None]
     if not scored:
         return Text("n/a", style="dim")
-    cosine, measure = min(scored)
+    cosine, beside = min(scored)
     style = "red" if cosine < 0.35 else "yellow" if cosine < 0.6 else "green"
     projected = sum(module.projected for module in modules)
     mark = "*" if projected == len(modules) else "+" if projected else " "
     if any(module.uncertain for module in modules):
         mark = "?"
-    return Text.assemble((f"{cosine:.3f}", style), (f" {measure:.3f}", "dim"), (mark, "bold"))
+    return Text.assemble((f"{cosine:.3f}", style), (f" {beside:.3f}", "dim"), (mark, "bold"))
 
 
 def _legend(report: Report) -> Text:
     legend = words_of(report.method).legend
     text = f"each cell: cosine of the update and its projection, {legend}"
-    if report.safety_energy:
-        text += (
-            "\nenergy by rank = how much of the safety data's output energy so many directions "
-            "hold, mean over modules"
-        )
-    if any(module.uncertain for module in report.modules):
-        text += (
-            "\n? = the alignment file keeps too little of C to be certain whether it is to be "
-            "projected"
-        )
+    legends = (fact.legend for fact in detail_of(report.method).facts(report))
+    text += "".join(f"\n{legend}" for legend in legends if legend)
     if any("[" in module.name for module in report.modules):
         text += (
             "\nof a stack of experts the lowest cosine is shown; + = some of its experts are "
@@ -293,24 +292,17 @@ def _summary(report: Report) -> Table:
     counts = f"{report.projected} of {len(report.modules)} modules"
     table.add_row("projected", f"{counts} ({describe(report.selection)})")
     table.add_row("projector", describe(report.projector))
-    measure = words_of(report.method).measure
-    for label, values in (("cosine", report.cosines), (measure, report.measures)):
+    detail = detail_of(report.method)
+    first = detail.columns[0]
+    beside = (first.heading, report.values(first.key))
+    for label, values in (("cosine", report.cosines), beside):
         found = spread(values)
         if found["mean"] is not None:
             table.add_row(
                 label, f"min {found['min']:.3f}  mean {found['mean']:.3f}  max {found['max']:.3f}"
             )
-    if report.safety_energy:
-        energies = "  ".join(f"{k}:{share:.2f}" for k, share in report.safety_energy.items())
-        table.add_row("energy by rank", energies)
-    truncations = [each.truncation for each in report.modules if each.truncation is not None]
-    if truncations:
-        widths = [each.bounds[1] - each.bounds[0] for each in report.modules if each.bounds]
-        table.add_row(
-            "truncated C",
-            f"relative error up to {max(truncations):.3f}, cosine known to within "
-            f"{max(widths):.3f} at worst",
-        )
+    for fact in detail.facts(report):
+        table.add_row(*fact.short)
     if report.pdst is not None:
         table.add_row("pdst", f"{report.pdst:.4f}")
     would = "  ".join(f"{tau:g}:{count}" for tau, count in report.would_project().items())

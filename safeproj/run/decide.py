@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from safeproj.methods.measures import pdst
 from safeproj.methods.score import Score
 from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
-from safeproj.records.scores import ModuleReport, Report, Safety, Unprojected, place
+from safeproj.records.scores import ModuleReport, Report, Unprojected, place
 from safeproj.storage.source import identity
 from safeproj.text import natural_order, shorten
 
@@ -74,14 +74,11 @@ def decide(
         dtype: one of `DTYPES`.
 
     Raises:
-        SafeprojError: `V = 0` for every module.
+        SafeprojError: there is nothing to compare any module with.
     """
-    if all(score.alignment_norm == 0.0 for score in scores.values()):
-        base, aligned = (inputs[role]["source"] for role in ("base", "aligned"))
-        raise SafeprojError(
-            f"{base} and {aligned} are the same model: all weights that the adapter changes are "
-            "equal in both; --base must be the model before alignment"
-        )
+    if all(score.factor is None for score in scores.values()):
+        sources = {role: identity["source"] for role, identity in inputs.items()}
+        raise SafeprojError(method.detail.blank.refusal.format(**sources))
     cosines = {name: score.cosine for name, score in scores.items()}
     chosen = selection.choose(cosines)
     bounds = {name: score.bounds for name, score in scores.items() if score.bounds is not None}
@@ -105,6 +102,8 @@ def decide(
                 )
             lossy.append(module.name)
     unprojected = tuple(_unprojected(adapter, plan, scores, changes, method.side))
+    details = {name: score.detail for name, score in scores.items()}
+    modules = _module_reports(plan, scores, chosen, uncertain, method)
     report = Report(
         version=__version__,
         method=method.name,
@@ -114,15 +113,15 @@ def decide(
             **{role: dict(identity) for role, identity in inputs.items()},
             "adapter": identity(adapter.folder),
         },
-        modules=tuple(_module_reports(plan, scores, chosen, uncertain)),
+        modules=modules,
         pdst=sum(distances) / len(distances) if distances else None,
         unprojected=unprojected,
-        safety_energy=_mean_energies([score.energies for score in scores.values()]),
+        summary=method.detail.summary(modules, details.values()),
         warnings=(
             *adapter.warnings,
             *plan.warnings,
-            *_warnings(scores, selection, chosen, lossy, unprojected),
-            *_truncation_warnings(scores, chosen, uncertain),
+            *_warnings(scores, selection, chosen, lossy, unprojected, method),
+            *method.detail.warnings({name: details[name] for name in chosen}, uncertain),
         ),
     )
     converted = {}
@@ -239,47 +238,23 @@ def _relative_error(there: Tensor, factor: Tensor) -> float:
     return float((there.double() - factor.double()).norm()) / size if size else 0.0
 
 
-def _mean_energies(energies: Sequence[tuple[float, ...]]) -> dict[int, float]:
-    """Return for ranks the mean share of the safety data's energy that so many directions hold.
-
-    The ranks are the powers of two up to the largest stored one, and that. A module that has fewer
-    directions counts with all of them.
-    """
-    largest = max(map(len, energies), default=0)
-    ranks = {1 << power for power in range(largest.bit_length())} | {largest}
-    return {
-        rank: sum(each[min(rank, len(each)) - 1] for each in energies) / len(energies)
-        for rank in sorted(ranks)
-        if largest
-    }
-
-
 def _module_reports(
     plan: Plan,
     scores: Mapping[str, Score],
     chosen: frozenset[str],
     uncertain: frozenset[str],
-) -> list[ModuleReport]:
-    found = []
+    method: Method,
+) -> tuple[ModuleReport, ...]:
+    found = [_module_report(excluded, None, method) for excluded in plan.excluded]
     for planned in plan.modules:
         name = planned.module.name
-        module = _module_report(planned.module, scores[name], name in chosen, planned.note)
-        safety = _safety(scores[name])
-        found.append(replace(module, uncertain=name in uncertain, safety=safety))
-    unknown = Safety(None, None) if any(module.safety for module in found) else None
-    for excluded in plan.excluded:
-        found.append(replace(_module_report(excluded, None, False, None), safety=unknown))
-    return sorted(found, key=lambda module: natural_order(module.name))
-
-
-def _safety(score: Score) -> Safety | None:
-    if score.rank is None or not score.energies:
-        return None
-    return Safety(score.safety_share, score.energies[score.rank - 1])
+        module = _module_report(planned.module, scores[name], method, planned.note)
+        found.append(replace(module, projected=name in chosen, uncertain=name in uncertain))
+    return tuple(sorted(found, key=lambda module: natural_order(module.name)))
 
 
 def _module_report(
-    module: AdaptedModule, score: Score | None, projected: bool, note: str | None
+    module: AdaptedModule, score: Score | None, method: Method, note: str | None = None
 ) -> ModuleReport:
     stack, layer, kind = place(module.name)
     return ModuleReport(
@@ -290,53 +265,25 @@ def _module_report(
         shape=(module.out_features, module.in_features),
         rank=module.rank,
         cosine=score.cosine if score else None,
-        alignment_norm=score.alignment_norm if score else None,
         scale=score.scale if score else None,
-        projected=projected,
-        note="; ".join(text for text in (_note(module, score), note) if text) or None,
-        projector_rank=score.rank if score else None,
+        projected=False,
+        note="; ".join(text for text in (_note(module, score, method), note) if text) or None,
         bounds=score.bounds if score else None,
-        truncation=score.truncation if score and score.bounds else None,
-        ratios=_ratios(score),
+        detail=score.detail.to_dict() if score else method.detail.unscored(),
     )
 
 
-def _ratios(score: Score | None) -> tuple[float, float] | None:
-    if score is None or score.before is None or score.after is None:
-        return None
-    return score.before.ratio, score.after.ratio
-
-
-def _note(module: AdaptedModule, score: Score | None) -> str | None:
+def _note(module: AdaptedModule, score: Score | None, method: Method) -> str | None:
     if score is None:
         return "left out by --include/--exclude: kept, not scored"
-    if score.alignment_norm == 0.0:
-        return "V = 0: base and aligned are equal here, no alignment signal; kept"
+    if score.factor is None:
+        return method.detail.blank.note
     if score.cosine is None:
         return "empty update: B A is zero; kept"
-    if module.mirrors and score.before is None:
+    if module.mirrors and method.side == "output":
         tied = ", ".join(factor.key.removeprefix(PREFIX) for factor in module.mirrors)
         return f"tied weights: {tied} holds the same factor and is written too"
     return "DoRA: the magnitude is kept" if module.dora else None
-
-
-def _truncation_warnings(
-    scores: Mapping[str, Score], chosen: frozenset[str], uncertain: frozenset[str]
-) -> Iterator[str]:
-    """Yield what follows from a truncated `C`."""
-    if uncertain:
-        yield (
-            f"{len(uncertain)} decisions are not certain: the alignment file keeps part of C, and "
-            "within the bound of that error these cosines may lie on the other side: "
-            f"{shorten(sorted(uncertain, key=natural_order))}; use the checkpoints, or a file with "
-            "more of C"
-        )
-    errors = [scores[name].truncation for name in chosen if scores[name].truncation]
-    if errors:
-        yield (
-            f"{len(errors)} modules are projected with a truncated C, which differs from C by up "
-            f"to {max(errors):.1%}"
-        )
 
 
 def _warnings(
@@ -345,6 +292,7 @@ def _warnings(
     chosen: frozenset[str],
     lossy: list[str],
     unprojected: tuple[Unprojected, ...],
+    method: Method,
 ) -> Iterator[str]:
     changed = [item for item in unprojected if not item.is_copy]
     if changed:
@@ -352,12 +300,9 @@ def _warnings(
             f"{len(changed)} tensors change weights or biases directly, which no projection "
             f"touches: {shorten(item.describe() for item in changed)}"
         )
-    frozen = [name for name, score in scores.items() if score.alignment_norm == 0.0]
-    if frozen:
-        yield (
-            f"{len(frozen)} modules have no alignment signal (base and aligned are equal there) "
-            f"and are kept: {shorten(frozen)}"
-        )
+    blank = [name for name, score in scores.items() if score.factor is None]
+    if blank:
+        yield method.detail.blank.warning.format(count=len(blank), names=shorten(blank))
     if selection.layers is not None and len(chosen) < selection.layers:
         yield f"--layers {selection.layers}: only {len(chosen)} modules have a cosine"
     if lossy:

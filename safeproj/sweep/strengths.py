@@ -11,6 +11,7 @@ from safeproj.adapter import Adapter
 from safeproj.engine import Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.lm.adapters import require_peft
+from safeproj.methods.covariance.detail import Acting
 from safeproj.methods.covariance.file import Statistics
 from safeproj.methods.covariance.formulas import Correction, Moment
 from safeproj.methods.covariance.method import Covariance
@@ -181,9 +182,9 @@ class Strengths:
         scalings = self.adapter.format.scalings(self.adapter, modules)
         before = after = 0.0
         for name, score in scores.items():
-            if score.before is not None and score.after is not None:
-                before += scalings[name] ** 2 * score.before.benign
-                after += scalings[name] ** 2 * score.after.benign
+            if isinstance(score.detail, Acting):
+                before += scalings[name] ** 2 * score.detail.before.benign
+                after += scalings[name] ** 2 * score.detail.after.benign
         return math.sqrt(after / before)
 
     def _decided(self, mu: float, scores: Scores) -> Decision:
@@ -201,9 +202,9 @@ class Strengths:
 
 def shrunk(update: Update, score: Score) -> Score:
     """Return a score with `A`, shrunk to act as `A'` does on benign data, in the place of `A'`."""
-    if score.before is None or score.after is None:
+    if not isinstance(score.detail, Acting):
         return score
-    factor = math.sqrt(score.after.benign / score.before.benign)
+    factor = math.sqrt(score.detail.after.benign / score.detail.before.benign)
     return replace(score, factor=update.stored.float() * factor)
 
 

@@ -18,6 +18,7 @@ import safeproj as package
 from safeproj.engine import Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
+from safeproj.methods.covariance.detail import Acting
 from safeproj.methods.covariance.formulas import Correction
 from safeproj.methods.covariance.score import corrected
 from safeproj.methods.covariance.sources import Moments, StoredMoment
@@ -152,7 +153,7 @@ def test_the_correction_of_an_update_beside_rows_that_cancel(gain: Tensor | None
 
     assert not isinstance(found, SafeprojError)
     assert found.factor is not None
-    assert found.before is not None
+    assert isinstance(found.detail, Acting)
     delta = exact(A, B)
     expected = oracle.corrected(delta, H, S, mu)
     after = exact(found.factor if gain is None else found.factor * gain, B)
@@ -160,8 +161,8 @@ def test_the_correction_of_an_update_beside_rows_that_cancel(gain: Tensor | None
     cosine = float((delta * expected).sum() / (delta.norm() * expected.norm()))
     assert found.cosine == pytest.approx(cosine, abs=1e-6)
     effect = float((delta @ H * delta).sum()), float((delta @ S * delta).sum())
-    assert found.before.safety == pytest.approx(effect[0], rel=1e-5)
-    assert found.before.benign == pytest.approx(effect[1], rel=1e-5)
+    assert found.detail.before.safety == pytest.approx(effect[0], rel=1e-5)
+    assert found.detail.before.benign == pytest.approx(effect[1], rel=1e-5)
 
 
 # --- what the gate says

@@ -28,6 +28,18 @@ if __name__ == "__main__":
     main()
 """
 
+COLUMNS = {
+    "table": (r" 1\.000 0\.500", r"left +min 0\.500"),
+    "json": (r'"left": 0\.5',),
+    "markdown": (
+        r"\| cosine \| left \| projected \|",
+        r"\| 1\.0000 \| 0\.5000 \|",
+        "left ‖ΔW'‖/‖ΔW‖: 0",
+    ),
+    "html": (r">left</th>", r">0\.5000</td>"),
+}
+"""What shows the number that it has of each update."""
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -89,3 +101,5 @@ def test_every_format_shows_it(program: Path, trio: Trio, tmp_path: Path) -> Non
         for kind, file in files.items():
             shown = file.read_text("utf-8")
             assert shown if command[0] == "check" else "halv" in shown, kind
+            for column in COLUMNS[kind] if command[0] == "inspect" else ():
+                assert re.search(column, shown), (kind, column)

@@ -18,6 +18,7 @@ import pytest
 
 from safeproj.cli.options import ReportFormat, Reporting
 from safeproj.errors import SafeprojError
+from safeproj.methods.registry import detail_of
 from safeproj.records.rules import RULES, Level
 from safeproj.report import (
     Check,
@@ -268,9 +269,8 @@ def test_the_table_of_modules_has_the_columns_of_its_record() -> None:
     truncated = replace(
         module("m.layers.0.q", 0.3),
         bounds=(0.25, 0.375),
-        truncation=0.125,
         uncertain=True,
-        projector_rank=5,
+        detail={"truncation_error": 0.125, "projector_rank": 5},
     )
     text = render(report(truncated), "html")
     for expected in ("0.2500 to 0.3750 uncertain", ">0.125</td>", ">rank of C</th>", ">5</td>"):
@@ -371,7 +371,8 @@ def test_the_charts_of_a_report_are_drawn(show: Open, record: Report) -> None:
     assert sorted(value for value in values if value is not None) == sorted(record.cosines)
     assert numbers["text"].count("n/a") == len(record.modules) - len(record.cosines)
     measured = [value for trace in opened.chart("measure-0") for value in trace["y"]]
-    assert sorted(measured) == sorted(record.measures)
+    first = detail_of(record.method).columns[0]
+    assert sorted(measured) == sorted(record.values(first.key))
     for key in ("curve", "heatmap-0", "measure-0"):
         assert opened.page.locator(f"#{key} svg").count() > 0
     assert opened.page.locator(".modebar, .plotly-notifier").count() == 0

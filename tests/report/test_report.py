@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from safeproj.records.scores import Safety, Unprojected, place
+from safeproj.records.scores import Unprojected, place
 from safeproj.report import FORMATS, ModuleReport, Report, render
 
 
@@ -24,10 +24,10 @@ def module(
         shape=(64, 32),
         rank=8,
         cosine=cosine,
-        alignment_norm=3.25,
         scale=None if cosine is None else 0.0625,
         projected=projected,
         note=note,
+        detail={"alignment_norm": 3.25},
     )
 
 
@@ -175,13 +175,18 @@ SALORA = replace(
     modules=tuple(
         replace(
             each,
-            alignment_norm=None,
-            projector_rank=4,
-            safety=Safety(None if each.cosine is None else 1 - each.cosine**2, 0.75),
+            detail={
+                "projector_rank": 4,
+                "safety_share": None if each.cosine is None else 1 - each.cosine**2,
+                "safety_energy": 0.75,
+            },
         )
         for each in EXAMPLE.modules
     ),
-    safety_energy={1: 0.25, 2: 0.5, 4: 0.75},
+    summary={
+        "safety_share": {"min": 0.234375, "mean": 0.65625, "max": 0.984375},
+        "safety_energy": {"1": 0.25, "2": 0.5, "4": 0.75},
+    },
 )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safeproj.errors import SafeprojError
+from safeproj.methods.covariance.detail import Acting
+from safeproj.methods.detail import Detail
 from safeproj.methods.interface import (
     Method,
     Src,
@@ -33,8 +35,6 @@ STATISTICS = ".safetensors"
 
 WORDS = Words(
     title="covariance-weighted correction",
-    measure="ratio",
-    formula="ratio E_safety‖ΔWx‖²/E_benign‖ΔWx‖²",
     legend=(
         "then how much\n"
         "stronger the update acts on safety data than on benign data (E‖ΔWx‖²); * = corrected"
@@ -80,6 +80,7 @@ class Covariance(Method):
     name: ClassVar[str] = "covariance"
     title: ClassVar[str] = "the covariance-weighted correction"
     words: ClassVar[Words] = WORDS
+    detail: ClassVar[type[Detail]] = Acting
     ways: ClassVar[tuple[frozenset[str], ...]] = (
         frozenset({"safety_data"}),
         frozenset({"safety_data", "task_data"}),

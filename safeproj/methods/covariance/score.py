@@ -12,6 +12,7 @@ from torch import Tensor
 from safeproj import engine
 from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task, Update
 from safeproj.errors import SafeprojError
+from safeproj.methods.covariance.detail import Acting, Effects
 from safeproj.methods.covariance.formulas import (
     Correction,
     Moment,
@@ -19,9 +20,10 @@ from safeproj.methods.covariance.formulas import (
     SingularError,
 )
 from safeproj.methods.covariance.sources import Moments, StoredMoment
+from safeproj.methods.detail import Detail
 from safeproj.methods.factors import Core
 from safeproj.methods.measures import scale, similarity
-from safeproj.methods.score import Effects, Score, Settled, core_of, diagnosis
+from safeproj.methods.score import Score, Settled, core_of, diagnosis
 from safeproj.records.profile import Usage
 
 T = TypeVar("T")
@@ -146,7 +148,7 @@ def _corrected_score(
         if not bool(factor.isfinite().all()):
             return SafeprojError(f"{name}: the corrected factor has a value that is not finite")
     cosine = similarity(B.T, A.T, after.T)
-    found = Score(None, factor, None, cosine, None, None, sha256, settled=settled)
+    found = Score(factor, cosine, Detail(), sha256=sha256, settled=settled)
     if cosine is None:
         return found
     products = B.double().T @ B.double()
@@ -160,7 +162,7 @@ def _corrected_score(
         benign += moments[1].ridge * float((products * (factor @ factor.T)).sum())
         return Effects(max(safety, 0.0), benign)
 
-    return replace(found, scale=scale(A, after), before=effects(A), after=effects(after))
+    return replace(found, scale=scale(A, after), detail=Acting(effects(A), effects(after)))
 
 
 def moments(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.errors import SafeprojError
+from safeproj.methods.detail import Detail
 from safeproj.methods.interface import (
     Method,
     Src,
@@ -17,6 +18,7 @@ from safeproj.methods.interface import (
     source,
     unrecorded,
 )
+from safeproj.methods.safe_lora.detail import Alignment
 from safeproj.methods.words import PROJECTION_CONTROLS, Words
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ PROJECTORS = ("approx", "exact")
 
 WORDS = Words(
     title="Safe LoRA",
-    measure="scale",
-    formula="scale ‖CB‖/‖B‖",
     legend=(
         "then scale = ‖CB‖/‖B‖, the share of the\n"
         "factor that projection leaves (near 0: it all but removes the update); * = projected"
@@ -65,6 +65,7 @@ class SafeLora(Method):
     name: ClassVar[str] = "safe-lora"
     title: ClassVar[str] = "Safe LoRA"
     words: ClassVar[Words] = WORDS
+    detail: ClassVar[type[Detail]] = Alignment
     ways: ClassVar[tuple[frozenset[str], ...]] = (
         frozenset({"base", "aligned"}),
         frozenset({"alignment"}),

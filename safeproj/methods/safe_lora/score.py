@@ -16,6 +16,7 @@ from safeproj.methods.measures import similarity
 from safeproj.methods.projecting import Digests, projected
 from safeproj.methods.safe_lora.blocks import AlignmentBlocks
 from safeproj.methods.safe_lora.decomposition import cosine_bounds
+from safeproj.methods.safe_lora.detail import Alignment
 from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.safe_lora.sources import Difference, Kept
 from safeproj.methods.score import Score, diagnosis
@@ -44,23 +45,18 @@ def score(
     def project(B: Tensor) -> tuple[Projected, Digests | None]:
         return _project(task.name, source, formulas, buffers, B, digests=digests)
 
-    def measure(A: Tensor, B: Tensor, CB: Tensor, UB: Tensor | None) -> Score:
+    def measure(A: Tensor, B: Tensor, found: Projected) -> Score:
+        CB, UB, norm = found.CB, found.UB, found.alignment_norm
+        assert norm is not None
+        if CB is None:
+            return Score(None, None, Alignment(norm, found.rank))
         cosine = similarity(A, B, CB)
         if not isinstance(source, Kept) or UB is None:
-            return Score(None, CB, None, cosine, None, None, None)
+            return Score(CB, cosine, Alignment(norm, found.rank))
         bounds = cosine_bounds(A, B, CB, UB, source.residual, source.leak)
-        return Score(
-            None,
-            CB,
-            None,
-            cosine,
-            None,
-            None,
-            None,
-            bounds=bounds,
-            truncation=source.error,
-            residual=source.residual,
-        )
+        error = None if bounds is None else source.error
+        detail = Alignment(norm, found.rank, error, source.residual)
+        return Score(CB, cosine, detail, bounds=bounds)
 
     return projected(task, buffers, project, measure)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.errors import SafeprojError
+from safeproj.methods.detail import Detail
 from safeproj.methods.interface import (
     Method,
     Src,
@@ -16,6 +17,7 @@ from safeproj.methods.interface import (
     source,
     unrecorded,
 )
+from safeproj.methods.salora.detail import Safety
 from safeproj.methods.words import PROJECTION_CONTROLS, Words
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 
 WORDS = Words(
     title="SaLoRA",
-    measure="share",
-    formula="share ‖UᵀΔW‖²/‖ΔW‖²",
     legend=(
         "then share = ‖UᵀΔW‖²/‖ΔW‖², how\n"
         "much of the update lies in the safety subspace (near 1: all of it); * = projected"
@@ -56,6 +56,7 @@ class Salora(Method):
     name: ClassVar[str] = "salora"
     title: ClassVar[str] = "SaLoRA"
     words: ClassVar[Words] = WORDS
+    detail: ClassVar[type[Detail]] = Safety
     ways: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"safety_module"}),)
     give: ClassVar[tuple[str, ...]] = ("--safety-module",)
     needs: ClassVar[str] = "--safety-module"
@@ -87,7 +88,8 @@ class Salora(Method):
         return score
 
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
-        ranks = [score.rank for score in scores if score.rank is not None]
+        details = (score.detail for score in scores)
+        ranks = [detail.rank for detail in details if isinstance(detail, Safety)]
         return {"kind": "safety-module", "rank": max(ranks)}
 
     def open(self, maps: Sequence[str] = ()) -> Subspace:

@@ -11,6 +11,7 @@ from safeproj.errors import SafeprojError
 from safeproj.methods.blocks import Projected
 from safeproj.methods.measures import share
 from safeproj.methods.projecting import Digests, projected
+from safeproj.methods.salora.detail import Safety
 from safeproj.methods.salora.formulas import Complement, NotOrthonormalError
 from safeproj.methods.salora.sources import SafetyBasis
 from safeproj.methods.score import Score
@@ -37,22 +38,14 @@ def score(
         U = KeptBlocks(task.name, source.weight, buffers, digests=digests)
         return formulas.from_U(U, source.rank, B), U.sha256
 
-    def measure(A: Tensor, B: Tensor, CB: Tensor, UB: Tensor | None) -> Score:
+    def measure(A: Tensor, B: Tensor, found: Projected) -> Score:
+        CB, UB = found.CB, found.UB
+        assert CB is not None
         assert UB is not None
         left = share(A, B, CB)  # C is an orthogonal projector: ⟨ΔW, C ΔW⟩ = ‖C ΔW‖²
         cosine = None if left is None else math.sqrt(left)
         inside = share(A, B, UB)
-        return Score(
-            None,
-            CB,
-            None,
-            cosine,
-            None,
-            None,
-            None,
-            safety_share=inside,
-            energies=source.energies,
-        )
+        return Score(CB, cosine, Safety(source.rank, inside, source.energies))
 
     try:
         return projected(task, buffers, project, measure)

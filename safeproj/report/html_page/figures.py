@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from safeproj.errors import SafeprojError
-from safeproj.methods.registry import words_of
+from safeproj.methods.registry import detail_of
 from safeproj.records.scores import ModuleReport, Report
 from safeproj.report.html_page import NO_PLOTLY
 from safeproj.report.markdown import span
@@ -177,19 +177,20 @@ def heatmap(graphs: Any, report: Report, tau: float) -> Chart:
 
 
 def measure(graphs: Any, report: Report) -> Chart:
-    """Return what the method shows beside the cosine: scales, or shares of the update."""
+    """Return what the method shows beside the cosine: the first of its columns."""
+    first = detail_of(report.method).columns[0]
     grid = arrange(report.modules)
     points: dict[int, list[tuple[int, ModuleReport]]] = {}
     for (row, column), modules in grid.cells.items():
         points.setdefault(column, []).extend((row, each) for each in modules)
     figure = graphs.Figure()
     for column, name in enumerate(grid.columns):
-        known = [each for each in points.get(column, []) if each[1].measure is not None]
+        known = [each for each in points.get(column, []) if each[1].value(first.key) is not None]
         known.sort(key=lambda each: each[0])
         rows = [row for row, _ in known]
         figure.add_scatter(
             x=rows,
-            y=[module.measure for _, module in known],
+            y=[module.value(first.key) for _, module in known],
             name=plain(name, _LABEL),
             # A line between the experts of one layer would mean nothing.
             mode="lines+markers" if len(set(rows)) == len(rows) else "markers",
@@ -198,7 +199,6 @@ def measure(graphs: Any, report: Report) -> Chart:
             meta=column,
             **_line(column),
         )
-    words = words_of(report.method)
     figure.update_layout(
         template="none",
         height=380,
@@ -206,10 +206,11 @@ def measure(graphs: Any, report: Report) -> Chart:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         margin={"l": 60, "r": 20, "t": 30, "b": 50},
         xaxis=_ticks(grid.rows, _TICKS) | {"title": {"text": "layer"}, "zeroline": False},
-        yaxis={"title": {"text": words.formula}, "rangemode": "tozero"},
+        yaxis={"title": {"text": first.meaning}, "rangemode": "tozero"},
         hovermode="closest",
     )
-    alternative = f"{words.formula} of each module by layer and kind: {span(report.measures)}."
+    told = span(report.values(first.key))
+    alternative = f"{first.meaning} of each module by layer and kind: {told}."
     return Chart("measure", figure.to_plotly_json(), alternative)
 
 
@@ -325,13 +326,11 @@ def _details(module: ModuleReport, report: Report) -> list[str]:
     if module.bounds is not None:
         unsure = ", either side of the threshold" if module.uncertain else ""
         lines.append(f"between {module.bounds[0]:.4f} and {module.bounds[1]:.4f}{unsure}")
-    if module.measure is not None:
-        lines.append(f"{words_of(report.method).formula} {module.measure:.4f}")
-    lines.append(f"shape {module.shape[0]}×{module.shape[1]}, rank {module.rank}")
-    if module.alignment_norm is not None:
-        lines.append(f"‖V‖ {module.alignment_norm:.4g}")
-    if module.safety is not None and module.safety.energy is not None:
-        lines.append(f"energy of the directions in use {module.safety.energy:.4f}")
+    columns = [each for each in detail_of(report.method).columns if not each.is_aside]
+    values = [(each.meaning, each.text(module)) for each in columns]
+    first, *others = (f"{meaning} {value}" if value else "" for meaning, value in values)
+    shape = f"shape {module.shape[0]}×{module.shape[1]}, rank {module.rank}"
+    lines += filter(None, [first, shape, *others])
     lines.append("projected, or would be" if module.projected else "not projected")
     return lines if module.note is None else lines + _wrapped(f"note: {module.note}")
 

@@ -553,7 +553,7 @@ def test_the_true_cosine_lies_between_the_bounds(decaying: Spread, truncated: Pa
         assert 0.0 <= lower <= true[module.name] <= upper <= 1.0, module.name
         assert module.cosine is not None
         assert lower <= module.cosine <= upper
-        assert module.truncation == errors[f"{module.name}.weight"]
+        assert module.value("truncation_error") == errors[f"{module.name}.weight"]
         assert not module.uncertain  # nothing is, where all are projected
 
 

@@ -90,13 +90,13 @@ def test_layers_may_have_different_ranks(sound: tuple[Path, Path], tmp_path: Pat
     tensors[f"{NAME}.singular_values"] = tensors[f"{NAME}.singular_values"][:2].contiguous()
     mixed = write(tmp_path / "mixed.safetensors", json.dumps(document), tensors)
     found = inspect(mixed, adapter)
-    assert [module.projector_rank for module in found.modules] == [2, RANK, RANK, RANK]
+    assert found.values("projector_rank") == [2, RANK, RANK, RANK]
     assert found.projector == {"kind": "safety-module", "rank": RANK}
-    assert list(found.safety_energy) == [1, 2, 4, RANK]
-    energies = [module.safety.energy for module in found.modules if module.safety]
-    assert found.safety_energy[RANK] == pytest.approx(sum(e for e in energies if e) / 4)
+    by_rank = found.summary["safety_energy"]
+    assert list(map(int, by_rank)) == [1, 2, 4, RANK]
+    assert by_rank[str(RANK)] == pytest.approx(sum(found.values("safety_energy")) / 4)
     cut = inspect(mixed, adapter, rank=3)
-    assert [module.projector_rank for module in cut.modules] == [2, 3, 3, 3]  # all that there are
+    assert cut.values("projector_rank") == [2, 3, 3, 3]  # all that there are
     with pytest.raises(SafeprojError, match=f"--rank {RANK + 1}: .* holds {RANK} directions"):
         inspect(mixed, adapter, rank=RANK + 1)
 
@@ -110,7 +110,7 @@ def test_shares_that_round_to_more_than_one_are_one(
         squares = tensors[f"{name}.singular_values"].double().square()
         weight["energy"] = float(squares.sum()) * (1.0 - 1e-6)
     exact = write(tmp_path / "exact.safetensors", json.dumps(document), tensors)
-    assert inspect(exact, adapter).safety_energy[RANK] == 1.0
+    assert inspect(exact, adapter).summary["safety_energy"][str(RANK)] == 1.0
 
 
 @pytest.mark.parametrize("projector", ["approx", "exact"])
