@@ -8,16 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeproj import __version__
 from safeproj.errors import SafeprojError
-from safeproj.methods.recorded import recorded_parameters, write_recorded
+from safeproj.methods.recorded import recorded_document, write_recorded
 from safeproj.methods.safe_lora.decomposition import eigenpairs, smaller_form
-from safeproj.methods.safe_lora.file import EIGENPAIRS, KIND, SCHEMA, VALUES, ZERO, Recorded
+from safeproj.methods.safe_lora.file import EIGENPAIRS, KIND, VALUES, ZERO, Recorded
 from safeproj.methods.safe_lora.pair import Pair
 from safeproj.methods.safe_lora.targets import Target
 from safeproj.plan.match import quantised_dtypes, quantised_warning
-from safeproj.storage.published import published, without_paths
-from safeproj.versions import versions
+from safeproj.storage.published import published
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +152,7 @@ def _document(
     wanted: Mapping[str, Any],
     quantised: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """Return the JSON of the metadata: no time and no host, so that the same run gives the same."""
+    """Return the JSON of the metadata."""
     sha256 = pair.digests_of(digests)
     inputs = {
         role: {
@@ -164,19 +162,9 @@ def _document(
         }
         for role, identity in pair.inputs.items()
     }
-    parameters = recorded_parameters(
-        (target.parameter, target.stored_shape, target.layout) for target in targets
-    )
-    return {
-        "schema": SCHEMA,
-        "tool": {"name": "safeproj", "version": __version__},
-        "versions": versions(),
-        "options": dict(wanted),
-        "inputs": inputs,
-        "config": without_paths(pair.config),
-        "parameters": parameters,
-        "weights": {key: asdict(record) for key, record in weights.items()},
-    }
+    parameters = ((each.parameter, each.stored_shape, each.layout) for each in targets)
+    records = {key: asdict(record) for key, record in weights.items()}
+    return recorded_document(KIND, wanted, inputs, pair.config, parameters, records)
 
 
 def _quantised(pair: Pair, targets: Sequence[Target]) -> dict[str, list[str]]:
