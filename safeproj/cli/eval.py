@@ -78,9 +78,9 @@ def eval_command(
     chats, tags = answering.options, answering.tags
     require_extra()
     from safeproj.adapter.collection import collect
-    from safeproj.evaluate.responses import make_directory
-    from safeproj.evaluate.run import Settings, evaluate
-    from safeproj.evaluate.tasks import Tasks, require_lm_eval
+    from safeproj.evaluation.responses import make_directory
+    from safeproj.evaluation.run import Settings, evaluate
+    from safeproj.evaluation.tasks import Tasks, require_lm_eval
 
     if lm_eval is not None:
         require_lm_eval()

@@ -109,8 +109,8 @@ def sweep_command(
         import peft  # noqa: F401 - what is imported later could not be interrupted
 
         from safeproj.storage.source import identity, open_folder
-        from safeproj.sweep.axes import interventions
-        from safeproj.sweep.run import Settings, sweep
+        from safeproj.sweeping.axes import interventions
+        from safeproj.sweeping.run import Settings, sweep
 
         options = running.options(selection=choosing.selection)
     signals.interruptible()

@@ -29,8 +29,8 @@ EXCEPTIONS = {
     "gate/policy.py": "the names of projectors that a policy file may have",
     "plan/residual.py": "an initialisation that has the name of a method",
     "records/scores.py": "what a report without adapters says",
-    "sweep/apart.py": "takes the formulas of projections apart",
-    "sweep/strengths.py": "the axis of one method",
+    "sweeping/apart.py": "takes the formulas of projections apart",
+    "sweeping/strengths.py": "the axis of one method",
 }
 """Files that name one, with the reason."""
 

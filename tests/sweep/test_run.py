@@ -13,16 +13,16 @@ import pytest
 from safeproj import Options, SafeLora
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.generate import Generator
-from safeproj.evaluate.judges import Keywords
-from safeproj.evaluate.sets import PromptSet, read_prompts
+from safeproj.evaluation.generate import Generator
+from safeproj.evaluation.judges import Keywords
+from safeproj.evaluation.sets import PromptSet, read_prompts
 from safeproj.lm.models import load_model, load_tokenizer
 from safeproj.records.scores import Report
 from safeproj.report import render
 from safeproj.storage.source import open_folder
-from safeproj.sweep.candidates import Candidates, Place, candidates
-from safeproj.sweep.controls import scaled
-from safeproj.sweep.run import Settings, sweep
+from safeproj.sweeping.candidates import Candidates, Place, candidates
+from safeproj.sweeping.controls import scaled
+from safeproj.sweeping.run import Settings, sweep
 from tests.report.test_schemas import validator
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-lm"

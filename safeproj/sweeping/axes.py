@@ -7,8 +7,8 @@ from functools import partial
 
 from safeproj.methods.interface import Method
 from safeproj.run.options import Options
-from safeproj.sweep.candidates import Candidates, candidates
-from safeproj.sweep.strengths import strengths
+from safeproj.sweeping.candidates import Candidates, candidates
+from safeproj.sweeping.strengths import strengths
 
 AXES: dict[str, Callable[..., Candidates]] = {
     "layers": partial(candidates, by="layers"),

@@ -14,14 +14,14 @@ import torch
 from safeproj import __version__
 from safeproj.adapter.collection import Member
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.generate import (
+from safeproj.evaluation.generate import (
     BATCH_SIZE,
     MAX_NEW_TOKENS,
     Generator,
     OnBatch,
 )
-from safeproj.evaluate.judges import Judge
-from safeproj.evaluate.measure import (
+from safeproj.evaluation.judges import Judge
+from safeproj.evaluation.measure import (
     CORRECT,
     EXACT,
     Outcomes,
@@ -31,10 +31,10 @@ from safeproj.evaluate.measure import (
     unfinished,
     unfinished_warnings,
 )
-from safeproj.evaluate.responses import Key, Responses, file_names
-from safeproj.evaluate.sets import PromptSet
-from safeproj.evaluate.tasks import Tasks
-from safeproj.evaluate.thoughts import Spoken, Tag, Thoughts
+from safeproj.evaluation.responses import Key, Responses, file_names
+from safeproj.evaluation.sets import PromptSet
+from safeproj.evaluation.tasks import Tasks
+from safeproj.evaluation.thoughts import Spoken, Tag, Thoughts
 from safeproj.lm.adapters import Host, UnfitError, adapter_identity, require_peft, unfit
 from safeproj.lm.chat import ChatOptions
 from safeproj.lm.models import load_tokenizer, model_identity

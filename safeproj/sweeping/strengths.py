@@ -23,9 +23,9 @@ from safeproj.plan.updates import update_of
 from safeproj.run.decide import Decision, decide
 from safeproj.run.job import Job
 from safeproj.run.options import Options
-from safeproj.sweep import controls
-from safeproj.sweep.candidates import Place, Replaced, spread
-from safeproj.sweep.rotation import Rotation
+from safeproj.sweeping import controls
+from safeproj.sweeping.candidates import Place, Replaced, spread
+from safeproj.sweeping.rotation import Rotation
 
 MUS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """The values that are tried, the weakest correction first."""

@@ -24,9 +24,9 @@ from safeproj.records.scores import Report
 from safeproj.run.decide import Decision, decide
 from safeproj.run.job import Job
 from safeproj.run.options import Options
-from safeproj.sweep import controls
-from safeproj.sweep.apart import apart
-from safeproj.sweep.rotation import Rotation
+from safeproj.sweeping import controls
+from safeproj.sweeping.apart import apart
+from safeproj.sweeping.rotation import Rotation
 from safeproj.text import natural_order
 
 By = Literal["layers", "threshold"]

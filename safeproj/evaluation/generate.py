@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.sets import Message, Prompt
-from safeproj.evaluate.thoughts import CHANNEL, Spoken, Thoughts
+from safeproj.evaluation.sets import Message, Prompt
+from safeproj.evaluation.thoughts import CHANNEL, Spoken, Thoughts
 from safeproj.lm.chat import ChatOptions, Rendered, render, single_start, template_of, without_end
 from safeproj.lm.places import require_tokens, vocabulary_size
 
