@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ from safeproj.cli.options import Chatting, Device, ModelDtype
 from safeproj.errors import SafeprojError
 
 if TYPE_CHECKING:
-    from safeproj.evaluation.generate import Generator
+    from safeproj.evaluation.generate import Generation
     from safeproj.evaluation.judges import Judge
     from safeproj.evaluation.sets import PromptSet
     from safeproj.evaluation.thoughts import Tag
@@ -219,17 +219,17 @@ class Answering(Chatting):
 
         return tuple(parse_tags(self.thought_tag or ()))
 
-    def generator(self, tokenizer: Any) -> Generator:
-        """Return what lets the model answer; imports torch.
+    @property
+    def generation(self) -> Generation:
+        """What the options say; imports torch, transformers and PEFT.
 
         Raises:
-            SafeprojError: a number is not positive, there is no chat template for `chat`, or it
-                does not read what it is given.
+            SafeprojError: one is malformed, or a package is not installed.
         """
-        from safeproj.evaluation.generate import Generator
-        from safeproj.evaluation.thoughts import Thoughts
+        chats, tags = self.options, self.tags  # are refused before torch is imported
+        from safeproj.lm.models import require_extra
 
-        thoughts = Thoughts(self.tags)
-        return Generator(
-            tokenizer, self.batch_size, self.max_new_tokens, self.chat, self.options, thoughts
-        )
+        require_extra()
+        from safeproj.evaluation.generate import Generation
+
+        return Generation(self.batch_size, self.max_new_tokens, self.chat, self.dtype, chats, tags)

@@ -72,7 +72,6 @@ class Method(ABC):
 
     Attributes:
         name: what `Report.method` says, and `--method`.
-        title: its name in sentences.
         words: how reports speak of it.
         ways: the sets of its SRC fields that can be given together.
         give: the same in words, one for each that is its own.
@@ -89,7 +88,6 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
     words: ClassVar[Words]
     ways: ClassVar[tuple[frozenset[str], ...]]
     give: ClassVar[tuple[str, ...]]
@@ -103,7 +101,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         if frozenset(self.sources) not in self.ways:
-            raise SafeprojError(f"{self.title} needs {self.needs}")
+            raise SafeprojError(f"{self.words.name} needs {self.needs}")
 
     @classmethod
     def options(cls) -> dict[str, Option]:

@@ -514,6 +514,25 @@ def recorded_parameters(
     }
 
 
+@dataclass(frozen=True)
+class Made:
+    """A file that stands for a model, and was written.
+
+    Attributes:
+        nbytes: its size.
+        holds: what is in it, in words.
+        warnings: what the user should know about what it was made of.
+    """
+
+    nbytes: int
+    holds: str
+    warnings: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return what it holds, in words."""
+        return self.holds
+
+
 def check_file(out: Path, overwrite: bool, kind: FileKind[Any]) -> None:
     """Refuse an `--out` that cannot be written, before any weight is read.
 

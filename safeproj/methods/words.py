@@ -11,7 +11,7 @@ class Words:
     """How a method is spoken of.
 
     Attributes:
-        title: its name.
+        name: what it is called in sentences, with its article if it has one.
         measure: what is shown beside each cosine, in one word.
         formula: the same with its formula.
         legend: what a cell of the table means, after the cosine.
@@ -20,12 +20,17 @@ class Words:
             what it is.
     """
 
-    title: str
+    name: str
     measure: str
     formula: str
     legend: str
     done: str
     controls: Mapping[str, tuple[str, str]]
+
+    @property
+    def title(self) -> str:
+        """Its name at the head of a report."""
+        return self.name.removeprefix("the ")
 
 
 PROJECTION_CONTROLS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
 from safeproj.run.options import Options
 from safeproj.sweeping.candidates import Candidates, candidates
@@ -16,6 +17,17 @@ AXES: dict[str, Callable[..., Candidates]] = {
     "mu": strengths,
 }
 """One line for each."""
+
+
+def require_axis(method: Method, axis: str | None) -> None:
+    """Refuse an axis that the method has not.
+
+    Raises:
+        SafeprojError: it is one.
+    """
+    if axis is not None and axis not in method.axes:
+        varied = " or ".join(method.axes)
+        raise SafeprojError(f"--by does not go with {method.mark}, with which {varied} is varied")
 
 
 def interventions(

@@ -99,7 +99,7 @@ def sweep(
         inputs: further inputs for the record, such as the model.
         generation: how answers are made, for the record, beside what the generator knows.
         seed: the one that the candidates were made with, for the record.
-        on_step: told after each adapter.
+        on_step: told before the first adapter, and after each.
 
     Raises:
         SafeprojError: something does not fit.
@@ -159,6 +159,8 @@ class _Steps:
 
     def __init__(self, total: int, on_step: OnStep | None) -> None:
         self.count, self._total, self._on_step = 0, total, on_step
+        if on_step is not None:
+            on_step(0, total)
 
     def done(self) -> None:
         self.count += 1
