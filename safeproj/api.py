@@ -240,7 +240,7 @@ def check(
         before = _original(method, original, dataclasses.replace(options, **form))
 
     def use(run: Run, number: int) -> Check:
-        return judged(members[number], run, method, job.subspace, policy, before)
+        return judged(members[number], run, method, job.reference, policy, before)
 
     found = job.many([member.source for member in members], use)
     checks = [
@@ -291,7 +291,7 @@ def verify(
         options = dataclasses.replace(options or Options(), **recorded_form(patched))
         method = recorded_method(adapter, method)
         before = _original(method, original, options, digests=True)
-        adapter = adapter.fitted(before.subspace.names, before.subspace.config)
+        adapter = adapter.fitted(before.reference.names, before.reference.config)
     found = verified(member, adapter, before, public_key)
     return Checks(__version__, Policy().to_dict(), (found,))
 
@@ -306,7 +306,7 @@ def _original(method: Method, source: str, options: Options, *, digests: bool = 
     options = dataclasses.replace(options, selection=Selection(all=True))
     job = Job(method, options, digests=digests)
     device = str(engine.resolve_device(options.device))
-    return Original(job.one(source), device, job.subspace)
+    return Original(job.one(source), device, job.reference)
 
 
 def align(

@@ -16,7 +16,7 @@ from safeproj.methods.words import Words
 if TYPE_CHECKING:
     from safeproj.engine import Buffers, Task
     from safeproj.lm.chat import ChatOptions
-    from safeproj.methods.reference import Subspace
+    from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
     from safeproj.run.options import Options
 
@@ -176,7 +176,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def open(self, maps: Sequence[str] = ()) -> Subspace:
+    def open(self, maps: Sequence[str] = ()) -> Reference:
         """Open what is read.
 
         Args:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from safeproj.lm.layers import OnBatch
     from safeproj.methods.covariance.formulas import Correction, Reconstruction
     from safeproj.methods.recorded import Made
-    from safeproj.methods.reference import Subspace
+    from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
     from safeproj.run.options import Options
 
@@ -164,7 +164,7 @@ class Covariance(Method):
             for source in (self.safety_data, self.task_data)
         )
 
-    def open(self, maps: Sequence[str] = ()) -> Subspace:
+    def open(self, maps: Sequence[str] = ()) -> Reference:
         from safeproj.methods.covariance.prepare import statistics_of
 
         return statistics_of(self, maps)

@@ -21,7 +21,7 @@ from safeproj.methods.interface import (
 from safeproj.methods.words import PROJECTION_CONTROLS, Words
 
 if TYPE_CHECKING:
-    from safeproj.methods.reference import Subspace
+    from safeproj.methods.reference import Reference
     from safeproj.methods.safe_lora.formulas import Approx, Exact
     from safeproj.methods.safe_lora.make import Aligned, Form
     from safeproj.methods.score import Score
@@ -136,7 +136,7 @@ class SafeLora(Method):
         given = {name: value for name, value in settings.items() if value is not None}
         return {"kind": self.projector or PROJECTORS[0], **given}
 
-    def open(self, maps: Sequence[str] = ()) -> Subspace:
+    def open(self, maps: Sequence[str] = ()) -> Reference:
         from safeproj.methods.safe_lora.file import open_file
         from safeproj.methods.safe_lora.pair import Pair
 

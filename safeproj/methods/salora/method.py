@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from safeproj.lm.feed import Feed
     from safeproj.lm.layers import OnBatch
     from safeproj.methods.recorded import Made
-    from safeproj.methods.reference import Subspace
+    from safeproj.methods.reference import Reference
     from safeproj.methods.salora.formulas import Complement
     from safeproj.methods.score import Score
 
@@ -93,7 +93,7 @@ class Salora(Method):
         ranks = [score.rank for score in scores if score.rank is not None]
         return {"kind": "safety-module", "rank": max(ranks)}
 
-    def open(self, maps: Sequence[str] = ()) -> Subspace:
+    def open(self, maps: Sequence[str] = ()) -> Reference:
         from safeproj.methods.salora.file import open_safety_module
 
         assert self.safety_module is not None
