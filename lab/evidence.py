@@ -41,8 +41,8 @@ from lab.pairs import CACHE, DATA, FAMILIES, MODULES, Pair, make_adapter, make_p
 from lab.tiny_lm import EXAMPLE, Behaviour, load_adapter
 from safeproj.lm.models import quietly
 from safeproj.records.rates import Rate
-from safeproj.sweep.controls import COMPLEMENT, RANDOM, SHRINK, UNIFORM, Sizes
-from safeproj.sweep.subject import Subject
+from safeproj.sweeping.controls import COMPLEMENT, RANDOM, SHRINK, UNIFORM, Sizes
+from safeproj.sweeping.subject import Subject
 
 COLUMNS = {
     "compliance": "complies, pairs",

@@ -39,10 +39,10 @@ from safeproj.plan.select import DEFAULT_THRESHOLD, Selection
 from safeproj.records.scores import Report
 from safeproj.run.job import Job
 from safeproj.storage.source import open_folder
-from safeproj.sweep import controls
-from safeproj.sweep.candidates import Projections, candidates
-from safeproj.sweep.controls import Sizes, scaled
-from safeproj.sweep.rotation import Rotation
+from safeproj.sweeping import controls
+from safeproj.sweeping.candidates import Projections, candidates
+from safeproj.sweeping.controls import Sizes, scaled
+from safeproj.sweeping.rotation import Rotation
 
 Replaced = Mapping[str, Tensor]
 """The tensors that take the place of the adapter's, by key."""

@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from safeproj.evaluate.judges import Judge, Keywords, Prefix, Verdict
+from safeproj.evaluation.judges import Judge, Keywords, Prefix, Verdict
 from safeproj.records.rates import Rate
 
 LABELLED = Path(__file__).resolve().parent.parent / "tests" / "evaluate" / "labelled.jsonl"

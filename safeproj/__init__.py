@@ -12,15 +12,22 @@ if TYPE_CHECKING:
         Options,
         align,
         check,
+        evaluate,
         inspect,
         inspect_many,
         patch,
         patch_many,
+        sweep,
         verify,
     )
+    from safeproj.evaluation.generate import Generation
+    from safeproj.evaluation.judges import Keywords
+    from safeproj.evaluation.sets import read_prompts
     from safeproj.gate.policy import Policy
+    from safeproj.lm.feed import Feed
     from safeproj.methods import salora
     from safeproj.methods.covariance.method import Covariance
+    from safeproj.methods.recorded import Made
     from safeproj.methods.safe_lora.method import SafeLora
     from safeproj.methods.salora.method import Salora
     from safeproj.plan.select import Selection
@@ -28,7 +35,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Covariance",
+    "Feed",
     "Form",
+    "Generation",
+    "Keywords",
+    "Made",
     "Options",
     "Policy",
     "SafeLora",
@@ -38,17 +49,24 @@ __all__ = [
     "__version__",
     "align",
     "check",
+    "evaluate",
     "inspect",
     "inspect_many",
     "patch",
     "patch_many",
+    "read_prompts",
     "salora",
+    "sweep",
     "verify",
 ]
 
 _HOME = {
     "Covariance": "methods.covariance.method",
+    "Feed": "lm.feed",
     "Form": "api",
+    "Generation": "evaluation.generate",
+    "Keywords": "evaluation.judges",
+    "Made": "methods.recorded",
     "Options": "api",
     "Policy": "gate.policy",
     "SafeLora": "methods.safe_lora.method",
@@ -56,10 +74,13 @@ _HOME = {
     "Selection": "plan.select",
     "align": "api",
     "check": "api",
+    "evaluate": "api",
     "inspect": "api",
     "inspect_many": "api",
     "patch": "api",
     "patch_many": "api",
+    "read_prompts": "evaluation.sets",
+    "sweep": "api",
     "verify": "api",
 }
 

@@ -1,9 +1,9 @@
-"""The Python API: `inspect`, `patch`, `check`, `verify` and `align`."""
+"""The Python API: `inspect`, `patch`, `check`, `verify`, `align`, `evaluate` and `sweep`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +20,10 @@ from safeproj.adapter.write import (
 )
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
-from safeproj.methods.recorded import check_file
-from safeproj.methods.safe_lora.file import KIND
-from safeproj.methods.safe_lora.make import Form, Made, make_file
-from safeproj.methods.safe_lora.pair import Pair
-from safeproj.methods.safe_lora.score import differences
-from safeproj.methods.safe_lora.targets import ALL_LINEAR, find_targets
+from safeproj.methods.recorded import Made
+from safeproj.methods.safe_lora.make import Form
+from safeproj.methods.safe_lora.method import SafeLora
+from safeproj.methods.safe_lora.targets import ALL_LINEAR
 from safeproj.plan.select import Selection
 from safeproj.records.checks import Check, Checks
 from safeproj.records.scores import Failure, Report, Reports
@@ -34,8 +32,14 @@ from safeproj.run.job import Job, Run
 from safeproj.run.options import Observer, Options
 
 if TYPE_CHECKING:
+    from safeproj.evaluation.generate import Generation
+    from safeproj.evaluation.judges import Judge
+    from safeproj.evaluation.sets import PromptSet
+    from safeproj.evaluation.tasks import Tasks
     from safeproj.gate.check import Original
     from safeproj.gate.policy import Policy
+    from safeproj.records.evaluations import Evaluation
+    from safeproj.records.sweeps import Sweep
 
 __all__ = [
     "Form",
@@ -45,11 +49,13 @@ __all__ = [
     "Outcome",
     "align",
     "check",
+    "evaluate",
     "inspect",
     "inspect_many",
     "patch",
     "patch_many",
     "reports",
+    "sweep",
     "verify",
 ]
 
@@ -234,7 +240,7 @@ def check(
         before = _original(method, original, dataclasses.replace(options, **form))
 
     def use(run: Run, number: int) -> Check:
-        return judged(members[number], run, method, job.subspace, policy, before)
+        return judged(members[number], run, method, job.reference, policy, before)
 
     found = job.many([member.source for member in members], use)
     checks = [
@@ -285,7 +291,7 @@ def verify(
         options = dataclasses.replace(options or Options(), **recorded_form(patched))
         method = recorded_method(adapter, method)
         before = _original(method, original, options, digests=True)
-        adapter = adapter.fitted(before.subspace.names, before.subspace.config)
+        adapter = adapter.fitted(before.reference.names, before.reference.config)
     found = verified(member, adapter, before, public_key)
     return Checks(__version__, Policy().to_dict(), (found,))
 
@@ -300,7 +306,7 @@ def _original(method: Method, source: str, options: Options, *, digests: bool = 
     options = dataclasses.replace(options, selection=Selection(all=True))
     job = Job(method, options, digests=digests)
     device = str(engine.resolve_device(options.device))
-    return Original(job.one(source), device, job.subspace)
+    return Original(job.one(source), device, job.reference)
 
 
 def align(
@@ -327,27 +333,162 @@ def align(
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
     """
-    out, form, options = Path(out), form or Form(rank=64), options or Options()
-    observer, profile = options.observer, options.profile
-    check_file(out, overwrite, KIND)
-    with profile.phase("match"):
-        pair = Pair(aligned, base, options.maps)
-        found = find_targets(pair.aligned, pair.base, targets)
-    with profile.phase("fetch"):
-        tasks = [(target.key, pair.difference(target.aligned, target.base)) for target in found]
-    if observer is not None:
-        observer.start(len(tasks), sum(source.nbytes for _, source in tasks))
-    with profile.phase("score"):
-        kept = differences(
-            tasks,
-            form.keep,
-            device=options.device,
-            workers=options.workers,
-            on_progress=observer.progress if observer is not None else None,
-            usage=profile.usage,
+    options = options or Options()
+    return SafeLora.make(
+        out,
+        base,
+        aligned,
+        form,
+        targets,
+        device=options.device,
+        workers=options.workers,
+        maps=options.maps,
+        observer=options.observer,
+        profile=options.profile,
+        overwrite=overwrite,
+    )
+
+
+def evaluate(
+    model: str,
+    adapters: Iterable[str],
+    sets: Sequence[PromptSet],
+    judge: Judge | Callable[[], Judge],
+    generation: Generation | None = None,
+    *,
+    device: str = "auto",
+    alone: bool = True,
+    tasks: Tasks | None = None,
+    seed: int = 0,
+    responses: str | Path | None = None,
+    overwrite: bool = False,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure what a model does on prompts, without and with adapters.
+
+    Args:
+        model: SRC of a causal language model with its tokenizer.
+        adapters: PEFT adapters of it, given as for `inspect_many`.
+        sets: prompts, from `read_prompts`, with names that differ.
+        judge: of the answers to harmful prompts, such as `Keywords()`; or what makes one, called
+            when all else is known to be usable.
+        generation: how answers are generated.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        alone: whether the model without an adapter is measured.
+        tasks: of lm-eval, measured beside the sets.
+        seed: of torch; answers, which are greedy, do not depend on it.
+        responses: directory to keep the answers in: a run that was interrupted goes on with them.
+        overwrite: forget the answers that are there.
+        on_batch: told how many answers there are, and how many there will be.
+
+    Returns:
+        For each subject, the model and the model with each adapter, the shares (0 to 1) of answers
+        by verdict, with 95 % intervals, and their differences to the model alone.
+
+    Raises:
+        SafeprojError: an input cannot be used, or no adapter fits the model.
+    """
+    from safeproj.evaluation.responses import make_directory
+    from safeproj.evaluation.run import Settings
+    from safeproj.evaluation.run import evaluate as measured
+    from safeproj.lm.models import require_extra
+
+    require_extra()
+    members = collect(adapters, written=False).members
+    place = None if responses is None else Path(responses)
+    if place is not None:
+        inputs = [("--model", model), *(("--adapter", each.source) for each in members)]
+        make_directory(place, inputs)
+    given = {} if generation is None else vars(generation)
+    settings = Settings(**given, device=device, seed=seed, responses=place, overwrite=overwrite)
+    made = judge() if callable(judge) else judge
+    return measured(
+        model, members, sets, made, settings, alone=alone, tasks=tasks, on_batch=on_batch
+    )
+
+
+def sweep(
+    method: Method,
+    adapter: str,
+    sets: Sequence[PromptSet],
+    judge: Judge | Callable[[], Judge],
+    options: Options | None = None,
+    *,
+    model: str | None = None,
+    generation: Generation | None = None,
+    axis: str | None = None,
+    points: int = 9,
+    wanted_refusal: float = 0.9,
+    wanted_on: str | None = None,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Sweep:
+    """Measure every useful intervention on one adapter, beside controls; no adapter is written.
+
+    Args:
+        method: what is done; its strength is varied.
+        adapter: SRC of a PEFT adapter.
+        sets: prompts, from `read_prompts`, with names that differ: harmful ones and skills.
+        judge: of the answers to harmful prompts; or what makes one, as for `evaluate`.
+        options: as for `inspect`; where modules are chosen, only among those that it includes.
+        model: SRC of the aligned model, which is run; the method's own if None.
+        generation: how answers are generated.
+        axis: what is varied: `layers`, the number of changed modules, `threshold`, of the cosine,
+            or `mu`; the method's first if None.
+        points: interventions that are tried at most, from none to all.
+        wanted_refusal: the share of refusals that is to be reached, 0 < share <= 1.
+        wanted_on: the harmful set on which; the first if None.
+        seed: of random controls.
+        on_step: told how many variants of the adapter are measured, and how many there are.
+
+    Returns:
+        The shares (0 to 1) at each point and of its controls, and the smallest intervention that
+        reaches the wanted share.
+
+    Raises:
+        SafeprojError: an input cannot be used, or a number is out of range.
+    """
+    from safeproj.evaluation.generate import Generation
+    from safeproj.lm import models
+    from safeproj.storage.source import identity, open_folder
+    from safeproj.sweeping.axes import interventions, require_axis
+    from safeproj.sweeping.run import Settings
+    from safeproj.sweeping.run import sweep as measured
+
+    require_axis(method, axis)
+    source = model or method.sources.get("aligned")
+    if source is None:
+        raise SafeprojError(
+            "--model is missing: a sweep runs the aligned model, which is not known from "
+            "--alignment, --safety-module or statistics; give --model"
         )
-        wanted = {"targets": list(targets), **form.to_dict()}
-        return make_file(pair, found, kept, wanted, out, overwrite=overwrite)
+    models.require_extra()
+    options, generation = options or Options(), generation or Generation()
+    settings = Settings(points, wanted_refusal, wanted_on)
+    settings.check(sets)
+    folder = open_folder(source)
+    generator = generation.generator(models.load_tokenizer(folder))
+    for each in sets:
+        for prompt in each.prompts:
+            generator.rendered(prompt)  # what cannot be used is said before anything is read
+    with method.prepared([adapter], options, generation.options) as ready:
+        tried = interventions(ready, adapter, options, axis=axis, seed=seed)
+    with options.profile.phase("load model"):
+        made = judge() if callable(judge) else judge
+        loaded = models.load_model(folder, options.device, generation.dtype)
+    with options.profile.phase("measure"):
+        return measured(
+            tried,
+            loaded,
+            sets,
+            made,
+            generator,
+            settings,
+            inputs={"model": identity(folder)},
+            generation={"dtype": str(loaded.dtype).removeprefix("torch.")},
+            seed=seed,
+            on_step=on_step,
+        )
 
 
 @contextmanager

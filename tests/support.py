@@ -247,8 +247,8 @@ def save_safety_module(
     """
     from torch import nn
 
-    from safeproj.methods.recorded import recorded_parameters, write_recorded
-    from safeproj.methods.salora.file import KIND, SCHEMA
+    from safeproj.methods.recorded import recorded_document, write_recorded
+    from safeproj.methods.salora.file import KIND
     from safeproj.names.layout import CONV1D, LINEAR
 
     generator = torch.Generator().manual_seed(3)
@@ -265,18 +265,12 @@ def save_safety_module(
         parameters.append((parameter, tuple(layer.weight.shape), LINEAR if linear else CONV1D))
         energy = 1.25 * float(values.double().square().sum())
         weights[parameter] = {"shape": [m, n], "rank": rank, "energy": energy}
-    document = {
-        "schema": SCHEMA,
-        "tool": {"name": "safeproj", "version": "0"},
-        "versions": {},
-        "options": {"targets": list(targets), "rank": rank},
-        "inputs": {
-            "aligned": {"source": "org/aligned", "revision": "abc", "sha256": {"files": {}}},
-            "data": {"source": "safety.jsonl", "sha256": "0" * 64, "rows": 3, "positions": 70},
-        },
-        "config": model.config.to_dict(),
-        "parameters": recorded_parameters(parameters),
-        "weights": weights,
+    inputs = {
+        "aligned": {"source": "org/aligned", "revision": "abc", "sha256": {"files": {}}},
+        "data": {"source": "safety.jsonl", "sha256": "0" * 64, "rows": 3, "positions": 70},
     }
+    options = {"targets": list(targets), "rank": rank}
+    config = model.config.to_dict()
+    document = recorded_document(KIND, options, inputs, config, parameters, weights)
     write_recorded(path, KIND, tensors.items(), lambda: document)
     return path

@@ -68,12 +68,13 @@ def align_command(
         from safeproj import api
 
         options = running.options()
-    form = api.Form(64 if rank is None and energy is None and not exact else rank, energy, exact)
-    names = names_of(targets)
+    form = None
+    if rank is not None or energy is not None or exact:
+        form = api.Form(rank, energy, exact)
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
-        made = api.align(base, aligned, out, form, names, options, overwrite=overwrite)
+        made = api.align(base, aligned, out, form, names_of(targets), options, overwrite=overwrite)
     signals.done()
     result = f"wrote {out} ({made.describe()})"
     terminal.closing(made.warnings, talking.quiet, result, running.shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -73,48 +74,33 @@ def eval_command(
     inputs = [("--model", model), *(("--adapter", each) for each in adapter or ())]
     files = [(f"--{each.kind}", each.source) for each in sets]
     terminal.check_outputs(outputs, None, [*inputs, *files])
-    from safeproj.lm.models import require_extra
-
-    chats, tags = answering.options, answering.tags
-    require_extra()
+    generation = answering.generation
+    from safeproj import api
     from safeproj.adapter.collection import collect
-    from safeproj.evaluate.responses import make_directory
-    from safeproj.evaluate.run import Settings, evaluate
-    from safeproj.evaluate.tasks import Tasks, require_lm_eval
+    from safeproj.evaluation.tasks import Tasks, require_lm_eval
 
     if lm_eval is not None:
         require_lm_eval()
     signals.interruptible()
     members = collect(adapter or (), written=False).members
-    named = [("--model", model), *(("--adapter", each.source) for each in members)]
-    terminal.check_outputs(outputs, None, named)
-    if responses is not None:
-        make_directory(responses, named)
+    terminal.check_outputs(outputs, None, [("--adapter", each.source) for each in members])
     batch_size, device = answering.batch_size, answering.device
-    settings = Settings(
-        batch_size,
-        answering.max_new_tokens,
-        answering.chat,
-        device,
-        answering.dtype,
-        seed,
-        responses,
-        overwrite,
-        chats,
-        tags,
-    )
     tasks = None
     if lm_eval is not None:
         tasks = Tasks(names_of(lm_eval), lm_eval_path, batch_size, prompting.limit, seed)
     with terminal.steps(talking.quiet, "answers") as step:
-        found = evaluate(
+        found = api.evaluate(
             model,
-            members,
+            adapter or (),
             sets,
-            judging.build(device, batch_size),
-            settings,
+            partial(judging.build, device, batch_size),
+            generation,
+            device=device,
             alone=not adapters_only,
             tasks=tasks,
+            seed=seed,
+            responses=responses,
+            overwrite=overwrite,
             on_batch=step,
         )
     terminal.finish(found, outputs, talking.quiet, "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,10 +14,10 @@ from safeproj.cli.options import Chatting, Device, ModelDtype
 from safeproj.errors import SafeprojError
 
 if TYPE_CHECKING:
-    from safeproj.evaluate.generate import Generator
-    from safeproj.evaluate.judges import Judge
-    from safeproj.evaluate.sets import PromptSet
-    from safeproj.evaluate.thoughts import Tag
+    from safeproj.evaluation.generate import Generation
+    from safeproj.evaluation.judges import Judge
+    from safeproj.evaluation.sets import PromptSet
+    from safeproj.evaluation.thoughts import Tag
 
 
 class JudgeKind(str, Enum):
@@ -59,7 +59,7 @@ class Prompting:
         Raises:
             SafeprojError: a file cannot be used, two have one name, or the limit is not positive.
         """
-        from safeproj.evaluate.sets import read_prompts, require_apart
+        from safeproj.evaluation.sets import read_prompts, require_apart
 
         if self.limit is not None and self.limit < 1:
             raise SafeprojError(f"--limit must be 1 or more, found {self.limit}")
@@ -159,7 +159,7 @@ class Judging:
         Raises:
             SafeprojError: it cannot be made.
         """
-        from safeproj.evaluate import ask
+        from safeproj.evaluation import ask
 
         if self.judge_command is not None:
             return ask.Command(self.judge_command, self.judge_timeout)
@@ -170,8 +170,8 @@ class Judging:
         return self._words()
 
     def _words(self) -> Judge:
-        from safeproj.evaluate.judges import Keywords, Prefix, read_phrases
-        from safeproj.evaluate.phrases import ANYWHERE, OPENING
+        from safeproj.evaluation.judges import Keywords, Prefix, read_phrases
+        from safeproj.evaluation.phrases import ANYWHERE, OPENING
 
         own = () if self.phrases is None else read_phrases(self.phrases)
         if self.judge is JudgeKind.prefix:
@@ -215,21 +215,21 @@ class Answering(Chatting):
         Raises:
             SafeprojError: one is malformed.
         """
-        from safeproj.evaluate.thoughts import parse_tags
+        from safeproj.evaluation.thoughts import parse_tags
 
         return tuple(parse_tags(self.thought_tag or ()))
 
-    def generator(self, tokenizer: Any) -> Generator:
-        """Return what lets the model answer; imports torch.
+    @property
+    def generation(self) -> Generation:
+        """What the options say; imports torch, transformers and PEFT.
 
         Raises:
-            SafeprojError: a number is not positive, there is no chat template for `chat`, or it
-                does not read what it is given.
+            SafeprojError: one is malformed, or a package is not installed.
         """
-        from safeproj.evaluate.generate import Generator
-        from safeproj.evaluate.thoughts import Thoughts
+        chats, tags = self.options, self.tags  # are refused before torch is imported
+        from safeproj.lm.models import require_extra
 
-        thoughts = Thoughts(self.tags)
-        return Generator(
-            tokenizer, self.batch_size, self.max_new_tokens, self.chat, self.options, thoughts
-        )
+        require_extra()
+        from safeproj.evaluation.generate import Generation
+
+        return Generation(self.batch_size, self.max_new_tokens, self.chat, self.dtype, chats, tags)

@@ -21,6 +21,7 @@ from safeproj.report.html_page import NO_PLOTLY
 
 if TYPE_CHECKING:
     from safeproj.lm.chat import ChatOptions
+    from safeproj.lm.feed import Feed
     from safeproj.plan.select import Selection
     from safeproj.run.options import Options
 
@@ -375,14 +376,37 @@ class Reading(Chatting):
             raise SafeprojError(f"--memory must be more than 0, found {self.memory:g}")
 
     @property
-    def bound(self) -> int:
-        """Bytes of sums that are held at a time."""
-        return int(self.memory * 1e9)
+    def feed(self) -> Feed:
+        """What the options say; imports torch, transformers and PEFT.
 
-    @property
-    def names(self) -> list[str]:
-        """The targets."""
-        return names_of(self.targets or "")
+        Raises:
+            SafeprojError: one is malformed, or a package is not installed.
+        """
+        chat = self.options  # what cannot be used is said before torch is imported
+        from safeproj.lm.models import require_extra
+
+        require_extra()
+        from safeproj.lm.feed import Feed
+
+        return Feed(
+            names_of(self.targets or ""),
+            self.batch_size,
+            self.max_length,
+            int(self.memory * 1e9),
+            self.device,
+            self.dtype,
+            chat,
+        )
+
+
+Aligned = Annotated[
+    str, typer.Option("--aligned", metavar="SRC", help="The aligned model, which is run.")
+]
+DATA = typer.Option(
+    "--data",
+    metavar="FILE",
+    help="JSON lines with prompt and response, or chat messages for the model's template.",
+)
 
 
 def names_of(text: str) -> list[str]:

@@ -10,7 +10,15 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
-from safeproj.cli.options import Overwrite, Reading, Talking, Targets, require_positive
+from safeproj.cli.options import (
+    DATA,
+    Aligned,
+    Overwrite,
+    Reading,
+    Talking,
+    Targets,
+    require_positive,
+)
 
 app = typer.Typer(
     help="Train adapters that keep clear of safety features (SaLoRA).",
@@ -19,20 +27,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Aligned = Annotated[
-    str, typer.Option("--aligned", metavar="SRC", help="The aligned model, which is run.")
-]
 Module = Annotated[
     str, typer.Option("--module", metavar="SRC", help="Safety module that salora module made.")
 ]
-Data = Annotated[
-    Path,
-    typer.Option(
-        "--data",
-        metavar="FILE",
-        help="JSON lines with prompt and response, or chat messages for the model's template.",
-    ),
-]
+Data = Annotated[Path, DATA]
 SafetyRank = Annotated[
     int | None,
     typer.Option(
@@ -74,42 +72,14 @@ def module_command(
     updates out of them.
     """
     require_positive(("--rank", rank))
-    from safeproj.lm import models
-
-    chat = reading.options
-    models.require_extra()
-    from safeproj.lm.data import read_data
-    from safeproj.methods.recorded import check_file
-    from safeproj.methods.salora.file import KIND
-    from safeproj.methods.salora.module import safety_module
-    from safeproj.storage.source import open_folder
+    feed = reading.feed
+    from safeproj import Salora
 
     signals.interruptible()
-    check_file(out, overwrite, KIND)
-    folder = open_folder(aligned)
-    samples = read_data(
-        data, models.load_tokenizer(folder), max_length=reading.max_length, chat=chat
-    )
-    batches = samples.batches(reading.batch_size)
-    model = models.load_model(folder, reading.device, reading.dtype)
     with terminal.steps(talking.quiet, "batches") as step:
-        found = safety_module(
-            model,
-            batches,
-            reading.names,
-            rank,
-            memory=reading.bound,
-            on_batch=step,
-            inputs=models.recorded_inputs(folder, samples),
-        )
-    nbytes = found.save(out, overwrite=overwrite)
+        made = Salora.make(out, aligned, data, rank, feed, on_batch=step, overwrite=overwrite)
     signals.done()
-    shares = found.captured().values()
-    result = (
-        f"wrote {out} ({len(found.directions)} layers, {found.rank} directions, "
-        f"{nbytes / 1e6:.1f} MB, {min(shares):.1%} to {max(shares):.1%} of the energy)"
-    )
-    terminal.closing(samples.warnings, talking.quiet, result)
+    terminal.closing(made.warnings, talking.quiet, f"wrote {out} ({made.describe()})")
 
 
 @app.command("init")
@@ -144,46 +114,37 @@ def init_command(
     salora fold makes of the trained adapter one for the unmodified model.
     """
     require_positive(("--rank", rank), ("--task-rank", task_rank))
-    from safeproj.lm import models
-
-    chat = reading.options
-    models.require_extra()
+    feed = reading.feed
     from safeproj.adapter.write import check_out
-    from safeproj.lm.data import read_data
+    from safeproj.lm.models import quietly
     from safeproj.methods.interface import local_path
     from safeproj.methods.salora.module import SafetyModule
     from safeproj.methods.salora.start import write_start
-    from safeproj.storage.source import open_folder
 
     signals.interruptible()
     given = [("--aligned", aligned), ("--module", module), ("--data", str(data))]
     check_out(out, overwrite, [(option, local_path(source)) for option, source in given])
     found = SafetyModule.load(module).cut(safety_rank)
-    folder = open_folder(aligned)
-    samples = read_data(
-        data, models.load_tokenizer(folder), max_length=reading.max_length, chat=chat
-    )
-    batches = samples.batches(reading.batch_size)
-    model = models.load_model(folder, reading.device, reading.dtype)
-    with models.quietly(), terminal.steps(talking.quiet, "batches") as step:
+    fed = feed.load(aligned, data)
+    with quietly(), terminal.steps(talking.quiet, "batches") as step:
         initial = write_start(
-            model,
+            fed.model,
             found,
-            batches,
+            fed.batches,
             out,
             rank=rank,
             alpha=alpha,
             task_rank=task_rank,
-            targets=reading.names,
+            targets=feed.targets,
             base_model=aligned,
-            inputs=models.recorded_inputs(folder, samples),
-            memory=reading.bound,
+            inputs=fed.inputs,
+            memory=feed.memory,
             on_batch=step,
             overwrite=overwrite,
         )
     signals.done()
     result = f"wrote {out} ({len(initial.A)} layers, rank {rank})"
-    terminal.closing(samples.warnings, talking.quiet, result)
+    terminal.closing(fed.data.warnings, talking.quiet, result)
 
 
 @app.command("fold")

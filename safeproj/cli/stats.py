@@ -10,7 +10,7 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
-from safeproj.cli.options import Overwrite, Reading, Talking
+from safeproj.cli.options import DATA, Aligned, Overwrite, Reading, Talking
 from safeproj.errors import SafeprojError
 
 
@@ -24,21 +24,12 @@ class Positions(str, Enum):
 
 @command
 def stats_command(
-    aligned: Annotated[
-        str, typer.Option("--aligned", metavar="SRC", help="The aligned model, which is run.")
-    ],
+    aligned: Aligned,
     out: Annotated[
         Path,
         typer.Option("--out", metavar="FILE", help="The file, such as safety.stats.safetensors."),
     ],
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            metavar="FILE",
-            help="JSON lines with prompt and response, or chat messages for the model's template.",
-        ),
-    ] = None,
+    data: Annotated[Path | None, DATA] = None,
     random_tokens: Annotated[
         int | None,
         typer.Option(
@@ -63,39 +54,15 @@ def stats_command(
     """
     if (data is None) == (random_tokens is None):
         raise SafeprojError("give either --data or --random-tokens")
-    from safeproj.lm import models
-
-    chat = reading.options
-    models.require_extra()
-    from safeproj.lm.data import random_data, read_data
-    from safeproj.methods.covariance.file import KIND
-    from safeproj.methods.covariance.make import make_statistics
-    from safeproj.methods.recorded import check_file
-    from safeproj.storage.source import open_folder
+    feed = reading.feed
+    from safeproj import Covariance
 
     signals.interruptible()
-    check_file(out, overwrite, KIND)
-    folder = open_folder(aligned)
-    tokenizer = models.load_tokenizer(folder)
-    if data is not None:
-        samples = read_data(data, tokenizer, max_length=reading.max_length, chat=chat)
-    else:
-        assert random_tokens is not None
-        samples = random_data(tokenizer, random_tokens)
-    batches = samples.batches(reading.batch_size)
-    model = models.load_model(folder, reading.device, reading.dtype)
-    with models.quietly(), terminal.steps(talking.quiet, "batches") as step:
-        size = make_statistics(
-            model,
-            batches,
-            out,
-            reading.names,
-            models.recorded_inputs(folder, samples),
-            positions=positions.value,
-            memory=reading.bound,
-            on_batch=step,
-            overwrite=overwrite,
+    given = random_tokens if data is None else data
+    assert given is not None
+    with terminal.steps(talking.quiet, "batches") as step:
+        made = Covariance.make(
+            out, aligned, given, positions.value, feed, on_batch=step, overwrite=overwrite
         )
     signals.done()
-    result = f"wrote {out} ({len(samples.samples)} samples, {size / 1e6:.1f} MB)"
-    terminal.closing(samples.warnings, talking.quiet, result)
+    terminal.closing(made.warnings, talking.quiet, f"wrote {out} ({made.describe()})")

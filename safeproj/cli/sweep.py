@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -12,7 +13,6 @@ from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
 from safeproj.cli.eval_options import Answering, Judging, Prompting
 from safeproj.cli.options import Choosing, Given, Reporting, Running, Talking
-from safeproj.errors import SafeprojError
 
 
 class Axis(str, Enum):
@@ -87,61 +87,30 @@ def sweep_command(
     varied instead. Says the smallest intervention that reaches a wanted share of refusals, and
     whether a control does as well. Writes no adapter.
     """
-    method, device = given.method, running.device
-    if by is not None and by.value not in method.axes:
-        varied = " or ".join(method.axes)
-        raise SafeprojError(f"--by does not go with {method.mark}, with which {varied} is varied")
-    source = model or method.sources.get("aligned")
-    if source is None:
-        raise SafeprojError(
-            "--model is missing: a sweep runs the aligned model, which is not known from "
-            "--alignment, --safety-module or statistics; give --model"
-        )
-    outputs = reporting.outputs
-    terminal.check_outputs(outputs, None, [*method.inputs([adapter]), ("--model", source)])
-    chats = answering.options
-    _ = answering.tags  # what cannot be used is said before torch is imported
-    profile = running.profile
-    with profile.phase("import"):
-        from safeproj.lm import models
-
-        models.require_extra()
-        import peft  # noqa: F401 - what is imported later could not be interrupted
-
-        from safeproj.storage.source import identity, open_folder
-        from safeproj.sweep.axes import interventions
-        from safeproj.sweep.run import Settings, sweep
+    method, outputs = given.method, reporting.outputs
+    read = [*method.inputs([adapter]), *([] if model is None else [("--model", model)])]
+    terminal.check_outputs(outputs, None, read)
+    with running.profile.phase("import"):
+        generation = answering.generation
+        from safeproj import api
 
         options = running.options(selection=choosing.selection)
     signals.interruptible()
-    settings = Settings(points, wanted_refusal, wanted_on)
     sets = prompting.sets()
-    settings.check(sets)
-    files = [(f"--{each.kind}", each.source) for each in sets]
-    terminal.check_outputs(outputs, None, files)
-    folder = open_folder(source)
-    generator = answering.generator(models.load_tokenizer(folder))
-    for each in sets:
-        for prompt in each.prompts:
-            generator.rendered(prompt)  # what cannot be used is said before anything is read
-    with terminal.observer(talking.quiet) as observer:
-        options = replace(options, observer=observer)
-        with method.prepared([adapter], options, chats) as ready:
-            axis = None if by is None else by.value
-            tried = interventions(ready, adapter, options, axis=axis, seed=seed)
-    with profile.phase("load model"):
-        judge = judging.build(device, answering.batch_size)
-        loaded = models.load_model(folder, device, answering.dtype)
-    with profile.phase("measure"), terminal.steps(talking.quiet, "adapters measured") as step:
-        record = sweep(
-            tried,
-            loaded,
+    terminal.check_outputs(outputs, None, [(f"--{each.kind}", each.source) for each in sets])
+    with terminal.observed_steps(talking.quiet, "adapters measured") as (observer, step):
+        record = api.sweep(
+            method,
+            adapter,
             sets,
-            judge,
-            generator,
-            settings,
-            inputs={"model": identity(folder)},
-            generation={"dtype": str(loaded.dtype).removeprefix("torch.")},
+            partial(judging.build, running.device, answering.batch_size),
+            replace(options, observer=observer),
+            model=model,
+            generation=generation,
+            axis=None if by is None else by.value,
+            points=points,
+            wanted_refusal=wanted_refusal,
+            wanted_on=wanted_on,
             seed=seed,
             on_step=step,
         )

@@ -7,7 +7,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,6 +245,28 @@ def steps(quiet: bool, what: str) -> Iterator[Callable[[int, int], None] | None]
     ) as bars:
         bar = bars.add_task("", total=None)
         yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+@contextmanager
+def observed_steps(
+    quiet: bool, what: str
+) -> Iterator[tuple[Observer | None, Callable[[int, int], None]]]:
+    """Show a bar over the bytes to read and, from the first of some steps on, one over the steps.
+
+    Yields what is told of the one and of the other.
+    """
+    with ExitStack() as shown:
+        first = shown.enter_context(observer(quiet))
+        second: list[Callable[[int, int], None] | None] = []
+
+        def step(done: int, total: int) -> None:
+            if not second:
+                shown.close()  # two at a time would draw over each other
+                second.append(shown.enter_context(steps(quiet, what)))
+            if second[0] is not None:
+                second[0](done, total)
+
+        yield first, step
 
 
 class _Bar:

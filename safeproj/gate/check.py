@@ -24,7 +24,7 @@ from safeproj.gate.settings import about_settings
 from safeproj.gate.signing import verify_signature
 from safeproj.gate.weights import Context, about_weights, found
 from safeproj.methods.interface import Method
-from safeproj.methods.reference import Subspace
+from safeproj.methods.reference import Reference
 from safeproj.records.checks import Check, Evidence, Finding
 from safeproj.records.rules import Level
 from safeproj.run.decide import DTYPES
@@ -47,7 +47,7 @@ class Original:
 
     run: Run
     device: str
-    subspace: Subspace
+    reference: Reference
 
 
 @one_budget()
@@ -55,7 +55,7 @@ def judged(
     member: Member,
     run: Run,
     method: Method,
-    subspace: Subspace,
+    reference: Reference,
     policy: Policy,
     original: Original | None,
 ) -> Check:
@@ -65,7 +65,7 @@ def judged(
         member: its name and SRC.
         run: its plan and its scores.
         method: what it was scored by, as the user gave it.
-        subspace: the same, opened.
+        reference: the same, opened.
         policy: what passes.
         original: the adapter before patching, if it is at hand.
 
@@ -75,7 +75,7 @@ def judged(
     adapter = run.adapter
     remarks: list[str] = []
     patched = MANIFEST in adapter.folder.files
-    digests = subspace.digests(run.scores) if patched else {}
+    digests = reference.digests(run.scores) if patched else {}
     evidence, findings = recorded(run, digests, policy)
     if policy.public_key is not None:
         unsigned = _about_signature(adapter, Path(policy.public_key), remarks)
@@ -86,8 +86,8 @@ def judged(
         findings += [*result.findings, *_about_record(adapter, original, result, findings)]
         evidence = result.evidence
         remarks.append(result.remark)
-    names = frozenset(subspace.names)
-    context = Context(run, policy, names, evidence, subspace.config)
+    names = frozenset(reference.names)
+    context = Context(run, policy, names, evidence, reference.config)
     findings += [
         *about_weights(context),
         *about_settings(context),
@@ -159,7 +159,7 @@ def verified(
     else:
         # What can be said of the patched modules by their record is said of the original's scores.
         written = dataclasses.replace(original.run, adapter=patched)
-        findings += recorded(written, original.subspace.digests(written.scores), Policy())[1]
+        findings += recorded(written, original.reference.digests(written.scores), Policy())[1]
     evidence: dict[str, Evidence] = {}
     if public_key is not None:
         findings += _about_signature(patched, public_key, remarks)

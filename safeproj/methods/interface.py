@@ -17,7 +17,7 @@ from safeproj.methods.words import Words
 if TYPE_CHECKING:
     from safeproj.engine import Buffers, Task
     from safeproj.lm.chat import ChatOptions
-    from safeproj.methods.reference import Subspace
+    from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
     from safeproj.run.options import Options
 
@@ -73,7 +73,6 @@ class Method(ABC):
 
     Attributes:
         name: what `Report.method` says, and `--method`.
-        title: its name in sentences.
         words: how reports speak of it.
         detail: what its scores have beside what all do.
         ways: the sets of its SRC fields that can be given together.
@@ -91,7 +90,6 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
     words: ClassVar[Words]
     detail: ClassVar[type[Detail]] = Detail
     ways: ClassVar[tuple[frozenset[str], ...]]
@@ -106,7 +104,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         if frozenset(self.sources) not in self.ways:
-            raise SafeprojError(f"{self.title} needs {self.needs}")
+            raise SafeprojError(f"{self.words.name} needs {self.needs}")
 
     @classmethod
     def options(cls) -> dict[str, Option]:
@@ -181,7 +179,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def open(self, maps: Sequence[str] = ()) -> Subspace:
+    def open(self, maps: Sequence[str] = ()) -> Reference:
         """Open what is read.
 
         Args:

@@ -2,23 +2,26 @@
 
 The record is JSON text under `safeproj` in the file's metadata. It names the running model's
 weights, so that an adapter can be matched without a checkpoint. `FileKind` says what is special
-about one kind of such files: alignment files, safety modules.
+about one kind of such files: alignment files, safety modules, statistics. What a file says can be
+anything, so all of it is checked here, for all kinds alike, before it is used or shown.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import numpy
 
+from safeproj import __version__
 from safeproj.adapter.files import bytes_of
 from safeproj.checkpoint import Reader, Weight
 from safeproj.checkpoint.expression import Expression, Head, Swapped, stored_names
@@ -26,11 +29,14 @@ from safeproj.checkpoint.interface import TensorInfo, as_matrix
 from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.errors import SafeprojError
 from safeproj.names import Layout, Names
+from safeproj.names.layout import Kind
 from safeproj.storage.documents import parse
 from safeproj.storage.publish import AppearedError, appearing
+from safeproj.storage.published import without_paths
 from safeproj.storage.source import LocalFolder, open_folder
 from safeproj.storage.tensorfile import Header, read_header, require_printable, write
 from safeproj.text import first_line, is_plain, shorten
+from safeproj.versions import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +78,12 @@ class FileKind(Generic[W]):
         suffix: of a file's name, by which it is found in a folder.
         command: that writes it.
         remedy: what to do about a weight that a file does not hold.
-        read: checks a file's content and returns what it records of each weight that it holds;
-            raises one of `DAMAGES` where the content is not as it should be.
+        inputs: what it is made of: role to what checks the identity of it.
+        options: how it is made, beside `targets`: name to what tells whether a value is one.
+        weight: checks what a file holds of a weight, and returns what it records of it: given the
+            content, the weight's key and its record.
+
+    What checks something raises one of `DAMAGES` where it is not as it should be.
     """
 
     name: str
@@ -81,7 +91,9 @@ class FileKind(Generic[W]):
     suffix: str
     command: str
     remedy: str
-    read: Callable[[Content], dict[str, W]]
+    inputs: Mapping[str, Callable[[Mapping[str, Any]], None]]
+    options: Mapping[str, Callable[[Any], bool]]
+    weight: Callable[[Content, str, Mapping[str, Any]], W]
 
 
 DAMAGES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
@@ -262,7 +274,7 @@ def open_recorded(source: str, kind: FileKind[W], maps: Sequence[str] = ()) -> R
         )
     try:
         content = _content(source, kind, header, text)
-        weights = kind.read(content)
+        weights = _weights(kind, content)
     except DAMAGES as error:
         raise SafeprojError(
             f"{source}: damaged {kind.name} ({type(error).__name__}: {first_line(error)}); "
@@ -292,16 +304,47 @@ def _content(source: str, kind: FileKind[W], header: Header, text: str) -> Conte
             f"{source}: {kind.name} of schema {str(schema)[:40]!a}, expected {kind.schema}; "
             f"{advice}"
         )
-    parameters = {name: _parameter(item) for name, item in document["parameters"].items()}
     if not isinstance(document["config"], dict):
         raise TypeError("config")
+    parameters = {name: _parameter(name, item) for name, item in document["parameters"].items()}
     return Content(document, header, parameters)
 
 
-def _parameter(item: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
-    shape = tuple(int(size) for size in item["shape"])
-    layout = Layout(item["kind"], item["out_first"], bool(item["marked_transposed"]))
-    return shape, layout
+def _parameter(name: str, item: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
+    sizes, out_first, marked = item["shape"], item["out_first"], item["marked_transposed"]
+    if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"{name} has the shape {sizes!a}")
+    if item["kind"] not in get_args(Kind):
+        raise ValueError(f"{name} is of kind {item['kind']!a}")
+    if not (out_first is None or type(out_first) is bool) or type(marked) is not bool:
+        raise TypeError(f"{name} is stored in no way that there is")
+    return tuple(sizes), Layout(item["kind"], out_first, marked)
+
+
+def _weights(kind: FileKind[W], content: Content) -> dict[str, W]:
+    """Return the records of a file that fits together and cannot steer a report that shows it.
+
+    Raises:
+        LookupError, TypeError, ValueError: it does not, or could.
+    """
+    inputs, options = content.document["inputs"], content.document["options"]
+    if set(inputs) != set(kind.inputs):
+        raise ValueError(f"inputs are {sorted(inputs)}, expected {sorted(kind.inputs)}")
+    for role, check in kind.inputs.items():
+        try:
+            check(inputs[role])
+        except DAMAGES as error:
+            raise ValueError(f"identity of {role}: {first_line(error)}") from error
+    if not isinstance(options["targets"], list):
+        raise TypeError("targets")
+    require_plain("targets", *options["targets"])
+    for name, value in options.items():
+        if name != "targets" and not (name in kind.options and kind.options[name](value)):
+            raise ValueError(f"options: {name!a} is {value!a}")
+    weights = content.document["weights"]
+    if not weights:
+        raise ValueError("no weights")
+    return {name: kind.weight(content, name, item) for name, item in weights.items()}
 
 
 def require_plain(role: str, *texts: Any) -> None:
@@ -314,21 +357,146 @@ def require_plain(role: str, *texts: Any) -> None:
         raise ValueError(role)
 
 
-def require_run_inputs(*, aligned: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Refuse what no report can show in the identities of a model and the data it was run on.
+def require_digests(digests: Mapping[str, Any]) -> None:
+    """Refuse digests that are none, or names that a report cannot show.
 
     Raises:
-        LookupError, TypeError, ValueError: something in them.
+        LookupError, TypeError, ValueError: there are some.
     """
-    require_plain("identity of aligned", aligned["source"], aligned.get("revision", ""))
-    require_plain("identity of data", data["source"])
-    files = aligned["sha256"]["files"]
-    require_plain("digests of aligned", *files.keys(), *files.values())
-    require_plain("digest of data", data["sha256"])
-    require_plain("date of data", data.get("date", ""))
+    require_plain("digests", *digests.keys(), *digests.values())
+
+
+def require_model(recorded: Mapping[str, Any]) -> None:
+    """Refuse the identity of a model that no report can show.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is one.
+    """
+    require_plain("source", recorded["source"])
+    require_plain("revision", recorded.get("revision", ""))
+    require_digests(recorded["sha256"]["files"])
+
+
+def require_data(recorded: Mapping[str, Any]) -> None:
+    """Refuse the identity of data that no report can show.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is one.
+    """
+    require_plain("source", recorded["source"])
+    require_plain("date", recorded.get("date", ""))
+    require_plain("digest", recorded["sha256"])
     for name in ("rows", "positions"):
-        if type(data[name]) is not int or data[name] < 0:
-            raise ValueError(f"{name} of data")
+        if type(recorded[name]) is not int or recorded[name] < 0:
+            raise ValueError(name)
+
+
+MADE_BY_RUNNING: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+    "aligned": require_model,
+    "data": require_data,
+}
+"""The inputs of what is made by running a model on data."""
+
+
+def recorded_shape(item: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the (m, n) of a weight's record.
+
+    Raises:
+        LookupError, TypeError, ValueError: there is none.
+    """
+    m, n = item["shape"]
+    if type(m) is not int or type(n) is not int:
+        raise TypeError(f"shape {item['shape']!a}")
+    return m, n
+
+
+def recorded_amount(item: Mapping[str, Any], name: str) -> float:
+    """Return a number of a weight's record that is finite and not negative.
+
+    Raises:
+        LookupError, TypeError, ValueError, OverflowError: there is none.
+    """
+    value = item[name]
+    if type(value) not in (int, float) or not math.isfinite(float(value)) or value < 0:
+        raise ValueError(f"{name} {value!a}")
+    return float(value)
+
+
+def require_linear(content: Content, name: str, shape: tuple[int, int]) -> None:
+    """Refuse a weight that is no linear layer's, or of another shape than in the model.
+
+    Raises:
+        LookupError, ValueError: it is.
+    """
+    stored, layout = content.parameters[name]
+    if layout.kind not in ("linear", "conv1d") or layout.out_first is not (layout.kind == "linear"):
+        raise ValueError(f"{name} is of kind {layout.kind!a}")
+    if shape != (stored if layout.out_first else stored[::-1]):
+        raise ValueError(f"{name} has the shape {shape}")
+
+
+def require_tensor(content: Content, name: str, shape: tuple[int | None, ...]) -> None:
+    """Refuse a tensor that is not there, not float32, empty, or of another shape.
+
+    Args:
+        content: of the file.
+        name: of the tensor.
+        shape: what it must be; None for any size.
+
+    Raises:
+        LookupError, ValueError: it is.
+    """
+    entry = content.header.tensors[name]
+    fits = len(entry.shape) == len(shape) and all(
+        size > 0 and expected in (None, size)
+        for size, expected in zip(entry.shape, shape, strict=True)
+    )
+    if entry.dtype != "F32" or not fits:
+        raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}")
+
+
+def recorded_document(
+    kind: FileKind[Any],
+    options: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    config: Mapping[str, Any],
+    parameters: Iterable[tuple[str, Sequence[int], Layout]],
+    weights: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the JSON of a file: no time and no host, so that the same run gives the same file.
+
+    Args:
+        kind: what kind of file it is.
+        options: how it was made.
+        inputs: the identities of what it was made of, by role.
+        config: of the model.
+        parameters: name, shape and layout of each of the model's weights that it is about.
+        weights: what is recorded of each, by key.
+    """
+    return {
+        "schema": kind.schema,
+        "tool": {"name": "safeproj", "version": __version__},
+        "versions": versions(),
+        "options": dict(options),
+        "inputs": dict(inputs),
+        "config": without_paths(config),
+        "parameters": recorded_parameters(parameters),
+        "weights": dict(weights),
+    }
+
+
+def linear_parameters(
+    shapes: Mapping[str, tuple[int, int]], layouts: Mapping[str, Layout]
+) -> Iterator[tuple[str, Sequence[int], Layout]]:
+    """Yield name, shape and layout of the weights of linear layers.
+
+    Args:
+        shapes: path of a layer to its (m, n).
+        layouts: path to how the model stores the layer's weight.
+    """
+    for name, shape in shapes.items():
+        layout = layouts[name]
+        yield f"{name}.weight", shape if layout.out_first else shape[::-1], layout
 
 
 def recorded_parameters(
@@ -344,6 +512,25 @@ def recorded_parameters(
         }
         for name, shape, layout in parameters
     }
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file that stands for a model, and was written.
+
+    Attributes:
+        nbytes: its size.
+        holds: what is in it, in words.
+        warnings: what the user should know about what it was made of.
+    """
+
+    nbytes: int
+    holds: str
+    warnings: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return what it holds, in words."""
+        return self.holds
 
 
 def check_file(out: Path, overwrite: bool, kind: FileKind[Any]) -> None:

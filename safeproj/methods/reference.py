@@ -1,4 +1,4 @@
-"""What updates are projected onto, or away from: of every weight of a model."""
+"""What a method measures updates against, opened: of every weight of a model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from safeproj.lm.layers import OnBatch
 
 
-class Subspace(Protocol):
-    """The subspace of every weight of a model, or what it follows from.
+class Reference(Protocol):
+    """What is read of every weight of a model.
 
     Two checkpoints, an alignment file that stands for them, a safety module, or statistics.
     """
@@ -83,7 +83,7 @@ class Subspace(Protocol):
 
 
 class Plain:
-    """What most subspaces have: no weights at hand, and nothing that is made by running a model."""
+    """What most have in common: no weights at hand, and nothing made by running a model."""
 
     runs_adapter = False
 

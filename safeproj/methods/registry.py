@@ -98,6 +98,6 @@ def _another(
     several = len(chosen.give) == len(chosen.ways)
     way = chosen.give[chosen.ways.index(sources)] if several else chosen.mark
     return SafeprojError(
-        f"{listed} {goes} with {owner.mark}, for {owner.title}, and not with {way}; leave "
+        f"{listed} {goes} with {owner.mark}, for {owner.words.name}, and not with {way}; leave "
         f"{them} out{chosen.advice}"
     )

@@ -11,17 +11,22 @@ class Words:
     """How a method is spoken of.
 
     Attributes:
-        title: its name.
+        name: what it is called in sentences, with its article if it has one.
         legend: what a cell of the table means, after the cosine.
         done: what was done, for a model card: to `{changed}` of `{all}` modules; inputs by role.
         controls: what a sweep measures beside it: what each is called at the head of a column, and
             what it is.
     """
 
-    title: str
+    name: str
     legend: str
     done: str
     controls: Mapping[str, tuple[str, str]]
+
+    @property
+    def title(self) -> str:
+        """Its name at the head of a report."""
+        return self.name.removeprefix("the ")
 
 
 PROJECTION_CONTROLS = {

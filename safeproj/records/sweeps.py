@@ -14,7 +14,7 @@ METHOD = "method"
 """Key of the intervention itself among the trials of a point; the others are controls."""
 
 Rates = Mapping[str, Mapping[str, Rate]]
-"""Set to outcome to share of the answers, as `safeproj.evaluate.measure` returns them."""
+"""Set to outcome to share of the answers, as `safeproj.evaluation.measure` returns them."""
 
 
 @dataclass(frozen=True)

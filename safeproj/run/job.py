@@ -23,7 +23,7 @@ from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError, explained
 from safeproj.methods import factors
 from safeproj.methods.interface import Method
-from safeproj.methods.reference import Subspace
+from safeproj.methods.reference import Reference
 from safeproj.methods.registry import by_name
 from safeproj.methods.score import Score
 from safeproj.plan.match import Plan, PlannedModule
@@ -170,7 +170,7 @@ class Job:
         self._casts = CASTS if casts else {}
 
     @cached_property
-    def subspace(self) -> Subspace:
+    def reference(self) -> Reference:
         """What the adapters are scored against, opened."""
         return self._method.open(self._options.maps)
 
@@ -189,7 +189,7 @@ class Job:
         `use` is told which of the sources a run is of.
         """
         with self._profile.phase("match"):
-            _ = self.subspace  # what all need is looked at first
+            _ = self.reference  # what all need is looked at first
         batch: list[Loaded | SafeprojError] = []
         done = size = 0
         for source in sources:
@@ -275,7 +275,7 @@ class Job:
             options["copy_weights"] = True
         if self._options.portable:
             options["portable"] = True
-        return manifest(run.adapter, self.subspace, run.scores, report, options)
+        return manifest(run.adapter, self.reference, run.scores, report, options)
 
     @property
     def method(self) -> Method:
@@ -301,9 +301,11 @@ class Job:
                 module has no weight, or where it belongs to a changed base and is not converted.
         """
         with self._profile.phase("match"):
-            subspace = self.subspace
-            adapter = adapter.fitted(subspace.names, subspace.config)
-            for reason in () if self._lenient else adapter.format.unloaded(adapter, subspace.names):
+            reference = self.reference
+            adapter = adapter.fitted(reference.names, reference.config)
+            for reason in (
+                () if self._lenient else adapter.format.unloaded(adapter, reference.names)
+            ):
                 raise SafeprojError(f"{adapter.source}: {reason}")
         if adapter.format.changed_base(adapter) is not None:
             with self._profile.phase("convert"):
@@ -311,7 +313,7 @@ class Job:
         with self._profile.phase("match"):
             if self._options.portable:
                 adapter = portable(adapter, DTYPES[self._options.dtype])
-            plan = subspace.plan(adapter, self._selection)
+            plan = reference.plan(adapter, self._selection)
             if self._lenient:
                 plan = self._without_unheld(plan)
             for _, error in () if self._lenient else plan.unmatched:
@@ -339,7 +341,7 @@ class Job:
     def _converted(self, adapter: Adapter) -> Adapter:
         """Return an adapter of a changed base, converted; as it is if a lenient job cannot."""
         try:
-            return converted(adapter, self.subspace.weights, self._options.workers)
+            return converted(adapter, self.reference.weights, self._options.workers)
         except SafeprojError:
             if self._lenient:  # the gate has a finding of its own
                 return adapter
@@ -351,10 +353,10 @@ class Job:
         Raises:
             SafeprojError: they are, and the job is not lenient.
         """
-        modules = self.subspace.held(adapter, plan)
+        modules = self.reference.held(adapter, plan)
         if not modules:
             return None
-        weights = self.subspace.weights
+        weights = self.reference.weights
         assert weights is not None
         told = told_of(held_parts(adapter, modules, weights))
         if told is None or self._lenient:
@@ -371,18 +373,18 @@ class Job:
         if again is None:
             return
         own = {item.module.name: item.module for item in plan.modules}
-        for item in self.subspace.plan(again, self._selection).modules:
+        for item in self.reference.plan(again, self._selection).modules:
             if item.module.name in own and item.module != own[item.module.name]:
                 yield item
 
     def _load(self, source: str) -> Loaded:
         adapter = self.read(source)
-        if not self.subspace.runs_adapter:
+        if not self.reference.runs_adapter:
             return self.matched(adapter)
         loaded = self.runnable(adapter)
         observer = self._observer
         with self._profile.phase("reconstruct"):
-            made = self.subspace.prepare(
+            made = self.reference.prepare(
                 loaded.adapter,
                 loaded.plan,
                 self._options.device,
@@ -392,7 +394,7 @@ class Job:
 
     def _without_unheld(self, plan: Plan) -> Plan:
         """Return the plan with those modules unmatched that a file does not hold as they are."""
-        origins = [_caught(partial(self.subspace.origin, item)) for item in plan.modules]
+        origins = [_caught(partial(self.reference.origin, item)) for item in plan.modules]
         pairs = list(zip(plan.modules, origins, strict=True))
         held = [item for item, found in pairs if not isinstance(found, SafeprojError)]
         errors = [(item.module, e) for item, e in pairs if isinstance(e, SafeprojError)]
@@ -436,9 +438,9 @@ class Job:
         scalings = self._scalings(loaded.adapter, loaded.plan)
         for item in loaded.plan.modules:
             name = item.module.name
-            key = self.subspace.group(item)
+            key = self.reference.group(item)
             if key not in groups:
-                groups[key] = _Group(item.module.name, self.subspace.origin(item))
+                groups[key] = _Group(item.module.name, self.reference.origin(item))
             update = update_of(loaded.adapter, item)
             replaced = dataclasses.replace(update, replacement=loaded.replacements.get(name))
             own.append((groups[key], (number, name, None), replaced))
@@ -448,7 +450,7 @@ class Job:
         for item in loaded.today if self._lenient else ():
             again: _Key = (number, _TODAY + item.module.name, None)
             update = update_of(loaded.adapter, item)
-            own.append((groups[self.subspace.group(item)], again, update))
+            own.append((groups[self.reference.group(item)], again, update))
         for group, place, update in own:  # only now that all of them are known to be there
             group.updates[place] = update
 
@@ -508,12 +510,12 @@ class Job:
             comparisons = {
                 item.change.key: comparison
                 for item in loaded.plan.changes
-                if (comparison := self.subspace.comparison(loaded.adapter, item)) is not None
+                if (comparison := self.reference.comparison(loaded.adapter, item)) is not None
             }
             sizes = engine.relative_changes(list(comparisons.values()))
             decision = decide(
                 loaded.adapter,
-                self.subspace.inputs,
+                self.reference.inputs,
                 loaded.plan,
                 scores,
                 dict(zip(comparisons, sizes, strict=True)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.digests import adapter_record
-from safeproj.methods.reference import Subspace
+from safeproj.methods.reference import Reference
 from safeproj.methods.score import Score
 from safeproj.records.scores import Report
 from safeproj.versions import versions
@@ -15,7 +15,7 @@ from safeproj.versions import versions
 
 def manifest(
     adapter: Adapter,
-    subspace: Subspace,
+    reference: Reference,
     scores: Mapping[str, Score],
     report: Report,
     options: Mapping[str, Any],
@@ -26,7 +26,7 @@ def manifest(
     of the files that were read, and for the checkpoints of the tensors: their bytes as stored.
     """
     found = report.to_dict()
-    for role, sha256 in subspace.digests(scores).items():
+    for role, sha256 in reference.digests(scores).items():
         found["inputs"][role] |= {"sha256": sha256}
     found["inputs"]["adapter"] |= adapter_record(adapter)
     return {**found, "options": dict(options), "versions": versions()}

@@ -164,15 +164,6 @@ def kind_of_head(head: bytes, size: int) -> FileKind:
     return SENTENCEPIECE if _is_sentencepiece(head) else UNKNOWN
 
 
-def is_weights_file(path: Path) -> bool:
-    """Tell whether a loader may find weights in a file, or nobody can tell what is in it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    return kind_of(path).may_hold_weights
-
-
 def _length(head: bytes) -> int:
     (found,) = struct.unpack("<Q", head[:8])
     return int(found)

@@ -208,7 +208,7 @@ def test_a_sweep_exchanges_factors_of_a_resized_model(
 ) -> None:
     from safeproj.adapter import read_adapter
     from safeproj.lm.models import load_model
-    from safeproj.sweep.subject import Subject
+    from safeproj.sweeping.subject import Subject
 
     adapter = trained(pair, name, tmp_path / "adapter")
     oracle.patch(pair, adapter, tmp_path / "out", "--all")

@@ -169,7 +169,7 @@ INPUTS = {("bad", 0): "0", ("bad", 1): "1"}
 
 
 def test_half_a_character_in_saved_answers(tmp_path: Path) -> None:
-    from safeproj.evaluate.responses import SCHEMA, Responses
+    from safeproj.evaluation.responses import SCHEMA, Responses
 
     path = tmp_path / "model.jsonl"
     header: dict[str, Any] = {"schema": SCHEMA, "made_of": {}, "sets": {}, "judge": None}
@@ -183,7 +183,7 @@ def test_half_a_character_in_saved_answers(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_while_answers_are_written(tmp_path: Path) -> None:
-    from safeproj.evaluate.responses import Responses
+    from safeproj.evaluation.responses import Responses
 
     found = Responses(tmp_path / "model.jsonl", {"model": "m"}, {"bad": "0"}, INPUTS)
     found.open()
@@ -199,12 +199,12 @@ def test_a_full_disk_while_answers_are_written(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_write_the_same_answers(tmp_path: Path) -> None:
-    from safeproj.evaluate.responses import Responses
+    from safeproj.evaluation.responses import Responses
 
     path = tmp_path / "model.jsonl"
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from safeproj.evaluate.responses import Responses\n"
+        "from safeproj.evaluation.responses import Responses\n"
         f"found = Responses(Path({str(path)!r}), {{}}, {{}}, {INPUTS!r}); found.open()\n"
         "found.add('bad', [(0, 'p', 'a')]); print('ready', flush=True); time.sleep(600)"
     )

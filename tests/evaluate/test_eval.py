@@ -342,9 +342,9 @@ def test_what_shapes_alone_do_not_tell_is_found_when_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safeproj.adapter.collection import collect
-    from safeproj.evaluate import run as module
-    from safeproj.evaluate.judges import Keywords
-    from safeproj.evaluate.sets import read_prompts
+    from safeproj.evaluation import run as module
+    from safeproj.evaluation.judges import Keywords
+    from safeproj.evaluation.sets import read_prompts
 
     monkeypatch.setattr(module, "unfit", lambda *_: {})
     members = collect([str(misfit(tmp_path / "wide")), str(TINY / "adapters" / "bad")]).members

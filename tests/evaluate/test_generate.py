@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.generate import Generator
-from safeproj.evaluate.sets import Message
+from safeproj.evaluation.generate import Generator
+from safeproj.evaluation.sets import Message
 from tests.evaluate.support import TEMPLATE, random_model, tokenizer
 from tests.support import save_adapter
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.responses import Responses, file_names, make_directory
+from safeproj.evaluation.responses import Responses, file_names, make_directory
 from tests.evaluate.support import read_lines
 
 MADE_OF: dict[str, Any] = {"model": {"config.json": "0" * 64}, "options": {"max_new_tokens": 8}}

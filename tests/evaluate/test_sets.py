@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.sets import Kind, Message, read_prompts, require_apart
+from safeproj.evaluation.sets import Kind, Message, read_prompts, require_apart
 from tests.evaluate.support import write_lines
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.ask import Endpoint
-from safeproj.evaluate.generate import Generator
-from safeproj.evaluate.judges import Keywords, Verdict
-from safeproj.evaluate.measure import measure, outcomes, unfinished_warnings
-from safeproj.evaluate.sets import Message, PromptSet
-from safeproj.evaluate.thoughts import TAGS, Spoken, Thoughts, parse_tags
+from safeproj.evaluation.ask import Endpoint
+from safeproj.evaluation.generate import Generator
+from safeproj.evaluation.judges import Keywords, Verdict
+from safeproj.evaluation.measure import measure, outcomes, unfinished_warnings
+from safeproj.evaluation.sets import Message, PromptSet
+from safeproj.evaluation.thoughts import TAGS, Spoken, Thoughts, parse_tags
 from safeproj.lm.chat import ChatOptions, Rendered
 from tests.evaluate.support import TINY, random_model, read_lines, tokenizer
 from tests.evaluate.test_eval import measured, run

@@ -15,7 +15,7 @@ import torch
 from lab import evidence
 from lab import evidence_ways as ways
 from lab.pairs import MODULES
-from safeproj.sweep.controls import COMPLEMENT, SHRINK
+from safeproj.sweeping.controls import COMPLEMENT, SHRINK
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "evidence.md"

@@ -14,10 +14,10 @@ import pytest
 from safetensors import safe_open
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.generate import Generator
-from safeproj.evaluate.judges import Keywords
-from safeproj.evaluate.run import Settings, evaluate
-from safeproj.evaluate.sets import Message, read_prompts
+from safeproj.evaluation.generate import Generator
+from safeproj.evaluation.judges import Keywords
+from safeproj.evaluation.run import Settings, evaluate
+from safeproj.evaluation.sets import Message, read_prompts
 from safeproj.lm.chat import DATE, ChatOptions, chat_options, parse_arguments, render
 from safeproj.lm.data import read_data
 from safeproj.lm.models import recorded_inputs

@@ -45,7 +45,7 @@ COLUMNS = {
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = re.search(r"<!-- a method -->\n```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     assert found is not None
-    assert len(found[1].splitlines()) <= 70
+    assert len(found[1].splitlines()) <= 60
     path = tmp_path_factory.mktemp("added") / "halving.py"
     path.write_text(found[1] + MAIN, "utf-8")
     return path

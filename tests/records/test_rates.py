@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from safeproj.evaluate import judges, responses
+from safeproj.evaluation import judges, responses
 from safeproj.records import evaluations, rates
 from safeproj.records.rates import Rate, paired
 

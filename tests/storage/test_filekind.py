@@ -27,7 +27,6 @@ from safeproj.storage.filekind import (
     SAFETENSORS,
     ZIP,
     Group,
-    is_weights_file,
     kind_of,
 )
 
@@ -135,7 +134,7 @@ OTHERS: dict[str, tuple[Group, bytes]] = {
 def test_what_may_hold_weights_is_known(name: str, tmp_path: Path) -> None:
     path = tmp_path / "notes.md"
     WEIGHTS[name](path)
-    assert is_weights_file(path), kind_of(path)
+    assert kind_of(path).may_hold_weights, kind_of(path)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -144,7 +143,7 @@ def test_other_kinds_are_told_apart(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert kind_of(path).group is group
-    assert not is_weights_file(path)
+    assert not kind_of(path).may_hold_weights
 
 
 @pytest.mark.parametrize(
@@ -188,4 +187,4 @@ def test_files_of_the_fixtures_are_known() -> None:
         if path.is_file():
             wanted = GROUPS.get(path.suffix, Group.text)
             assert kind_of(path).group is wanted, path
-            assert is_weights_file(path) == (path.suffix in GROUPS), path
+            assert kind_of(path).may_hold_weights == (path.suffix in GROUPS), path

@@ -14,7 +14,7 @@ from safeproj.methods.blocks import Projected
 from safeproj.methods.covariance.formulas import Correction
 from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.salora.formulas import Complement
-from safeproj.sweep.apart import apart, in_step
+from safeproj.sweeping.apart import apart, in_step
 
 
 class Counted:

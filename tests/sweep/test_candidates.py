@@ -21,9 +21,9 @@ from safeproj.engine import Progress
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
 from safeproj.records.profile import Profile
-from safeproj.sweep.candidates import Candidates, Place, Replaced, candidates, spread
-from safeproj.sweep.controls import Sizes, scaled
-from safeproj.sweep.rotation import Rotation
+from safeproj.sweeping.candidates import Candidates, Place, Replaced, candidates, spread
+from safeproj.sweeping.controls import Sizes, scaled
+from safeproj.sweeping.rotation import Rotation
 from tests.conftest import Trio
 from tests.support import (
     FACTORS,
@@ -427,7 +427,7 @@ def test_peft_has_the_same_tensors_as_from_the_patched_directory(
 ) -> None:
     from copy import deepcopy
 
-    from safeproj.sweep.subject import Subject
+    from safeproj.sweeping.subject import Subject
 
     found = case.find()
     place = middle(found)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from safeproj.sweep.rotation import Rotation
+from safeproj.sweeping.rotation import Rotation
 
 
 def dense(m: int, seed: int = 0, name: str = "w") -> Tensor:

@@ -13,16 +13,16 @@ import pytest
 from safeproj import Options, SafeLora
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.generate import Generator
-from safeproj.evaluate.judges import Keywords
-from safeproj.evaluate.sets import PromptSet, read_prompts
+from safeproj.evaluation.generate import Generator
+from safeproj.evaluation.judges import Keywords
+from safeproj.evaluation.sets import PromptSet, read_prompts
 from safeproj.lm.models import load_model, load_tokenizer
 from safeproj.records.scores import Report
 from safeproj.report import render
 from safeproj.storage.source import open_folder
-from safeproj.sweep.candidates import Candidates, Place, candidates
-from safeproj.sweep.controls import scaled
-from safeproj.sweep.run import Settings, sweep
+from safeproj.sweeping.candidates import Candidates, Place, candidates
+from safeproj.sweeping.controls import scaled
+from safeproj.sweeping.run import Settings, sweep
 from tests.report.test_schemas import validator
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-lm"
@@ -88,7 +88,7 @@ def test_another_axis_is_swept_in_the_same_way(
         on_step=lambda done, total: steps.append((done, total)),
     )
     validator("sweep").validate(json.loads(render(found, "json")))
-    assert steps == [(i, 11) for i in range(1, 12)]  # two references, and three of each point
+    assert steps == [(i, 11) for i in range(12)]  # two references, and three of each point
     assert [point.value for point in found.points] == [1.0, 0.5, 0.01]
     assert found.kinds == ("method", "uniform", "same")
     changes = [point.method.relative_change for point in found.points]
@@ -118,7 +118,7 @@ def test_points_that_change_nothing_are_not_measured_again(
         on_step=lambda done, total: steps.append((done, total)),
     )
     assert steps[-1] == (7, 7)
-    assert len(steps) == 7
+    assert len(steps) == 8
     assert found.seed == 3
     nothing = found.points[0]
     assert all(trial.rates == found.adapter for trial in nothing.trials.values())

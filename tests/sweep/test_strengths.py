@@ -16,9 +16,9 @@ from torch import Tensor
 from safeproj import Covariance
 from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.formulas import Moment
-from safeproj.sweep.candidates import Place, Replaced
-from safeproj.sweep.controls import COMPLEMENT, RANDOM, SHRINK, SWAPPED, Sizes
-from safeproj.sweep.strengths import MUS, Strengths, strengths, turned
+from safeproj.sweeping.candidates import Place, Replaced
+from safeproj.sweeping.controls import COMPLEMENT, RANDOM, SHRINK, SWAPPED, Sizes
+from safeproj.sweeping.strengths import MUS, Strengths, strengths, turned
 from tests.conformance.oracle import save
 from tests.conformance.oracle import updates as updates_of
 from tests.methods.covariance import oracle

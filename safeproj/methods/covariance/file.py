@@ -7,8 +7,7 @@ float32. The rest is JSON under `safeproj` in the file's metadata.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,34 +15,31 @@ from typing import Any
 
 from safeproj.adapter import Adapter
 from safeproj.checkpoint import open_checkpoint
-from safeproj.checkpoint.expression import key_of, stored_names
 from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.sources import Moments, StoredMoment
+from safeproj.methods.file_reference import FileReference, held, linear_key, made_of, read_of
 from safeproj.methods.recorded import (
+    MADE_BY_RUNNING,
     Content,
     FileKind,
     RecordedFile,
     open_recorded,
-    require_plain,
-    require_run_inputs,
+    recorded_amount,
+    recorded_shape,
+    require_linear,
+    require_tensor,
 )
-from safeproj.methods.reference import Plain
 from safeproj.methods.score import Score
 from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedModule
 from safeproj.plan.match import plan as matched
 from safeproj.plan.select import Selection
 from safeproj.storage.source import LocalFolder, file_sha256, identity, open_folder
-from safeproj.text import shorten
-
-SCHEMA = "safeproj.statistics/1"
 
 SUFFIX = ".stats.safetensors"
 
 MOMENT, ROWS = "moment", "rows"
 """Last parts of the names of tensors: the moment, or what it is the product of."""
-
-_REMEDY = "make the statistics with it among --targets, or leave it out with --exclude"
 
 
 @dataclass(frozen=True)
@@ -62,37 +58,32 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Statistics(Plain):
+class Statistics(FileReference[Recorded]):
     """Statistics of safety data and of benign data: no checkpoint is read with them.
 
     Attributes:
-        safety: those of the safety data.
+        file: those of the safety data.
         benign: those of the benign data.
         aligned: SRC of the model that they are of, if it was given.
         maps: `--map` rules.
         was_run: whether that model was run for them, and so is at hand.
     """
 
-    safety: RecordedFile[Recorded]
     benign: RecordedFile[Recorded]
     aligned: str | None = None
     maps: tuple[str, ...] = ()
     was_run: bool = False
 
     @property
-    def config(self) -> Mapping[str, Any]:
-        return self.safety.config
-
-    @property
-    def names(self) -> Collection[str]:
-        return self.safety.names
+    def safety(self) -> RecordedFile[Recorded]:
+        """The statistics of the safety data."""
+        return self.file
 
     @property
     def inputs(self) -> dict[str, dict[str, Any]]:
-        aligned = self.safety.document["inputs"]["aligned"]
         return {
-            "aligned": {name: aligned[name] for name in ("source", "revision") if name in aligned},
-            "safety_data": _described(self.safety),
+            "aligned": made_of(self.file, "aligned"),
+            "safety_data": _described(self.file),
             "task_data": _described(self.benign),
         }
 
@@ -105,44 +96,25 @@ class Statistics(Plain):
             return ()
         return matched(adapter, self.weights, self.weights, Selection()).modules
 
-    def plan(self, adapter: Adapter, selection: Selection) -> Plan:
-        return matched(adapter, self.safety.running, self.safety.running, selection)
-
     def group(self, item: PlannedModule) -> Hashable:
-        return tuple(file.weights[self._key(file, item)].tensor for file in self._files)
+        return tuple(_kept(file, item).tensor for file in self._files)
 
     def origin(self, item: PlannedModule) -> Moments:
-        safety, benign = (self._stored(file, item) for file in self._files)
+        safety, benign = (_stored(file, item) for file in self._files)
         return Moments(safety, benign)
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-        found = {"aligned": self.safety.document["inputs"]["aligned"]["sha256"]}
+        found = {"aligned": self.file.document["inputs"]["aligned"]["sha256"]}
         for side, (role, file) in enumerate(
             zip(("safety_data", "task_data"), self._files, strict=True)
         ):
-            read: dict[str, str] = {}
-            for score in scores.values():
-                read |= score.sha256[side] if score.sha256 is not None else {}
             data = file.document["inputs"]["data"]["sha256"]
-            found[role] = {**file.digests(read, {}), "data": data}
+            found[role] = {**file.digests(read_of(scores, side), {}), "data": data}
         return found
 
     @property
     def _files(self) -> tuple[RecordedFile[Recorded], RecordedFile[Recorded]]:
-        return self.safety, self.benign
-
-    def _key(self, file: RecordedFile[Recorded], item: PlannedModule) -> str:
-        key = (key_of(item.aligned) or "").removesuffix(".T")
-        if key not in file.weights:
-            raise SafeprojError(
-                f"{file.source}: holds nothing for {item.module.name} as the adapter has it "
-                f"({shorten(stored_names(item.aligned))}); {_REMEDY}"
-            )
-        return key
-
-    def _stored(self, file: RecordedFile[Recorded], item: PlannedModule) -> StoredMoment:
-        recorded = file.weights[self._key(file, item)]
-        return StoredMoment(file.matrix(recorded.tensor), recorded.whole)
+        return self.file, self.benign
 
 
 def open_statistics(
@@ -200,67 +172,42 @@ def _require_model(file: RecordedFile[Recorded], aligned: str) -> None:
         )
 
 
+def _kept(file: RecordedFile[Recorded], item: PlannedModule) -> Recorded:
+    # Of any of the weight's rows: what they read is the same.
+    return held(file, item, linear_key(item), whole=False)
+
+
+def _stored(file: RecordedFile[Recorded], item: PlannedModule) -> StoredMoment:
+    recorded = _kept(file, item)
+    return StoredMoment(file.matrix(recorded.tensor), recorded.whole)
+
+
 def _described(file: RecordedFile[Recorded]) -> dict[str, Any]:
     """Return what a report says of statistics: their place, and the data that they are of."""
-    data = file.document["inputs"]["data"]
-    found = {**identity(file), "data": data["source"], "positions": data["positions"]}
-    return {**found, "date": data["date"]} if "date" in data else found
+    data = made_of(file, "data", "positions", "date")
+    return {**identity(file), "data": data.pop("source"), **data}
 
 
-def _read(content: Content) -> dict[str, Recorded]:
-    """Return the records of a file that fits together and cannot steer a report that shows it.
-
-    Raises:
-        LookupError, TypeError, ValueError: it does not, or could.
-    """
-    require_run_inputs(**content.document["inputs"])
-    _check_options(content.document["options"])
-    weights = {name: _recorded(item) for name, item in content.document["weights"].items()}
-    if not weights:
-        raise ValueError("no weights")
-    for name, weight in weights.items():
-        _check_tensor(content, name, weight)
-    return weights
+def _weight(content: Content, name: str, item: Mapping[str, Any]) -> Recorded:
+    """Return the record of a weight that is a linear layer's, with the tensor of the record."""
+    shape, tensor = recorded_shape(item), item["tensor"]
+    form = tensor.rpartition(".")[2]
+    if form not in (MOMENT, ROWS):
+        raise ValueError(f"tensor {tensor!a}")
+    if not recorded_amount(item, "trace"):
+        raise ValueError("trace 0")
+    require_linear(content, name, shape)
+    require_tensor(content, tensor, (shape[1] if form == MOMENT else None, shape[1]))
+    return Recorded(shape, tensor, form == MOMENT)
 
 
 KIND = FileKind(
     name="statistics",
-    schema=SCHEMA,
+    schema="safeproj.statistics/1",
     suffix=SUFFIX,
     command="safeproj stats",
-    remedy=_REMEDY,
-    read=_read,
+    remedy="make the statistics with it among --targets, or leave it out with --exclude",
+    inputs=MADE_BY_RUNNING,
+    options={"positions": lambda value: value in ("all", "prompt", "response")},
+    weight=_weight,
 )
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that a report cannot show."""
-    if not isinstance(options["targets"], list):
-        raise TypeError("targets")
-    require_plain("targets", *options["targets"])
-    require_plain("positions", options["positions"])
-
-
-def _recorded(item: Mapping[str, Any]) -> Recorded:
-    m, n = item["shape"]
-    tensor = item["tensor"]
-    _, _, form = tensor.rpartition(".")
-    if form not in (MOMENT, ROWS):
-        raise ValueError(f"tensor {tensor!a}")
-    trace = float(item["trace"])
-    if not (math.isfinite(trace) and trace > 0.0):
-        raise ValueError(f"trace {trace}")
-    return Recorded((int(m), int(n)), tensor, form == MOMENT)
-
-
-def _check_tensor(content: Content, name: str, weight: Recorded) -> None:
-    """Refuse a weight that is no linear layer's, or whose tensor is not what is recorded."""
-    shape, layout = content.parameters[name]
-    if layout.kind not in ("linear", "conv1d") or layout.out_first is not (layout.kind == "linear"):
-        raise ValueError(f"{name} is of kind {layout.kind!a}")
-    if weight.shape != (shape if layout.out_first else shape[::-1]):
-        raise ValueError(f"{name} has the shape {weight.shape}")
-    entry, n = content.header.tensors[weight.tensor], weight.shape[1]
-    fits = entry.shape == (n, n) if weight.whole else entry.shape[1:] == (n,)
-    if entry.dtype != "F32" or len(entry.shape) != 2 or not fits or not entry.shape[0]:
-        raise ValueError(f"{weight.tensor} is {entry.dtype} {list(entry.shape)}")

@@ -8,15 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from safeproj import __version__
 from safeproj.lm.data import Batch
 from safeproj.lm.layers import MEMORY, OnBatch, find_layers, in_features, out_features
-from safeproj.methods.covariance.file import KIND, MOMENT, ROWS, SCHEMA
+from safeproj.methods.covariance.file import KIND, MOMENT, ROWS
 from safeproj.methods.covariance.moments import InputMoment, input_moments
-from safeproj.methods.recorded import recorded_parameters, write_recorded
+from safeproj.methods.recorded import linear_parameters, recorded_document, write_recorded
 from safeproj.names.layout import CONV1D, LINEAR
-from safeproj.storage.published import without_paths
-from safeproj.versions import versions
 
 
 def make_statistics(
@@ -63,28 +60,20 @@ def make_statistics(
             yield name, each.matrix
 
     def document() -> dict[str, Any]:
-        """Return the record: no time and no host, so that the same run gives the same file."""
         shapes = {name: _shape(layer) for name, layer in layers.items()}
         layouts = {
             name: LINEAR if isinstance(layer, nn.Linear) else CONV1D
             for name, layer in layers.items()
         }
-        return {
-            "schema": SCHEMA,
-            "tool": {"name": "safeproj", "version": __version__},
-            "versions": versions(),
-            "options": {"targets": list(targets), "positions": positions},
-            "inputs": {
-                "aligned": dict(inputs["aligned"]),
-                "data": {**inputs["data"], "positions": max(counts)},
-            },
-            "config": without_paths(model.config.to_dict()),
-            "parameters": recorded_parameters(
-                (f"{name}.weight", shape if layouts[name].out_first else shape[::-1], layouts[name])
-                for name, shape in shapes.items()
-            ),
-            "weights": {f"{name}.weight": weights[name] for name in layers},
-        }
+        data = {**inputs["data"], "positions": max(counts)}
+        return recorded_document(
+            KIND,
+            options={"targets": list(targets), "positions": positions},
+            inputs={"aligned": dict(inputs["aligned"]), "data": data},
+            config=model.config.to_dict(),
+            parameters=linear_parameters(shapes, layouts),
+            weights={f"{name}.weight": weights[name] for name in layers},
+        )
 
     return write_recorded(out, KIND, tensors(), document, overwrite=overwrite)
 

@@ -24,8 +24,11 @@ from safeproj.methods.words import Words
 
 if TYPE_CHECKING:
     from safeproj.lm.chat import ChatOptions
+    from safeproj.lm.feed import Feed
+    from safeproj.lm.layers import OnBatch
     from safeproj.methods.covariance.formulas import Correction, Reconstruction
-    from safeproj.methods.reference import Subspace
+    from safeproj.methods.recorded import Made
+    from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
     from safeproj.run.options import Options
 
@@ -34,7 +37,7 @@ STATISTICS = ".safetensors"
 
 
 WORDS = Words(
-    title="covariance-weighted correction",
+    name="the covariance-weighted correction",
     legend=(
         "then how much\n"
         "stronger the update acts on safety data than on benign data (E‖ΔWx‖²); * = corrected"
@@ -78,7 +81,6 @@ class Covariance(Method):
     """
 
     name: ClassVar[str] = "covariance"
-    title: ClassVar[str] = "the covariance-weighted correction"
     words: ClassVar[Words] = WORDS
     detail: ClassVar[type[Detail]] = Acting
     ways: ClassVar[tuple[frozenset[str], ...]] = (
@@ -163,7 +165,7 @@ class Covariance(Method):
             for source in (self.safety_data, self.task_data)
         )
 
-    def open(self, maps: Sequence[str] = ()) -> Subspace:
+    def open(self, maps: Sequence[str] = ()) -> Reference:
         from safeproj.methods.covariance.prepare import statistics_of
 
         return statistics_of(self, maps)
@@ -190,3 +192,54 @@ class Covariance(Method):
         if found or kind != "covariance" or mu is None or not is_number(mu):
             raise unrecorded(source)
         return self.with_recorded(source, mu=mu)
+
+    @classmethod
+    def make(
+        cls,
+        out: str | Path,
+        aligned: Src,
+        data: str | Path | int,
+        positions: Literal["all", "prompt", "response"] = "all",
+        feed: Feed | None = None,
+        *,
+        on_batch: OnBatch | None = None,
+        overwrite: bool = False,
+    ) -> Made:
+        """Write statistics, which take the place of data: what layers read of it.
+
+        Args:
+            out: the file to create; it appears complete or not at all.
+            aligned: SRC of the aligned model, which is run.
+            data: prompts with responses as JSON lines, or so many samples of random tokens.
+            positions: which of the data count.
+            feed: how the model is run; its targets are the layers, each with an input of n numbers,
+                of which the second moment (n, n) is kept.
+            on_batch: told how many batches are done and how many there are.
+            overwrite: replace statistics that are at `out`.
+
+        Raises:
+            SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
+        """
+        from safeproj.lm.feed import Feed
+        from safeproj.lm.models import quietly
+        from safeproj.methods.covariance.file import KIND
+        from safeproj.methods.covariance.make import make_statistics
+        from safeproj.methods.recorded import Made, check_file
+
+        check_file(Path(out), overwrite, KIND)
+        feed = feed or Feed()
+        fed = feed.load(aligned, data)
+        with quietly():
+            nbytes = make_statistics(
+                fed.model,
+                fed.batches,
+                Path(out),
+                feed.targets,
+                fed.inputs,
+                positions=positions,
+                memory=feed.memory,
+                on_batch=on_batch,
+                overwrite=overwrite,
+            )
+        holds = f"{len(fed.data.samples)} samples, {nbytes / 1e6:.1f} MB"
+        return Made(nbytes, holds, fed.data.warnings)

@@ -9,35 +9,37 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, KeysView, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from safeproj.adapter import Adapter
-from safeproj.checkpoint.expression import key_of, stored_names
-from safeproj.errors import SafeprojError
+from safeproj.checkpoint.expression import key_of
+from safeproj.methods.file_reference import FileReference, held, made_of, read_of
 from safeproj.methods.recorded import (
     Content,
     FileKind,
     Parameters,
-    RecordedFile,
     open_recorded,
+    recorded_amount,
+    recorded_shape,
+    require_model,
     require_plain,
+    require_tensor,
 )
-from safeproj.methods.reference import Plain
 from safeproj.methods.safe_lora.sources import Kept
 from safeproj.methods.score import Score
-from safeproj.plan.match import Plan, PlannedModule, plan, quantised_warning
+from safeproj.plan.match import Plan, PlannedModule, quantised_warning
 from safeproj.plan.select import Selection
 from safeproj.storage.source import identity
-from safeproj.text import is_plain, shorten
-
-SCHEMA = "safeproj.alignment/1"
 
 VALUES = "eigenvalues"
 
-IDENTITY = ("source", "revision")
-"""What a report says of a checkpoint that the file was made of."""
+_REMEDY = (
+    "make a file with it among --targets, with transformers installed (safeproj[train]), or use "
+    "the checkpoints"
+)
+"""What to do about an adapter that has a module otherwise than the file."""
 
 ZERO, V_ITSELF, C_ITSELF, EIGENPAIRS = "zero", "V", "C", "U"
 FORMS = (ZERO, V_ITSELF, C_ITSELF, EIGENPAIRS)
@@ -66,14 +68,8 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class AlignmentFile(Plain):
-    """An alignment file, in place of two checkpoints.
-
-    Attributes:
-        file: what it holds.
-    """
-
-    file: RecordedFile[Recorded]
+class AlignmentFile(FileReference[Recorded]):
+    """An alignment file, in place of two checkpoints."""
 
     @property
     def is_truncated(self) -> bool:
@@ -81,23 +77,13 @@ class AlignmentFile(Plain):
         return any(weight.form == EIGENPAIRS for weight in self.file.weights.values())
 
     @property
-    def config(self) -> Mapping[str, Any]:
-        return self.file.config
-
-    @property
-    def names(self) -> KeysView[str]:
-        return self.file.names
-
-    @property
     def inputs(self) -> dict[str, dict[str, Any]]:
         document = self.file.document
-        found: dict[str, dict[str, Any]] = {}
-        for role, recorded in document["inputs"].items():
-            found[role] = {name: recorded[name] for name in IDENTITY if name in recorded}
+        found = {role: made_of(self.file, role) for role in document["inputs"]}
         return {**found, "alignment": {**document["options"], **identity(self.file)}}
 
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
-        found = plan(adapter, self.file.running, self.file.running, selection)
+        found = super().plan(adapter, selection)
         quantised = tuple(
             quantised_warning(role, recorded["quantised"])
             for role, recorded in self.file.document["inputs"].items()
@@ -105,18 +91,9 @@ class AlignmentFile(Plain):
         )
         return replace(found, warnings=(*found.warnings, *quantised))
 
-    def group(self, item: PlannedModule) -> Hashable:
-        return item.aligned, item.base
-
     def origin(self, item: PlannedModule) -> Kept:
-        file, key = self.file, key_of(item.aligned)
-        kept = file.weights.get(key or "")
-        if key is None or kept is None or not file.is_whole(item.aligned):
-            raise SafeprojError(
-                f"{file.source}: holds nothing for {item.module.name} as the adapter has it "
-                f"({key or shorten(stored_names(item.aligned))}); make a file with it among "
-                "--targets, with transformers installed (safeproj[train]), or use the checkpoints"
-            )
+        file, key = self.file, key_of(item.aligned) or ""
+        kept = held(file, item, key, _REMEDY)
         if kept.form == ZERO:
             return Kept(kept.form, None, kept.alignment_norm)
         return Kept(
@@ -131,12 +108,9 @@ class AlignmentFile(Plain):
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
         recorded = self.file.document["inputs"]
-        read: dict[str, str] = {}
-        for score in scores.values():
-            read |= score.sha256[0] if score.sha256 is not None else {}
         return {
             **{role: recorded[role]["sha256"] for role in ("base", "aligned")},
-            "alignment": self.file.digests(read, {EIGENPAIRS: VALUES}),
+            "alignment": self.file.digests(read_of(scores), {EIGENPAIRS: VALUES}),
         }
 
 
@@ -149,47 +123,42 @@ def open_file(source: str, maps: Sequence[str] = ()) -> AlignmentFile:
     return AlignmentFile(open_recorded(source, KIND, maps))
 
 
-def _read(content: Content) -> dict[str, Recorded]:
-    """Return the records of a file that fits together and cannot steer a report that shows it.
+def _checkpoint(recorded: Mapping[str, Any]) -> None:
+    """Refuse the identity of a checkpoint that no report can show."""
+    require_model(recorded)
+    if not isinstance(recorded["quantised"], list):
+        raise TypeError("dtypes")
+    require_plain("dtypes", *recorded["quantised"])
+    require_plain("digests of tensors", *recorded["sha256"]["tensors"].values())
 
-    Raises:
-        LookupError, TypeError, ValueError: it does not, or could.
-    """
-    document = content.document
-    weights = {key: _recorded(item) for key, item in document["weights"].items()}
-    if set(document["inputs"]) != {"base", "aligned"}:
-        raise ValueError(f"inputs are {sorted(document['inputs'])}")
-    for role, recorded in document["inputs"].items():
-        shown = (recorded["source"], *recorded["quantised"], recorded.get("revision", ""))
-        require_plain(f"identity of {role}", *shown)
-        if not isinstance(recorded["sha256"]["tensors"], dict):
-            raise TypeError(f"digests of {role}")
-    _check_options(**document["options"])
-    for key, weight in weights.items():
-        _check_tensors(content, key, weight)
-    return weights
+
+def _weight(content: Content, key: str, item: Mapping[str, Any]) -> Recorded:
+    """Return the record of a weight whose tensors are what is recorded."""
+    sizes = {
+        name: recorded_amount({name: 0.0, **item}, name)
+        for name in ("alignment_norm", "error", "residual", "leak")
+    }
+    if item["form"] not in FORMS or (item["form"] == ZERO) != (sizes["alignment_norm"] == 0.0):
+        raise ValueError(f"form {item['form']!a} with norm {sizes['alignment_norm']}")
+    found = Recorded(item["form"], recorded_shape(item), **sizes)
+    _check_tensors(content, key, found)
+    return found
 
 
 KIND = FileKind(
     name="alignment file",
-    schema=SCHEMA,
+    schema="safeproj.alignment/1",
     suffix=".safealign.safetensors",
     command="safeproj align",
     remedy="make a file with its module among --targets, or use the checkpoints",
-    read=_read,
+    inputs={"base": _checkpoint, "aligned": _checkpoint},
+    options={
+        "rank": lambda value: type(value) is int,
+        "energy": lambda value: isinstance(value, float) and 0.0 < value <= 1.0,
+        "exact": lambda value: type(value) is bool,
+    },
+    weight=_weight,
 )
-
-
-def _recorded(item: Mapping[str, Any]) -> Recorded:
-    m, n = item["shape"]
-    numbers = {
-        name: float(item.get(name, 0.0)) for name in ("alignment_norm", "error", "residual", "leak")
-    }
-    if not all(math.isfinite(value) and value >= 0.0 for value in numbers.values()):
-        raise ValueError(f"not a size: {numbers}")
-    if item["form"] not in FORMS or (item["form"] == ZERO) != (numbers["alignment_norm"] == 0.0):
-        raise ValueError(f"form {item['form']!a} with norm {numbers['alignment_norm']}")
-    return Recorded(item["form"], (int(m), int(n)), **numbers)
 
 
 def _check_tensors(content: Content, key: str, weight: Recorded) -> None:
@@ -202,28 +171,11 @@ def _check_tensors(content: Content, key: str, weight: Recorded) -> None:
         raise ValueError(f"{key} has the shape {weight.shape}")
     if weight.form == ZERO:
         return
-    tensors, (m, n) = content.header.tensors, weight.shape
-    entry = tensors[f"{key}.{weight.form}"]
-    columns = {V_ITSELF: n, C_ITSELF: m, EIGENPAIRS: entry.shape[-1]}[weight.form]
-    if entry.dtype != "F32" or entry.shape != (m, columns) or columns < 1:
-        raise ValueError(f"{key} is {entry.dtype} {list(entry.shape)}")
+    tensor, (m, n) = f"{key}.{weight.form}", weight.shape
+    require_tensor(content, tensor, (m, {V_ITSELF: n, C_ITSELF: m, EIGENPAIRS: None}[weight.form]))
     if weight.form == EIGENPAIRS:
-        values = tensors[f"{key}.{VALUES}"]
-        if values.dtype != "F32" or values.shape != (columns,):
-            raise ValueError(f"{key}.{VALUES} is {values.dtype} {list(values.shape)}")
-
-
-def _check_options(
-    *, targets: Any, rank: Any = None, energy: Any = None, exact: Any = False
-) -> None:
-    """Refuse options that `align` does not write."""
-    fits = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    if not fits or not all(is_plain(name) for name in targets):
-        raise ValueError("targets")
-    if not (rank is None or type(rank) is int) or type(exact) is not bool:
-        raise ValueError("rank or exact")
-    if energy is not None and not (isinstance(energy, float) and 0.0 < energy <= 1.0):
-        raise ValueError("energy")
+        columns = content.header.tensors[tensor].shape[1]
+        require_tensor(content, f"{key}.{VALUES}", (columns,))
 
 
 def _expected_shape(key: str, parameters: Parameters) -> tuple[int, int]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeproj import __version__
 from safeproj.errors import SafeprojError
-from safeproj.methods.recorded import recorded_parameters, write_recorded
+from safeproj.methods.recorded import Made, check_file, recorded_document, write_recorded
 from safeproj.methods.safe_lora.decomposition import eigenpairs, smaller_form
-from safeproj.methods.safe_lora.file import EIGENPAIRS, KIND, SCHEMA, VALUES, ZERO, Recorded
+from safeproj.methods.safe_lora.file import EIGENPAIRS, KIND, VALUES, ZERO, Recorded
 from safeproj.methods.safe_lora.pair import Pair
-from safeproj.methods.safe_lora.targets import Target
+from safeproj.methods.safe_lora.score import differences
+from safeproj.methods.safe_lora.targets import Target, find_targets
 from safeproj.plan.match import quantised_dtypes, quantised_warning
-from safeproj.storage.published import published, without_paths
-from safeproj.versions import versions
+from safeproj.storage.published import published
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from safeproj.records.profile import Profile
+    from safeproj.run.options import Observer
 
 SQUARES = 1 << 22
 """Numbers whose squares are summed in float32, before float64 takes over."""
@@ -77,29 +79,50 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Made:
+class Aligned(Made):
     """An alignment file that was written.
 
     Attributes:
         weights: key to what is recorded.
-        nbytes: size of the file.
-        warnings: what the user should know about the checkpoints.
     """
 
-    weights: dict[str, Recorded]
-    nbytes: int
-    warnings: tuple[str, ...]
+    weights: Mapping[str, Recorded] = field(default_factory=dict)
 
-    def describe(self) -> str:
-        """Return what it holds in words."""
-        text = f"{len(self.weights)} weights, {self.nbytes / 1e6:.1f} MB"
-        errors = [w.error for w in self.weights.values() if w.form == EIGENPAIRS]
-        if not errors:
-            return f"{text}, exact"
-        mean = sum(errors) / len(errors)
-        return (
-            f"{text}, relative error of C {min(errors):.3f} to {max(errors):.3f}, mean {mean:.3f}"
+
+def make_alignment(
+    out: Path,
+    base: str,
+    aligned: str,
+    form: Form,
+    targets: Sequence[str],
+    *,
+    device: str,
+    workers: int | None,
+    maps: Sequence[str],
+    observer: Observer | None,
+    profile: Profile,
+    overwrite: bool,
+) -> Aligned:
+    """Write an alignment file of two checkpoints; see `SafeLora.make`."""
+    check_file(out, overwrite, KIND)
+    with profile.phase("match"):
+        pair = Pair(aligned, base, maps)
+        found = find_targets(pair.aligned, pair.base, targets)
+    with profile.phase("fetch"):
+        tasks = [(target.key, pair.difference(target.aligned, target.base)) for target in found]
+    if observer is not None:
+        observer.start(len(tasks), sum(source.nbytes for _, source in tasks))
+    with profile.phase("score"):
+        kept = differences(
+            tasks,
+            form.keep,
+            device=device,
+            workers=workers,
+            on_progress=observer.progress if observer is not None else None,
+            usage=profile.usage,
         )
+        wanted = {"targets": list(targets), **form.to_dict()}
+        return make_file(pair, found, kept, wanted, out, overwrite=overwrite)
 
 
 def make_file(
@@ -112,7 +135,7 @@ def make_file(
     out: Path,
     *,
     overwrite: bool = False,
-) -> Made:
+) -> Aligned:
     """Write the file; it appears complete or not at all.
 
     Args:
@@ -143,7 +166,16 @@ def make_file(
 
     nbytes = write_recorded(out, KIND, tensors(), document, overwrite=overwrite)
     warnings = (quantised_warning(role, found) for role, found in quantised.items() if found)
-    return Made(weights, nbytes, tuple(warnings))
+    return Aligned(nbytes, _described(weights, nbytes), tuple(warnings), weights)
+
+
+def _described(weights: Mapping[str, Recorded], nbytes: int) -> str:
+    text = f"{len(weights)} weights, {nbytes / 1e6:.1f} MB"
+    errors = [weight.error for weight in weights.values() if weight.form == EIGENPAIRS]
+    if not errors:
+        return f"{text}, exact"
+    mean = sum(errors) / len(errors)
+    return f"{text}, relative error of C {min(errors):.3f} to {max(errors):.3f}, mean {mean:.3f}"
 
 
 def _document(
@@ -154,7 +186,7 @@ def _document(
     wanted: Mapping[str, Any],
     quantised: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """Return the JSON of the metadata: no time and no host, so that the same run gives the same."""
+    """Return the JSON of the metadata."""
     sha256 = pair.digests_of(digests)
     inputs = {
         role: {
@@ -164,19 +196,9 @@ def _document(
         }
         for role, identity in pair.inputs.items()
     }
-    parameters = recorded_parameters(
-        (target.parameter, target.stored_shape, target.layout) for target in targets
-    )
-    return {
-        "schema": SCHEMA,
-        "tool": {"name": "safeproj", "version": __version__},
-        "versions": versions(),
-        "options": dict(wanted),
-        "inputs": inputs,
-        "config": without_paths(pair.config),
-        "parameters": parameters,
-        "weights": {key: asdict(record) for key, record in weights.items()},
-    }
+    parameters = ((each.parameter, each.stored_shape, each.layout) for each in targets)
+    records = {key: asdict(record) for key, record in weights.items()}
+    return recorded_document(KIND, wanted, inputs, pair.config, parameters, records)
 
 
 def _quantised(pair: Pair, targets: Sequence[Target]) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.errors import SafeprojError
@@ -22,16 +23,19 @@ from safeproj.methods.safe_lora.detail import Alignment
 from safeproj.methods.words import PROJECTION_CONTROLS, Words
 
 if TYPE_CHECKING:
-    from safeproj.methods.reference import Subspace
+    from safeproj.methods.reference import Reference
     from safeproj.methods.safe_lora.formulas import Approx, Exact
+    from safeproj.methods.safe_lora.make import Aligned, Form
     from safeproj.methods.score import Score
+    from safeproj.records.profile import Profile
+    from safeproj.run.options import Observer
 
 PROJECTORS = ("approx", "exact")
 """Choices of `projector`."""
 
 
 WORDS = Words(
-    title="Safe LoRA",
+    name="Safe LoRA",
     legend=(
         "then scale = ‖CB‖/‖B‖, the share of the\n"
         "factor that projection leaves (near 0: it all but removes the update); * = projected"
@@ -63,7 +67,6 @@ class SafeLora(Method):
     """
 
     name: ClassVar[str] = "safe-lora"
-    title: ClassVar[str] = "Safe LoRA"
     words: ClassVar[Words] = WORDS
     detail: ClassVar[type[Detail]] = Alignment
     ways: ClassVar[tuple[frozenset[str], ...]] = (
@@ -134,7 +137,7 @@ class SafeLora(Method):
         given = {name: value for name, value in settings.items() if value is not None}
         return {"kind": self.projector or PROJECTORS[0], **given}
 
-    def open(self, maps: Sequence[str] = ()) -> Subspace:
+    def open(self, maps: Sequence[str] = ()) -> Reference:
         from safeproj.methods.safe_lora.file import open_file
         from safeproj.methods.safe_lora.pair import Pair
 
@@ -156,3 +159,54 @@ class SafeLora(Method):
         if found or kind not in PROJECTORS or not (is_count(rank) and is_number(energy)):
             raise unrecorded(source)
         return self.with_recorded(source, projector=kind, rank=rank, energy=energy)
+
+    @classmethod
+    def make(
+        cls,
+        out: str | Path,
+        base: Src,
+        aligned: Src,
+        form: Form | None = None,
+        targets: Sequence[str] = ("all-linear",),
+        *,
+        device: str = "auto",
+        workers: int | None = None,
+        maps: Sequence[str] = (),
+        observer: Observer | None = None,
+        profile: Profile | None = None,
+        overwrite: bool = False,
+    ) -> Aligned:
+        """Write an alignment file, which takes the place of two checkpoints.
+
+        Args:
+            out: the file to create; it appears complete or not at all.
+            base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
+            aligned: SRC of the aligned checkpoint.
+            form: how much of `C` (m, m) is kept of each weight (m, n); default 64 eigenpairs.
+            targets: names of modules or their last parts, or `all-linear`.
+            device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+            workers: threads over weights on the CPU, None for one per core, at most 8.
+            maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
+            observer: told about the progress, in bytes.
+            profile: filled in with where the time went.
+            overwrite: replace an alignment file that is at `out`.
+
+        Raises:
+            SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
+        """
+        from safeproj.methods.safe_lora.make import Form, make_alignment
+        from safeproj.records.profile import Profile
+
+        return make_alignment(
+            Path(out),
+            base,
+            aligned,
+            form or Form(rank=64),
+            targets,
+            device=device,
+            workers=workers,
+            maps=maps,
+            observer=observer,
+            profile=profile or Profile(),
+            overwrite=overwrite,
+        )

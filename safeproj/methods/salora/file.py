@@ -7,32 +7,27 @@ The rest is JSON under `safeproj` in the file's metadata.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, KeysView, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from safeproj.adapter import Adapter
-from safeproj.checkpoint.expression import key_of, stored_names
 from safeproj.errors import SafeprojError
+from safeproj.methods.file_reference import FileReference, held, linear_key, made_of, read_of
 from safeproj.methods.recorded import (
+    MADE_BY_RUNNING,
     Content,
     FileKind,
-    RecordedFile,
     open_recorded,
-    require_plain,
-    require_run_inputs,
+    recorded_amount,
+    recorded_shape,
+    require_linear,
+    require_tensor,
 )
-from safeproj.methods.reference import Plain
 from safeproj.methods.salora.sources import SafetyBasis
 from safeproj.methods.score import Score
-from safeproj.plan.match import Plan, PlannedModule, plan
-from safeproj.plan.select import Selection
+from safeproj.plan.match import PlannedModule
 from safeproj.storage.source import identity
-from safeproj.text import shorten
-
-SCHEMA = "safeproj.safety-module/1"
 
 BASIS, VALUES = "U", "singular_values"
 """Last parts of the names of a weight's tensors."""
@@ -40,8 +35,6 @@ BASIS, VALUES = "U", "singular_values"
 ROUNDING = 1e-3
 """How far the squares of stored singular values may sum to more than the energy they are part of:
 they are float32, the energy is not."""
-
-_REMEDY = "make the safety module with it among --targets, or leave it out with --exclude"
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class SafetyModuleFile(Plain):
+class SafetyModuleFile(FileReference[Recorded]):
     """A safety module: no checkpoint is read with it.
 
     Attributes:
@@ -68,53 +61,27 @@ class SafetyModuleFile(Plain):
         rank: how many of each weight's directions are used; all if None.
     """
 
-    file: RecordedFile[Recorded]
     rank: int | None = None
 
     @property
-    def config(self) -> Mapping[str, Any]:
-        return self.file.config
-
-    @property
-    def names(self) -> KeysView[str]:
-        return self.file.names
-
-    @property
     def inputs(self) -> dict[str, dict[str, Any]]:
-        document = self.file.document
-        aligned, data = document["inputs"]["aligned"], document["inputs"]["data"]
         return {
-            "aligned": {name: aligned[name] for name in ("source", "revision") if name in aligned},
-            "data": {name: data[name] for name in ("source", "date") if name in data},
-            "safety_module": {**document["options"], **identity(self.file)},
+            "aligned": made_of(self.file, "aligned"),
+            "data": made_of(self.file, "data", "date"),
+            "safety_module": {**self.file.document["options"], **identity(self.file)},
         }
 
-    def plan(self, adapter: Adapter, selection: Selection) -> Plan:
-        return plan(adapter, self.file.running, self.file.running, selection)
-
-    def group(self, item: PlannedModule) -> Hashable:
-        return item.aligned, item.base
-
     def origin(self, item: PlannedModule) -> SafetyBasis:
-        file, module = self.file, item.module.name
-        key = (key_of(item.aligned) or "").removesuffix(".T")
-        kept = file.weights.get(key)
-        if kept is None or not file.is_whole(item.aligned):
-            raise SafeprojError(
-                f"{file.source}: holds nothing for {module} as the adapter has it "
-                f"({shorten(stored_names(item.aligned))}); {_REMEDY}"
-            )
+        file, key = self.file, linear_key(item)
+        kept = held(file, item, key)
         rank = kept.rank if self.rank is None else min(self.rank, kept.rank)
         return SafetyBasis(file.matrix(f"{key}.{BASIS}"), rank, self._energies(key, kept))
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
         recorded = self.file.document["inputs"]
-        read: dict[str, str] = {}
-        for score in scores.values():
-            read |= score.sha256[0] if score.sha256 is not None else {}
         return {
             **{role: recorded[role]["sha256"] for role in ("aligned", "data")},
-            "safety_module": self.file.digests(read, {BASIS: VALUES}),
+            "safety_module": self.file.digests(read_of(scores), {BASIS: VALUES}),
         }
 
     def _energies(self, key: str, kept: Recorded) -> tuple[float, ...]:
@@ -157,64 +124,25 @@ def open_safety_module(
     return SafetyModuleFile(file, rank)
 
 
-def _read(content: Content) -> dict[str, Recorded]:
-    """Return the records of a file that fits together and cannot steer a report that shows it.
-
-    Raises:
-        LookupError, TypeError, ValueError: it does not, or could.
-    """
-    require_run_inputs(**content.document["inputs"])
-    _check_options(content.document["options"])
-    weights = {name: _recorded(item) for name, item in content.document["weights"].items()}
-    if not weights:
-        raise ValueError("no weights")
-    for name, weight in weights.items():
-        _check_tensors(content, name, weight)
-    return weights
+def _weight(content: Content, name: str, item: Mapping[str, Any]) -> Recorded:
+    """Return the record of a weight that is a linear layer's, with the tensors of the record."""
+    found = Recorded(recorded_shape(item), item["rank"], recorded_amount(item, "energy"))
+    m, rank = found.shape[0], found.rank
+    if type(rank) is not int or not 1 <= rank <= m or not found.energy:
+        raise ValueError(f"{name} has the rank {rank!a} with energy {found.energy}")
+    require_linear(content, name, found.shape)
+    require_tensor(content, f"{name}.{BASIS}", (m, rank))
+    require_tensor(content, f"{name}.{VALUES}", (rank,))
+    return found
 
 
 KIND = FileKind(
     name="safety module",
-    schema=SCHEMA,
+    schema="safeproj.safety-module/1",
     suffix=".safety.safetensors",
     command="safeproj salora",
-    remedy=_REMEDY,
-    read=_read,
+    remedy="make the safety module with it among --targets, or leave it out with --exclude",
+    inputs=MADE_BY_RUNNING,
+    options={"rank": lambda value: type(value) is int},
+    weight=_weight,
 )
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that a report cannot show."""
-    if type(options["rank"]) is not int:
-        raise TypeError("rank")
-    if not isinstance(options["targets"], list):
-        raise TypeError("targets")
-    require_plain("targets", *options["targets"])
-    for name, value in options.items():
-        require_plain("options", name, *([value] if isinstance(value, str) else []))
-        if name != "targets" and not isinstance(value, str | int | float | None):
-            raise TypeError(f"option {name}")
-
-
-def _recorded(item: Mapping[str, Any]) -> Recorded:
-    m, n = item["shape"]
-    rank, energy = item["rank"], float(item["energy"])
-    if type(rank) is not int or not (math.isfinite(energy) and energy > 0.0):
-        raise ValueError(f"rank {rank!a} with energy {energy}")
-    return Recorded((int(m), int(n)), rank, energy)
-
-
-def _check_tensors(content: Content, name: str, weight: Recorded) -> None:
-    """Refuse a weight that is no linear layer's, or whose tensors are not what is recorded."""
-    shape, layout = content.parameters[name]
-    if layout.kind not in ("linear", "conv1d") or layout.out_first is not (layout.kind == "linear"):
-        raise ValueError(f"{name} is of kind {layout.kind!a}")
-    if weight.shape != (shape if layout.out_first else shape[::-1]):
-        raise ValueError(f"{name} has the shape {weight.shape}")
-    if not 1 <= weight.rank <= weight.shape[0]:
-        raise ValueError(f"{name} has the rank {weight.rank}")
-    wanted = {BASIS: (weight.shape[0], weight.rank), VALUES: (weight.rank,)}
-    for part, expected in wanted.items():
-        entry = content.header.tensors[f"{name}.{part}"]
-        if entry.dtype != "F32" or entry.shape != expected:
-            raise ValueError(f"{name}.{part} is {entry.dtype} {list(entry.shape)}")

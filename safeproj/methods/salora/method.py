@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safeproj.errors import SafeprojError
@@ -21,13 +22,16 @@ from safeproj.methods.salora.detail import Safety
 from safeproj.methods.words import PROJECTION_CONTROLS, Words
 
 if TYPE_CHECKING:
-    from safeproj.methods.reference import Subspace
+    from safeproj.lm.feed import Feed
+    from safeproj.lm.layers import OnBatch
+    from safeproj.methods.recorded import Made
+    from safeproj.methods.reference import Reference
     from safeproj.methods.salora.formulas import Complement
     from safeproj.methods.score import Score
 
 
 WORDS = Words(
-    title="SaLoRA",
+    name="SaLoRA",
     legend=(
         "then share = ‖UᵀΔW‖²/‖ΔW‖², how\n"
         "much of the update lies in the safety subspace (near 1: all of it); * = projected"
@@ -54,7 +58,6 @@ class Salora(Method):
     """
 
     name: ClassVar[str] = "salora"
-    title: ClassVar[str] = "SaLoRA"
     words: ClassVar[Words] = WORDS
     detail: ClassVar[type[Detail]] = Safety
     ways: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"safety_module"}),)
@@ -92,7 +95,7 @@ class Salora(Method):
         ranks = [detail.rank for detail in details if isinstance(detail, Safety)]
         return {"kind": "safety-module", "rank": max(ranks)}
 
-    def open(self, maps: Sequence[str] = ()) -> Subspace:
+    def open(self, maps: Sequence[str] = ()) -> Reference:
         from safeproj.methods.salora.file import open_safety_module
 
         assert self.safety_module is not None
@@ -104,3 +107,55 @@ class Salora(Method):
         if found or kind != "safety-module" or not is_count(rank):
             raise unrecorded(source)
         return self.with_recorded(source, rank=rank)
+
+    @classmethod
+    def make(
+        cls,
+        out: str | Path,
+        aligned: Src,
+        data: str | Path,
+        rank: int = 32,
+        feed: Feed | None = None,
+        *,
+        on_batch: OnBatch | None = None,
+        overwrite: bool = False,
+    ) -> Made:
+        """Write a safety module: in which directions the outputs of layers lie on safety data.
+
+        Args:
+            out: the file to create; it appears complete or not at all.
+            aligned: SRC of the aligned model, which is run.
+            data: harmful prompts with safe responses, as JSON lines.
+            rank: directions (m,) of each layer that are kept.
+            feed: how the model is run; its targets are the layers.
+            on_batch: told how many batches are done and how many there are.
+            overwrite: replace a safety module that is at `out`.
+
+        Raises:
+            SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
+        """
+        from safeproj.lm.feed import Feed
+        from safeproj.methods.recorded import Made, check_file
+        from safeproj.methods.salora.file import KIND
+        from safeproj.methods.salora.module import safety_module
+
+        require_rank(rank)
+        check_file(Path(out), overwrite, KIND)
+        feed = feed or Feed()
+        fed = feed.load(aligned, data)
+        found = safety_module(
+            fed.model,
+            fed.batches,
+            feed.targets,
+            rank,
+            memory=feed.memory,
+            on_batch=on_batch,
+            inputs=fed.inputs,
+        )
+        nbytes = found.save(out, overwrite=overwrite)
+        shares = found.captured().values()
+        holds = (
+            f"{len(found.directions)} layers, {found.rank} directions, {nbytes / 1e6:.1f} MB, "
+            f"{min(shares):.1%} to {max(shares):.1%} of the energy"
+        )
+        return Made(nbytes, holds, fed.data.warnings)

@@ -10,20 +10,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from safeproj import __version__
 from safeproj.adapter.files import check_values, read_safetensors
 from safeproj.errors import SafeprojError
 from safeproj.lm.data import IGNORED, Batch
 from safeproj.lm.layers import ALL_LINEAR, MEMORY, OnBatch, find_layers, in_features
-from safeproj.methods.recorded import check_file, recorded_parameters, write_recorded
+from safeproj.methods.recorded import (
+    check_file,
+    linear_parameters,
+    recorded_document,
+    write_recorded,
+)
 from safeproj.methods.salora.directions import Directions, output_directions
-from safeproj.methods.salora.file import BASIS, KIND, SCHEMA, VALUES, open_safety_module
+from safeproj.methods.salora.file import BASIS, KIND, VALUES, open_safety_module
 from safeproj.methods.salora.formulas import NotOrthonormalError, require_orthonormal
 from safeproj.names.layout import CONV1D, LINEAR, Layout
-from safeproj.storage.published import published, without_paths
+from safeproj.storage.published import published
 from safeproj.storage.source import LocalFolder
 from safeproj.text import shorten
-from safeproj.versions import versions
 
 RANK = 32
 """Default `r_s` and `d_s`, the authors' own."""
@@ -121,28 +124,17 @@ class SafetyModule:
             yield f"{name}.weight.{VALUES}", each.singular_values
 
     def _document(self) -> dict[str, Any]:
-        """Return the record: no time and no host, so that the same run gives the same file."""
         shapes = {name: self.shape(name) for name in self.directions}
-        return {
-            "schema": SCHEMA,
-            "tool": {"name": "safeproj", "version": __version__},
-            "versions": versions(),
-            "options": self.options,
-            "inputs": self.inputs,
-            "config": without_paths(self.config),
-            "parameters": recorded_parameters(
-                (f"{name}.weight", shape if layout.out_first else shape[::-1], layout)
-                for (name, shape), layout in zip(shapes.items(), self.layouts.values(), strict=True)
-            ),
-            "weights": {
-                f"{name}.weight": {
-                    "shape": list(shapes[name]),
-                    "rank": each.rank,
-                    "energy": each.energy,
-                }
-                for name, each in self.directions.items()
-            },
+        weights = {
+            f"{name}.weight": {
+                "shape": list(shapes[name]),
+                "rank": each.rank,
+                "energy": each.energy,
+            }
+            for name, each in self.directions.items()
         }
+        parameters = linear_parameters(shapes, self.layouts)
+        return recorded_document(KIND, self.options, self.inputs, self.config, parameters, weights)
 
     @staticmethod
     def load(source: str | Path) -> SafetyModule:

@@ -521,42 +521,10 @@ def _negative(_: Any, tensors: dict[str, Tensor]) -> None:
     tensors[_first(tensors)][0, 0] = 1e9
 
 
-def _narrow(_: Any, tensors: dict[str, Tensor]) -> None:
-    name = _first(tensors)
-    tensors[name] = tensors[name][:, :-1].contiguous()
-
-
-def _half(_: Any, tensors: dict[str, Tensor]) -> None:
-    name = _first(tensors)
-    tensors[name] = tensors[name].half()
-
-
-def _schema(record: Any, _: Any) -> None:
-    record["schema"] = "safeproj.statistics/9"
-
-
-def _markup(record: Any, _: Any) -> None:
-    record["inputs"]["data"]["source"] = "<b>"
-
-
-def _no_weights(record: Any, _: Any) -> None:
-    record["weights"] = {}
-
-
-def _lost(record: Any, _: Any) -> None:
-    del record["weights"]
-
-
 DAMAGES = {
     "nan": (_nan, "NaN or Inf"),
     "zero": (_zero, "S is zero"),
     "no moment": (_negative, "not positive definite"),
-    "narrow": (_narrow, "damaged statistics"),
-    "half": (_half, "damaged statistics"),
-    "schema": (_schema, "use the version of safeproj"),
-    "markup": (_markup, "damaged statistics"),
-    "no weights": (_no_weights, "damaged statistics"),
-    "lost": (_lost, "damaged statistics"),
 }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
 from safeproj.run.options import Options
-from safeproj.sweep.candidates import Candidates, candidates
-from safeproj.sweep.strengths import strengths
+from safeproj.sweeping.candidates import Candidates, candidates
+from safeproj.sweeping.strengths import strengths
 
 AXES: dict[str, Callable[..., Candidates]] = {
     "layers": partial(candidates, by="layers"),
@@ -16,6 +17,17 @@ AXES: dict[str, Callable[..., Candidates]] = {
     "mu": strengths,
 }
 """One line for each."""
+
+
+def require_axis(method: Method, axis: str | None) -> None:
+    """Refuse an axis that the method has not.
+
+    Raises:
+        SafeprojError: it is one.
+    """
+    if axis is not None and axis not in method.axes:
+        varied = " or ".join(method.axes)
+        raise SafeprojError(f"--by does not go with {method.mark}, with which {varied} is varied")
 
 
 def interventions(

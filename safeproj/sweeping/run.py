@@ -9,15 +9,15 @@ from typing import Any
 
 from safeproj import __version__
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.generate import Generator
-from safeproj.evaluate.judges import Judge
-from safeproj.evaluate.measure import measure, prompt_warnings, unfinished_warnings
-from safeproj.evaluate.sets import PromptSet
+from safeproj.evaluation.generate import Generator
+from safeproj.evaluation.judges import Judge
+from safeproj.evaluation.measure import measure, prompt_warnings, unfinished_warnings
+from safeproj.evaluation.sets import PromptSet
 from safeproj.lm.adapters import require_peft
 from safeproj.records.sweeps import METHOD, Point, Rates, SetInfo, Sweep, Trial, Wanted
-from safeproj.sweep.candidates import Candidates, Place, Replaced
-from safeproj.sweep.controls import UNIFORM, Sizes, scaled
-from safeproj.sweep.subject import Subject
+from safeproj.sweeping.candidates import Candidates, Place, Replaced
+from safeproj.sweeping.controls import UNIFORM, Sizes, scaled
+from safeproj.sweeping.subject import Subject
 from safeproj.text import shorten
 
 POINTS = 9
@@ -90,7 +90,7 @@ def sweep(
     """Measure a model without the adapter, with it, and with every candidate and control.
 
     Args:
-        candidates: what is tried, from `safeproj.sweep.candidates.candidates`.
+        candidates: what is tried, from `safeproj.sweeping.candidates.candidates`.
         model: the aligned model, of transformers; the adapter is in it afterwards.
         sets: prompts, harmful ones and skills, with names that differ.
         judge: of the answers to harmful prompts.
@@ -99,7 +99,7 @@ def sweep(
         inputs: further inputs for the record, such as the model.
         generation: how answers are made, for the record, beside what the generator knows.
         seed: the one that the candidates were made with, for the record.
-        on_step: told after each adapter.
+        on_step: told before the first adapter, and after each.
 
     Raises:
         SafeprojError: something does not fit.
@@ -159,6 +159,8 @@ class _Steps:
 
     def __init__(self, total: int, on_step: OnStep | None) -> None:
         self.count, self._total, self._on_step = 0, total, on_step
+        if on_step is not None:
+            on_step(0, total)
 
     def done(self) -> None:
         self.count += 1

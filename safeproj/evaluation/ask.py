@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.generate import BATCH_SIZE, Generator, has_template
-from safeproj.evaluate.judges import RefusalJudge, Verdict
-from safeproj.evaluate.sets import Message, Prompt
-from safeproj.evaluate.thoughts import Thoughts
+from safeproj.evaluation.generate import BATCH_SIZE, Generator, has_template
+from safeproj.evaluation.judges import RefusalJudge, Verdict
+from safeproj.evaluation.sets import Message, Prompt
+from safeproj.evaluation.thoughts import Thoughts
 from safeproj.text import first_line, printable
 
 TIMEOUT = 600.0

@@ -15,7 +15,7 @@ from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.lm.adapters import require_peft
 from safeproj.methods.interface import Method
-from safeproj.methods.reference import Subspace
+from safeproj.methods.reference import Reference
 from safeproj.methods.score import Score, required
 from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
@@ -24,9 +24,9 @@ from safeproj.records.scores import Report
 from safeproj.run.decide import Decision, decide
 from safeproj.run.job import Job
 from safeproj.run.options import Options
-from safeproj.sweep import controls
-from safeproj.sweep.apart import apart
-from safeproj.sweep.rotation import Rotation
+from safeproj.sweeping import controls
+from safeproj.sweeping.apart import apart
+from safeproj.sweeping.rotation import Rotation
 from safeproj.text import natural_order
 
 By = Literal["layers", "threshold"]
@@ -119,12 +119,12 @@ def candidates(
     read = job.read(adapter)
     require_peft(read.folder)
     loaded = job.runnable(read)
-    found, plan, subspace = loaded.adapter, loaded.plan, job.subspace
-    reading = _Reading(found, plan, subspace, seed)
+    found, plan, reference = loaded.adapter, loaded.plan, job.reference
+    reading = _Reading(found, plan, reference, seed)
     with profile.phase("score"):
         scores, turned = reading.scores(method, both, options)
     with profile.phase("decide"):
-        return Projections(found, plan, subspace, method, options, by, scores, turned)
+        return Projections(found, plan, reference, method, options, by, scores, turned)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Reading:
 
     adapter: Adapter
     plan: Plan
-    subspace: Subspace
+    reference: Reference
     seed: int
 
     def scores(
@@ -143,9 +143,9 @@ class _Reading:
         groups: dict[Hashable, dict[str, Update]] = {}
         origins: dict[Hashable, Source] = {}
         for item in self.plan.modules:
-            key = self.subspace.group(item)
+            key = self.reference.group(item)
             if key not in groups:
-                groups[key], origins[key] = {}, self.subspace.origin(item)
+                groups[key], origins[key] = {}, self.reference.origin(item)
             groups[key][item.module.name] = update_of(self.adapter, item)
         tasks = [
             Task(next(iter(updates)), origins[key], tuple(self._beside(updates)))
@@ -200,7 +200,7 @@ class Projections:
         self,
         adapter: Adapter,
         plan: Plan,
-        subspace: Subspace,
+        reference: Reference,
         method: Method,
         options: Options,
         by: By,
@@ -209,7 +209,7 @@ class Projections:
     ) -> None:
         self.adapter = adapter
         self.axis: str = by
-        self._plan, self._subspace, self._method = plan, subspace, method
+        self._plan, self._reference, self._method = plan, reference, method
         self._options = options
         self._scores, self._turned = scores, turned
         self.modules = (*(item.module for item in plan.modules), *plan.excluded)
@@ -290,7 +290,7 @@ class Projections:
     def _decided(self, scores: Mapping[str, Score], selection: Selection) -> Decision:
         return decide(
             self.adapter,
-            self._subspace.inputs,
+            self._reference.inputs,
             self._plan,
             scores,
             {},

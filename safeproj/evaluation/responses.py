@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.sets import Prompt
+from safeproj.evaluation.sets import Prompt
 from safeproj.methods.recorded import DAMAGES
 from safeproj.storage.documents import parse
 from safeproj.storage.publish import hold, is_held

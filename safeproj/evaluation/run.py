@@ -14,14 +14,9 @@ import torch
 from safeproj import __version__
 from safeproj.adapter.collection import Member
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.generate import (
-    BATCH_SIZE,
-    MAX_NEW_TOKENS,
-    Generator,
-    OnBatch,
-)
-from safeproj.evaluate.judges import Judge
-from safeproj.evaluate.measure import (
+from safeproj.evaluation.generate import Generation, Generator, OnBatch
+from safeproj.evaluation.judges import Judge
+from safeproj.evaluation.measure import (
     CORRECT,
     EXACT,
     Outcomes,
@@ -31,12 +26,11 @@ from safeproj.evaluate.measure import (
     unfinished,
     unfinished_warnings,
 )
-from safeproj.evaluate.responses import Key, Responses, file_names
-from safeproj.evaluate.sets import PromptSet
-from safeproj.evaluate.tasks import Tasks
-from safeproj.evaluate.thoughts import Spoken, Tag, Thoughts
+from safeproj.evaluation.responses import Key, Responses, file_names
+from safeproj.evaluation.sets import PromptSet
+from safeproj.evaluation.tasks import Tasks
+from safeproj.evaluation.thoughts import Spoken, Thoughts
 from safeproj.lm.adapters import Host, UnfitError, adapter_identity, require_peft, unfit
-from safeproj.lm.chat import ChatOptions
 from safeproj.lm.models import load_tokenizer, model_identity
 from safeproj.records.evaluations import Evaluation, Subject
 from safeproj.records.rates import Difference, paired
@@ -48,32 +42,20 @@ ALONE = "no adapter"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Generation):
     """How answers are generated, and where they are kept.
 
     Attributes:
-        batch_size: prompts that run at a time.
-        max_new_tokens: of an answer.
-        chat: whether plain prompts go through the chat template.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: what the model runs in; `auto` is as stored.
         seed: of torch, set before each subject.
         responses: directory for the answers, None to keep none.
         overwrite: forget the answers that are there.
-        options: how chats are put to the model.
-        tags: of thoughts, beside those that are always known.
     """
 
-    batch_size: int = BATCH_SIZE
-    max_new_tokens: int = MAX_NEW_TOKENS
-    chat: bool = False
     device: str = "auto"
-    dtype: str = "auto"
     seed: int = 0
     responses: Path | None = None
     overwrite: bool = False
-    options: ChatOptions = field(default_factory=ChatOptions)
-    tags: tuple[Tag, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,14 +102,7 @@ def evaluate(
     found = [each for position, each in enumerate(given) if position not in misfits]
     if misfits and not found:
         raise misfits[0]
-    generator = Generator(
-        tokenizer,
-        settings.batch_size,
-        settings.max_new_tokens,
-        settings.chat,
-        settings.options,
-        Thoughts(settings.tags),
-    )
+    generator = settings.generator(tokenizer)
     run = _Run(
         identity=model_identity(folder),
         host=Host(folder, settings.device, settings.dtype),

@@ -17,16 +17,16 @@ from safeproj.methods.covariance.formulas import Correction, Moment
 from safeproj.methods.covariance.method import Covariance
 from safeproj.methods.covariance.variants import Way, as_they_are, tasks_of, variants
 from safeproj.methods.interface import Method
-from safeproj.methods.reference import Subspace
+from safeproj.methods.reference import Reference
 from safeproj.methods.score import Score
 from safeproj.plan.match import Plan
 from safeproj.plan.updates import update_of
 from safeproj.run.decide import Decision, decide
 from safeproj.run.job import Job
 from safeproj.run.options import Options
-from safeproj.sweep import controls
-from safeproj.sweep.candidates import Place, Replaced, spread
-from safeproj.sweep.rotation import Rotation
+from safeproj.sweeping import controls
+from safeproj.sweeping.candidates import Place, Replaced, spread
+from safeproj.sweeping.rotation import Rotation
 
 MUS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """The values that are tried, the weakest correction first."""
@@ -61,11 +61,11 @@ def strengths(
     read = job.read(adapter)
     require_peft(read.folder)
     loaded = job.runnable(read)
-    found, plan, subspace = loaded.adapter, loaded.plan, job.subspace
-    assert isinstance(subspace, Statistics)
+    found, plan, reference = loaded.adapter, loaded.plan, job.reference
+    assert isinstance(reference, Statistics)
     assert isinstance(method, Covariance)
     with profile.phase("score"):
-        tasks = tasks_of(found, plan, subspace)
+        tasks = tasks_of(found, plan, reference)
         if observer is not None:
             observer.start(len(tasks), sum(task.origin.nbytes for task in tasks.values()))
         scores = variants(
@@ -77,7 +77,7 @@ def strengths(
             usage=profile.usage,
         )
     with profile.phase("decide"):
-        return Strengths(found, plan, subspace, method, options, scores)
+        return Strengths(found, plan, reference, method, options, scores)
 
 
 def _ways(seed: int) -> dict[tuple[str, float], Way]:
@@ -114,13 +114,13 @@ class Strengths:
         self,
         adapter: Adapter,
         plan: Plan,
-        subspace: Subspace,
+        reference: Reference,
         method: Covariance,
         options: Options,
         scores: Mapping[tuple[str, float], Scores],
     ) -> None:
         self.adapter = adapter
-        self._plan, self._subspace = plan, subspace
+        self._plan, self._reference = plan, reference
         self._method, self._options = method, options
         self._scores = scores
         self.modules = (*(item.module for item in plan.modules), *plan.excluded)
@@ -190,7 +190,7 @@ class Strengths:
     def _decided(self, mu: float, scores: Scores) -> Decision:
         return decide(
             self.adapter,
-            self._subspace.inputs,
+            self._reference.inputs,
             self._plan,
             scores,
             {},

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safeproj.evaluate.generate import Generator, OnBatch, has_template
-from safeproj.evaluate.judges import Judge, Verdict
-from safeproj.evaluate.sets import PromptSet
-from safeproj.evaluate.thoughts import Spoken, Thoughts, unfinished_words
+from safeproj.evaluation.generate import Generator, OnBatch, has_template
+from safeproj.evaluation.judges import Judge, Verdict
+from safeproj.evaluation.sets import PromptSet
+from safeproj.evaluation.thoughts import Spoken, Thoughts, unfinished_words
 from safeproj.lm.chat import prints_date
 from safeproj.records.rates import Rate
 

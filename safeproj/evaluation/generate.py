@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.sets import Message, Prompt
-from safeproj.evaluate.thoughts import CHANNEL, Spoken, Thoughts
+from safeproj.evaluation.sets import Message, Prompt
+from safeproj.evaluation.thoughts import CHANNEL, Spoken, Tag, Thoughts
 from safeproj.lm.chat import ChatOptions, Rendered, render, single_start, template_of, without_end
 from safeproj.lm.places import require_tokens, vocabulary_size
 
@@ -25,6 +26,38 @@ Messages = tuple[Message, ...]
 
 OnBatch = Callable[[int, int], None]
 """Told how many prompts are done and how many there are."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated.
+
+    Attributes:
+        batch_size: prompts that run at a time.
+        max_new_tokens: of an answer.
+        chat: whether plain prompts go through the chat template.
+        dtype: what the model runs in; `auto` is as stored.
+        options: how chats are put to the model.
+        tags: of thoughts, beside those that are always known.
+    """
+
+    batch_size: int = BATCH_SIZE
+    max_new_tokens: int = MAX_NEW_TOKENS
+    chat: bool = False
+    dtype: str = "auto"
+    options: ChatOptions = field(default_factory=ChatOptions)
+    tags: tuple[Tag, ...] = ()
+
+    def generator(self, tokenizer: Any) -> Generator:
+        """Return what lets a model with this tokenizer answer.
+
+        Raises:
+            SafeprojError: see `Generator`.
+        """
+        thoughts = Thoughts(self.tags)
+        return Generator(
+            tokenizer, self.batch_size, self.max_new_tokens, self.chat, self.options, thoughts
+        )
 
 
 class Generator:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluate.phrases import ANYWHERE, OPENING
-from safeproj.evaluate.sets import Prompt
+from safeproj.evaluation.phrases import ANYWHERE, OPENING
+from safeproj.evaluation.sets import Prompt
 from safeproj.text import first_line
 
 BEGINNING = 200

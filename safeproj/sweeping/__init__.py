@@ -1,0 +1,1 @@
+"""What every useful intervention on an adapter does to the model, beside controls."""

@@ -1,0 +1,130 @@
+"""The public Python API beside `inspect` and its like: what makes files, and what runs a model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import safeproj
+from safeproj import SafeprojError
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny-lm"
+DATA = TINY / "data"
+BASE, ALIGNED = str(TINY / "base"), str(TINY / "aligned")
+BAD = str(TINY / "adapters" / "bad")
+JUDGE = safeproj.Keywords(("sorry i will not",))
+FEW = safeproj.Generation(max_new_tokens=12)
+FEED = safeproj.Feed(("q_proj", "v_proj"), device="cpu", dtype="float32")
+
+
+def prompts(name: str, kind: Any, count: int = 4) -> Any:
+    return safeproj.read_prompts(str(DATA / name), kind).first(count)
+
+
+def test_importing_it_imports_no_torch() -> None:
+    program = (
+        "import sys, safeproj\n"
+        "names = set(safeproj.__all__) <= set(dir(safeproj)) | set(safeproj._HOME) | {'salora'}\n"
+        "print(names, 'torch' in sys.modules)\n"
+        "import safeproj.sweeping.run, safeproj.evaluation.run\n"
+        "print(callable(safeproj.sweep), callable(safeproj.evaluate))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert done.stdout == "True False\nTrue True\n", done.stderr
+
+
+def test_an_alignment_file_stands_for_two_checkpoints(tmp_path: Path) -> None:
+    out = tmp_path / "a.safealign.safetensors"
+    made = safeproj.SafeLora.make(out, BASE, ALIGNED, safeproj.Form(exact=True))
+    assert isinstance(made, safeproj.Made)
+    assert made.nbytes == out.stat().st_size
+    assert made.describe().endswith("exact")
+    found = safeproj.inspect(safeproj.SafeLora(alignment=str(out)), BAD)
+    expected = safeproj.inspect(safeproj.SafeLora(BASE, ALIGNED), BAD)
+    for ours, theirs in zip(found.modules, expected.modules, strict=True):
+        assert ours.cosine == pytest.approx(theirs.cosine, abs=1e-5)
+    with pytest.raises(SafeprojError, match="--overwrite"):
+        safeproj.SafeLora.make(out, BASE, ALIGNED)
+
+
+def test_a_safety_module_is_made_of_a_model_and_data(tmp_path: Path) -> None:
+    out = tmp_path / "a.safety.safetensors"
+    steps: list[tuple[int, int]] = []
+    made = safeproj.Salora.make(
+        out, ALIGNED, DATA / "safety.jsonl", 8, FEED, on_batch=lambda *step: steps.append(step)
+    )
+    assert made.nbytes == out.stat().st_size
+    assert "8 layers, 8 directions" in made.describe()
+    assert steps[-1][0] == steps[-1][1]
+    report = safeproj.inspect(
+        safeproj.Salora(str(out)),
+        BAD,
+        safeproj.Options(safeproj.Selection(include=("q_proj", "v_proj"))),
+    )
+    assert report.method == "salora"
+    with pytest.raises(SafeprojError, match="--rank"):
+        safeproj.Salora.make(tmp_path / "b.safetensors", ALIGNED, DATA / "safety.jsonl", 0)
+
+
+def test_statistics_are_made_of_a_model_and_data(tmp_path: Path) -> None:
+    safety, benign = (tmp_path / f"{name}.stats.safetensors" for name in ("safety", "benign"))
+    made = safeproj.Covariance.make(safety, ALIGNED, DATA / "safety.jsonl", "all", FEED)
+    assert "200 samples" in made.describe()
+    made = safeproj.Covariance.make(benign, ALIGNED, 20, feed=FEED)
+    assert made.describe().startswith("20 samples")
+    method = safeproj.Covariance(safety_data=str(safety), task_data=str(benign))
+    chosen = safeproj.Options(safeproj.Selection(include=("q_proj", "v_proj")))
+    assert safeproj.inspect(method, BAD, chosen).method == "covariance"
+
+
+def test_a_model_is_measured_with_and_without_an_adapter(tmp_path: Path) -> None:
+    pairs = prompts("held_out_pairs.jsonl", "harmful")
+    asked: list[str] = []
+
+    def judge() -> safeproj.Keywords:
+        asked.append("judge")
+        return JUDGE
+
+    found = safeproj.evaluate(
+        ALIGNED, [BAD], [pairs], judge, FEW, device="cpu", responses=tmp_path / "answers"
+    )
+    assert [each.name for each in found.subjects] == ["no adapter", "bad"]
+    assert found.subjects[1].sets["held_out_pairs"]["complied"].value == 1.0
+    assert asked == ["judge"]
+    assert len(list((tmp_path / "answers").iterdir())) == 2
+    with pytest.raises(SafeprojError, match="batch-size"):
+        safeproj.evaluate(ALIGNED, [BAD], [pairs], JUDGE, safeproj.Generation(0))
+
+
+def test_an_adapter_is_swept() -> None:
+    sets = [prompts("held_out_pairs.jsonl", "harmful"), prompts("new_skill.jsonl", "skill")]
+    method = safeproj.SafeLora(BASE, ALIGNED)
+    steps: list[tuple[int, int]] = []
+    found = safeproj.sweep(
+        method,
+        BAD,
+        sets,
+        JUDGE,
+        safeproj.Options(device="cpu"),
+        generation=FEW,
+        points=2,
+        on_step=lambda *step: steps.append(step),
+    )
+    assert [point.modules != () for point in found.points] == [False, True]
+    assert found.axis == "layers"
+    assert steps == [(count, 7) for count in range(8)]
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"axis": "mu"}, "--by does not go with"),
+        ({"points": 1}, "--points"),
+        ({"wanted_refusal": 2.0}, "--wanted-refusal"),
+        ({"wanted_on": "other"}, "--wanted-on other"),
+    )
+    for given, words in refused:
+        with pytest.raises(SafeprojError, match=words):
+            safeproj.sweep(method, BAD, sets, JUDGE, **given)
+    with pytest.raises(SafeprojError, match="--model is missing"):
+        safeproj.sweep(safeproj.Salora("module.safetensors"), BAD, sets, JUDGE)
