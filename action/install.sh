@@ -17,11 +17,12 @@ bin=$environment/bin
 [ -d "$bin" ] || bin=$environment/Scripts # on Windows
 
 pip=("$bin/python" -m pip install --quiet --disable-pip-version-check)
-if [ -n "$INPUT_TORCH_INDEX" ]; then
-  "${pip[@]}" "--index-url=$INPUT_TORCH_INDEX" 'torch>=2.6'
-fi
-
 extras=$INPUT_EXTRAS
+case ",$extras," in
+  *,train,* | *,torch,*) # a check needs no torch
+    [ -z "$INPUT_TORCH_INDEX" ] || "${pip[@]}" "--index-url=$INPUT_TORCH_INDEX" 'torch>=2.6'
+    ;;
+esac
 [ -z "$INPUT_REPORT" ] || extras=${extras:+$extras,}report
 extras=${extras:+[$extras]}
 if [ -n "$INPUT_VERSION" ]; then

@@ -8,8 +8,8 @@ The pair is a Llama-shaped base and aligned checkpoint in bfloat16 with random w
 and reused, with LoRA adapters on q and v and on all linear layers. Every program is measured as a
 whole process, with the files in the page cache unless said otherwise:
 
-* `safeproj inspect` and `safeproj patch --all`, and an interpreter that only imports torch; "after
-  imports" is the time of a process less that of this interpreter;
+* `safeproj inspect` and `safeproj patch --all`, and an interpreter that only imports what
+  they do; "after imports" is the time of a process less that of this interpreter;
 * reading the weights that the adapter needs, by offset into one small buffer per thread, and
   nothing else, with 1, 2, 4 and 8 threads; the best of them counts;
 * that reading and `inspect` once more, with the pair dropped from the page cache before each;
@@ -89,7 +89,7 @@ TARGET_ALIGNMENT = Fraction(1, 2)
 TARGET_WORKERS = 0.6
 TARGET_HELP_S = 0.3
 
-IMPORT_TORCH = [sys.executable, "-c", "import torch"]
+IMPORTS = [sys.executable, "-c", "import safeproj.api"]
 
 
 # --- the dense baseline and the comparison (workers) ---------------------------------------------
@@ -296,7 +296,7 @@ class Bench:
 
     def after_imports(self, name: str) -> float:
         """Return the seconds of a program less the import's, NaN if they do not stand out."""
-        seconds = self.wall(name) - self.wall("import torch")
+        seconds = self.wall(name) - self.wall("imports")
         return seconds if seconds > 0 else math.nan
 
     def peak(self, name: str) -> float:
@@ -304,7 +304,7 @@ class Bench:
         return max((run.peak_mb for run in self.done.get(name, ())), default=math.nan)
 
     def peak_above_import(self, name: str) -> float:
-        return self.peak(name) - self.peak("import torch")
+        return self.peak(name) - self.peak("imports")
 
 
 # --- plain reading -------------------------------------------------------------------------------
@@ -535,7 +535,7 @@ def measure_cached(bench: Bench) -> dict[str, Reads]:
     In turn, so that a slow spell of the machine hits all alike. The functions below then only work
     out the figures.
     """
-    programs: dict[str, list[str]] = {"import torch": IMPORT_TORCH}
+    programs: dict[str, list[str]] = {"imports": IMPORTS}
     mentions: dict[str, list[str]] = {}
     alignment = ["--alignment", str(bench.out / "pair.safealign.safetensors")]
     for label in KINDS:
@@ -580,8 +580,8 @@ def case_cached(bench: Bench, reads: dict[str, Reads]) -> list[Row]:
             ".2f",
             TARGET_CACHED_READ,
         ),
-        Row("`import torch`, s", bench.wall("import torch"), ".2f"),
-        Row("`import torch`, peak, MB", bench.peak("import torch"), ".0f"),
+        Row("imports, s", bench.wall("imports"), ".2f"),
+        Row("imports, peak, MB", bench.peak("imports"), ".0f"),
     ]
     for label, reader in reads.items():
         rows.append(Row(f"modules, {label}", len(bench.size.modules(KINDS[label])), ".0f"))
@@ -613,7 +613,7 @@ def case_cold(bench: Bench) -> list[Row]:
             reader.read(threads)
         drop(files)
         bench.run("inspect, cold", bench.inspect(*bench.pair, *bench.adapter(label)))
-        bench.run("import torch", IMPORT_TORCH)
+        bench.run("imports", IMPORTS)
     after = bench.after_imports("inspect, cold")
     return [
         Row(figure, after / reader.best, ".2f", TARGET_COLD_READ),
@@ -699,7 +699,7 @@ def case_memory(bench: Bench) -> list[Row]:
     for label in (bench.size.label, *roots):
         for command in ("inspect", "patch"):
             name = f"{command}, {label if label in roots else 'all linear'}"
-            figure = f"`{command}` peak above `import torch`, {label}, all linear, MB"
+            figure = f"`{command}` peak above imports, {label}, all linear, MB"
             rows.append(Row(figure, bench.peak_above_import(name), ".0f", TARGET_PEAK_MB))
     return rows
 
@@ -714,7 +714,7 @@ def case_many(bench: Bench) -> list[Row]:
         rows.append(Row(figure, ratio, ".2f", TARGET_MANY if label == "q+v" else None))
         rows.append(Row(f"`inspect` of {MANY} adapters, {label}, s", wall, ".2f"))
         peak = bench.peak_above_import(f"inspect, {MANY} adapters, {label}")
-        figure = f"`inspect` of {MANY} adapters, {label}, peak above `import torch`, MB"
+        figure = f"`inspect` of {MANY} adapters, {label}, peak above imports, MB"
         rows.append(Row(figure, peak, ".0f"))
     return rows
 

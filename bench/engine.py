@@ -17,18 +17,21 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
+import numpy
+from threadpoolctl import threadpool_limits
 
 from safeproj.adapter import read_adapter
 from safeproj.checkpoint import Reader
-from safeproj.engine import Buffers, Task, blocks, run
+from safeproj.engine import Buffers, Task, run
+from safeproj.engine.device import CPU_BLOCK, Host
 from safeproj.methods.safe_lora import blocks as weights
-from safeproj.methods.safe_lora.formulas import Approx, Exact
+from safeproj.methods.safe_lora.formulas import Approx, Exact, alignment
 from safeproj.methods.safe_lora.pair import Pair
 from safeproj.methods.safe_lora.score import score
 from safeproj.methods.safe_lora.sources import Difference
 from safeproj.plan.select import Selection
 from safeproj.plan.updates import update_of
+from safeproj.storage.arrays import FLOAT32, single
 
 PAIR = Path(tempfile.gettempdir()) / "safeproj-bench" / "pair-1.1b"
 KIB = 1 << 10
@@ -67,15 +70,15 @@ def seconds(tasks: list[Task], workers: int = 2) -> float:
 
 def constants(tasks: list[Task]) -> None:
     """Print seconds per block size, with `V` kept and read twice, and per number of workers."""
-    block, hold = blocks.CPU_BLOCK, weights.CPU_HOLD
+    hold = weights.CPU_HOLD
     print("| block per weight | `V` kept up to 64 MiB | every `V` read twice |\n|---|---:|---:|")
     for size in (256, 512, 1024, 2048):
-        blocks.CPU_BLOCK = size * KIB
+        Host.block = size * KIB
         cells = []
         for weights.CPU_HOLD in (hold, 0):
             cells.append(f"{seconds(tasks):.2f}")
         print(f"| {size} KiB | {' | '.join(cells)} |", flush=True)
-    blocks.CPU_BLOCK, weights.CPU_HOLD = block, hold
+    Host.block, weights.CPU_HOLD = CPU_BLOCK, hold
     print("\n| workers | seconds |\n|---|---:|")
     for workers in (1, 2, 4):
         print(f"| {workers} | {seconds(tasks, workers):.2f} |", flush=True)
@@ -83,36 +86,35 @@ def constants(tasks: list[Task]) -> None:
 
 def shares(tasks: list[Task]) -> None:
     """Print the share of each step in one thread."""
-    torch.set_num_threads(1)
     readers = (Reader(), Reader())
-    buffers = [torch.empty(blocks.CPU_BLOCK, dtype=torch.uint8) for _ in readers]
+    buffers = [numpy.empty(CPU_BLOCK, numpy.uint8) for _ in readers]
     pairs = [task.origin for task in tasks if isinstance(task.origin, Difference)]
-    kept = torch.empty(max(math.prod(pair.aligned.weight.shape) for pair in pairs))
+    kept = numpy.empty(max(math.prod(pair.aligned.weight.shape) for pair in pairs), FLOAT32)
     spent: Counter[str] = Counter()
     clock = time.perf_counter_ns
     for task, pair in zip(tasks, pairs, strict=True):
         m, n = pair.aligned.weight.shape
-        B = task.updates[0].B.float()
-        V, T = kept[: m * n].view(m, n), torch.zeros(B.shape[1], n)
-        step = blocks.CPU_BLOCK // (2 * n)  # rows of a bfloat16 block
+        B = single(task.updates[0].B)
+        V, T = kept[: m * n].reshape(m, n), numpy.zeros((B.shape[1], n), FLOAT32)
+        step = CPU_BLOCK // (2 * n)  # rows of a bfloat16 block
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
             times = [clock()]
             aligned = pair.aligned.weight.read_rows(readers[0], rows.start, rows.stop, buffers[0])
             base = pair.base.weight.read_rows(readers[1], rows.start, rows.stop, buffers[1])
             times.append(clock())
-            V[rows].copy_(aligned).sub_(base)
+            alignment(aligned, base, V[rows])
             times.append(clock())
-            V[rows].square().sum()
+            numpy.sum(V[rows] * V[rows])
             times.append(clock())
-            T.addmm_(B[rows].T, V[rows])
+            T += B[rows].T @ V[rows]
             times.append(clock())
             for name, begin, end in zip(STEPS, times[:-1], times[1:], strict=True):
                 spent[name] += end - begin
-        P = torch.empty(m, T.shape[0])
+        P = numpy.empty((m, len(T)), FLOAT32)
         begin = clock()
         for start in range(0, m, step):
-            torch.mm(V[start : start + step], T.T, out=P[start : start + step])
+            P[start : start + step] = V[start : start + step] @ T.T
         spent["P = V T"] += clock() - begin
     print("\n| step | seconds | share |\n|---|---:|---:|")
     for name, time_spent in spent.items():
@@ -122,10 +124,10 @@ def shares(tasks: list[Task]) -> None:
 
 def exact() -> None:
     """Print seconds of the exact projector for one weight in one thread."""
-    torch.set_num_threads(1)
     print("\n| weight | exact projector, s |\n|---|---:|")
+    generator = numpy.random.default_rng(0)
     for m, n in ((2048, 2048), (2048, 5632), (5632, 2048)):
-        V, B = torch.randn(m, n), torch.randn(m, 16)
+        V, B = (generator.standard_normal((m, columns), FLOAT32) for columns in (n, 16))
         start = time.perf_counter()
         Exact(rank=64).from_V([V], B)
         print(f"| {m} × {n} | {time.perf_counter() - start:.1f} |")
@@ -137,8 +139,9 @@ def main() -> None:
     parser.add_argument("--pair", type=Path, default=PAIR, help="made by python -m bench")
     tasks = tasks_of_pair(parser.parse_args().pair)
     constants(tasks)
-    shares(tasks)
-    exact()
+    with threadpool_limits(1, "blas"):
+        shares(tasks)
+        exact()
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.numpy import load_file, save_file
 
 import safeproj
 from lab.pairs import BAD, MODULES, Pair, Recipe
@@ -38,13 +38,14 @@ from safeproj.methods.recorded import METADATA
 from safeproj.plan.select import DEFAULT_THRESHOLD, Selection
 from safeproj.records.scores import Report
 from safeproj.run.job import Job
+from safeproj.storage.arrays import Array, double, single
 from safeproj.storage.source import open_folder
 from safeproj.sweeping import controls
 from safeproj.sweeping.candidates import Projections, candidates
 from safeproj.sweeping.controls import Sizes, scaled
 from safeproj.sweeping.rotation import Rotation
 
-Replaced = Mapping[str, Tensor]
+Replaced = Mapping[str, Array]
 """The tensors that take the place of the adapter's, by key."""
 
 Made = Callable[[], Replaced]
@@ -297,13 +298,13 @@ def _reconstructed(case: Case, safety: Path, task: Path) -> Replaced:
     method = Covariance(str(case.pair.aligned), str(safety), str(task), reconstruct=True)
     options = Options(Selection(all=True), device="cpu", workers=1)
     safeproj.patch(method, str(case.path), out, options, overwrite=True)
-    found: dict[str, Tensor] = load_file(out / "adapter_model.safetensors")
+    found: dict[str, Array] = load_file(out / "adapter_model.safetensors")
     return {name: each for name, each in found.items() if ".lora_A." in name}
 
 
 def _each_weakened(case: Case, replaced: Replaced, S: Path) -> Replaced:
     """Return the adapter with each module shrunk to what it does on benign data with these."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Array] = {}
     for module, before, after in _effects(case, replaced, S):
         found |= scaled(case.adapter, [module], math.sqrt(after / before))
     return found
@@ -324,11 +325,11 @@ def _effects(
     The factor s is left out: it is the same for all modules of these adapters.
     """
     own = case.adapter.tensors
-    with safe_open(S, "pt") as file:
+    with safe_open(S, "np") as file:
         weights = json.loads(file.metadata()[METADATA])["weights"]
         for module in case.projections.modules:
             name = weights[f"{module.name}.weight"]["tensor"]
-            moment = Moment(file.get_tensor(name).double(), name.endswith(f".{MOMENT}"))
+            moment = Moment(double(file.get_tensor(name)), name.endswith(f".{MOMENT}"))
             before, after = (
                 _effect(module.output.view(own), module.input.view(tensors), moment)
                 for tensors in (own, {**own, **replaced})
@@ -336,8 +337,8 @@ def _effects(
             yield module, before, after
 
 
-def _effect(B: Tensor, A: Tensor, moment: Moment) -> float:
-    B, A = B.double(), A.double()
+def _effect(B: Array, A: Array, moment: Moment) -> float:
+    B, A = double(B), double(A)
     return float(((B.T @ B) * (A @ moment.apply(A).T)).sum())
 
 
@@ -358,15 +359,15 @@ def _statistics(case: Case, name: str, data: Data) -> Path:
 def _turned(source: Path, seed: int) -> Path:
     """Write statistics with `Q H Qᵀ` in the place of each moment `H`, `Q` random, orthogonal."""
     out = source.with_name(f"turned.{source.name}")
-    tensors: dict[str, Tensor] = {}
-    with safe_open(source, "pt") as file:
+    tensors: dict[str, Array] = {}
+    with safe_open(source, "np") as file:
         metadata = file.metadata()
         for name in file.keys():  # noqa: SIM118
             H = file.get_tensor(name)
             Q = Rotation(H.shape[1], seed, name)
             H = Q.turn(H.T).T  # H Qᵀ, or X Qᵀ where the moment is XᵀX
             H = Q.turn(H) if name.endswith(f".{MOMENT}") else H
-            tensors[name] = H.float().contiguous()
+            tensors[name] = numpy.ascontiguousarray(single(H))
     save_file(tensors, out, metadata)
     return out
 

@@ -199,6 +199,7 @@ def patch_many(
     return _outcomes(members, found)
 
 
+@engine.one_thread()
 def check(
     method: Method,
     adapters: Iterable[str],
@@ -250,6 +251,7 @@ def check(
     return Checks(__version__, policy.to_dict(), tuple(checks))
 
 
+@engine.one_thread()
 def verify(
     patched: str,
     original: str | None = None,
@@ -305,7 +307,7 @@ def _original(method: Method, source: str, options: Options, *, digests: bool = 
 
     options = dataclasses.replace(options, selection=Selection(all=True))
     job = Job(method, options, digests=digests)
-    device = str(engine.resolve_device(options.device))
+    device = engine.resolve_device(options.device, wide=method.is_wide)
     return Original(job.one(source), device, job.reference)
 
 
@@ -471,7 +473,7 @@ def sweep(
     for each in sets:
         for prompt in each.prompts:
             generator.rendered(prompt)  # what cannot be used is said before anything is read
-    with method.prepared([adapter], options, generation.options) as ready:
+    with method.prepared([adapter], options, generation.options) as ready, engine.one_thread():
         tried = interventions(ready, adapter, options, axis=axis, seed=seed)
     with options.profile.phase("load model"):
         made = judge() if callable(judge) else judge
@@ -497,7 +499,7 @@ def _job(
 ) -> Iterator[Job]:
     """Yield a job; what the method needs is made first, and gone afterwards."""
     options = options or Options()
-    with method.prepared(adapters, options) as ready:
+    with method.prepared(adapters, options) as ready, engine.one_thread():
         yield Job(ready, options, digests=digests)
 
 

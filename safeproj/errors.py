@@ -24,6 +24,8 @@ def explained(error: BaseException) -> str | None:
     """
     if isinstance(error, SafeprojError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return missing(error.name)
     text = cut(printable(first_line(error)))
     if isinstance(error, MemoryError) or any(each in str(error) for each in _NO_MEMORY):
         return (
@@ -37,6 +39,21 @@ def explained(error: BaseException) -> str | None:
         return f"{text}: a link that leads to itself; replace it"
     return None
 
+
+def missing(package: str) -> str:
+    """Return what to say where a package of an extra is not installed."""
+    extra = EXTRAS[package]
+    what = "computes there" if extra == "torch" else "runs the model"
+    return f"{package} is not installed, which {what}; install safeproj[{extra}]"
+
+
+EXTRAS = {
+    "array_api_compat": "torch",
+    "torch": "train",
+    "transformers": "train",
+    "peft": "train",
+}
+"""Packages that only some commands need: package to the extra that has it."""
 
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc")
 """What the messages of errors have that torch raises where memory is full."""

@@ -57,13 +57,14 @@ for module in pkgutil.walk_packages(safeproj.__path__, "safeproj."):
 assert sys.argv[1] == "all" or not [name for name in late if name in sys.modules]
 from safeproj.__main__ import main
 from safeproj.cli.app import app
-command = typer.main.get_command(app)
-typer.main.get_command = lambda app: command  # made once: it takes longer than most commands
+made = typer.main.get_command
+command = made(app)
 parts = [command]
-for part in parts:  # so do the types of their options
+for part in parts:  # the types of their options take longer than most commands
     parts += getattr(part, "commands", {}).values()
     for parameter in part.params:
         getattr(parameter, "get_runtime_param", bool)()
+typer.main.get_command = lambda given: command if given is app else made(given)
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)

@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from safeproj.storage.arrays import AnyArray, Array, from_torch, to_host, to_torch
 from tests.forks import SECONDS, Fork, begun
 
 COMMAND = str(Path(sys.executable).parent / "safeproj")
@@ -22,6 +24,32 @@ COMMAND = str(Path(sys.executable).parent / "safeproj")
 CONFIG = "adapter_config.json"
 FACTORS = "adapter_model.safetensors"
 MANIFEST = "safeproj.json"
+
+Put = Callable[[Tensor], AnyArray]
+"""Gives formulas a tensor as an array of a library that they compute with."""
+
+both_engines = pytest.mark.parametrize("put", [from_torch, Tensor.detach], ids=["numpy", "torch"])
+"""Runs a test of formulas once with each of these libraries."""
+
+
+def tensor_of(array: AnyArray) -> Tensor:
+    """Return an array of either library as a tensor."""
+    return array if isinstance(array, Tensor) else to_torch(array)
+
+
+def hosts(*arrays: AnyArray) -> Iterator[Array]:
+    """Yield arrays of either library as those of the host."""
+    return map(to_host, arrays)
+
+
+def tensors_of(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+    """Return arrays of the host by name as tensors."""
+    return {name: to_torch(each) for name, each in arrays.items()}
+
+
+def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Return tensors by name as arrays of the host."""
+    return {name: from_torch(each) for name, each in tensors.items()}
 
 
 def safeproj(
@@ -271,6 +299,6 @@ def save_safety_module(
     }
     options = {"targets": list(targets), "rank": rank}
     config = model.config.to_dict()
-    document = recorded_document(KIND, options, inputs, config, parameters, weights)
-    write_recorded(path, KIND, tensors.items(), lambda: document)
+    document = recorded_document(KIND, options, inputs, config, parameters, weights, by_torch=True)
+    write_recorded(path, KIND, arrays_of(tensors).items(), lambda: document)
     return path

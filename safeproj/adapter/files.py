@@ -8,18 +8,18 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy
+
 from safeproj.errors import SafeprojError
 from safeproj.storage import tensorfile
+from safeproj.storage.arrays import Array, DType, bytes_of, dtype_of, is_finite, is_float
 from safeproj.storage.source import Folder, contents
 from safeproj.storage.wholefile import MAX_WEIGHTS
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from safeproj.adapter.record import AdaptedModule
 
-_TORCH = {
+_NAMES = {
     **{code: name for code, (name, _) in tensorfile.DTYPES.items()},
     **tensorfile.OTHER_DTYPES,
     "U16": "uint16",
@@ -30,10 +30,10 @@ _TORCH = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
-"""Dtypes of whole bytes: safetensors name to torch name."""
+"""Dtypes of whole bytes: safetensors name to that of torch and `ml_dtypes`."""
 
 
-def read_safetensors(folder: Folder, name: str) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
+def read_safetensors(folder: Folder, name: str) -> tuple[dict[str, str] | None, dict[str, Array]]:
     """Return the metadata and all tensors of a file, in the file's order.
 
     The file is read once, whole: the tensors lie in the bytes of which `content_sha256` tells the
@@ -55,40 +55,36 @@ def read_safetensors(folder: Folder, name: str) -> tuple[dict[str, str] | None, 
     }
 
 
-def _tensor(source: str, content: bytearray, key: str, entry: tensorfile.TensorEntry) -> Tensor:
-    import torch
-
-    name = _TORCH.get(entry.dtype)
-    dtype = None if name is None else getattr(torch, name, None)
+def _tensor(source: str, content: bytearray, key: str, entry: tensorfile.TensorEntry) -> Array:
+    name = _NAMES.get(entry.dtype)
+    dtype = None if name is None else dtype_of(name)
     if dtype is None:
         raise SafeprojError(
             f"{source}: {key} has dtype {entry.dtype}; expected float64, float32, float16 or "
             "bfloat16"
         )
-    return from_bytes(content, dtype, entry.start, entry.nbytes).view(entry.shape)
+    return from_bytes(content, dtype, entry.start, entry.nbytes).reshape(entry.shape)
 
 
-def from_bytes(content: bytearray, dtype: torch.dtype, start: int, nbytes: int) -> Tensor:
+def from_bytes(content: bytearray, dtype: DType, start: int, nbytes: int) -> Array:
     """Return numbers that lie in a file's bytes, flat: a view, where processors allow that."""
-    import torch
-
     if nbytes == 0:
-        return torch.empty(0, dtype=dtype)
+        return numpy.empty(0, dtype)
     count = nbytes // dtype.itemsize
     if start % dtype.itemsize:
         content, start = content[start : start + nbytes], 0
-    return torch.frombuffer(content, dtype=dtype, count=count, offset=start)
+    return numpy.frombuffer(content, dtype, count, start)
 
 
 def write_safetensors(
-    path: Path, metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor]
+    path: Path, metadata: Mapping[str, str] | None, tensors: Mapping[str, Array]
 ) -> dict[str, str]:
     """Write the tensors in the given order and return the SHA-256 of each."""
-    codes = {torch_name: code for code, (torch_name, _) in tensorfile.DTYPES.items()}
-    codes |= {torch_name: code for code, torch_name in tensorfile.OTHER_DTYPES.items()}
+    codes = {name: code for code, (name, _) in tensorfile.DTYPES.items()}
+    codes |= {name: code for code, name in tensorfile.OTHER_DTYPES.items()}
     layout, digests = {}, {}
     for name, tensor in tensors.items():
-        code = codes[str(tensor.dtype).removeprefix("torch.")]
+        code = codes[tensor.dtype.name]
         layout[name] = (code, tuple(tensor.shape), tensor.nbytes)
 
     def data() -> Iterator[memoryview]:
@@ -102,15 +98,8 @@ def write_safetensors(
     return digests
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return a tensor's values as they are stored."""
-    import torch
-
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
 def check_values(
-    source: str, tensors: Mapping[str, Tensor], full_changes: Collection[str] = ()
+    source: str, tensors: Mapping[str, Array], full_changes: Collection[str] = ()
 ) -> None:
     """Refuse tensors that are no floating-point numbers, or not finite.
 
@@ -123,15 +112,14 @@ def check_values(
         SafeprojError: one cannot be used.
     """
     for key, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        wide = tensor.is_floating_point() and tensor.element_size() >= 2
+        dtype, wide = tensor.dtype.name, is_float(tensor.dtype)
         if not wide and key in full_changes and dtype in tensorfile.OTHER_DTYPES.values():
             continue  # such as a counter of a module that is saved whole
         if not wide:
             raise SafeprojError(
                 f"{source}: {key} has dtype {dtype}; expected float64, float32, float16 or bfloat16"
             )
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise SafeprojError(
                 f"{source}: {key} has NaN or Inf; the adapter is damaged or its training diverged"
             )

@@ -14,20 +14,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
 
 from safeproj.adapter import ggufile
-from safeproj.adapter.files import bytes_of, check_values, finite_number
+from safeproj.adapter.files import check_values, finite_number
 from safeproj.adapter.interface import MANIFEST, Format
 from safeproj.adapter.peft import BIN, SAFETENSORS
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, FullChange, Kind
 from safeproj.adapter.stacks import stack_modules
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array, bytes_of, dtype_of
 from safeproj.storage.source import Folder
 from safeproj.text import natural_order, printable, shorten
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SUFFIX = ".gguf"
 A, B = ".lora_a", ".lora_b"
@@ -144,15 +144,15 @@ class Gguf(Format):
         alpha = finite_number(ALPHA, given)
         return {module.name: alpha / module.rank if alpha else 1.0 for module in modules}
 
-    def digests(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def digests(self, tensors: Mapping[str, Array]) -> dict[str, str]:
         return super().digests({key: self._stored(key, t) for key, t in tensors.items()})
 
-    def _stored(self, key: str, tensor: Tensor) -> Tensor:
+    def _stored(self, key: str, tensor: Array) -> Array:
         return _permuted(tensor, self.heads[key]) if key in self.heads else tensor
 
-    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        numbers = {torch_name: number for number, (torch_name, _) in ggufile.DTYPES.items()}
-        types = [numbers[str(t.dtype).removeprefix("torch.")] for t in tensors.values()]
+    def write(self, path: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
+        numbers = {name: number for number, (name, _) in ggufile.DTYPES.items()}
+        types = [numbers[t.dtype.name] for t in tensors.values()]
         digests = {}
 
         def data() -> Iterator[memoryview]:
@@ -209,21 +209,19 @@ def _package(source: str) -> Any:
     return gguf
 
 
-def _load(header: ggufile.Header, data: Mapping[str, bytearray]) -> dict[str, Tensor]:
-    import torch
-
+def _load(header: ggufile.Header, data: Mapping[str, bytearray]) -> dict[str, Array]:
     found = {}
     for info in header.tensors:
         shape = info.dims[::-1]
         if len(shape) == 1 and info.name.endswith((A, B)):
             shape = (1, *shape)  # ggml leaves out last dimensions of 1: here the rank
-        dtype = getattr(torch, ggufile.DTYPES[info.type][0])
-        found[info.name] = torch.frombuffer(data[info.name], dtype=dtype).view(shape)
+        dtype = dtype_of(ggufile.DTYPES[info.type][0])
+        found[info.name] = numpy.frombuffer(data[info.name], dtype).reshape(shape)
     return found
 
 
 def _classified(
-    source: str, header: ggufile.Header, tensors: Mapping[str, Tensor]
+    source: str, header: ggufile.Header, tensors: Mapping[str, Array]
 ) -> tuple[tuple[AdaptedModule, ...], tuple[FullChange, ...]]:
     """Return the updates in natural order, and the norms, which mergekit puts into adapters."""
     modules: list[AdaptedModule] = []
@@ -252,7 +250,7 @@ def _classified(
 
 
 def _modules(
-    source: str, tensors: Mapping[str, Tensor], stem: str, table: _Paths
+    source: str, tensors: Mapping[str, Array], stem: str, table: _Paths
 ) -> Iterator[AdaptedModule]:
     a_key, b_key = f"{stem}.weight{A}", f"{stem}.weight{B}"
     a, b = tensors[a_key].shape, tensors[b_key].shape
@@ -363,15 +361,21 @@ def _heads(adapter: Adapter, key: str, setting: str, config: Mapping[str, Any]) 
     return heads
 
 
-def _permuted(tensor: Tensor, heads: int) -> Tensor:
+def _permuted(tensor: Array, heads: int) -> Array:
     """Return rows as llama.cpp orders them: each head's halves interleaved.
 
     The rotary embedding turns pairs of rows: transformers pairs row i with row i + d/2 of a head,
     llama.cpp with row i + 1.
     """
-    return tensor.reshape(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+    found: Array = (
+        tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+    )
+    return found
 
 
-def _unpermuted(tensor: Tensor, heads: int) -> Tensor:
+def _unpermuted(tensor: Array, heads: int) -> Array:
     """Return rows as transformers orders them, from `_permuted`'s."""
-    return tensor.reshape(heads, -1, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+    found: Array = (
+        tensor.reshape(heads, -1, 2, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+    )
+    return found

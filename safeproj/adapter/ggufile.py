@@ -27,7 +27,7 @@ MAX_DIMENSIONS = 4
 """ggml's own limit."""
 
 DTYPES = {0: ("float32", 4), 1: ("float16", 2), 30: ("bfloat16", 2)}
-"""ggml's numbers of the types that are not quantised: torch name and bytes."""
+"""ggml's numbers of the types that are not quantised: name and bytes."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS |= {12: "d"}

@@ -8,12 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from safeproj.adapter.files import bytes_of
+from safeproj.storage.arrays import Array, bytes_of
 from safeproj.storage.source import Folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from safeproj.adapter.record import AdaptedModule, Adapter
 
 CONFIG = "adapter_config.json"
@@ -153,12 +151,12 @@ class Format(ABC):
         del adapter, names  # where nothing but the tensors says so
         yield from ()
 
-    def digests(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def digests(self, tensors: Mapping[str, Array]) -> dict[str, str]:
         """Return the SHA-256 of each tensor's bytes as `write` stores them."""
         return {name: sha256(bytes_of(each)).hexdigest() for name, each in tensors.items()}
 
     @abstractmethod
-    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def write(self, path: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
         """Write the weights file.
 
         Args:

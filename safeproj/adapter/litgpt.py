@@ -11,18 +11,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from safeproj.adapter.files import check_values, finite_number
 from safeproj.adapter.interface import Format
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, Kind
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array, to_torch
 from safeproj.storage.picklefile import read_nested_pickle
 from safeproj.storage.source import Folder, LocalFolder, contents
 from safeproj.text import first_line, natural_order, printable, shorten
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WEIGHTS = "lit_model.pth.lora"
 SETTINGS = "hyperparameters.yaml"
@@ -81,7 +79,6 @@ class LitGpt(Format):
         rank = _count(source, SETTINGS, settings, "lora_r")
         alpha = finite_number(f"{source}: lora_alpha in {SETTINGS}", settings.get("lora_alpha"))
         tensors, nested = read_nested_pickle(folder, WEIGHTS, INSIDE)
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         found = _Reader(source, settings, model, rank, tensors)
         modules = sorted(found.modules(), key=lambda module: natural_order(module.name))
         check_values(source, tensors)
@@ -100,11 +97,11 @@ class LitGpt(Format):
         del adapter
         return {module.name: self.alpha / self.rank for module in modules}
 
-    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def write(self, path: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
         import torch
 
         # Each on its own: views would be saved with all that they are views of.
-        values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        values = {name: to_torch(tensor.copy()) for name, tensor in tensors.items()}
         torch.save({INSIDE: values} if self.nested else values, path)
         written = LocalFolder(path.parent, str(path))
         return self.digests(read_nested_pickle(written, path.name, INSIDE)[0])
@@ -150,7 +147,7 @@ class _Reader:
         settings: Mapping[str, Any],
         model: Mapping[str, Any],
         rank: int,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Array],
     ) -> None:
         self._source, self._settings, self._model = source, settings, model
         self._rank, self._tensors = rank, tensors

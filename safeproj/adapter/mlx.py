@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from safeproj.adapter.files import (
     check_values,
@@ -26,11 +26,9 @@ from safeproj.adapter.peft import BIN, SAFETENSORS
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, Kind
 from safeproj.adapter.stacks import stack_modules
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array
 from safeproj.storage.source import Folder, read_json
 from safeproj.text import natural_order
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WEIGHTS = "adapters.safetensors"
 OLD_WEIGHTS = "adapters.npz"
@@ -137,7 +135,7 @@ class Mlx(Format):
             (m.name for m in modules), finite_number("lora_parameters.scale", scale)
         )
 
-    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def write(self, path: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
         return write_safetensors(path, self.metadata, tensors)
 
 
@@ -151,7 +149,7 @@ def _require_lora(source: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _modules(source: str, tensors: Mapping[str, Tensor], ends: _Ends) -> Iterator[AdaptedModule]:
+def _modules(source: str, tensors: Mapping[str, Array], ends: _Ends) -> Iterator[AdaptedModule]:
     """Yield the updates in natural order; every tensor must belong to one."""
     paths = set()
     known = (ends.A, ends.B, *((MAGNITUDE,) if ends is _USUAL else ()))
@@ -179,7 +177,7 @@ def _modules(source: str, tensors: Mapping[str, Tensor], ends: _Ends) -> Iterato
             yield _module(source, tensors, path, ends)
 
 
-def _module(source: str, tensors: Mapping[str, Tensor], path: str, ends: _Ends) -> AdaptedModule:
+def _module(source: str, tensors: Mapping[str, Array], path: str, ends: _Ends) -> AdaptedModule:
     A, B = ends.A, ends.B
     a, b = tensors[path + A].shape, tensors[path + B].shape
     if len(a) != 2 or len(b) != 2 or a[1] != b[0] or a[1] == 0:
@@ -208,7 +206,7 @@ def _module(source: str, tensors: Mapping[str, Tensor], path: str, ends: _Ends) 
     )
 
 
-def _experts(source: str, tensors: Mapping[str, Tensor], path: str) -> Iterator[AdaptedModule]:
+def _experts(source: str, tensors: Mapping[str, Array], path: str) -> Iterator[AdaptedModule]:
     """Yield the updates of a stack: mlx-lm makes `P.switch_mlp.gate_proj` of all experts'."""
     switch, _, part = path.rpartition(".")
     parent = switch.rpartition(".")[0]
@@ -227,7 +225,7 @@ def _experts(source: str, tensors: Mapping[str, Tensor], path: str) -> Iterator[
 def _check(
     source: str,
     config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Array],
     modules: tuple[AdaptedModule, ...],
 ) -> None:
     check_values(source, tensors)

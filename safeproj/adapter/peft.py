@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from numpy import array_equal
 
 from safeproj.adapter.experts import CURRENT, UNSAID, peft_version
 from safeproj.adapter.files import (
@@ -38,12 +40,10 @@ from safeproj.adapter.record import (
 )
 from safeproj.adapter.vocabulary import is_vocabulary, unwrapped
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array
 from safeproj.storage.picklefile import read_pickle
 from safeproj.storage.source import Folder, read_json
 from safeproj.text import natural_order, printable, shorten
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SAFETENSORS = "adapter_model.safetensors"
 BIN = "adapter_model.bin"
@@ -203,7 +203,7 @@ class Peft(Format):
     def written_container(self) -> dict[str, str]:
         return {"format": "pt"} if self.metadata is None else self.metadata
 
-    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def write(self, path: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
         return write_safetensors(path, self.written_container, tensors)
 
 
@@ -219,7 +219,7 @@ def _refuse_settings(source: str, config: dict[str, Any]) -> None:
             )
 
 
-def _read_tensors(folder: Folder, name: str) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
+def _read_tensors(folder: Folder, name: str) -> tuple[dict[str, str] | None, dict[str, Array]]:
     if name == SAFETENSORS:
         return read_safetensors(folder, name)
     return None, read_pickle(folder, name)
@@ -235,7 +235,7 @@ class _Classifier:
     """
 
     def __init__(
-        self, source: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        self, source: str, config: Mapping[str, Any], tensors: Mapping[str, Array]
     ) -> None:
         self._source = source
         self._config = config
@@ -332,8 +332,8 @@ class _Classifier:
 
     def _require_factors(self, name: str, a_key: str, b_key: str) -> None:
         A, B = self._tensors[a_key], self._tensors[b_key]
-        if A.dim() != B.dim() or A.dim() < 2 or A.shape[0] != B.shape[1]:
-            grouped = A.dim() == B.dim() > 2 and B.shape[1] and A.shape[0] % B.shape[1] == 0
+        if A.ndim != B.ndim or A.ndim < 2 or A.shape[0] != B.shape[1]:
+            grouped = A.ndim == B.ndim > 2 and B.shape[1] and A.shape[0] % B.shape[1] == 0
             raise SafeprojError(
                 f"{self._source}: the factors of {name} do not fit: lora_A is {list(A.shape)}, "
                 f"lora_B is {list(B.shape)}; "
@@ -353,7 +353,7 @@ class _Classifier:
             gain_key = None  # names that PEFT loads nothing of here, but other loaders may
         if A.shape[0] == 0 and gain_key is None:
             raise SafeprojError(f"{self._source}: {a_key} has rank 0, expected (r, in), r > 0")
-        kind = form.kind if A.dim() == 2 else Kind.convolution
+        kind = form.kind if A.ndim == 2 else Kind.convolution
         kept = [
             s
             for setting, ends in _TRAINING_STATE.items()
@@ -373,7 +373,7 @@ class _Classifier:
             output=Factor(b_key),
             input=Factor(a_key),
             rank=A.shape[0],
-            in_features=A[0].numel() if A.shape[0] else A.shape[1],
+            in_features=A[0].size if A.shape[0] else A.shape[1],
             out_features=B.shape[0],
             weight_shape=(B.shape[0], *A.shape[1:]) if kind is Kind.convolution else None,
             gain=None if gain_key is None else Factor(gain_key),
@@ -388,7 +388,7 @@ class _Classifier:
         if not key or (key not in self._tensors and not required):
             return None
         found = self._tensors.get(key)
-        if found is None or found.numel() != length:
+        if found is None or found.size != length:
             shape = "nothing" if found is None else f"shape {list(found.shape)}"
             raise SafeprojError(
                 f"{self._source}: {key}: expected {length} values for {what}, found {shape}"
@@ -421,7 +421,7 @@ class _Classifier:
             for head in [m for m in modules if m.kind is Kind.linear]:
                 A, B = (f.view(self._tensors) for f in (embedding.input, embedding.output))
                 A_head, B_head = (f.view(self._tensors) for f in (head.input, head.output))
-                if A_head.equal(B.T) and B_head.equal(A.T):
+                if array_equal(A_head, B.T) and array_equal(B_head, A.T):
                     mirror = replace(head.input, turned=True)
                     found[embedding.name] = replace(embedding, mirrors=(mirror,))
                     found.pop(head.name, None)
@@ -507,7 +507,7 @@ class _Classifier:
         for module, rows in given.items():
             own = f".{module}.token_adapter.trainable_tokens_delta"
             twins = (k for k in self._tensors if k != key and k.endswith(own))
-            if any(self._tensors[twin].equal(self._tensors[key]) for twin in twins):
+            if any(array_equal(self._tensors[twin], self._tensors[key]) for twin in twins):
                 return rows
         return None
 

@@ -11,17 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import numpy
 
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.peft import Peft
 from safeproj.adapter.record import AdaptedModule, Adapter, Kind
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array, DType, cast, double, is_finite, promoted
 from safeproj.text import shorten
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 REFUSED_SETTINGS = {
     "use_dora": "DoRA",
@@ -37,7 +35,7 @@ REFUSED_SETTINGS = {
 """Settings that some readers refuse, or do not know."""
 
 
-def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> Adapter:
+def portable(adapter: Adapter, dtype: DType | None = None) -> Adapter:
     """Return the adapter with alpha equal to one rank for all modules, and factors of one dtype.
 
     Args:
@@ -60,10 +58,10 @@ def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> Adapter:
     tensors = dict(adapter.tensors)
     for module in adapter.modules:
         A, B = module.input.key, module.output.key
-        scaled = adapter.tensors[B].double() * scalings[module.name]
+        scaled = double(adapter.tensors[B]) * scalings[module.name]
         tensors[A] = _padded(adapter.tensors[A], wanted, rank, dim=0)
         tensors[B] = _padded(scaled, wanted, rank, dim=1)
-        if not bool(tensors[B].isfinite().all()):
+        if not is_finite(tensors[B]):
             raise SafeprojError(
                 f"{adapter.source}: --portable: {B} with its scaling {scalings[module.name]:.4g} "
                 f"does not fit into {wanted}; use --dtype float32"
@@ -80,21 +78,16 @@ def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> Adapter:
     )
 
 
-def _common(adapter: Adapter) -> torch.dtype:
-    import torch
-
+def _common(adapter: Adapter) -> DType:
     keys = [key for m in adapter.modules for key in (m.input.key, m.output.key)]
-    found = adapter.tensors[keys[0]].dtype
-    for key in keys:
-        found = torch.promote_types(found, adapter.tensors[key].dtype)
-    return found
+    return promoted(*(adapter.tensors[key].dtype for key in keys))
 
 
-def _padded(tensor: Tensor, dtype: torch.dtype, rank: int, dim: int) -> Tensor:
+def _padded(tensor: Array, dtype: DType, rank: int, dim: int) -> Array:
     shape = list(tensor.shape)
     shape[dim] = rank
-    found = tensor.new_zeros(shape, dtype=dtype)
-    found.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    found = numpy.zeros(shape, dtype)
+    found[tuple(map(slice, tensor.shape))] = cast(tensor, dtype)
     return found
 
 

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safeproj.errors import SafeprojError
 from safeproj.names.suffix import unwrapped
+from safeproj.storage.arrays import Array
 from safeproj.storage.source import Folder
 from safeproj.text import shorten
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from safeproj.adapter.interface import Format
 
 Side = Literal["output", "input"]
@@ -42,14 +41,14 @@ class Factor:
     turned: bool = False
     item: int | None = None
 
-    def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def view(self, tensors: Mapping[str, Array]) -> Array:
         """Return the factor as a view: what is written to it is written to the tensor."""
         tensor = tensors[self.key]
         if self.item is not None:
             tensor = tensor[self.item]
         # Not -1: it cannot be told for an empty tensor.
         columns = math.prod(tensor.shape[1:])
-        whole = tensor.view(tensor.shape[0], columns)
+        whole = tensor.reshape(tensor.shape[0], columns)
         found = whole[self.rows or slice(None), self.columns or slice(None)]
         return found.T if self.turned else found
 
@@ -243,7 +242,7 @@ class Adapter:
     folder: Folder
     weights_file: str
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Array]
     modules: tuple[AdaptedModule, ...]
     targets: tuple[TargetParameters, ...]
     full_changes: tuple[FullChange, ...]

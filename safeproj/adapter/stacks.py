@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from safeproj.adapter.record import AdaptedModule, Factor, Kind
 from safeproj.errors import SafeprojError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from safeproj.storage.arrays import Array
 
 
 def stack_modules(
     source: str,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Array],
     a_key: str,
     b_key: str,
     paths: Callable[[int], tuple[str, ...]],

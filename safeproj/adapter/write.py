@@ -9,19 +9,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safeproj.adapter import FORMATS, card, stands_for_folder
 from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.record import Adapter
 from safeproj.adapter.weightfiles import other_weights
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array
 from safeproj.storage.publish import AppearedError, appearing, unremovable
 from safeproj.storage.source import LocalFolder
 from safeproj.text import is_text, printable
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CARD = "README.md"
 """The model card."""
@@ -153,7 +151,7 @@ def made_inside(out: Path, name: str) -> Path:
 
 def write_adapter(
     adapter: Adapter,
-    replaced: Mapping[str, Tensor],
+    replaced: Mapping[str, Array],
     manifest: Mapping[str, Any],
     section: str,
     out: Path,

@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from safeproj.checkpoint.interface import Checkpoint, Reader, Weight
 from safeproj.errors import SafeprojError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from safeproj.storage.arrays import Array, joined
 
 
 @dataclass(frozen=True)
@@ -280,7 +277,7 @@ class _Several:
     @property
     def dtype(self) -> str:
         dtypes = {part.dtype for part in self.parts}
-        # torch.cat promotes; what comes out is at most float32 unless a part is float64.
+        # What is joined is promoted; what comes out is at most float32 unless a part is float64.
         return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
 
     @property
@@ -304,7 +301,7 @@ class _Window(_Part):
     def shape(self) -> tuple[int, int]:
         return (self.rows, self.whole.shape[1])
 
-    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
+    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Array) -> Array:
         with reader.window(self.name):
             return self.whole.read_rows(reader, self.start + start, self.start + stop, buffer)
 
@@ -323,7 +320,7 @@ class _ColumnWindow(_Part):
     def shape(self) -> tuple[int, int]:
         return (self.whole.shape[0], self.columns)
 
-    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
+    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Array) -> Array:
         rows = self.whole.read_rows(reader, start, stop, buffer)
         return rows[:, self.start : self.start + self.columns]
 
@@ -343,9 +340,7 @@ class _Rows(_Several):
     def row_bytes(self) -> int:
         return max(part.row_bytes for part in self.parts) + _ALIGN
 
-    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
-        import torch
-
+    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Array) -> Array:
         found, first, used = [], 0, 0
         for part in self.parts:
             low, high = max(start - first, 0), min(stop - first, part.shape[0])
@@ -353,7 +348,7 @@ class _Rows(_Several):
                 found.append(part.read_rows(reader, low, high, buffer[used:]))
                 used += _aligned((high - low) * part.row_bytes)
             first += part.shape[0]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return joined(found)
 
     def prefetch(self, reader: Reader, start: int, stop: int) -> None:
         first = 0
@@ -374,14 +369,12 @@ class _Columns(_Several):
     def row_bytes(self) -> int:
         return sum(_aligned(part.row_bytes) for part in self.parts)
 
-    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
-        import torch
-
+    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Array) -> Array:
         found, used = [], 0
         for part in self.parts:
             found.append(part.read_rows(reader, start, stop, buffer[used:]))
             used += _aligned((stop - start) * part.row_bytes)
-        return torch.cat(found, dim=1)
+        return joined(found, axis=1)
 
     def prefetch(self, reader: Reader, start: int, stop: int) -> None:
         for part in self.parts:

@@ -12,13 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array, DType, dtype_of
 from safeproj.storage.tensorfile import DTYPES
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -31,7 +29,7 @@ STORED_DTYPES = {
 }
 """The dtypes whose rows can be read: safetensors name to torch name and bytes. Those that safeproj
 does not compute with are codes, which `quantised.py` turns into numbers; the exponents of F8_E8M0
-are read as plain bytes, since not every torch has that dtype."""
+are read as plain bytes."""
 
 MAX_OPEN_FILES = 8
 """Files one reader keeps open: a large checkpoint has more shards than some systems allow files."""
@@ -201,8 +199,8 @@ class Weight(Protocol):
     def source(self) -> str:
         """The file that holds it, for messages."""
 
-    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
-        """Return rows `[start, stop)`, read through `buffer` (uint8, on the CPU, large enough).
+    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Array) -> Array:
+        """Return rows `[start, stop)`, read through `buffer` (uint8, large enough).
 
         The result is valid until the buffer is used again.
         """
@@ -251,6 +249,13 @@ class Checkpoint(Protocol):
             name: one of `names`.
             columns: see the tensor as a matrix with so many columns; default its last dimension.
         """
+
+
+def stored_dtype(name: str) -> DType:
+    """Return the dtype of rows by its name in `STORED_DTYPES`."""
+    found = dtype_of(STORED_DTYPES[name][0])
+    assert found is not None
+    return found
 
 
 def as_matrix(shape: tuple[int, ...], columns: int | None) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safeproj.checkpoint.folder import FolderCheckpoint, read_weight_map
 from safeproj.checkpoint.interface import (
@@ -15,12 +14,11 @@ from safeproj.checkpoint.interface import (
     Reader,
     TensorInfo,
     as_matrix,
+    stored_dtype,
 )
+from safeproj.storage.arrays import Array
 from safeproj.storage.picklefile import StoredTensor, find_tensors
 from safeproj.storage.source import Folder
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -47,18 +45,16 @@ class PickledWeight:
     def source(self) -> str:
         return str(self.path)
 
-    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
-        import torch
-
+    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Array) -> Array:
         raw = buffer[: (stop - start) * self.row_bytes]
-        dtype = getattr(torch, STORED_DTYPES[self.dtype][0])
-        rows = raw.view(dtype).view(stop - start, self.shape[1])
+        dtype = stored_dtype(self.dtype)
+        rows = raw.view(dtype).reshape(stop - start, self.shape[1])
         if self.stored.is_contiguous:
             first = self.stored.start + start * self.row_bytes
-            reader.read(self.label, self.path, first, raw.numpy().data)
+            reader.read(self.label, self.path, first, raw.data)
         else:
-            rows.copy_(self._matrix(reader)[start:stop].view(dtype))
-            reader.record(self.label, raw.numpy().data)
+            rows[...] = self._matrix(reader)[start:stop].view(dtype)
+            reader.record(self.label, raw.data)
         return rows
 
     def prefetch(self, reader: Reader, start: int, stop: int) -> None:
@@ -66,10 +62,10 @@ class PickledWeight:
             first, width = self.stored.start, self.row_bytes
             reader.prefetch(self.path, first + start * width, first + stop * width)
 
-    def _matrix(self, reader: Reader) -> Tensor:
+    def _matrix(self, reader: Reader) -> Array:
         """Return a tensor whose values lie in another order, read whole."""
 
-        def read() -> Tensor:
+        def read() -> Array:
             content = bytearray(self.stored.nbytes)
             reader.fill(self.path, self.stored.start, memoryview(content))
             return self.stored.lay(content).reshape(self.shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safeproj.checkpoint.folder import FolderCheckpoint, read_weight_map
 from safeproj.checkpoint.interface import (
@@ -12,13 +11,12 @@ from safeproj.checkpoint.interface import (
     Reader,
     TensorInfo,
     as_matrix,
+    stored_dtype,
 )
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array
 from safeproj.storage.source import Folder
 from safeproj.storage.tensorfile import Header, TensorEntry, read_header
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,15 +43,10 @@ class SafetensorsWeight:
     def source(self) -> str:
         return str(self.path)
 
-    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Tensor) -> Tensor:
-        import torch
-
+    def read_rows(self, reader: Reader, start: int, stop: int, buffer: Array) -> Array:
         raw = buffer[: (stop - start) * self.row_bytes]
-        reader.read(
-            self.label, self.path, self.entry.start + start * self.row_bytes, raw.numpy().data
-        )
-        dtype = getattr(torch, STORED_DTYPES[self.dtype][0])
-        return raw.view(dtype).view(stop - start, self.shape[1])
+        reader.read(self.label, self.path, self.entry.start + start * self.row_bytes, raw.data)
+        return raw.view(stored_dtype(self.dtype)).reshape(stop - start, self.shape[1])
 
     def prefetch(self, reader: Reader, start: int, stop: int) -> None:
         first, width = self.entry.start, self.row_bytes

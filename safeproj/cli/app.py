@@ -2,24 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, MutableMapping
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+import typer.core
+import typer.main
 
 from safeproj import __version__
-from safeproj.cli import align, check, inspect, patch, salora, sign, stats, sweep, verify
-from safeproj.cli.eval import eval_command
+
+SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+NAMES = (
+    "inspect", "patch", "align", "check", "verify", "stats", "eval", "sweep", "sign", "salora",
+)  # fmt: skip
+"""The commands, each in the module of its name."""
+
+
+class Commands(MutableMapping[str, Any]):
+    """The commands by name, each imported and made when it is asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            if name not in NAMES:
+                raise KeyError(name)
+            module = import_module(f"safeproj.cli.{name}")
+            app = getattr(module, "app", None)
+            if app is None:
+                app = typer.Typer(add_completion=False, **{**SETTINGS, "no_args_is_help": False})
+                app.command(name)(getattr(module, f"{name}_command"))
+            self._made[name] = typer.main.get_command(app)
+            self._made[name].name = name
+        return self._made[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._made[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from NAMES
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+
+class Group(typer.core.TyperGroup):
+    """The group of `Commands`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Commands()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        del ctx
+        return list(self.commands)
+
 
 app = typer.Typer(
     name="safeproj",
+    cls=Group,
     help="Repair the safety of fine-tuned LoRA adapters after training.",
     epilog="SRC is a local directory, a local file, or a Hugging Face Hub id "
     "org/name[/subfolder][@revision].",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **SETTINGS,
 )
 
 
@@ -39,15 +95,3 @@ def _common(
     ] = False,
 ) -> None:
     """Repair the safety of fine-tuned LoRA adapters after training."""
-
-
-app.command("inspect")(inspect.inspect_command)
-app.command("patch")(patch.patch_command)
-app.command("align")(align.align_command)
-app.command("check")(check.check_command)
-app.command("verify")(verify.verify_command)
-app.command("stats")(stats.stats_command)
-app.command("eval")(eval_command)
-app.command("sweep")(sweep.sweep_command)
-app.command("sign")(sign.sign_command)
-app.add_typer(salora.app, name="salora")

@@ -152,7 +152,7 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="DEVICE",
-        help="Where the arithmetic runs: auto, cpu, cuda, cuda:N or mps.",
+        help="Where the arithmetic runs: auto, cpu, cuda, cuda:N, mps, or torch: the CPU by torch.",
     ),
 ]
 

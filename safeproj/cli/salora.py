@@ -21,6 +21,7 @@ from safeproj.cli.options import (
 )
 
 app = typer.Typer(
+    add_completion=False,
     help="Train adapters that keep clear of safety features (SaLoRA).",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -21,11 +21,13 @@ def at_once() -> None:
     So it is while modules are imported: an import can swallow the exception that a signal raises,
     and an extension module crash on it.
     """
+    gc.disable()  # what is imported is not garbage
     _handle(_end)
 
 
 def interruptible() -> None:
     """From now on a signal unwinds the work in progress; call it when all imports are done."""
+    gc.enable()
     gc.freeze()  # what was imported stays: looking through it for garbage takes 50 ms each time
     _handle(_unwind)
 

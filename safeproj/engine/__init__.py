@@ -9,12 +9,14 @@ from safeproj.engine.blocks import (
     rows_per_block,
 )
 from safeproj.engine.changes import relative_changes
-from safeproj.engine.local import resolve_device, run
+from safeproj.engine.device import Device, one_thread, resolve_device
+from safeproj.engine.local import run
 from safeproj.engine.task import Comparison, Progress, Source, Task, Update
 
 __all__ = [
     "Buffers",
     "Comparison",
+    "Device",
     "KeptBlocks",
     "OnProgress",
     "Progress",
@@ -22,6 +24,7 @@ __all__ = [
     "Task",
     "Update",
     "digests_of",
+    "one_thread",
     "relative_changes",
     "resolve_device",
     "row_width",

@@ -6,20 +6,11 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-from torch import Tensor
-
 from safeproj.checkpoint import Reader, Weight
-from safeproj.engine.staging import CudaStaging, DirectStaging, Staging
+from safeproj.engine.device import Device, Staging
 from safeproj.engine.task import Progress
+from safeproj.storage.arrays import AnyArray, namespace
 from safeproj.storage.tensorfile import DTYPES
-
-CPU_BLOCK = 1 << 20
-"""Bytes of one weight per block on the CPU: two of them and their float32 difference stay in the
-cache, and larger and smaller ones are slower."""
-
-GPU_BLOCK = 32 << 20
-"""Bytes per block on a GPU: enough to hide the latency of a copy."""
 
 AHEAD = 16 << 20
 """Bytes of one weight that are asked for before they are read, so that a disk works meanwhile."""
@@ -41,34 +32,29 @@ class Buffers:
     """
 
     def __init__(
-        self, device: torch.device, stop: threading.Event, on_progress: OnProgress | None
+        self, device: Device, stop: threading.Event, on_progress: OnProgress | None
     ) -> None:
         self.device = device
         self.readers = (Reader(), Reader())
         self._stop = stop
         self._on_progress = on_progress
-        self._V = torch.empty(0, device=device)
+        self._V: tuple[int, AnyArray] | None = None
         self._staging: tuple[int, tuple[Staging, Staging]] | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def staging(self, nbytes: int) -> tuple[Staging, Staging]:
         """Return the staging of the aligned and the base weight for loads of up to `nbytes`."""
         if self._staging is None or self._staging[0] < nbytes:
-            if self._stream is not None:
-                pair: tuple[Staging, Staging] = (
-                    CudaStaging(nbytes, self.device, self._stream),
-                    CudaStaging(nbytes, self.device, self._stream),
-                )
-            else:
-                pair = (DirectStaging(nbytes, self.device), DirectStaging(nbytes, self.device))
-            self._staging = (nbytes, pair)
+            self._staging = None  # let go before the next is made
+            self._staging = (nbytes, self.device.staging(nbytes))
         return self._staging[1]
 
-    def matrix(self, rows: int, columns: int) -> Tensor:
+    def matrix(self, rows: int, columns: int) -> AnyArray:
         """Return the reused float32 buffer of `V` as (rows, columns), on the device."""
-        if self._V.numel() < rows * columns:
-            self._V = torch.empty(rows * columns, device=self.device)
-        return self._V[: rows * columns].view(rows, columns)
+        size = rows * columns
+        if self._V is None or self._V[0] < size:
+            self._V = None  # let go before the next is made
+            self._V = (size, self.device.empty((size,)))
+        return self._V[1][:size].reshape(rows, columns)
 
     def starts(self, step: int, *weights: Weight) -> Iterator[tuple[int, int]]:
         """Yield the row ranges of weights of one height, `step` rows each, until told to stop."""
@@ -115,7 +101,7 @@ class KeptBlocks:
         self._buffers = buffers
         self._digests = digests
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[AnyArray]:
         """Raise FloatingPointError where the file has a value that is not finite."""
         buffers, weight, first = self._buffers, self._weight, self.sha256 is None
         reader = buffers.readers[0]
@@ -124,7 +110,7 @@ class KeptBlocks:
         staging = buffers.staging(rows * row_width(weight))[0]
         for start, stop in buffers.starts(rows, weight):
             block = staging.load(weight, reader, start, stop)
-            if not bool(block.isfinite().all()):
+            if not bool(namespace(block).isfinite(block).all()):
                 raise FloatingPointError(f"{weight.label} has a value that is not finite")
             if first:
                 buffers.advance(self._name, (stop - start) * weight.row_bytes)
@@ -133,10 +119,9 @@ class KeptBlocks:
             self.sha256 = (digests_of(reader) if self._digests else {}, {})
 
 
-def rows_per_block(device: torch.device, *weights: Weight) -> int:
+def rows_per_block(device: Device, *weights: Weight) -> int:
     """Return how many rows of each of the weights make a block: it depends on nothing else."""
-    block = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
-    return max(1, block // max(1, *(row_width(weight) for weight in weights)))
+    return max(1, device.block // max(1, *(row_width(weight) for weight in weights)))
 
 
 def row_width(weight: Weight) -> int:

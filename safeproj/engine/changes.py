@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import torch
+import numpy
 
 from safeproj.checkpoint import Reader
 from safeproj.engine.blocks import row_width, rows_per_block
+from safeproj.engine.device import Host
 from safeproj.engine.task import Comparison
+from safeproj.storage.arrays import FLOAT64, double, quiet
 
 
 def relative_changes(comparisons: Sequence[Comparison]) -> list[float | None]:
@@ -27,18 +29,18 @@ def relative_changes(comparisons: Sequence[Comparison]) -> list[float | None]:
         reader.close()
 
 
-@torch.inference_mode()
+@quiet
 def _relative_change(comparison: Comparison, reader: Reader) -> float | None:
     weight, replacement = comparison.aligned.weight, comparison.replacement
     if comparison.aligned.transposed:
         replacement = replacement.T
-    step = rows_per_block(torch.device("cpu"), weight)
-    buffer = torch.empty(step * row_width(weight), dtype=torch.uint8)
+    step = rows_per_block(Host(), weight)
+    buffer = numpy.empty(step * row_width(weight), numpy.uint8)
     change = size = 0.0
     for start, own, count in _runs(comparison, len(replacement), step):
-        W_aligned = weight.read_rows(reader, start, start + count, buffer).double()
-        size += float(W_aligned.square().sum())
-        change += float((replacement[own : own + count].double() - W_aligned).square().sum())
+        W_aligned = weight.read_rows(reader, start, start + count, buffer).astype(FLOAT64)
+        size += float(numpy.square(W_aligned).sum())
+        change += float(numpy.square(double(replacement[own : own + count]) - W_aligned).sum())
     return math.sqrt(change / size) if size else None
 
 

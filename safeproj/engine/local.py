@@ -12,14 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
-
 from safeproj.engine.blocks import Buffers, OnProgress, StoppedError
+from safeproj.engine.device import Device, resolve_device
 from safeproj.engine.task import Progress, Task
-from safeproj.errors import SafeprojError
 from safeproj.records.profile import Usage
 
 MAX_WORKERS = 8
@@ -43,7 +40,7 @@ def run(
     Args:
         tasks: the weights and their updates.
         work: called with the buffers of the thread and the task; must depend on nothing else.
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        device: as for `resolve_device`.
         wide: whether it computes in float64, which MPS does not have.
         workers: threads over weights on the CPU; default the number of cores, at most 8.
         on_progress: called from the workers' threads.
@@ -52,22 +49,20 @@ def run(
     Raises:
         SafeprojError: a weight cannot be read, or the device is not there; what `work` raises.
     """
-    where = resolve_device(device)
-    if wide and where.type == "mps":
-        where = torch.device("cpu")
+    where = resolve_device(device, wide=wide)
     yield from _in_order(tasks, work, where, workers, on_progress, usage)
 
 
 def _in_order(
     tasks: Sequence[Task],
     work: Callable[[Buffers, Task], T],
-    device: torch.device,
+    device: Device,
     workers: int | None,
     on_progress: OnProgress | None,
     usage: Usage | None,
 ) -> Iterator[T]:
     """Yield `work(buffers, task)` of all tasks in order, while threads work on the next ones."""
-    if device.type != "cpu":
+    if not device.is_host:
         workers = 1
     elif workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS)
@@ -77,17 +72,16 @@ def _in_order(
     failures: list[Exception] = []
     busy: list[float] = []
 
-    @torch.inference_mode()
     def one(task: Task, following: Sequence[Task]) -> T:
         if not hasattr(local, "buffers"):
-            torch.set_num_threads(1)  # applies to this thread
             local.buffers = Buffers(device, stop, on_progress)
             made.append(local.buffers)
         start = time.perf_counter()
         try:
             for other in following:
                 local.buffers.prefetch(other.origin.weights)
-            found = work(local.buffers, task)
+            with device.scope():
+                found = work(local.buffers, task)
         except Exception as error:
             if not isinstance(error, StoppedError):
                 failures.append(error)
@@ -99,7 +93,7 @@ def _in_order(
         return found
 
     begin = time.perf_counter()
-    with _exact_arithmetic(), ThreadPoolExecutor(workers, "safeproj") as pool:
+    with device.session(), ThreadPoolExecutor(workers, "safeproj") as pool:
         try:
             # The task so many places on is most likely the thread's next.
             futures = deque(
@@ -122,38 +116,3 @@ def _in_order(
         usage.busy_seconds += sum(busy)
         usage.read_seconds += sum(reader.seconds for reader in readers)
         usage.read_bytes += sum(reader.nbytes for reader in readers)
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the torch device for `--device`; `auto` is CUDA, then MPS, then the CPU.
-
-    Raises:
-        SafeprojError: unknown, or not on this machine.
-    """
-    kind, _, index = device.partition(":")
-    available: dict[str, Callable[[], bool]] = {
-        "cpu": lambda: True,
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-    }
-    if kind == "auto" and not index:
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]()))
-    if kind not in available or (index and (kind != "cuda" or not index.isdecimal())):
-        raise SafeprojError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps")
-    if not available[kind]():
-        raise SafeprojError(f"--device {device}: this machine has none that torch can use")
-    if index and int(index) >= torch.cuda.device_count():
-        raise SafeprojError(f"--device {device}: there are {torch.cuda.device_count()} devices")
-    return torch.device(device)
-
-
-@contextmanager
-def _exact_arithmetic() -> Iterator[None]:
-    """Full float32 products (no TF32), and the caller's thread count put back afterwards."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.set_num_threads(threads)

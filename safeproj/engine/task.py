@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import numpy
+from numpy import array_equal
 
 from safeproj.checkpoint import Weight
 from safeproj.checkpoint.expression import Matrix
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from safeproj.storage.arrays import Array, DType, cast, double, promoted, single
 
 
 class Source(Protocol):
@@ -37,34 +37,37 @@ class Update:
         replacement: `A'` (r, n), where it was made by running the model.
     """
 
-    stored: Tensor
-    B: Tensor
-    bias: Tensor | None = None
-    gain: Tensor | None = None
-    replacement: Tensor | None = None
+    stored: Array
+    B: Array
+    bias: Array | None = None
+    gain: Array | None = None
+    replacement: Array | None = None
 
     @property
-    def A(self) -> Tensor:
+    def A(self) -> Array:
         """The input-side factor of the update, (r, n)."""
         return self.with_gain(self.stored)
 
-    def with_gain(self, stored: Tensor) -> Tensor:
+    def with_gain(self, stored: Array) -> Array:
         """Return what the update has of a factor (r, n) that is stored."""
-        return stored if self.gain is None else stored * self.gain
+        if self.gain is None:
+            return stored
+        dtype = promoted(stored.dtype, self.gain.dtype)
+        return cast(stored, dtype) * cast(self.gain, dtype)
 
-    def cast(self, dtype: torch.dtype) -> Update | None:
+    def cast(self, dtype: DType) -> Update | None:
         """Return the update without its bias from factors of a dtype; None if they are the same."""
         own = (self.stored, self.B, self.gain)
-        cast = [None if each is None else each.to(dtype) for each in own]
-        pairs = zip(own, cast, strict=True)
-        if all(a is None or b is None or bool((a.double() == b.double()).all()) for a, b in pairs):
+        found = [None if each is None else cast(each, dtype) for each in own]
+        pairs = zip(own, found, strict=True)
+        if all(a is None or b is None or array_equal(double(a), double(b)) for a, b in pairs):
             return None
-        stored, B, gain = cast
+        stored, B, gain = found
         assert stored is not None
         assert B is not None
         return Update(stored, B, gain=gain)
 
-    def multiplied(self, dtype: torch.dtype, scaling: float) -> Update | None:
+    def multiplied(self, dtype: DType, scaling: float) -> Update | None:
         """Return the update as servers have it that multiply the cast `B` by the scaling at once.
 
         In that dtype, which can round `B` away. It is divided by the scaling again, in float64.
@@ -76,12 +79,12 @@ class Update:
         Returns:
             None if it is what casting alone gives.
         """
-        stored, B = self.stored.to(dtype), self.B.to(dtype)
-        scaled = (B * scaling).double() / scaling
-        if bool((scaled == B.double()).all()):
+        stored, B = cast(self.stored, dtype), cast(self.B, dtype)
+        scaled = double(cast(single(B) * numpy.float32(scaling), dtype)) / scaling
+        if array_equal(scaled, double(B)):
             return None
-        gain = None if self.gain is None else self.gain.to(dtype)
-        return Update(stored, scaled.float(), gain=gain)
+        gain = None if self.gain is None else cast(self.gain, dtype)
+        return Update(stored, single(scaled), gain=gain)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Comparison:
 
     name: str
     aligned: Matrix
-    replacement: Tensor
+    replacement: Array
     rows: tuple[int, ...] | None = None
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from safeproj.adapter import Adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
+from safeproj.engine import Device
 from safeproj.errors import SafeprojError
 from safeproj.gate.card import about_claim
 from safeproj.gate.evidence import about_history, about_manifest, recorded
@@ -46,7 +47,7 @@ class Original:
     """The adapter before patching, of which every module was scored, on what and against what."""
 
     run: Run
-    device: str
+    device: Device
     reference: Reference
 
 

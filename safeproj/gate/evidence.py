@@ -12,7 +12,7 @@ from safeproj.checkpoint.expression import stored_names
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
 from safeproj.gate.weights import found
-from safeproj.methods.salora.folding import SCHEMA as FOLDED
+from safeproj.methods.salora.method import FOLDED
 from safeproj.records.checks import Evidence, Finding
 from safeproj.records.scores import SCHEMA, ModuleReport
 from safeproj.run.job import Run

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safeproj.adapter.interface import CONFIG
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
 from safeproj.methods.registry import method_of
@@ -244,6 +243,7 @@ def find_policy(given: Path | None, checked: Iterable[str] = ()) -> Policy:
 def _require_outside(path: Path, checked: Iterable[str]) -> None:
     """Refuse a policy that what is checked brings along: it would let itself pass, or others."""
     from safeproj.adapter import FORMATS
+    from safeproj.adapter.interface import CONFIG
 
     beside = [each.name.casefold() for each in path.absolute().parent.iterdir()]
     places = (*path.absolute().parents, *path.resolve().parents)  # it may be a link out of it

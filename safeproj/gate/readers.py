@@ -313,7 +313,7 @@ def _dtypes(adapted: Adapted) -> Iterator[str]:
     tensors = adapted.context.run.adapter.tensors
     unequal, others = [], []
     for module in adapted.modules:
-        A, B = (str(tensors[f.key].dtype)[6:] for f in (module.input, module.output))
+        A, B = (tensors[f.key].dtype.name for f in (module.input, module.output))
         if not {A, B} <= {"float32", "float16", "bfloat16"}:
             others.append(f"{module.name} ({A}, {B})")
         elif A != B:

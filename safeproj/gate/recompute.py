@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+import ml_dtypes
+from numpy import array_equal
 
 from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
@@ -16,18 +17,17 @@ from safeproj.adapter.interface import MANIFEST, SIGNATURE
 from safeproj.adapter.record import Factor
 from safeproj.adapter.weightfiles import other_weights
 from safeproj.adapter.write import CARD
+from safeproj.engine import Device
 from safeproj.errors import SafeprojError
 from safeproj.gate.card import about_card
 from safeproj.gate.files import listing
 from safeproj.gate.weights import found
 from safeproj.records.checks import Evidence, Finding
 from safeproj.run.job import Run
+from safeproj.storage.arrays import Array, DType, cast, double, norm
 from safeproj.storage.source import LocalFolder, content_sha256, read_json
 from safeproj.text import shorten
 from safeproj.versions import versions
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FLOAT32 = 2.0**-24
 """Unit roundoff of the arithmetic."""
@@ -71,7 +71,7 @@ class Recomputed:
         return f"recomputed from the original: {text}; {why}"
 
 
-def recomputed(original: Run, patched: Adapter, device: str) -> Recomputed:
+def recomputed(original: Run, patched: Adapter, device: Device) -> Recomputed:
     """Compare a patched adapter with its original, of which every module was scored.
 
     What is projected is told from the tensors alone: those that differ from the original's.
@@ -79,7 +79,7 @@ def recomputed(original: Run, patched: Adapter, device: str) -> Recomputed:
     Args:
         original: the run over the adapter before patching.
         patched: the adapter after it.
-        device: where the arithmetic ran, as safeproj.json records it.
+        device: where the arithmetic ran.
     """
     result = Recomputed(_same_hardware(patched, device), _dtype(patched))
     before = original.adapter
@@ -103,16 +103,18 @@ def _dtype(patched: Adapter) -> str | None:
         return None
 
 
-def _same_hardware(patched: Adapter, device: str) -> bool:
+def _same_hardware(patched: Adapter, device: Device) -> bool:
     """Tell whether safeproj.json records what this comparison runs on."""
     if MANIFEST not in patched.folder.files:
         return False
     try:
         document: dict[str, Any] = read_json(patched.folder, MANIFEST)
-        recorded = document["options"]["device"], document["versions"], document["tool"]["version"]
+        where = document["options"]["device"], document["options"]["engine"]
+        versions_then, tool = document["versions"], document["tool"]["version"]
     except (SafeprojError, LookupError, TypeError):
         return False
-    return bool(recorded == (device, versions(), __version__))
+    then, now = versions_then, versions(by_torch="torch" in versions_then)
+    return bool(where == (device.name, device.engine) and then == now and tool == __version__)
 
 
 def _other_tensors(original: Run, patched: Adapter, *, same: bool) -> Iterator[Finding]:
@@ -125,13 +127,13 @@ def _other_tensors(original: Run, patched: Adapter, *, same: bool) -> Iterator[F
     written = {f.key for item in original.plan.modules for f in item.module.written(side)}
     exact = same or original.adapter.converted_from is None
     for key in [key for key in before if key in patched.tensors and key not in written]:
-        wanted = before[key].to(_converted(original, patched, key) or before[key].dtype)
+        wanted = cast(before[key], _converted(original, patched, key) or before[key].dtype)
         there = patched.tensors[key]
         if not (_identical(wanted, there) if exact else _close(wanted, there)):
             yield found("SP025", f"{key} differs from the original's", tensor=key)
 
 
-def _converted(original: Run, patched: Adapter, key: str) -> torch.dtype | None:
+def _converted(original: Run, patched: Adapter, key: str) -> DType | None:
     """Return what patching converts a factor to: the dtype of the factor that it has projected."""
     side = original.method.side
     for item in original.plan.modules:
@@ -144,15 +146,15 @@ def _converted(original: Run, patched: Adapter, key: str) -> torch.dtype | None:
     return None
 
 
-def _identical(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and bool(torch.equal(one, other))
+def _identical(one: Array, other: Array) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and array_equal(one, other)
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def _close(one: Array, other: Array) -> bool:
     """Tell whether a factor that was converted elsewhere is this one but for rounding."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return float((one.double() - other.double()).norm()) <= CONVERTED * float(one.double().norm())
+    return norm(double(one) - double(other)) <= CONVERTED * norm(one)
 
 
 def _compare(result: Recomputed, run: Run, patched: Adapter, module: AdaptedModule) -> None:
@@ -183,39 +185,38 @@ def _state(
         result.findings.append(found("SP025", text, module=module.name, tensor=factor.key))
         return None
     given, there = factor.view(run.adapter.tensors), factor.view(patched.tensors)
-    if bool((there.double() == given.double()).all()):
+    if array_equal(double(there), double(given)):
         return False
     expected = score.bias if factor == module.bias else score.factor
-    if expected is not None and bool((there == expected.to(there.dtype)).all()):
+    if expected is not None and array_equal(there, cast(expected, there.dtype)):
         result.equal += 1
         return True
     text = f"{factor.key} is neither the original's nor its projection"
     if expected is not None:
-        norm = float(expected.double().norm())
-        error = float((there.double() - expected.double()).norm())
+        size = norm(expected)
+        error = norm(double(there) - double(expected))
         length = module.out_features + module.in_features
         if score.settled is not None:  # what was computed with in place of large terms that cancel
             given = score.settled.core.factor(score.settled.core.M)
         if error <= _tolerance(there, expected, given, score.detail.length, length):
             if not result.same:
                 result.close += 1
-                result.error = max(result.error, error / norm if norm else 0.0)
+                result.error = max(result.error, error / size if size else 0.0)
                 return True
             text += ": it is within rounding, but the same hardware and versions are recorded"
         else:
-            text += f": it differs by {error / norm if norm else math.inf:.2g} of its norm"
+            text += f": it differs by {error / size if size else math.inf:.2g} of its norm"
     result.findings.append(found("SP024", text, module=module.name, tensor=factor.key))
     return None
 
 
-def _is_dtype(after: Tensor, before: Tensor, recorded: str | None) -> bool:
+def _is_dtype(after: Array, before: Array, recorded: str | None) -> bool:
     """Tell whether a factor has the original's dtype, or the one that patching was asked for."""
-    name = str(after.dtype).removeprefix("torch.")
-    return after.dtype == before.dtype or name == recorded
+    return after.dtype.name in (before.dtype.name, recorded)
 
 
 def _tolerance(
-    there: Tensor, expected: Tensor, given: Tensor, alignment_norm: float | None, length: int
+    there: Array, expected: Array, given: Array, alignment_norm: float | None, length: int
 ) -> float:
     """Return how far a stored factor may lie from one that is computed elsewhere, in `‖·‖_F`.
 
@@ -224,11 +225,11 @@ def _tolerance(
     for each computation, relative to `‖C‖ ‖B‖`. `‖C‖` is at most `‖V‖_F`, and 1 where `C`
     is an orthogonal projector. `A'` is computed in float64, and rounded to float32 at the end.
     """
-    info = torch.finfo(there.dtype)
-    rounding = info.eps / 2 * float(expected.double().norm())
-    smallest = info.smallest_normal * info.eps / 2 * math.sqrt(there.numel())
+    info: Any = ml_dtypes.finfo(there.dtype)  # type: ignore[no-untyped-call]
+    rounding = float(info.eps) / 2 * norm(expected)
+    smallest = float(info.smallest_normal) * float(info.eps) / 2 * math.sqrt(there.size)
     bound = 1.0 if alignment_norm is None else max(alignment_norm, 1.0)
-    sums = 2 * math.sqrt(length + 4) * FLOAT32 * bound * float(given.double().norm())
+    sums = 2 * math.sqrt(length + 4) * FLOAT32 * bound * norm(given)
     return rounding + smallest + sums
 
 

@@ -21,6 +21,8 @@ from safeproj.records.checks import Evidence, Finding
 from safeproj.records.rules import RULES, Level
 from safeproj.records.scores import ModuleReport
 from safeproj.run.job import Cast, Run
+from safeproj.storage.arrays import norm as norm_of
+from safeproj.storage.arrays import quiet
 from safeproj.text import cut, printable, shorten
 
 CANCELLATION = 1e6
@@ -425,6 +427,7 @@ def _outside(context: Context) -> Iterator[Finding]:
             yield found("SP037", f"{text}at most {policy.max_unseen:g}", module=name)
 
 
+@quiet
 def _unseen(context: Context, item: PlannedModule, s: float) -> float:
     """Return `‖s ΔW‖_F / ‖V‖_F` of the part in output directions that alignment left alone.
 
@@ -439,4 +442,4 @@ def _unseen(context: Context, item: PlannedModule, s: float) -> float:
     seen, sizes = gains(update.A, update.B, score.factor)
     mean = length / len(score.factor)
     alone = sizes[seen + residual < UNSEEN * mean]
-    return abs(s) * float(alone.norm()) / length
+    return abs(s) * norm_of(alone) / length

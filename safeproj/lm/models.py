@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter.interface import CONFIG
 from safeproj.engine import resolve_device
-from safeproj.errors import SafeprojError
-from safeproj.lm.data import Data
+from safeproj.errors import SafeprojError, missing
 from safeproj.storage.published import published
 from safeproj.storage.source import Folder, HubFolder, LocalFolder, file_sha256, identity
 from safeproj.text import first_line, shorten
+
+if TYPE_CHECKING:
+    from safeproj.lm.data import Data
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """`--dtype` of a model that is run: `auto` is what it is stored in."""
@@ -26,18 +28,16 @@ READ = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 
 
 def require_extra() -> None:
-    """Refuse to go on without transformers and PEFT.
+    """Refuse to go on without torch, transformers and PEFT.
 
     Raises:
         SafeprojError: one of them is not installed.
     """
-    for package in ("transformers", "peft"):
+    for package in ("torch", "transformers", "peft"):
         try:
             __import__(package)
         except ImportError as error:
-            raise SafeprojError(
-                f"{package} is not installed, which runs the model; install safeproj[train]"
-            ) from error
+            raise SafeprojError(missing(package)) from error
 
 
 def load_tokenizer(folder: Folder) -> Any:
@@ -53,6 +53,18 @@ def load_tokenizer(folder: Folder) -> Any:
         found = AutoTokenizer.from_pretrained(place, **options)
         found.decode(found("a")["input_ids"])  # settings of odd types are met only in use
         return found
+
+
+def torch_device(device: str) -> Any:
+    """Return the device on which a model runs, for `--device`.
+
+    Raises:
+        SafeprojError: as for `resolve_device`.
+    """
+    import torch
+
+    found = resolve_device(device)
+    return torch.device(found.name if found.engine == "torch" else "cpu")
 
 
 def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any:
@@ -71,7 +83,7 @@ def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any
     """
     if dtype not in DTYPES:
         raise SafeprojError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
-    where = resolve_device(device)
+    where = torch_device(device)
     place, options = _place(folder)
 
     if device == "auto" and where.type == "cuda" and _has_accelerate():

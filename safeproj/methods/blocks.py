@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
+from safeproj.storage.arrays import AnyArray
 
-Blocks = Iterable[Tensor]
+Blocks = Iterable[AnyArray]
 """`V` (m, n) as consecutive float32 row blocks. It can be iterated twice with the same result; a
 block may be overwritten as soon as the next one is asked for."""
 
@@ -24,13 +24,13 @@ class Projected:
         UB: `Uᵀ B`, shape (k, r), where `C` is known by orthonormal columns `U`.
     """
 
-    CB: Tensor | None
+    CB: AnyArray | None
     alignment_norm: float | None
     rank: int | None = None
-    UB: Tensor | None = None
+    UB: AnyArray | None = None
 
 
-def with_rows(blocks: Blocks) -> Iterable[tuple[slice, Tensor]]:
+def with_rows(blocks: Blocks) -> Iterable[tuple[slice, AnyArray]]:
     """Yield the blocks, each with the rows that it is."""
     start = 0
     for block in blocks:

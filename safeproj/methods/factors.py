@@ -1,4 +1,4 @@
-"""Products of two factors `B A` whose terms may cancel; imports only torch.
+"""Products of two factors `B A` whose terms may cancel.
 
 `‖B A‖_F² = Σ (BᵀB) ∘ (A Aᵀ)` is what the formulas use: it never forms the product. Where its terms
 cancel, what is left of them in float64 may be noise. Factors as training makes them cancel hardly
@@ -14,8 +14,10 @@ import math
 import secrets
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy
+
+from safeproj.storage import arrays
+from safeproj.storage.arrays import Array, double
 
 CANCELS = 100.0
 """From which `cancellation` on the plain sums are left: an order of magnitude in `C B`, which is
@@ -24,7 +26,7 @@ computed in float32, is lost."""
 RESOLVED = 1e-3
 """Largest relative error with which a product still counts as known."""
 
-EPS = torch.finfo(torch.float64).eps
+EPS = float(numpy.finfo(numpy.float64).eps)
 
 
 class CancellationError(Exception):
@@ -55,45 +57,44 @@ class Core:
         L: (r, k): `A = diag(scales) L Q`.
     """
 
-    M: Tensor
-    Q: Tensor
+    M: Array
+    Q: Array
     ratio: float
-    scales: Tensor
-    L: Tensor
+    scales: Array
+    L: Array
 
-    def coordinates(self, X: Tensor) -> Tensor:
+    def coordinates(self, X: Array) -> Array:
         """Return `Y` (p, k) with `X A = Y Q` for `X` (p, r)."""
-        return (X.double() * self.scales) @ self.L
+        return (double(X) * self.scales) @ self.L
 
-    def factor(self, Y: Tensor) -> Tensor:
+    def factor(self, Y: Array) -> Array:
         """Return the smallest `X` (p, r) with `X A = Y Q` for `Y` (p, k), float64.
 
         Where rows of `A` depend on each other there are many; in the smallest nothing cancels.
         """
-        inverse: Tensor = torch.linalg.pinv(self.L, rtol=1e-11)
-        return (Y.double() @ inverse) / self.scales
+        return (double(Y) @ numpy.linalg.pinv(self.L, rcond=1e-11)) / self.scales
 
 
-def cancellation(A: Tensor, B: Tensor) -> float:
+def cancellation(A: Array, B: Array) -> float:
     """Return `Σ |BᵀB ∘ A Aᵀ| / ‖B A‖_F²`: 1 where no terms cancel, infinite where all do.
 
     Args:
         A: (r, n).
         B: (m, r).
 
-    >>> B, row = torch.tensor([[1.0, 8.0, -8.0]]), torch.ones(1, 4)
-    >>> cancellation(row, B[:, :1]), cancellation(row.expand(3, 4), B)
+    >>> B, row = numpy.array([[1.0, 8.0, -8.0]]), numpy.ones((1, 4))
+    >>> cancellation(row, B[:, :1]), cancellation(numpy.ones((3, 4)), B)
     (1.0, 289.0)
     """
-    A, B = A.double(), B.double()
+    A, B = double(A), double(B)
     terms = (B.T @ B) * (A @ A.T)
-    square, magnitude = float(terms.sum()), float(terms.abs().sum())
+    square, magnitude = float(terms.sum()), float(numpy.abs(terms).sum())
     if magnitude == 0.0:
         return 1.0
     return magnitude / square if square > 0.0 else math.inf
 
 
-def core(A: Tensor, B: Tensor) -> Core | None:
+def core(A: Array, B: Array) -> Core | None:
     """Return `B A` as `M Q`, None where it is exactly zero.
 
     The rows of `A` are scaled to lengths of about 1 first, so that those that are short beside
@@ -106,13 +107,13 @@ def core(A: Tensor, B: Tensor) -> Core | None:
     Raises:
         CancellationError: the product is not zero, and `M` is not known.
     """
-    A, B = A.double(), B.double()
-    lengths = A.norm(dim=1)
-    scales = torch.where(lengths > 0.0, lengths, 1.0).log2().round().exp2()
-    Q, R = torch.linalg.qr((A / scales[:, None]).T)
+    A, B = double(A), double(B)
+    lengths = numpy.linalg.norm(A, axis=1)
+    scales = numpy.exp2(numpy.round(numpy.log2(numpy.where(lengths > 0.0, lengths, 1.0))))
+    Q, R = numpy.linalg.qr((A / scales[:, None]).T)
     M = (B * scales) @ R.T
-    size = float(M.norm())
-    noise = 4.0 * A.shape[0] * EPS * float((B * scales).norm() * R.norm())
+    size = arrays.norm(M)
+    noise = 4.0 * A.shape[0] * EPS * arrays.norm(B * scales) * arrays.norm(R)
     if not noise <= RESOLVED * size:
         if is_zero(A, B):
             return None
@@ -120,7 +121,7 @@ def core(A: Tensor, B: Tensor) -> Core | None:
     return Core(M, Q.T, cancellation(A, B), scales, R.T)
 
 
-def settled(A: Tensor, B: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def settled(A: Array, B: Array, *others: Array) -> tuple[Array, ...]:
     """Return factors in float64 with the same products, in whose sums no terms cancel.
 
     Args:
@@ -135,18 +136,18 @@ def settled(A: Tensor, B: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         CancellationError: `B A` is not known.
     """
     if not cancellation(A, B) > CANCELS:
-        return tuple(each.double() for each in (A, B, *others))
+        return tuple(double(each) for each in (A, B, *others))
     found = core(A, B)
     if found is None:
-        return A.double(), torch.zeros_like(B, dtype=torch.float64), *(X.double() for X in others)
+        return double(A), numpy.zeros(B.shape), *(double(X) for X in others)
     return found.Q, found.M, *map(found.coordinates, others)
 
 
-def norm(A: Tensor, B: Tensor) -> float:
+def norm(A: Array, B: Array) -> float:
     """Return `‖B A‖_F`, also where terms cancel; what it is at most where that is not known.
 
-    >>> row, B = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 2e9, -2e9]])
-    >>> round(norm(row.expand(3, 2), B), 5)
+    >>> rows, B = numpy.array([[3.0, 4.0]] * 3), numpy.array([[1.0, 2e9, -2e9]])
+    >>> round(norm(rows, B), 5)
     5.0
     """
     try:
@@ -156,26 +157,28 @@ def norm(A: Tensor, B: Tensor) -> float:
     return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
 
 
-def is_zero(A: Tensor, B: Tensor) -> bool:
+def is_zero(A: Array, B: Array) -> bool:
     """Tell whether `B A` is exactly zero, in whole numbers.
 
     By `B (A x)` for a random `x` (Freivalds): wrong with a probability of 2⁻⁶⁴. Nobody who chose
     the factors knows `x`.
 
-    >>> big = torch.tensor([[1e30, -1e30]])
-    >>> is_zero(torch.ones(2, 3), big), is_zero(torch.ones(3, 3), torch.tensor([[1e30, 1, -1e30]]))
-    (True, False)
+    >>> big = numpy.array([[1e30, -1e30]])
+    >>> is_zero(numpy.ones((2, 3)), big)
+    True
+    >>> is_zero(numpy.ones((3, 3)), numpy.array([[1e30, 1, -1e30]]))
+    False
     """
     x = [secrets.randbits(64) for _ in range(A.shape[1])]
     y = [sum(map(int.__mul__, row, x)) for row in _integers(A)]
     return not any(sum(map(int.__mul__, row, y)) for row in _integers(B))
 
 
-def _integers(X: Tensor) -> list[list[int]]:
+def _integers(X: Array) -> list[list[int]]:
     """Return finite floating-point numbers as whole numbers, all times one power of two."""
-    mantissas, exponents = torch.frexp(X.double())
-    shifts = exponents - int(exponents.min()) if X.numel() else exponents
-    whole = mantissas.mul(2.0**53).long()
+    mantissas, exponents = numpy.frexp(double(X))
+    shifts = exponents - int(exponents.min()) if X.size else exponents
+    whole = (mantissas * 2.0**53).astype(numpy.int64)
     return [
         [number << shift for number, shift in zip(*rows, strict=True)]
         for rows in zip(whole.tolist(), shifts.tolist(), strict=True)

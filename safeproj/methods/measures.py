@@ -1,4 +1,4 @@
-"""What methods say of an update and of what they make of it; imports only torch.
+"""What methods say of an update and of what they make of it.
 
 The names are the papers': `A` (r, n) and `B` (m, r) are the factors, the update is `ΔW = s · B A`,
 and `C` (m, m) is what it is projected with. Neither `C` nor `ΔW` is ever formed.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+import numpy
 
 from safeproj.methods.factors import settled
+from safeproj.storage.arrays import Array, double, norm
 
 NEGLIGIBLE = 1e-3
 """Singular values of an update below this, relative to the largest, are too close to the rounding
 of `C B` for a direction of their own."""
 
 
-def similarity(A: Tensor, B: Tensor, CB: Tensor) -> float | None:
+def similarity(A: Array, B: Array, CB: Array) -> float | None:
     """Return `cos = ⟨ΔW, C ΔW⟩_F / (‖ΔW‖_F ‖C ΔW‖_F)`, which lies in [0, 1].
 
     The scale of the update cancels. `⟨X A, Y A⟩ = Σ (Xᵀ Y) ∘ (A Aᵀ)`, summed in float64.
@@ -35,14 +35,14 @@ def similarity(A: Tensor, B: Tensor, CB: Tensor) -> float | None:
     Raises:
         CancellationError: the terms of `ΔW` cancel further than float64 can tell.
 
-    >>> A, B = torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    >>> similarity(A, B, torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+    >>> A, B = numpy.eye(2), numpy.array([[3.0, 0.0], [0.0, 4.0]])
+    >>> similarity(A, B, numpy.array([[3.0, 0.0], [0.0, 0.0]]))
     0.6
     """
     A, B, CB = settled(A, B, CB)
     G = A @ A.T
 
-    def inner(X: Tensor, Y: Tensor) -> float:
+    def inner(X: Array, Y: Array) -> float:
         return float(((X.T @ Y) * G).sum())
 
     before, after = inner(B, B), inner(CB, CB)
@@ -53,7 +53,7 @@ def similarity(A: Tensor, B: Tensor, CB: Tensor) -> float | None:
     return min(max(inner(CB, B) / math.sqrt(after * before), 0.0), 1.0)
 
 
-def share(A: Tensor, B: Tensor, XB: Tensor) -> float | None:
+def share(A: Array, B: Array, XB: Array) -> float | None:
     """Return `‖X ΔW‖_F² / ‖ΔW‖_F²`, which lies in [0, 1] for `X = Uᵀ` or `X = I - U Uᵀ`.
 
     For an orthogonal projector `C` it is the square of the cosine, since `⟨ΔW, C ΔW⟩ = ‖C ΔW‖²`;
@@ -70,14 +70,14 @@ def share(A: Tensor, B: Tensor, XB: Tensor) -> float | None:
     Raises:
         CancellationError: the terms of `ΔW` cancel further than float64 can tell.
 
-    >>> A, B = torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    >>> share(A, B, torch.tensor([[3.0, 0.0]]))
+    >>> A, B = numpy.eye(2), numpy.array([[3.0, 0.0], [0.0, 4.0]])
+    >>> share(A, B, numpy.array([[3.0, 0.0]]))
     0.36
     """
     A, B, XB = settled(A, B, XB)
     G = A @ A.T
 
-    def square(X: Tensor) -> float:
+    def square(X: Array) -> float:
         return float(((X.T @ X) * G).sum())
 
     before = square(B)
@@ -86,7 +86,7 @@ def share(A: Tensor, B: Tensor, XB: Tensor) -> float | None:
     return min(max(square(XB) / before, 0.0), 1.0)
 
 
-def gains(A: Tensor, B: Tensor, CB: Tensor) -> tuple[Tensor, Tensor]:
+def gains(A: Array, B: Array, CB: Array) -> tuple[Array, Array]:
     """Return how much `C` sees of an update's output directions, and how much of it lies in each.
 
     The directions `u` (m,) are an orthonormal basis of the column space of `ΔW = B A` in which `C`
@@ -104,25 +104,25 @@ def gains(A: Tensor, B: Tensor, CB: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         CancellationError: the terms of `ΔW` cancel further than float64 can tell.
 
-    >>> A, B = torch.eye(2), torch.tensor([[3.0, 3.0], [4.0, -4.0]])
-    >>> seen, sizes = gains(A, B, torch.tensor([[3.0, 3.0], [0.0, 0.0]]))
+    >>> A, B = numpy.eye(2), numpy.array([[3.0, 3.0], [4.0, -4.0]])
+    >>> seen, sizes = gains(A, B, numpy.array([[3.0, 3.0], [0.0, 0.0]]))
     >>> [round(abs(value), 4) for value in (*seen.tolist(), *sizes.tolist())]
     [0.0, 1.0, 5.6569, 4.2426]
     """
     A, B, CB = settled(A, B, CB)
-    L = torch.linalg.qr(A.T)[1]
-    U, S, W = torch.linalg.svd(B @ L.T, full_matrices=False)
+    L = numpy.linalg.qr(A.T)[1]
+    U, S, W = numpy.linalg.svd(B @ L.T, full_matrices=False)
     k = int((NEGLIGIBLE * S[0] < S).sum())
     CU = (CB @ L.T) @ (W[:k].T / S[:k])
-    seen, E = torch.linalg.eigh((U[:, :k].T @ CU + CU.T @ U[:, :k]) / 2.0)
-    return seen, (E.T * S[:k]).norm(dim=1)
+    seen, E = numpy.linalg.eigh((U[:, :k].T @ CU + CU.T @ U[:, :k]) / 2.0)
+    return seen, numpy.linalg.norm(E.T * S[:k], axis=1)
 
 
-def scale(B: Tensor, CB: Tensor) -> float:
+def scale(B: Array, CB: Array) -> float:
     """Return `‖C B‖_F / ‖B‖_F`: how much of the factor the projection leaves."""
-    return float(CB.double().norm() / B.double().norm())
+    return norm(CB) / norm(B)
 
 
-def pdst(B_out: Tensor, CB: Tensor) -> float:
+def pdst(B_out: Array, CB: Array) -> float:
     """Return `1 / (1 + ‖B_out - C B‖_F)` of one module; the reference code prints the mean."""
-    return 1.0 / (1.0 + float((B_out.double() - CB.double()).norm()))
+    return 1.0 / (1.0 + norm(double(B_out) - double(CB)))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
-import torch
-from torch import Tensor
+import numpy
 
 from safeproj.engine import Buffers, Task, Update
 from safeproj.errors import SafeprojError
@@ -15,14 +15,15 @@ from safeproj.methods.blocks import Projected
 from safeproj.methods.factors import Core
 from safeproj.methods.measures import scale
 from safeproj.methods.score import Score, Settled, core_of, diagnosis
+from safeproj.storage.arrays import Array, double, is_finite, single
 
 Digests = tuple[dict[str, str], dict[str, str]]
 """Label of each tensor that was read to its SHA-256, of both sides."""
 
-Project = Callable[[Tensor], tuple[Projected, Digests | None]]
+Project = Callable[[Array], tuple[Projected, Digests | None]]
 """Makes `C B` of `B` (m, r), float32 on the device, and the digests of what was read for it."""
 
-Measure = Callable[[Tensor, Tensor, Projected], Score]
+Measure = Callable[[Array, Array, Projected], Score]
 """Makes the score of `A`, `B` and what they were projected to, as far as its cosine goes."""
 
 
@@ -43,14 +44,14 @@ def projected(
     cores = [core_of(task.name, update, "output") for update in task.updates]
     pairs = zip(task.updates, cores, strict=True)
     factors = [_output(update, known) for update, known in pairs]
-    B = torch.cat(factors, dim=1).to(buffers.device)
+    B = buffers.device.put(numpy.concatenate(factors, axis=1))
     try:
         found, sha256 = project(B)
     except FloatingPointError as error:
         raise SafeprojError(diagnosis(task.name, task.origin, buffers)) from error
     widths = [factor.shape[1] for factor in factors]
     CBs, UBs = (
-        [None] * len(widths) if each is None else each.cpu().split(widths, dim=1)
+        [None] * len(widths) if each is None else _parts(buffers.device.get(each), widths)
         for each in (found.CB, found.UB)
     )
     return tuple(
@@ -61,11 +62,16 @@ def projected(
     )
 
 
-def _output(update: Update, known: Core | SafeprojError | None) -> Tensor:
+def _parts(whole: Array, widths: Sequence[int]) -> Sequence[Array]:
+    """Return the columns of a matrix in parts of these widths."""
+    return numpy.split(whole, list(accumulate(widths))[:-1], axis=1)
+
+
+def _output(update: Update, known: Core | SafeprojError | None) -> Array:
     """Return `B`, or what stands for it, in float32 with the bias as a further column."""
     B = known.M if isinstance(known, Core) else update.B
     parts = [B] if update.bias is None else [B, update.bias]
-    return torch.cat([part.float() for part in parts], dim=1)
+    return numpy.concatenate([single(part) for part in parts], axis=1)
 
 
 def _update_score(
@@ -73,27 +79,27 @@ def _update_score(
     update: Update,
     known: Core | None,
     found: Projected,
-    CB: Tensor | None,
-    UB: Tensor | None,
+    CB: Array | None,
+    UB: Array | None,
     sha256: Digests | None,
     measure: Measure,
 ) -> Score | SafeprojError:
     if CB is None:
         return replace(measure(update.A, update.B, found), sha256=sha256)
-    if not bool(CB.isfinite().all()):
+    if not is_finite(CB):
         return SafeprojError(
             f"{task.name}: the projected factor has a value that is not finite, though its weights "
             "are: they are too large for float32"
         )
     A, B = (update.A, update.B) if known is None else (known.Q, known.M)
     rank = B.shape[1]
-    Cb = None if update.bias is None else CB[:, rank:].clone()
-    CB = CB[:, :rank].clone()  # the others' may be let go
+    Cb = None if update.bias is None else CB[:, rank:].copy()
+    CB = CB[:, :rank].copy()  # the others' may be let go
     UB = None if UB is None else UB[:, :rank]
     score = measure(A, B, replace(found, CB=CB, UB=UB))
     if known is not None:
-        settled = Settled(known, CB.double())
-        score = replace(score, factor=known.factor(CB).float(), settled=settled)
+        settled = Settled(known, double(CB))
+        score = replace(score, factor=single(known.factor(CB)), settled=settled)
     if score.cosine is not None and not math.isfinite(score.cosine):
         return SafeprojError(
             f"{task.name}: the cosine is not finite; the adapter's factors are too large"

@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Seq
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar, get_args
+from typing import IO, Any, Generic, TypeVar, get_args
 
 import numpy
 
 from safeproj import __version__
-from safeproj.adapter.files import bytes_of
 from safeproj.checkpoint import Reader, Weight
 from safeproj.checkpoint.expression import Expression, Head, Swapped, stored_names
 from safeproj.checkpoint.interface import TensorInfo, as_matrix
@@ -30,6 +29,7 @@ from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.errors import SafeprojError
 from safeproj.names import Layout, Names
 from safeproj.names.layout import Kind
+from safeproj.storage.arrays import Array, bytes_of
 from safeproj.storage.documents import parse
 from safeproj.storage.publish import AppearedError, appearing
 from safeproj.storage.published import without_paths
@@ -37,9 +37,6 @@ from safeproj.storage.source import LocalFolder, open_folder
 from safeproj.storage.tensorfile import Header, read_header, require_printable, write
 from safeproj.text import first_line, is_plain, shorten
 from safeproj.versions import versions
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 METADATA = "safeproj"
 """Key of the JSON text in the file's metadata."""
@@ -462,6 +459,8 @@ def recorded_document(
     config: Mapping[str, Any],
     parameters: Iterable[tuple[str, Sequence[int], Layout]],
     weights: Mapping[str, Any],
+    *,
+    by_torch: bool,
 ) -> dict[str, Any]:
     """Return the JSON of a file: no time and no host, so that the same run gives the same file.
 
@@ -472,11 +471,12 @@ def recorded_document(
         config: of the model.
         parameters: name, shape and layout of each of the model's weights that it is about.
         weights: what is recorded of each, by key.
+        by_torch: whether torch computed it.
     """
     return {
         "schema": kind.schema,
         "tool": {"name": "safeproj", "version": __version__},
-        "versions": versions(),
+        "versions": versions(by_torch=by_torch),
         "options": dict(options),
         "inputs": dict(inputs),
         "config": without_paths(config),
@@ -554,7 +554,7 @@ def check_file(out: Path, overwrite: bool, kind: FileKind[Any]) -> None:
 def write_recorded(
     out: Path,
     kind: FileKind[Any],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Array]],
     document: Callable[[], Mapping[str, Any]],
     *,
     overwrite: bool = False,

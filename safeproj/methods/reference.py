@@ -11,10 +11,9 @@ from safeproj.methods.score import Score
 from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule
 from safeproj.plan.select import Selection
+from safeproj.storage.arrays import Array
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from safeproj.lm.layers import OnBatch
 
 
@@ -56,7 +55,7 @@ class Reference(Protocol):
 
     def prepare(
         self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
-    ) -> Mapping[str, Tensor]:
+    ) -> Mapping[str, Array]:
         """Return what has to be made of an adapter by running the model: module to `A'` (r, n).
 
         Args:
@@ -101,6 +100,6 @@ class Plain:
 
     def prepare(
         self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
-    ) -> Mapping[str, Tensor]:
+    ) -> Mapping[str, Array]:
         del adapter, plan, device, on_batch
         return {}

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from safeproj.adapter.record import Side
 from safeproj.engine import Buffers, Source, Update, row_width, rows_per_block
 from safeproj.errors import SafeprojError
 from safeproj.methods.detail import Detail
 from safeproj.methods.factors import CANCELS, CancellationError, Core, cancellation, core
+from safeproj.storage.arrays import Array, double, is_finite
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Settled:
     """
 
     core: Core
-    after: Tensor
+    after: Array
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,10 @@ class Score:
         settled: what was computed with where the terms of `B A` cancel.
     """
 
-    factor: Tensor | None
+    factor: Array | None
     cosine: float | None
     detail: Detail
-    bias: Tensor | None = None
+    bias: Array | None = None
     scale: float | None = None
     bounds: tuple[float, float] | None = None
     sha256: tuple[dict[str, str], dict[str, str]] | None = None
@@ -83,9 +82,9 @@ def core_of(name: str, update: Update, side: Side) -> Core | SafeprojError | Non
         return SafeprojError(f"{name}: {error}")
 
 
-def _gained(update: Update) -> Tensor:
+def _gained(update: Update) -> Array:
     """Return `B` with AdaLoRA's gain: times `A` as it is stored it is the update."""
-    return update.B if update.gain is None else update.B.double() * update.gain.double().T
+    return update.B if update.gain is None else double(update.B) * double(update.gain).T
 
 
 def diagnosis(name: str, source: Source, buffers: Buffers) -> str:
@@ -94,7 +93,8 @@ def diagnosis(name: str, source: Source, buffers: Buffers) -> str:
         rows = rows_per_block(buffers.device, weight)
         staging = buffers.staging(rows * row_width(weight))[0]
         for start, stop in buffers.starts(rows, weight):
-            if not bool(staging.load(weight, buffers.readers[0], start, stop).isfinite().all()):
+            found = buffers.device.get(staging.load(weight, buffers.readers[0], start, stop))
+            if not is_finite(found):
                 return f"{weight.source}: {weight.label} has NaN or Inf; the file is damaged"
     return (
         f"{name}: V has a value that is not finite, though its weights are: they are too large for "

@@ -18,7 +18,7 @@ from safeproj.checkpoint.expression import (
 )
 from safeproj.checkpoint.interface import Checkpoint
 from safeproj.errors import SafeprojError
-from safeproj.names.layout import LINEAR, Layout, known_layout, layout_by_name, model_types
+from safeproj.names.layout import DENSE, LINEAR, Layout, known_layout, layout_by_name, model_types
 from safeproj.names.rules import parse_rules, rewrite
 from safeproj.names.suffix import TURNED_ON_DISK, Suffixes, turned_on_disk
 from safeproj.text import printable, shorten
@@ -113,7 +113,7 @@ class Names:
         Without transformers, or where it does not know the architecture, these are the weights
         that the checkpoint's own names tell.
         """
-        if self._mapping is not None:
+        if not self._is_dense and self._mapping is not None:
             return self._mapping.parameters()
         found = {}
         for name in self._checkpoint.names:
@@ -122,6 +122,19 @@ class Names:
             if layout is not None and dimensions == (3 if layout.kind == "experts" else 2):
                 found[name] = layout
         return found
+
+    @property
+    def _is_dense(self) -> bool:
+        """Tell whether the stored names are all that there is, so that transformers adds nothing.
+
+        It may where the output head is not stored, which is the embedding then.
+        """
+        config, types = self._checkpoint.config, self._types
+        known = bool(types) and types <= DENSE and "auto_map" not in config
+        names = self._checkpoint.names
+        if not known or "lm_head.weight" not in names:
+            return False
+        return all(name.startswith(("model.", "lm_head.")) for name in names)
 
     def experts(self) -> dict[str, Layout]:
         """Return the weights of single experts, as models had them before there were stacks."""

@@ -49,6 +49,12 @@ _UNCLEAR = ("emb", "conv", "patch", "norm", "experts", "codebook", "input_linear
 """Parts of names that do not tell what kind of module it is."""
 
 
+DENSE = frozenset(
+    {"gemma", "gemma2", "granite", "llama", "mistral", "olmo", "olmo2", "phi3", "qwen2", "qwen3"}
+)
+"""Architectures whose weights are called on disk as in the running model, and all `nn.Linear`."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the running model stores a weight.

@@ -22,10 +22,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from importlib.util import find_spec
 
-import torch
-from torch import Tensor
+import numpy
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import CONFIG
@@ -35,11 +34,26 @@ from safeproj.adapter.vocabulary import HEADS
 from safeproj.checkpoint import Reader
 from safeproj.checkpoint.expression import Matrix, Swapped, matrix, stored_names
 from safeproj.engine.blocks import row_width, rows_per_block
+from safeproj.engine.device import Host
 from safeproj.engine.local import MAX_WORKERS
 from safeproj.errors import SafeprojError
 from safeproj.names import Names
 from safeproj.plan.match import PlannedModule, plan
 from safeproj.plan.select import Selection
+from safeproj.storage.arrays import (
+    FLOAT32,
+    FLOAT64,
+    Array,
+    DType,
+    cast,
+    double,
+    from_torch,
+    is_finite,
+    promoted,
+    quiet,
+    single,
+    to_torch,
+)
 from safeproj.text import shorten
 
 ROUNDING = 1e-6
@@ -62,24 +76,38 @@ SAMPLE = 8
 class Start:
     """`B₀ A₀` as PEFT computes it: `L` (m, r) with orthonormal columns, and `R` (r, n), float64."""
 
-    L: Tensor
-    R: Tensor
+    L: Array
+    R: Array
 
 
-def pissa(W: Tensor, rank: int, s: float) -> Start:
+def pissa(W: Array, rank: int, s: float) -> Start:
     """Return `U_r Σ_r V_rᵀ / s` of `W` (m, n).
 
-    In float32, as PEFT does: where the r-th singular value is close to the next one, rounding
-    decides between their vectors, and the adapter belongs to what rounding left in training.
+    In float32 by torch, as PEFT does: where the r-th singular value is close to the next one,
+    rounding decides between their vectors, and the adapter belongs to what rounding left.
+
+    Raises:
+        SafeprojError: torch is not installed.
     """
-    U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
-    return Start(U[:, :rank].double(), S[:rank, None].double() / s * Vh[:rank].double())
+    if find_spec("torch") is None:
+        raise SafeprojError(
+            "init_lora_weights is 'pissa', whose start only torch computes as PEFT does; install "
+            "safeproj[torch]"
+        )
+    import torch
+
+    from safeproj.engine.torch_device import scope
+
+    with scope():
+        U, S, Vh = torch.linalg.svd(to_torch(single(W)), full_matrices=False)
+        parts = (U[:, :rank].double(), S[:rank, None].double() / s * Vh[:rank].double())
+        return Start(*map(from_torch, parts))
 
 
-def olora(W: Tensor, rank: int, s: float) -> Start:
+def olora(W: Array, rank: int, s: float) -> Start:
     """Return `Q_r R_r` of `W = Q R` (m, n), float64: the first r columns of `W` span `Q_r`."""
     del s  # PEFT multiplies by it in the residual as in the update
-    Q = torch.linalg.qr(W[:, :rank])[0]
+    Q = numpy.linalg.qr(W[:, :rank])[0]
     return Start(Q, Q.T @ W)
 
 
@@ -112,13 +140,13 @@ def converted(adapter: Adapter, aligned: Names | None, workers: int | None = Non
                 f"{adapter.source}: {name} is scaled by {s:g}; expected more than 0"
             )
 
-    @torch.inference_mode()
-    def work(item: PlannedModule) -> dict[str, Tensor]:
+    @quiet
+    def work(item: PlannedModule) -> dict[str, Array]:
         module = item.module
-        A, B = (f.view(adapter.tensors).double() for f in (module.input, module.output))
+        A, B = (double(f.view(adapter.tensors)) for f in (module.input, module.output))
         if module.kind is Kind.linear:
             W = _whole(matrix(item.aligned, aligned.checkpoint))
-            if not bool(W.isfinite().all()):
+            if not is_finite(W):
                 raise SafeprojError(
                     f"{aligned.checkpoint.source}: the weight of {module.name} has NaN or Inf; the "
                     "checkpoint is damaged"
@@ -127,13 +155,15 @@ def converted(adapter: Adapter, aligned: Names | None, workers: int | None = Non
         else:  # PEFT starts embeddings from zero whatever the name
             A, B = _padded(A, B, 2 * module.rank)
         return {
-            factor.key: value.to(_wide(adapter.tensors[factor.key].dtype)).contiguous()
+            factor.key: numpy.require(
+                cast(value, _wide(adapter.tensors[factor.key].dtype)), requirements="C"
+            )
             for factor, value in ((module.input, A), (module.output, B))
         }
 
     tensors = dict(adapter.tensors)
     threads = workers or min(os.cpu_count() or 1, MAX_WORKERS)
-    with ThreadPoolExecutor(threads, "safeproj", partial(torch.set_num_threads, 1)) as pool:
+    with Host().session(), ThreadPoolExecutor(threads, "safeproj") as pool:
         for changed in pool.map(work, found.modules):
             tensors |= changed
     config = doubled(adapter.config)
@@ -149,7 +179,7 @@ def converted(adapter: Adapter, aligned: Names | None, workers: int | None = Non
     )
 
 
-def difference(A: Tensor, B: Tensor, start: Start) -> tuple[Tensor, Tensor]:
+def difference(A: Array, B: Array, start: Start) -> tuple[Array, Array]:
     """Return `A'` (2r, n) and `B'` (m, 2r) with `B' A' = B A - B₀ A₀`, for float64 factors.
 
     PEFT puts the factors beside each other, `[B, -B₀]` and `[A; A₀]`: two products much larger than
@@ -157,29 +187,28 @@ def difference(A: Tensor, B: Tensor, start: Start) -> tuple[Tensor, Tensor]:
     value decomposition, each with the root of the singular values, whose product cancels nothing.
     """
     rank = 2 * len(A)
-    Q, T = torch.linalg.qr(torch.cat([B, -start.L], dim=1))
-    P, Z = torch.linalg.qr(torch.cat([A, start.R]).T)
-    U, S, Vh = torch.linalg.svd(T @ Z.T, full_matrices=False)
-    noise = ROUNDING * float(torch.linalg.matrix_norm(start.R, 2))
-    S = S.where(S.gt(noise), 0.0)
-    root = S.sqrt()
+    Q, T = numpy.linalg.qr(numpy.concatenate([B, -start.L], axis=1))
+    P, Z = numpy.linalg.qr(numpy.concatenate([A, start.R]).T)
+    U, S, Vh = numpy.linalg.svd(T @ Z.T, full_matrices=False)
+    noise = ROUNDING * float(numpy.linalg.norm(start.R, 2))
+    root = numpy.sqrt(numpy.where(noise < S, S, 0.0))
     A, B = (P @ Vh.T * root).T, Q @ U * root
-    largest = A.abs().argmax(dim=1, keepdim=True)
-    signs = A.gather(1, largest).sign()  # whatever library computed them
+    largest = numpy.abs(A).argmax(axis=1)[:, None]
+    signs = numpy.sign(numpy.take_along_axis(A, largest, axis=1))  # whatever library computed them
     return _padded(A * signs, B * signs.T, rank)
 
 
-def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _padded(A: Array, B: Array, rank: int) -> tuple[Array, Array]:
     """Return factors of the same product with so many rows and columns."""
     more = rank - len(A)
     return (
-        torch.cat([A, A.new_zeros(more, A.shape[1])]),
-        torch.cat([B, B.new_zeros(len(B), more)], dim=1),
+        numpy.concatenate([A, numpy.zeros((more, A.shape[1]))]),
+        numpy.concatenate([B, numpy.zeros((len(B), more))], axis=1),
     )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _wide(dtype: DType) -> DType:
+    return promoted(dtype, FLOAT32)
 
 
 def _start(adapter: Adapter, init: str, aligned: Names | None) -> Callable[..., Start]:
@@ -283,7 +312,7 @@ def held_parts(
     }
 
 
-def share(W: Tensor, A: Tensor, B: Tensor, s: float | None) -> float:
+def share(W: Array, A: Array, B: Array, s: float | None) -> float:
     """Return how much of what an update reaches of a weight is that part of the weight itself.
 
     With `P` the orthogonal projector onto the columns of `B` (m, r), what `s · B A` reaches of `W`
@@ -291,9 +320,9 @@ def share(W: Tensor, A: Tensor, B: Tensor, s: float | None) -> float:
     is. The share is `1 - ‖P W - s B A‖² / ‖P W‖²`, with the most favourable `s` where it is not
     known; not a number where `W` has one that is none.
     """
-    Q, T = torch.linalg.qr(B)
-    reached, moved = Q.T @ W, T @ A  # Qᵀ P W and Qᵀ B A
-    own, size = float(reached.square().sum()), float(moved.square().sum())
+    Q, T = numpy.linalg.qr(B)
+    reached, moved = double(Q.astype(W.dtype).T @ W), T @ A  # Qᵀ P W and Qᵀ B A
+    own, size = float(numpy.square(reached).sum()), float(numpy.square(moved).sum())
     both = float((reached * moved).sum())
     if not own or not size or both <= 0.0:
         return 0.0
@@ -301,13 +330,13 @@ def share(W: Tensor, A: Tensor, B: Tensor, s: float | None) -> float:
     return 2 * s * both / own - s * s * size / own
 
 
-@torch.inference_mode()
+@quiet
 def _share(adapter: Adapter, item: PlannedModule, aligned: Names, s: float | None) -> float:
-    W = _whole(matrix(item.aligned, aligned.checkpoint))
+    W = _whole(matrix(item.aligned, aligned.checkpoint), FLOAT32)
     module, tensors = item.module, adapter.tensors
-    A, B = (factor.view(tensors).double() for factor in (module.input, module.output))
+    A, B = (double(factor.view(tensors)) for factor in (module.input, module.output))
     if module.gain is not None:
-        A = A * module.gain.view(tensors)
+        A = A * double(module.gain.view(tensors))
     return share(W, A, B, s)
 
 
@@ -322,15 +351,15 @@ def told_of(parts: Mapping[str, float]) -> str | None:
     )
 
 
-def _whole(found: Matrix) -> Tensor:
-    """Return a weight (m, n), float64."""
+def _whole(found: Matrix, dtype: DType = FLOAT64) -> Array:
+    """Return a weight (m, n), in float64 or another dtype."""
     weight, reader = found.weight, Reader()
     reader.start(digests=False)
     try:
-        step = rows_per_block(torch.device("cpu"), weight)
-        buffer = torch.empty(step * row_width(weight), dtype=torch.uint8)
+        step = rows_per_block(Host(), weight)
+        buffer = numpy.empty(step * row_width(weight), numpy.uint8)
         rows, columns = weight.shape
-        whole = torch.empty(rows, columns, dtype=torch.float64)
+        whole = numpy.empty((rows, columns), dtype)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             whole[start:stop] = weight.read_rows(reader, start, stop, buffer)

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.peft_config import PREFIX
@@ -20,14 +17,23 @@ from safeproj.methods.score import Score
 from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
 from safeproj.records.scores import ModuleReport, Report, Unprojected, place
+from safeproj.storage.arrays import (
+    Array,
+    DType,
+    cast,
+    double,
+    dtype_of,
+    is_finite,
+    norm,
+    promoted,
+    quiet,
+)
 from safeproj.storage.source import identity
 from safeproj.text import natural_order, shorten
 
 DTYPES = {
     "keep": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
+    **{name: dtype_of(name) for name in ("float32", "bfloat16", "float16")},
 }
 """`--dtype`: what the projected tensors are written as; `keep` is the dtype they had."""
 
@@ -46,11 +52,12 @@ class Decision:
         converted: those of them that have another dtype alone, since the other factor has it.
     """
 
-    replaced: dict[str, Tensor]
+    replaced: dict[str, Array]
     report: Report
     converted: frozenset[str] = frozenset()
 
 
+@quiet
 def decide(
     adapter: Adapter,
     inputs: Mapping[str, Mapping[str, Any]],
@@ -135,13 +142,13 @@ def _replaced(
     plan: Plan,
     scores: Mapping[str, Score],
     chosen: frozenset[str],
-    dtype: torch.dtype | None,
+    dtype: DType | None,
     side: Side,
-) -> dict[str, Tensor]:
+) -> dict[str, Array]:
     """Return the tensors that change, whole: of a stack of experts some may stay as they are."""
     others = [p.module for p in plan.modules if p.module.name not in chosen]
     kept = {factor.key for module in (*others, *plan.excluded) for factor in module.written(side)}
-    replaced: dict[str, Tensor] = {}
+    replaced: dict[str, Array] = {}
     for planned in plan.modules:
         score = scores[planned.module.name]
         if planned.module.name not in chosen or score.factor is None:
@@ -153,11 +160,11 @@ def _replaced(
                 before = adapter.tensors[factor.key]
                 wanted = dtype or before.dtype
                 if factor.key in kept:  # what is kept in it must not be rounded
-                    wanted = torch.promote_types(wanted, before.dtype)
-                replaced[factor.key] = before.to(wanted, copy=True)
+                    wanted = promoted(wanted, before.dtype)
+                replaced[factor.key] = cast(before, wanted)
             place = factor.view(replaced)
-            place.copy_(value)
-            if not bool(place.isfinite().all()):
+            place[...] = cast(value, place.dtype)
+            if not is_finite(place):
                 raise SafeprojError(
                     f"{factor.key}: the projected tensor does not fit into {place.dtype}; use "
                     "--dtype float32"
@@ -168,10 +175,10 @@ def _replaced(
 def _converted(
     adapter: Adapter,
     plan: Plan,
-    replaced: Mapping[str, Tensor],
+    replaced: Mapping[str, Array],
     chosen: frozenset[str],
     side: Side,
-) -> dict[str, Tensor]:
+) -> dict[str, Array]:
     """Return the other factors of projected modules in the dtype that is written.
 
     Some readers refuse two dtypes in one module.
@@ -179,18 +186,18 @@ def _converted(
     other: Side = "input" if side == "output" else "output"
     modules = [*(planned.module for planned in plan.modules), *plan.excluded]
     kept = {m.factor(other).key for m in modules if m.name not in chosen}
-    found: dict[str, Tensor] = {}
+    found: dict[str, Array] = {}
     for module in modules:
         written, key = replaced.get(module.factor(side).key), module.factor(other).key
         if written is None or module.name not in chosen or key in replaced:
             continue
         before, wanted = adapter.tensors[key], written.dtype
         if key in kept:  # what is kept in it must not be rounded
-            wanted = torch.promote_types(wanted, before.dtype)
+            wanted = promoted(wanted, before.dtype)
         if before.dtype == wanted:
             continue
-        found[key] = before.to(wanted)
-        if not bool(found[key].isfinite().all()):
+        found[key] = cast(before, wanted)
+        if not is_finite(found[key]):
             raise SafeprojError(
                 f"{key}: does not fit into {wanted}, which its module is written as; use --dtype "
                 "float32"
@@ -221,7 +228,7 @@ def _unprojected(
             yield Unprojected(bias.key, module.name, kind, None)
 
 
-def _lost(there: Tensor, score: Score, side: Side) -> float:
+def _lost(there: Array, score: Score, side: Side) -> float:
     """Return how far what was written is from what was computed, relative to it.
 
     Of the factor; of the update itself where terms cancel, since the factor says little of it.
@@ -233,9 +240,9 @@ def _lost(there: Tensor, score: Score, side: Side) -> float:
     return _relative_error(score.settled.core.coordinates(columns), score.settled.after)
 
 
-def _relative_error(there: Tensor, factor: Tensor) -> float:
-    size = float(factor.double().norm())
-    return float((there.double() - factor.double()).norm()) / size if size else 0.0
+def _relative_error(there: Array, factor: Array) -> float:
+    size = norm(factor)
+    return norm(double(there) - double(factor)) / size if size else 0.0
 
 
 def _module_reports(

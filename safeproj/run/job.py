@@ -9,8 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+import numpy
 
 from safeproj import engine
 from safeproj.adapter import Adapter, read_adapter
@@ -33,6 +32,7 @@ from safeproj.records.scores import Report
 from safeproj.run.decide import DTYPES, Decision, decide
 from safeproj.run.manifest import manifest
 from safeproj.run.options import Options
+from safeproj.storage.arrays import Array, double, is_finite, quiet
 from safeproj.storage.source import Folder, LocalFolder, read_json
 from safeproj.text import shorten
 
@@ -40,7 +40,7 @@ BATCH = 2 << 30
 """Bytes of adapters that are held at a time. Where there are more, the checkpoints are read once
 for each so many."""
 
-CASTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CASTS = {name: dtype for name, dtype in DTYPES.items() if dtype is not None}
 """What servers cast factors to, whatever they are stored as."""
 
 MULTIPLIED = ("bfloat16", "float16")
@@ -68,7 +68,7 @@ class Loaded:
     plan: Plan
     today: tuple[PlannedModule, ...] = ()
     held: str | None = None
-    replacements: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    replacements: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -267,15 +267,18 @@ class Job:
 
     def manifest(self, run: Run, report: Report, *, copy_weights: bool = False) -> dict[str, Any]:
         """Return what `safeproj.json` says of a run, without the digests of what is written."""
+        where = engine.resolve_device(self._options.device, wide=self._method.is_wide)
         options: dict[str, Any] = {
             "dtype": self._options.dtype,
-            "device": str(engine.resolve_device(self._options.device)),
+            "device": where.name,
+            "engine": where.engine,
         }
         if copy_weights:
             options["copy_weights"] = True
         if self._options.portable:
             options["portable"] = True
-        return manifest(run.adapter, self.reference, run.scores, report, options)
+        by_torch = where.engine == "torch" or self.reference.runs_adapter
+        return manifest(run.adapter, self.reference, run.scores, report, options, by_torch=by_torch)
 
     @property
     def method(self) -> Method:
@@ -560,14 +563,17 @@ class Job:
 
 
 def _is_finite(update: Update) -> bool:
-    return bool(update.A.isfinite().all()) and bool(update.B.isfinite().all())
+    return is_finite(update.A) and is_finite(update.B)
 
 
+@quiet
 def _change(update: Update, cast: Update) -> float:
     """Return `‖ΔW_cast - ΔW‖_F / ‖ΔW‖_F`, infinite where `ΔW` is zero and the other is not."""
-    A, B, A_cast, B_cast = (each.double() for each in (update.A, update.B, cast.A, cast.B))
+    A, B, A_cast, B_cast = (double(each) for each in (update.A, update.B, cast.A, cast.B))
     # B' A' - B A = [B' - B, B] [A'; A' - A], in which hardly a term is larger than the change.
-    change = factors.norm(torch.cat([A_cast, A_cast - A]), torch.cat([B_cast - B, B], dim=1))
+    change = factors.norm(
+        numpy.concatenate([A_cast, A_cast - A]), numpy.concatenate([B_cast - B, B], axis=1)
+    )
     size = factors.norm(A, B)
     return change / size if size > 0.0 else (math.inf if change > 0.0 else 0.0)
 

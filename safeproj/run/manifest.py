@@ -19,6 +19,8 @@ def manifest(
     scores: Mapping[str, Score],
     report: Report,
     options: Mapping[str, Any],
+    *,
+    by_torch: bool = False,
 ) -> dict[str, Any]:
     """Return the content of `safeproj.json` without the digests of what was written.
 
@@ -29,4 +31,4 @@ def manifest(
     for role, sha256 in reference.digests(scores).items():
         found["inputs"][role] |= {"sha256": sha256}
     found["inputs"]["adapter"] |= adapter_record(adapter)
-    return {**found, "options": dict(options), "versions": versions()}
+    return {**found, "options": dict(options), "versions": versions(by_torch=by_torch)}

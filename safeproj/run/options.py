@@ -33,7 +33,8 @@ class Options:
     Attributes:
         selection: which modules are projected; if it does not say how they are chosen, those with
             `cos <= 0.35`, or all, as the method has it.
-        device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or
+            `torch` for the processor by torch.
         workers: threads over modules on the CPU, None for one per core, at most 8. The result
             does not depend on it.
         dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.

@@ -15,16 +15,16 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy
 
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array, dtype_of
 from safeproj.storage.source import Folder, contents
 from safeproj.storage.tensorfile import MAX_DIMENSIONS, require_printable
 from safeproj.storage.wholefile import MAX_WEIGHTS
 from safeproj.text import printable, shorten
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MAX_SERIAL = 1 << 16
 """Bytes of the number that torch gives a file."""
@@ -86,7 +86,7 @@ _STORAGES = {
 """What storages are called that torch writes: class to dtype."""
 
 _SIZES = {"float64": 8, "int64": 8, "uint64": 8, "complex64": 8, "complex128": 16}
-_SIZES |= dict.fromkeys(("float32", "int32", "uint32", "complex32"), 4)
+_SIZES |= dict.fromkeys(("float32", "int32", "uint32"), 4)
 _SIZES |= dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2)
 _SIZES |= dict.fromkeys(("int8", "uint8", "bool"), 1)
 _SIZES |= dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"), 1)
@@ -122,17 +122,18 @@ class StoredTensor:
             expected *= size
         return True
 
-    def lay(self, content: bytearray) -> Tensor:
+    def lay(self, content: bytearray | memoryview) -> Array:
         """Return the tensor, a view of `nbytes` bytes from `start` on."""
-        import torch
-
-        dtype = getattr(torch, self.dtype)
+        dtype = dtype_of(self.dtype)
+        assert dtype is not None
         if not self.nbytes:
-            return torch.empty(self.shape, dtype=dtype)
-        return torch.frombuffer(content, dtype=dtype).as_strided(self.shape, self.stride)
+            return numpy.empty(self.shape, dtype)
+        flat = numpy.frombuffer(content, dtype)
+        strides = [step * dtype.itemsize for step in self.stride]
+        return numpy.lib.stride_tricks.as_strided(flat, self.shape, strides)
 
 
-def read_pickle(folder: Folder, name: str) -> dict[str, Tensor]:
+def read_pickle(folder: Folder, name: str) -> dict[str, Array]:
     """Return the tensors of a file that `torch.save` wrote, which is read once, whole.
 
     Raises:
@@ -143,14 +144,12 @@ def read_pickle(folder: Folder, name: str) -> dict[str, Tensor]:
 
 def read_nested_pickle(
     folder: Folder, name: str, inside: str | None
-) -> tuple[dict[str, Tensor], bool]:
+) -> tuple[dict[str, Array], bool]:
     """Return the same of a file that may have its tensors, alone, below one name, and whether so.
 
     Raises:
         SafeprojError: as for `find_tensors`.
     """
-    import torch
-
     path = folder.path(name)
     try:
         content = contents(folder, name, MAX_WEIGHTS)
@@ -164,10 +163,9 @@ def read_nested_pickle(
     found = {}
     tensors, nested = _tensors(path, read, len(content), inside)
     for key, stored in tensors.items():
-        part: Any = view[stored.start : stored.start + stored.nbytes]
-        if stored.start % torch.empty(0, dtype=getattr(torch, stored.dtype)).element_size():
-            part = bytearray(part)
-        found[key] = stored.lay(part).contiguous()
+        part = view[stored.start : stored.start + stored.nbytes]
+        whole = stored.lay(bytearray(part) if stored.start % _SIZES[stored.dtype] else part)
+        found[key] = numpy.require(whole, requirements="C")
     return found, nested
 
 

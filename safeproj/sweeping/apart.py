@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from safeproj.engine.device import scope_of
 from safeproj.errors import SafeprojError
 from safeproj.methods.blocks import Blocks, Projected
 from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.salora.formulas import Complement
+from safeproj.storage.arrays import AnyArray, namespace
 
 Work = Callable[[Blocks], Projected]
 """What is made of the blocks, in as many passes as it likes."""
@@ -71,20 +72,31 @@ class _ApartComplement(_Apart, Complement):
 def _halves(whole: Any, method: str, blocks: Blocks, *given: Any) -> Projected:
     """Return what a method makes of both halves of `B`, side by side again."""
 
-    def work(B: Tensor) -> Work:
+    def work(B: AnyArray) -> Work:
         return lambda shared: getattr(whole, method)(shared, *given[:-1], B)
 
-    first, second = in_step(blocks, [work(B.contiguous()) for B in given[-1].chunk(2, dim=1)])
+    halves = [work(half) for half in _split(given[-1])]
+    first, second = in_step(blocks, halves, partial(scope_of, given[-1]))
     return Projected(
         _beside(first.CB, second.CB), first.alignment_norm, first.rank, _beside(first.UB, second.UB)
     )
 
 
-def _beside(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return None if first is None or second is None else torch.cat([first, second], dim=1)
+def _split(B: AnyArray) -> list[AnyArray]:
+    xp, width = namespace(B), B.shape[1] // 2
+    return [xp.concat([half], axis=1) for half in (B[:, :width], B[:, width:])]  # row by row
 
 
-def in_step(blocks: Blocks, works: Sequence[Work]) -> list[Projected]:
+def _beside(first: AnyArray | None, second: AnyArray | None) -> AnyArray | None:
+    if first is None or second is None:
+        return None
+    found: AnyArray = namespace(first).concat([first, second], axis=1)
+    return found
+
+
+def in_step(
+    blocks: Blocks, works: Sequence[Work], scope: Callable[[], AbstractContextManager[None]]
+) -> list[Projected]:
     """Return what each makes of the blocks, which are read once for all of them.
 
     They take turns: each has a thread, since it asks for its blocks itself, but only one of them
@@ -93,7 +105,7 @@ def in_step(blocks: Blocks, works: Sequence[Work]) -> list[Projected]:
     Raises:
         Exception: whatever reading, or one of them, raises.
     """
-    lanes = [_Lane(work) for work in works]
+    lanes = [_Lane(work, scope) for work in works]
     try:
         while not all(lane.ended for lane in lanes):
             for block in blocks:
@@ -111,15 +123,16 @@ def in_step(blocks: Blocks, works: Sequence[Work]) -> list[Projected]:
 class _Lane:
     """One of those that take turns; it runs until it waits for a block or has ended."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, scope: Callable[[], AbstractContextManager[None]]) -> None:
         self.ended = False
+        self._scope = scope
         self._found: Projected | BaseException | None = None
-        self._given: SimpleQueue[Tensor | BaseException | None] = SimpleQueue()
+        self._given: SimpleQueue[AnyArray | BaseException | None] = SimpleQueue()
         self._turns: SimpleQueue[None] = SimpleQueue()
         threading.Thread(target=self._run, args=(work,), daemon=True).start()
         self._turns.get()
 
-    def give(self, block: Tensor | BaseException | None) -> None:
+    def give(self, block: AnyArray | BaseException | None) -> None:
         """Hand over a block, None at the end of a pass, or an error that ends it."""
         if not self.ended:
             self._given.put(block)
@@ -132,7 +145,7 @@ class _Lane:
         assert self._found is not None
         raise self._found
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[AnyArray]:
         while True:
             self._turns.put(None)
             block = self._given.get()
@@ -143,9 +156,8 @@ class _Lane:
             yield block
 
     def _run(self, work: Work) -> None:
-        torch.set_num_threads(1)  # applies to this thread, as in the engine's
         try:
-            with torch.inference_mode():
+            with self._scope():
                 self._found = work(self)
         except BaseException as error:
             self._found = error

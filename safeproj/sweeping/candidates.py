@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
-
 from safeproj import engine
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.engine import Source, Task, Update
@@ -24,6 +22,7 @@ from safeproj.records.scores import Report
 from safeproj.run.decide import Decision, decide
 from safeproj.run.job import Job
 from safeproj.run.options import Options
+from safeproj.storage.arrays import Array, single
 from safeproj.sweeping import controls
 from safeproj.sweeping.apart import apart
 from safeproj.sweeping.rotation import Rotation
@@ -32,7 +31,7 @@ from safeproj.text import natural_order
 By = Literal["layers", "threshold"]
 """What is varied: the number of projected modules, or tau."""
 
-Replaced = Mapping[str, Tensor]
+Replaced = Mapping[str, Array]
 """The tensors that take the place of the adapter's, by key."""
 
 
@@ -176,8 +175,8 @@ class _Reading:
         turned = []
         for name, update in updates.items():
             Q = Rotation(len(update.B), self.seed, name)
-            bias = None if update.bias is None else Q.turn_back(update.bias).float()
-            turned.append(replace(update, B=Q.turn_back(update.B).float(), bias=bias))
+            bias = None if update.bias is None else single(Q.turn_back(update.bias))
+            turned.append(replace(update, B=single(Q.turn_back(update.B)), bias=bias))
         return [*updates.values(), *turned]
 
     def _turned(self, name: str, score: Score, other: Score) -> Score:
@@ -185,8 +184,8 @@ class _Reading:
         if other.factor is None:
             return score
         Q = Rotation(len(other.factor), self.seed, name)
-        bias = None if other.bias is None else Q.turn(other.bias).float()
-        return replace(score, factor=Q.turn(other.factor).float(), bias=bias)
+        bias = None if other.bias is None else single(Q.turn(other.bias))
+        return replace(score, factor=single(Q.turn(other.factor)), bias=bias)
 
 
 class Projections:

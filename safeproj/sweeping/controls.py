@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+import numpy
 
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.engine import Update
 from safeproj.methods import factors
 from safeproj.methods.score import Score
+from safeproj.storage.arrays import Array, cast, double, single
 
 SHRINK, UNIFORM, RANDOM, COMPLEMENT = "shrink", "uniform", "random", "complement"
 SWAPPED = "swapped"
@@ -25,8 +25,8 @@ def shrunk(update: Update, score: Score) -> Score:
     """Return a score with `‖CB‖/‖B‖ · B` in the place of `C B`, the bias by the same factor."""
     if score.factor is None or score.scale is None:
         return score
-    bias = None if update.bias is None else update.bias.float() * score.scale
-    return replace(score, factor=update.B.float() * score.scale, bias=bias)
+    bias = None if update.bias is None else single(update.bias) * score.scale
+    return replace(score, factor=single(update.B) * score.scale, bias=bias)
 
 
 def complement(update: Update, score: Score) -> Score:
@@ -35,20 +35,21 @@ def complement(update: Update, score: Score) -> Score:
         return score
     bias = None
     if update.bias is not None and score.bias is not None:
-        bias = update.bias.float() - score.bias
-    return replace(score, factor=update.B.float() - score.factor, bias=bias)
+        bias = single(update.bias) - score.bias
+    return replace(score, factor=single(update.B) - score.factor, bias=bias)
 
 
-def scaled(adapter: Adapter, modules: Iterable[AdaptedModule], factor: float) -> dict[str, Tensor]:
+def scaled(adapter: Adapter, modules: Iterable[AdaptedModule], factor: float) -> dict[str, Array]:
     """Return what replaces the adapter's tensors when all its updates are multiplied by a factor.
 
     The output factors and the biases of `lora_B` are multiplied, in the dtypes that they have.
     """
-    replaced: dict[str, Tensor] = {}
+    replaced: dict[str, Array] = {}
     for place in (place for module in modules for place in module.written("output")):
         if place.key not in replaced:
-            replaced[place.key] = adapter.tensors[place.key].clone()
-        place.view(replaced).copy_(place.view(adapter.tensors).float() * factor)
+            replaced[place.key] = adapter.tensors[place.key].copy()
+        there = place.view(replaced)
+        there[...] = cast(single(place.view(adapter.tensors)) * factor, there.dtype)
     return replaced
 
 
@@ -75,7 +76,7 @@ class Sizes:
         """`‖ΔW‖_F` of the adapter as it is."""
         return self.norm_of({})
 
-    def norm_of(self, replaced: Mapping[str, Tensor]) -> float:
+    def norm_of(self, replaced: Mapping[str, Array]) -> float:
         """Return `‖ΔW'‖_F` of the adapter with these tensors in place of its own."""
         tensors = {**self._tensors, **replaced}
         squares = (
@@ -85,24 +86,26 @@ class Sizes:
         )
         return math.sqrt(math.fsum(squares))
 
-    def change(self, replaced: Mapping[str, Tensor]) -> float:
+    def change(self, replaced: Mapping[str, Array]) -> float:
         """Return `‖ΔW' - ΔW‖_F / ‖ΔW‖_F` of the adapter with these tensors in place of its own."""
         tensors = {**self._tensors, **replaced}
         squares = []
         for module in self._modules:
             (B, A), (B_new, A_new) = (_factors(module, each) for each in (self._tensors, tensors))
-            if torch.equal(A, A_new):
+            if numpy.array_equal(A, A_new):
                 size = factors.norm(A, B_new - B)
             else:  # ΔW' - ΔW = [B', -B] [A'; A]
-                size = factors.norm(torch.cat([A_new, A]), torch.cat([B_new, -B], dim=1))
+                size = factors.norm(
+                    numpy.concatenate([A_new, A]), numpy.concatenate([B_new, -B], axis=1)
+                )
             squares.append((self._scalings[module.name] * size) ** 2)
         norm = self.norm
         return math.sqrt(math.fsum(squares)) / norm if norm else 0.0
 
 
-def _factors(module: AdaptedModule, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _factors(module: AdaptedModule, tensors: Mapping[str, Array]) -> tuple[Array, Array]:
     """Return `B` (m, r) and `A` (r, n) in float64, `A` with AdaLoRA's gain."""
-    A = module.input.view(tensors).double()
+    A = double(module.input.view(tensors))
     if module.gain is not None:
-        A = A * module.gain.view(tensors).double()
-    return module.output.view(tensors).double(), A
+        A = A * double(module.gain.view(tensors))
+    return double(module.output.view(tensors)), A

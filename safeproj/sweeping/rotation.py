@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from hashlib import sha256
 
+import numpy
 import torch
-from torch import Tensor
+
+from safeproj.storage.arrays import Array, double
 
 
 class Rotation:
@@ -38,24 +40,26 @@ class Rotation:
     def __init__(self, m: int, seed: int, name: str) -> None:
         digest = sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        signs = torch.randint(0, 2, (3, m, 1), generator=generator).double() * 2 - 1
+        signs = torch.randint(0, 2, (3, m, 1), generator=generator).double().numpy() * 2 - 1
         self._first, self._second, self._third = signs[0], signs[1], signs[2]
-        self._order = torch.randperm(m, generator=generator)
+        self._order = torch.randperm(m, generator=generator).numpy()
         self._inverse = self._order.argsort()
 
-    def turn(self, X: Tensor) -> Tensor:
+    def turn(self, X: Array) -> Array:
         """Return `Q X` for `X` (m, r), float64."""
-        X = _hartley(self._first * X.double())
-        return _hartley((self._second * X)[self._order]) * self._third
+        X = _hartley(self._first * double(X))
+        found: Array = _hartley((self._second * X)[self._order]) * self._third
+        return found
 
-    def turn_back(self, X: Tensor) -> Tensor:
+    def turn_back(self, X: Array) -> Array:
         """Return `Qᵀ X` for `X` (m, r), float64."""
-        X = _hartley(self._third * X.double())[self._inverse]
-        return _hartley(self._second * X) * self._first
+        X = _hartley(self._third * double(X))[self._inverse]
+        found: Array = _hartley(self._second * X) * self._first
+        return found
 
 
-def _hartley(X: Tensor) -> Tensor:
+def _hartley(X: Array) -> Array:
     """Return the orthonormal Hartley transform of each column."""
-    transformed: Tensor = torch.fft.fft(X, dim=0)
-    real, imaginary = transformed.real, transformed.imag
-    return (real - imaginary).div(math.sqrt(X.shape[0]))
+    transformed: Array = numpy.fft.fft(X, axis=0)
+    found: Array = (transformed.real - transformed.imag) / math.sqrt(X.shape[0])
+    return found

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+import numpy
+
 from safeproj.adapter import Adapter
 from safeproj.engine import Task, Update
 from safeproj.errors import SafeprojError
@@ -24,6 +26,7 @@ from safeproj.plan.updates import update_of
 from safeproj.run.decide import Decision, decide
 from safeproj.run.job import Job
 from safeproj.run.options import Options
+from safeproj.storage.arrays import on_device, single, to_host
 from safeproj.sweeping import controls
 from safeproj.sweeping.candidates import Place, Replaced, spread
 from safeproj.sweeping.rotation import Rotation
@@ -96,9 +99,9 @@ def _ways(seed: int) -> dict[tuple[str, float], Way]:
 def turned(H: Moment, seed: int, name: str) -> Moment:
     """Return `Q H Qᵀ`: a moment with the same spectrum in directions that mean nothing."""
     Q = Rotation(H.matrix.shape[1], seed, name)
-    across = Q.turn(H.matrix.T.cpu()).T
+    across = Q.turn(to_host(H.matrix).T).T
     matrix = Q.turn(across) if H.whole else across
-    return Moment(matrix.to(H.matrix), H.whole)
+    return Moment(on_device(numpy.ascontiguousarray(matrix), H.matrix), H.whole)
 
 
 class Strengths:
@@ -205,11 +208,11 @@ def shrunk(update: Update, score: Score) -> Score:
     if not isinstance(score.detail, Acting):
         return score
     factor = math.sqrt(score.detail.after.benign / score.detail.before.benign)
-    return replace(score, factor=update.stored.float() * factor)
+    return replace(score, factor=single(update.stored) * factor)
 
 
 def complement(update: Update, score: Score) -> Score:
     """Return a score with `A - A'`, what the correction removes, in the place of `A'`."""
     if score.factor is None:
         return score
-    return replace(score, factor=update.stored.float() - score.factor)
+    return replace(score, factor=single(update.stored) - score.factor)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from safeproj.adapter import Adapter
 from safeproj.errors import SafeprojError
 from safeproj.lm.adapters import attach_read, is_strange, moves
 from safeproj.lm.models import quietly
 from safeproj.lm.places import renamed
+from safeproj.storage.arrays import Array, to_torch
 
 
 class Subject:
@@ -30,14 +29,17 @@ class Subject:
         self.model = attach_read(model, adapter)
         self._tensors = adapter.tensors
 
-    def put(self, replaced: Mapping[str, Tensor]) -> None:
+    def put(self, replaced: Mapping[str, Array]) -> None:
         """Give the model the adapter with these tensors in place of its own.
 
         It is what PEFT does when it loads the directory that `patch` writes.
         """
         from peft import set_peft_model_state_dict
 
-        tensors = {renamed(k, self._moved): v for k, v in {**self._tensors, **replaced}.items()}
+        tensors = {
+            renamed(key, self._moved): to_torch(array)
+            for key, array in {**self._tensors, **replaced}.items()
+        }
         with quietly():
             found: Any = set_peft_model_state_dict(self.model, tensors)
         strange = [key for key in found.unexpected_keys if is_strange(key)]

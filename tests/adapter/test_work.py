@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
-import torch
 
 from safeproj.adapter import peft_config
 from safeproj.adapter.peft import Peft, _Classifier
 from safeproj.adapter.peft_config import PREFIX, disagreements, scalings
 from safeproj.adapter.record import Adapter
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import Array
 from safeproj.storage.source import LocalFolder
 
 SMALL, LARGE = 400, 1_600
@@ -61,8 +62,8 @@ def names(count: int) -> list[str]:
     return [f"model.layers.{n}.self_attn.q_proj" for n in range(count)]
 
 
-def tensors(modules: list[str], further: list[str]) -> dict[str, torch.Tensor]:
-    one = torch.ones(1, 1)
+def tensors(modules: list[str], further: list[str]) -> dict[str, Array]:
+    one = numpy.ones((1, 1), numpy.float32)
     found = {f"{PREFIX}{n}.{part}.weight": one for n in modules for part in ("lora_A", "lora_B")}
     return found | {f"{PREFIX}{name}.weight": one for name in further}
 

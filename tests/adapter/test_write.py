@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from safeproj.adapter import read_adapter
 from safeproj.adapter.write import write_adapter
 from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import FLOAT32
 from tests.conftest import Trio
 from tests.support import CONFIG, FACTORS, MANIFEST, read_json, snapshot
 
@@ -41,7 +42,7 @@ def test_tensors_may_get_other_shapes_and_further_ones_come_last(
 ) -> None:
     adapter = read_adapter(str(trio.adapter))
     key = next(iter(adapter.tensors))
-    replaced = {"further": torch.ones(2), key: torch.zeros(9, 32)}
+    replaced = {"further": numpy.ones(2, FLOAT32), key: numpy.zeros((9, 32), FLOAT32)}
     write_adapter(adapter, replaced, {}, "words", tmp_path / "out")
     found = load_file(tmp_path / "out" / FACTORS)
     assert found.keys() == {*adapter.tensors, "further"}

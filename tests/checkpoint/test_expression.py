@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,7 +136,7 @@ class Spy(Reader):
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_what_is_asked_for_is_what_is_read(checkpoint: Checkpoint, name: str, rows: int) -> None:
     weight = matrix(EXPRESSIONS[name], checkpoint).weight
-    buffer = torch.empty(rows * weight.row_bytes, dtype=torch.uint8)
+    buffer = numpy.empty(rows * weight.row_bytes, numpy.uint8)
     for start in range(0, weight.shape[0], rows):
         spy, stop = Spy(), min(start + rows, weight.shape[0])
         weight.read_rows(spy, start, stop, buffer)

@@ -336,12 +336,13 @@ def test_it_installs_what_its_own_directory_holds(
     [
         (
             {},
-            [
-                "--index-url=https://download.pytorch.org/whl/cpu torch>=2.6",
-                str(ROOT),
-            ],
+            [str(ROOT)],
         ),
         ({"torch-index": "", "extras": "gguf,sign"}, [f"{ROOT}[gguf,sign]"]),
+        (
+            {"extras": "torch"},
+            ["--index-url=https://download.pytorch.org/whl/cpu torch>=2.6", f"{ROOT}[torch]"],
+        ),
         ({"torch-index": "", "version": "1.2", "report": "x.html"}, ["safeproj[report]==1.2"]),
         (
             {"torch-index": "u", "extras": "train", "report": "x"},

@@ -82,7 +82,6 @@ def repository(tmp_path: Path, alignment: Path) -> Repository:
     (hook,) = entry["hooks"]
     entry.update(repo=str(source.root), rev=source.git("rev-parse", "HEAD"))
     hook["language"] = "system"  # the installed command, instead of another installation
-    del hook["additional_dependencies"]
 
     scratch = made(tmp_path / "scratch", cache)
     shutil.copy(alignment, scratch.root / ALIGNMENT)

@@ -81,10 +81,14 @@ def check_patched(
     "selection", [["--all"], ["--layers", "2"], ["--threshold", "0.75"], []], ids=" ".join
 )
 @pytest.mark.parametrize("projector", [[], ["--projector", "exact", "--rank", "3"]], ids=" ".join)
+@pytest.mark.parametrize("device", ["cpu", "torch"])
 def test_patched_deltas_are_what_the_formula_says(
-    trio: Trio, tmp_path: Path, selection: list[str], projector: list[str]
+    trio: Trio, tmp_path: Path, selection: list[str], projector: list[str], device: str
 ) -> None:
-    result = safeproj("patch", *trio.arguments, "--out", tmp_path / "out", *selection, *projector)
+    result = safeproj(
+        "patch", *trio.arguments, "--out", tmp_path / "out", *selection, *projector,
+        "--device", device,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
 
     manifest = check_patched(
@@ -135,8 +139,27 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_kinds_of_lora_adapters(trio: Trio, tmp_path: Path, settings: dict[str, Any]) -> None:
     adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", **settings)
-    run_patch(trio, adapter, tmp_path / "out", "--all")
-    check_patched(trio.base_model, trio.aligned_model, adapter, tmp_path / "out")
+    for device in ("cpu", "torch"):
+        run_patch(trio, adapter, tmp_path / device, "--all", "--device", device)
+        check_patched(trio.base_model, trio.aligned_model, adapter, tmp_path / device)
+
+
+@pytest.mark.parametrize(
+    "projector", [[], ["--projector", "exact", "--energy", "0.5"]], ids=["approx", "exact"]
+)
+def test_factors_by_numpy_are_those_by_torch(
+    trio: Trio, tmp_path: Path, projector: list[str]
+) -> None:
+    adapter = save_adapter(trio.aligned_model, tmp_path / "adapter", target_modules="all-linear")
+    found = {}
+    for device in ("cpu", "torch"):
+        run_patch(trio, adapter, tmp_path / device, "--all", *projector, "--device", device)
+        found[device] = load_file(tmp_path / device / WEIGHTS)
+        options = read_json(tmp_path / device / "safeproj.json")["options"]
+        engine = "numpy" if device == "cpu" else "torch"
+        assert (options["device"], options["engine"]) == ("cpu", engine)
+    for name, factor in found["cpu"].items():
+        assert float((found["torch"][name] - factor).norm() / factor.norm()) < 1e-5, name
 
 
 def test_the_bias_of_lora_B_is_projected_with_it(trio: Trio, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.support import (
     CONFIG,
     FACTORS,
     MANIFEST,
+    arrays_of,
     assert_refused,
     change_json,
     moved,
@@ -215,7 +216,7 @@ def test_a_sweep_exchanges_factors_of_a_resized_model(
     subject = Subject(load_model(open_folder(str(pair.aligned)), "cpu"), read_adapter(str(adapter)))
     assert torch.equal(logits(subject.model), by_peft(pair, adapter))
     factors = {k: v for k, v in load_file(tmp_path / "out" / FACTORS).items() if ".lora_" in k}
-    subject.put(factors)
+    subject.put(arrays_of(factors))
     assert torch.equal(logits(subject.model), by_peft(pair, tmp_path / "out"))
 
 

@@ -122,8 +122,9 @@ class Campaign:
 
         for module in pkgutil.walk_packages(safeproj.__path__, "safeproj."):
             importlib.import_module(module.name)
-        command = typer.main.get_command(app)  # made once: it takes longer than most cases
-        typer.main.get_command = lambda _: command  # type: ignore[assignment]
+        make = typer.main.get_command
+        command = make(app)  # made once: it takes longer than most cases
+        typer.main.get_command = lambda given: command if given is app else make(given)
         self.root, self.keep, self._place = root, keep, root / "case"
         root.mkdir(parents=True, exist_ok=True)
         self.kinds: tuple[Kind, ...] = build(root, self.exit_code)

@@ -24,6 +24,7 @@ from safeproj.methods.covariance.score import corrected
 from safeproj.methods.covariance.sources import Moments, StoredMoment
 from safeproj.methods.interface import Method
 from safeproj.report import Check, Outcome
+from safeproj.storage.arrays import from_torch, to_torch
 from tests.conftest import Trio
 from tests.gate.adversarial import change_manifest, configure, key, put_tensors, tensors_of
 from tests.methods.covariance import oracle
@@ -147,16 +148,20 @@ def test_the_correction_of_an_update_beside_rows_that_cancel(gain: Tensor | None
     H, S = oracle.moment(X), oracle.ridged(oracle.moment(Y))
     ungained = A if gain is None else A / gain  # a power of two: exact
     unused = StoredMoment(None, True)  # type: ignore[arg-type]
-    task = Task("w", Moments(unused, unused), (Update(ungained, B, gain=gain),))
+    own_gain = None if gain is None else from_torch(gain)
+    update = Update(from_torch(ungained), from_torch(B), gain=own_gain)
+    task = Task("w", Moments(unused, unused), (update,))
+    safety, benign = (moment(from_torch, rows, whole=True) for rows in (X, Y))
 
-    (found,) = corrected(task, Correction(mu), moment(X, whole=True), moment(Y, whole=True))
+    (found,) = corrected(task, Correction(mu), safety, benign)
 
     assert not isinstance(found, SafeprojError)
     assert found.factor is not None
     assert isinstance(found.detail, Acting)
     delta = exact(A, B)
     expected = oracle.corrected(delta, H, S, mu)
-    after = exact(found.factor if gain is None else found.factor * gain, B)
+    factor = to_torch(found.factor)
+    after = exact(factor if gain is None else factor * gain, B)
     assert float((after - expected).norm() / expected.norm()) < 1e-4
     cosine = float((delta * expected).sum() / (delta.norm() * expected.norm()))
     assert found.cosine == pytest.approx(cosine, abs=1e-6)

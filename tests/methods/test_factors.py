@@ -6,6 +6,7 @@ import doctest
 import math
 from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,11 +19,13 @@ from safeproj.methods.measures import gains, share, similarity
 from safeproj.methods.safe_lora.decomposition import cosine_bounds
 from safeproj.methods.safe_lora.formulas import Approx
 from safeproj.methods.salora.formulas import Complement
-from tests.support import oracle_C, oracle_cosine
+from safeproj.storage.arrays import Array, from_torch, to_host, to_torch
+from tests.support import Put, both_engines, hosts, oracle_C, oracle_cosine, tensor_of
 
 
-def exact(A: Tensor, B: Tensor) -> Tensor:
+def exact(A: Tensor | Array, B: Tensor | Array) -> Tensor:
     """Return `B A` in float64, from sums that are exact."""
+    A, B = tensor_of(A), tensor_of(B)
     columns = [[Fraction(value) for value in column] for column in A.double().T.tolist()]
     return torch.tensor(
         [
@@ -75,56 +78,61 @@ CASES = {
 @pytest.mark.parametrize(("A", "B"), CASES.values(), ids=CASES)
 def test_the_core_is_the_product(A: Tensor, B: Tensor) -> None:
     expected = exact(A, B)
-    assert cancellation(A, B) > factors.CANCELS
-    found = core(A, B)
+    assert cancellation(*hosts(A, B)) > factors.CANCELS
+    found = core(*hosts(A, B))
     assert found is not None
-    error = float((found.M @ found.Q - expected).norm() / expected.norm())
+    error = float((to_torch(found.M @ found.Q) - expected).norm() / expected.norm())
     # Each sum is off by a few roundings of its terms, which are so many times as large.
     assert error < 64 * factors.EPS * math.sqrt(found.ratio)
-    assert norm(A, B) == pytest.approx(float(expected.norm()), rel=1e-5)
-    assert torch.allclose(found.Q @ found.Q.T, torch.eye(len(found.Q)).double(), atol=1e-12)
+    assert norm(*hosts(A, B)) == pytest.approx(float(expected.norm()), rel=1e-5)
+    assert numpy.allclose(found.Q @ found.Q.T, numpy.eye(len(found.Q)), atol=1e-12)
 
 
 @pytest.mark.parametrize(("A", "B"), CASES.values(), ids=CASES)
 def test_a_factor_is_found_for_what_takes_the_place_of_the_core(A: Tensor, B: Tensor) -> None:
-    found = core(A, B)
+    found = core(*hosts(A, B))
     assert found is not None
-    wanted = found.M.flip(0)
+    wanted = found.M[::-1]
     there = found.factor(wanted)
     assert there.shape == B.shape
-    error = float((found.coordinates(there) - wanted).norm() / wanted.norm())
+    size = float(numpy.linalg.norm(wanted))
+    error = float(numpy.linalg.norm(found.coordinates(there) - wanted)) / size
     assert error < 64 * factors.EPS * math.sqrt(found.ratio)
-    assert float((exact(A, there) - wanted @ found.Q).norm() / wanted.norm()) < 1e-5
+    assert float((exact(A, there) - to_torch(wanted @ found.Q)).norm()) / size < 1e-5
 
 
+@both_engines
 @pytest.mark.parametrize(("A", "B"), CASES.values(), ids=CASES)
-def test_scores_are_those_of_the_product(A: Tensor, B: Tensor) -> None:
+def test_scores_are_those_of_the_product(put: Put, A: Tensor, B: Tensor) -> None:
     m = len(B)
     delta, V, U = exact(A, B), normal(m, 20, seed=5), torch.linalg.qr(normal(m, 3, seed=6))[0]
-    (A, B), C = settled(A, B), oracle_C(V, torch.zeros_like(V))
+    (left, right), C = settled(*hosts(A, B)), oracle_C(V, torch.zeros_like(V))
+    factor = put(to_torch(right).float())
 
-    found = Approx().from_V([V], B.float())
+    found = Approx().from_V([put(V)], factor)
     assert found.CB is not None
-    assert similarity(A, B, found.CB) == pytest.approx(oracle_cosine(delta, C), abs=2e-6)
+    cosine = similarity(left, right, to_host(found.CB))
+    assert cosine == pytest.approx(oracle_cosine(delta, C), abs=2e-6)
 
-    kept = Complement().from_U([U], 3, B.float())
+    kept = Complement().from_U([put(U)], 3, factor)
     assert kept.UB is not None
     inside = float((U.double().T @ delta).square().sum() / delta.square().sum())
-    assert share(A, B, kept.UB) == pytest.approx(inside, abs=2e-6)
+    assert share(left, right, to_host(kept.UB)) == pytest.approx(inside, abs=2e-6)
 
 
 def test_the_formulas_themselves_do_not_take_large_terms_for_an_empty_update() -> None:
     A, B = hidden(1e9)
     C = torch.diag(torch.arange(12.0, dtype=torch.float64))
     delta = exact(A, B)
-    assert similarity(A, B, C @ B.double()) == pytest.approx(oracle_cosine(delta, C), abs=1e-4)
+    cosine = similarity(*hosts(A, B, C @ B.double()))
+    assert cosine == pytest.approx(oracle_cosine(delta, C), abs=1e-4)
     inside = float(delta[:3].square().sum() / delta.square().sum())
-    assert share(A, B, B[:3]) == pytest.approx(inside, abs=1e-4)
+    assert share(*hosts(A, B, B[:3])) == pytest.approx(inside, abs=1e-4)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e9, 1e30])
 def test_only_zero_is_empty(size: float) -> None:
-    A, B = hidden(size)
+    A, B = hosts(*hidden(size))
     B[:, :2] = 0.0
     assert is_zero(A, B)
     assert core(A, B) is None
@@ -148,34 +156,33 @@ def test_zero_is_told_from_all_else(r: int, m: int, n: int, seed: int, power: in
     generator = torch.Generator().manual_seed(seed)
     A = torch.randint(-2, 3, (r, n), generator=generator).float() * 2.0**power
     B = torch.randint(-2, 3, (m, r), generator=generator).float() * 2.0 ** (2 * power)
-    assert is_zero(A, B) is bool((exact(A, B) == 0.0).all())
+    assert is_zero(*hosts(A, B)) is bool((exact(A, B) == 0.0).all())
 
 
 def test_factors_that_hardly_cancel_are_left_as_they_are() -> None:
-    A, B, CB = normal(4, 9), normal(12, 4), normal(12, 4, seed=3)
-    for found, given_ in zip(settled(A, B, CB), (A, B, CB), strict=True):
-        assert torch.equal(found, given_.double())
+    factors_ = normal(4, 9), normal(12, 4), normal(12, 4, seed=3)
+    for found, expected in zip(settled(*hosts(*factors_)), factors_, strict=True):
+        assert torch.equal(to_torch(found), expected.double())
 
 
 def test_bounds_of_a_cosine_know_an_empty_update() -> None:
-    zero = torch.zeros(4, 2)
-    assert cosine_bounds(normal(2, 5), zero, zero, zero, 0.1, 0.1) is None
+    A, zero = hosts(normal(2, 5), torch.zeros(4, 2))
+    assert cosine_bounds(A, zero, zero, zero, 0.1, 0.1) is None
 
 
 def test_gains_do_not_move_where_a_part_along_alignment_is_added() -> None:
     """What is bought for a cosine leaves the rest where it was."""
-    eigenvalues = torch.tensor([9.0, 4.0, 1.0, 0.01, 0.01, 0.0], dtype=torch.float64)
-    C = torch.diag(eigenvalues)
-    bad = torch.zeros(6, 2, dtype=torch.float64)
+    C = numpy.diag([9.0, 4.0, 1.0, 0.01, 0.01, 0.0])
+    bad = numpy.zeros((6, 2))
     bad[3, 0], bad[5, 1], bad[4, 1] = 2.0, 1.0, 1.0
-    rows = torch.linalg.qr(normal(8, 4).double())[0].T
+    rows = from_torch(torch.linalg.qr(normal(8, 4).double())[0].T)
     for price in (0.0, 1.0, 30.0):
         # In one part with the harm, so that each singular direction has half of both.
-        good = price * torch.eye(6, dtype=torch.float64)[:, :2]
-        B = torch.cat([bad + good, bad - good], dim=1)
+        good = price * numpy.eye(6)[:, :2]
+        B = numpy.hstack([bad + good, bad - good])
         seen, sizes = gains(rows, B, C @ B)
-        expected = torch.cat([bad, bad], dim=1).norm()
-        assert float(sizes[seen < 0.02].norm()) == pytest.approx(float(expected), rel=1e-6)
+        expected = numpy.linalg.norm(numpy.hstack([bad, bad]))
+        assert numpy.linalg.norm(sizes[seen < 0.02]) == pytest.approx(expected, rel=1e-6)
         if price == 30.0:
             cosine = similarity(rows, B, C @ B)
             assert cosine is not None

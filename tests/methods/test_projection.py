@@ -19,7 +19,9 @@ from safeproj.methods.safe_lora import formulas
 from safeproj.methods.safe_lora.formulas import Approx, Exact, alignment
 from safeproj.methods.salora.formulas import Complement, NotOrthonormalError
 from safeproj.records import scores
-from tests.support import oracle_C, oracle_cosine
+from safeproj.storage import arrays
+from safeproj.storage.arrays import AnyArray
+from tests.support import Put, both_engines, hosts, oracle_C, oracle_cosine, tensor_of
 
 COSINE = 2e-6
 """Absolute; the bound that the project sets itself."""
@@ -55,13 +57,15 @@ def case(
     )
 
 
-def blocks_of(W_aligned: Tensor, W_base: Tensor, rows: int) -> list[Tensor]:
+def blocks_of(put: Put, W_aligned: Tensor, W_base: Tensor, rows: int = 1000) -> list[AnyArray]:
     """Return `V` as the engine would hand it over."""
-    return list(alignment(W_aligned, W_base).split(rows))
+    V = put(torch.empty(W_aligned.shape))
+    alignment(put(W_aligned), put(W_base), V)
+    return [V[start : start + rows] for start in range(0, len(V), rows)]
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+def relative_error(found: AnyArray, expected: Tensor) -> float:
+    return float((tensor_of(found).double() - expected).norm() / expected.norm())
 
 
 SHAPES = [(48, 80, 8), (80, 48, 8), (64, 64, 4), (8, 40, 8), (1, 7, 1), (7, 1, 1), (33, 129, 16)]
@@ -71,26 +75,28 @@ SHAPES = [(48, 80, 8), (80, 48, 8), (64, 64, 4), (8, 40, 8), (1, 7, 1), (7, 1, 1
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
 @pytest.mark.parametrize("projector", [Approx(), Exact(rank=1), Exact(rank=5)], ids=repr)
 @pytest.mark.parametrize("seed", range(3))
+@both_engines
 def test_agrees_with_the_dense_oracle(
-    m: int, n: int, r: int, dtype: torch.dtype, projector: Approx | Exact, seed: int
+    put: Put, m: int, n: int, r: int, dtype: torch.dtype, projector: Approx | Exact, seed: int
 ) -> None:
     W_aligned, W_base, A, B = case(m, n, r, dtype, seed)
 
-    found = projector.from_V(blocks_of(W_aligned, W_base, rows=13), B.float())
+    found = projector.from_V(blocks_of(put, W_aligned, W_base, rows=13), put(B.float()))
 
     rank = None if isinstance(projector, Approx) else min(projector.rank or 0, m, n)
     C = oracle_C(W_aligned, W_base, rank)
     assert found.CB is not None
     assert relative_error(found.CB, C @ B.double()) < RELATIVE
-    cosine = similarity(A, B, found.CB)
+    cosine = similarity(*hosts(A, B, found.CB))
     assert cosine == pytest.approx(oracle_cosine(B.double() @ A.double(), C), abs=COSINE)
     V = W_aligned.double() - W_base.double()
     assert found.alignment_norm == pytest.approx(float(V.norm()), rel=1e-6)
-    assert scale(B, found.CB) == pytest.approx(
+    assert scale(*hosts(B, found.CB)) == pytest.approx(
         float((C @ B.double()).norm() / B.double().norm()), rel=RELATIVE
     )
 
 
+@both_engines
 @relaxed
 @given(
     m=st.integers(1, 70),
@@ -101,10 +107,10 @@ def test_agrees_with_the_dense_oracle(
     dtype=st.sampled_from(DTYPES),
 )
 def test_agrees_with_the_oracle_on_any_shape(
-    m: int, n: int, r: int, rows: int, seed: int, dtype: torch.dtype
+    put: Put, m: int, n: int, r: int, rows: int, seed: int, dtype: torch.dtype
 ) -> None:
     W_aligned, W_base, A, B = case(m, n, r, dtype, seed)
-    found = Approx().from_V(blocks_of(W_aligned, W_base, rows), B.float())
+    found = Approx().from_V(blocks_of(put, W_aligned, W_base, rows), put(B.float()))
     C = oracle_C(W_aligned, W_base)
     if found.CB is None:  # a 1×1 weight whose change was rounded away
         assert torch.equal(W_aligned, W_base)
@@ -114,16 +120,17 @@ def test_agrees_with_the_oracle_on_any_shape(
     V = W_aligned.double() - W_base.double()
     magnitudes = V.abs() @ (V.abs().T @ B.double().abs()) / V.norm()
     bound = (m + n + 4) * 2.0**-24 * magnitudes
-    assert bool(((found.CB.double() - C @ B.double()).abs() <= bound).all())
-    cosine = similarity(A, B, found.CB)
+    assert bool(((tensor_of(found.CB).double() - C @ B.double()).abs() <= bound).all())
+    cosine = similarity(*hosts(A, B, found.CB))
     assert cosine == pytest.approx(oracle_cosine(B.double() @ A.double(), C), abs=COSINE)
 
 
+@both_engines
 @relaxed
 @given(seed=st.integers(0, 2**32 - 1), energy=st.floats(0.05, 0.999))
-def test_energy_chooses_the_smallest_rank_that_holds_it(seed: int, energy: float) -> None:
+def test_energy_chooses_the_smallest_rank_that_holds_it(put: Put, seed: int, energy: float) -> None:
     W_aligned, W_base, _, B = case(24, 37, 3, torch.float32, seed)
-    found = Exact(energy=energy).from_V([alignment(W_aligned, W_base)], B.float())
+    found = Exact(energy=energy).from_V(blocks_of(put, W_aligned, W_base), put(B))
 
     shares = torch.linalg.svdvals(W_aligned.double() - W_base.double()).square().cumsum(0)
     shares = shares / shares[-1]
@@ -132,106 +139,119 @@ def test_energy_chooses_the_smallest_rank_that_holds_it(seed: int, energy: float
     assert found.rank == 1 or shares[found.rank - 2] < energy + 1e-6
 
 
-def test_all_of_the_energy_is_the_projector_onto_the_column_space() -> None:
+@both_engines
+def test_all_of_the_energy_is_the_projector_onto_the_column_space(put: Put) -> None:
     W_aligned, W_base, _, B = case(12, 30, 3, torch.float32, seed=0)
-    found = Exact(energy=1.0).from_V([alignment(W_aligned, W_base)], B.float())
+    found = Exact(energy=1.0).from_V(blocks_of(put, W_aligned, W_base), put(B))
     assert found.rank == 12
     assert found.CB is not None
     assert relative_error(found.CB, B.double()) < RELATIVE
 
 
-def test_a_rank_above_the_numerical_rank_is_cut() -> None:
+@both_engines
+def test_a_rank_above_the_numerical_rank_is_cut(put: Put) -> None:
     V = torch.outer(torch.arange(1.0, 7.0), torch.arange(1.0, 10.0))
     B = torch.eye(6)[:, :2]
-    found = Exact(rank=5).from_V([V], B)
+    found = Exact(rank=5).from_V([put(V)], put(B))
     u = torch.arange(1.0, 7.0, dtype=torch.float64)
     assert found.rank == 1
     assert found.CB is not None
     assert relative_error(found.CB, torch.outer(u, u)[:, :2] / u.dot(u)) < RELATIVE
 
 
-def test_the_exact_projector_is_idempotent_and_the_fast_one_is_not() -> None:
+@both_engines
+def test_the_exact_projector_is_idempotent_and_the_fast_one_is_not(put: Put) -> None:
     W_aligned, W_base, _, B = case(30, 20, 4, torch.float32, seed=1)
-    V = [alignment(W_aligned, W_base)]
+    V = blocks_of(put, W_aligned, W_base)
     for projector, idempotent in ((Exact(rank=6), True), (Approx(), False)):
-        once = projector.from_V(V, B.float()).CB
+        once = projector.from_V(V, put(B)).CB
         assert once is not None
         twice = projector.from_V(V, once).CB
         assert twice is not None
-        assert (relative_error(twice, once.double()) < RELATIVE) is idempotent
+        assert (relative_error(twice, tensor_of(once).double()) < RELATIVE) is idempotent
 
 
-def test_the_result_does_not_depend_on_the_scale_of_the_update() -> None:
+@both_engines
+def test_the_result_does_not_depend_on_the_scale_of_the_update(put: Put) -> None:
     W_aligned, W_base, A, B = case(40, 30, 4, torch.float32, seed=2)
-    V = [alignment(W_aligned, W_base)]
+    V = blocks_of(put, W_aligned, W_base)
     found = []
     for s in (1e-6, 1.0, 1e6):
-        CB = Approx().from_V(V, s * B).CB
+        CB = Approx().from_V(V, put(s * B)).CB
         assert CB is not None
-        found.append(similarity(A, s * B, CB))
+        found.append(similarity(*hosts(A, s * B, CB)))
     assert found == pytest.approx([found[1]] * 3, abs=COSINE)
 
 
 @pytest.mark.parametrize("projector", [Approx(), Exact(rank=2)], ids=repr)
-def test_no_alignment_leaves_C_undefined(projector: Approx | Exact) -> None:
-    found = projector.from_V([torch.zeros(4, 6), torch.zeros(3, 6)], torch.ones(7, 2))
+@both_engines
+def test_no_alignment_leaves_C_undefined(put: Put, projector: Approx | Exact) -> None:
+    found = projector.from_V([put(torch.zeros(m, 6)) for m in (4, 3)], put(torch.ones(7, 2)))
     assert found.CB is None
     assert found.alignment_norm == 0.0
 
 
 @pytest.mark.parametrize("projector", [Approx(), Exact(rank=2)], ids=repr)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_values_that_are_not_finite_are_noticed(projector: Approx | Exact, bad: float) -> None:
+@both_engines
+def test_values_that_are_not_finite_are_noticed(
+    put: Put, projector: Approx | Exact, bad: float
+) -> None:
     V = torch.ones(4, 6)
     V[2, 3] = bad
     with pytest.raises(FloatingPointError):
-        projector.from_V([V], torch.ones(4, 2))
+        projector.from_V([put(V)], put(torch.ones(4, 2)))
 
 
 def test_an_empty_update_has_no_cosine() -> None:
-    A, B = torch.randn(2, 5), torch.randn(4, 2)
-    assert similarity(torch.zeros(2, 5), B, B) is None
-    assert similarity(A, torch.zeros(4, 2), torch.zeros(4, 2)) is None
+    A, B = hosts(torch.randn(2, 5), torch.randn(4, 2))
+    assert similarity(0 * A, B, B) is None
+    assert similarity(A, 0 * B, 0 * B) is None
 
 
 def test_factors_that_cancel_are_an_empty_update() -> None:
     row, column = torch.randn(5), torch.randn(4)
     A, B = torch.stack([row, row]), torch.stack([column, -column], dim=1)
-    assert similarity(A, B, 0.5 * B) is None
+    assert similarity(*hosts(A, B, 0.5 * B)) is None
 
 
 def test_a_small_update_from_large_factors_is_not_empty() -> None:
     A, B = torch.tensor([[1e9, 0.0], [0.0, 1e-3]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    assert similarity(A, B, 0.5 * B) == pytest.approx(1.0)
+    assert similarity(*hosts(A, B, 0.5 * B)) == pytest.approx(1.0)
 
 
-def test_an_update_outside_the_subspace_has_cosine_zero() -> None:
+@both_engines
+def test_an_update_outside_the_subspace_has_cosine_zero(put: Put) -> None:
     V = torch.zeros(4, 6)
     V[0] = 1.0  # the column space is the first axis
     B = torch.zeros(4, 2)
     B[2] = 1.0
     A = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     for projector in (Approx(), Exact(rank=1)):
-        found = projector.from_V([V], B)
+        found = projector.from_V([put(V)], put(B))
         assert found.CB is not None
-        assert similarity(A, B, found.CB) == 0.0
+        assert similarity(*hosts(A, B, found.CB)) == 0.0
 
 
-def test_differences_of_half_precision_weights_are_not_rounded_to_half_precision() -> None:
+@both_engines
+def test_differences_of_half_precision_weights_are_not_rounded_to_half_precision(put: Put) -> None:
     W_aligned = torch.tensor([[1.0 + 2**-7]], dtype=torch.bfloat16)
     W_base = torch.tensor([[2**-10]], dtype=torch.float16)
-    assert float(alignment(W_aligned, W_base)) == 1.0 + 2**-7 - 2**-10
+    (V,) = blocks_of(put, W_aligned, W_base)
+    assert V.item() == 1.0 + 2**-7 - 2**-10
 
 
-def test_differences_of_double_precision_weights_are_taken_in_double_precision() -> None:
+@both_engines
+def test_differences_of_double_precision_weights_are_taken_in_double_precision(put: Put) -> None:
     W_aligned = torch.tensor([[1.0 + 2**-40]], dtype=torch.float64)
-    assert float(alignment(W_aligned, torch.ones(1, 1))) == 2**-40
+    (V,) = blocks_of(put, W_aligned, torch.ones(1, 1))
+    assert V.item() == 2**-40
 
 
 def test_pdst_is_one_for_a_projected_module_and_falls_with_the_distance() -> None:
-    CB = torch.tensor([[3.0], [0.0]])
+    (CB,) = hosts(torch.tensor([[3.0], [0.0]]))
     assert pdst(CB, CB) == 1.0
-    assert pdst(torch.zeros(2, 1), CB) == 0.25
+    assert pdst(0 * CB, CB) == 0.25
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 1.5}])
@@ -241,7 +261,7 @@ def test_the_exact_projector_needs_a_rank_or_an_energy_in_range(options: dict[st
 
 
 @pytest.mark.parametrize(
-    "module", [formulas, measures, expression, text, scores], ids=lambda m: m.__name__
+    "module", [arrays, formulas, measures, expression, text, scores], ids=lambda m: m.__name__
 )
 def test_the_examples_in_the_docstrings_hold(module: object) -> None:
     found = doctest.testmod(module)  # type: ignore[arg-type]
@@ -258,6 +278,7 @@ def orthonormal(m: int, k: int, seed: int) -> Tensor:
     return U
 
 
+@both_engines
 @relaxed
 @given(
     m=st.integers(1, 40),
@@ -269,13 +290,13 @@ def orthonormal(m: int, k: int, seed: int) -> Tensor:
     seed=st.integers(0, 999),
 )
 def test_the_complement_of_the_safety_subspace(
-    m: int, n: int, r: int, k: int, cut: int, rows: int, seed: int
+    put: Put, m: int, n: int, r: int, k: int, cut: int, rows: int, seed: int
 ) -> None:
     U = orthonormal(m, min(k, m), seed)
     rank = max(1, U.shape[1] - cut)
     _, _, A, B = case(m, n, r, torch.float32, seed)
 
-    found = Complement().from_U(U.float().split(rows), rank, B)
+    found = Complement().from_U(list(map(put, U.float().split(rows))), rank, put(B))
 
     C = torch.eye(m, dtype=torch.float64) - U[:, :rank] @ U[:, :rank].T
     delta = B.double() @ A.double()
@@ -283,11 +304,11 @@ def test_the_complement_of_the_safety_subspace(
     assert found.CB is not None
     assert found.UB is not None
     assert (found.rank, found.alignment_norm) == (rank, None)
-    error = float((found.CB.double() - C @ B.double()).norm() / B.double().norm())
+    error = (tensor_of(found.CB).double() - C @ B.double()).norm() / B.double().norm()
     assert error < RELATIVE
     size = float(delta.square().sum())
-    assert share(A, B, found.UB) == pytest.approx(inside / size, abs=COSINE)
-    left = share(A, B, found.CB)
+    assert share(*hosts(A, B, found.UB)) == pytest.approx(inside / size, abs=COSINE)
+    left = share(*hosts(A, B, found.CB))
     assert left is not None
     # The definition of the cosine is noise where nothing is left of the update.
     if outside / size > 1e-3:
@@ -296,30 +317,33 @@ def test_the_complement_of_the_safety_subspace(
         assert math.sqrt(left) < 0.04
 
 
-def test_a_safety_subspace_that_is_everything_leaves_nothing() -> None:
+@both_engines
+def test_a_safety_subspace_that_is_everything_leaves_nothing(put: Put) -> None:
     U = orthonormal(6, 6, 1)
     _, _, A, B = case(6, 5, 2, torch.float32, 1)
-    found = Complement().from_U([U.float()], 6, B)
+    found = Complement().from_U([put(U.float())], 6, put(B))
     assert found.CB is not None
     assert found.UB is not None
-    left = share(A, B, found.CB)
+    left = share(*hosts(A, B, found.CB))
     assert left is not None
     assert 0.0 <= left < 1e-12
-    assert share(A, B, found.UB) == pytest.approx(1.0, abs=1e-6)
+    assert share(*hosts(A, B, found.UB)) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_no_update_has_no_share() -> None:
-    assert share(torch.zeros(2, 3), torch.ones(4, 2), torch.ones(1, 2)) is None
-    assert share(torch.ones(2, 3), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2)) is None
+    A, B, XB = hosts(torch.ones(2, 3), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
+    assert share(0 * A, abs(B), XB) is None
+    assert share(A, B, XB) is None
 
 
-def test_columns_that_are_not_orthonormal_are_noticed() -> None:
-    B = torch.ones(8, 2)
+@both_engines
+def test_columns_that_are_not_orthonormal_are_noticed(put: Put) -> None:
+    B = put(torch.ones(8, 2))
     U = orthonormal(8, 3, 1).float()
     for wrong in (U * 1.001, U * 0.0, torch.cat([U[:, :2], U[:, :1]], dim=1)):
         with pytest.raises(NotOrthonormalError, match="not orthonormal"):
-            Complement().from_U(wrong.split(3), 3, B)
-    Complement().from_U((U * 1.0001).split(3), 3, B)
+            Complement().from_U([put(wrong)], 3, B)
+    Complement().from_U([put(U * 1.0001)], 3, B)
 
 
 def test_a_rank_of_nothing_is_refused() -> None:

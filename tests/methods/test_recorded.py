@@ -33,7 +33,7 @@ from safeproj.methods.salora.file import KIND as MODULE
 from safeproj.names.layout import LINEAR
 from safeproj.plan.select import Selection
 from safeproj.report import Report
-from tests.support import moved, save_adapter, save_safety_module, snapshot, tiny_llama
+from tests.support import arrays_of, moved, save_adapter, save_safety_module, snapshot, tiny_llama
 
 KEY = "model.layers.0.self_attn.q_proj.weight"
 RANK = 5
@@ -143,8 +143,9 @@ def statistics(model: Any, path: Path) -> Path:
         model.config.to_dict(),
         linear_parameters(shapes, dict.fromkeys(layers, LINEAR)),
         weights,
+        by_torch=True,
     )
-    write_recorded(path, STATISTICS, tensors.items(), lambda: document)
+    write_recorded(path, STATISTICS, arrays_of(tensors).items(), lambda: document)
     return path
 
 
@@ -252,7 +253,7 @@ def test_a_file_appears_complete_or_not_at_all(
 
     expected = SafeprojError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
-        write_recorded(own, sound.kind, load_file(own).items(), document)
+        write_recorded(own, sound.kind, arrays_of(load_file(own)).items(), document)
     assert snapshot(tmp_path) == before
 
 
@@ -267,7 +268,7 @@ def test_what_could_not_be_read_is_not_written(sound: Sound, tmp_path: Path) -> 
 @each_kind
 def test_the_same_content_gives_the_same_bytes(sound: Sound, tmp_path: Path) -> None:
     document, path = json.loads(text_of(sound.path)), tmp_path / "again.safetensors"
-    tensors = load_file(sound.path)
+    tensors = arrays_of(load_file(sound.path))
     with safe_open(sound.path, framework="pt") as opened:
         ordered = [(name, tensors[name]) for name in opened.offset_keys()]
     size = write_recorded(path, sound.kind, ordered, lambda: document)

@@ -22,6 +22,7 @@ import safeproj
 from safeproj.adapter.peft_config import PLAIN_INITIALISATIONS, changed_base
 from safeproj.errors import SafeprojError
 from safeproj.plan.residual import PART, difference, olora, pissa
+from safeproj.storage.arrays import from_torch, norm, to_torch
 from tests.conformance.architectures import (
     GROUPED,
     Architecture,
@@ -35,6 +36,7 @@ from tests.support import (
     MANIFEST,
     assert_refused,
     change_json,
+    hosts,
     moved,
     oracle_C,
     oracle_cosine,
@@ -289,11 +291,11 @@ def test_starts_are_those_of_peft_whatever_the_shape(shape: tuple[int, int]) -> 
         W = dense.weight.detach().clone().double()
         config = LoraConfig(r=3, lora_alpha=6, init_lora_weights=name)  # type: ignore[arg-type]
         layer = Linear(dense, "default", config=config, r=3, lora_alpha=6)
-        own = start(W, 3, 2.0)
+        own = start(from_torch(W), 3, 2.0)
         theirs = (W - base_of(layer).weight.detach().double()) / 2.0
-        assert close(own.L @ own.R, theirs, W)
+        assert close(to_torch(own.L @ own.R), theirs, W)
         A, B = (f["default"].state_dict()["weight"].double() for f in (layer.lora_A, layer.lora_B))
-        A2, B2 = difference(A + 0.1, B, own)
+        A2, B2 = map(to_torch, difference(from_torch(A + 0.1), from_torch(B), own))
         assert (A2.shape, B2.shape) == ((6, shape[1]), (shape[0], 6))
         assert close(B2 @ A2, B @ (A + 0.1) - theirs, W)
 
@@ -502,9 +504,9 @@ def test_honest_updates_are_no_part_of_the_weights(size: float, rank: int) -> No
 
     torch.manual_seed(0)
     for m, n in ((64, 64), (96, 32), (32, 96)):
-        W = torch.randn(m, n, dtype=torch.float64)
-        A, B = (torch.randn(s, dtype=torch.float64) for s in ((rank, n), (m, rank)))
-        s = size * float(W.norm() / (B @ A).norm())
+        shapes = (m, n), (rank, n), (m, rank)
+        W, A, B = hosts(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
+        s = size * norm(W) / norm(B @ A)
         assert share(W, A, B, s) < PART / 2
         assert share(W, A, B, None) < PART
         # An extracted difference that only strengthens or weakens the weight's leading part.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -14,35 +16,41 @@ from safeproj.methods.blocks import Projected
 from safeproj.methods.covariance.formulas import Correction
 from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.salora.formulas import Complement
+from safeproj.storage.arrays import AnyArray, namespace
 from safeproj.sweeping.apart import apart, in_step
+from tests.support import Put, both_engines, tensor_of
 
 
 class Counted:
     """Blocks of three rows in one buffer, which counts how often they are gone through."""
 
-    def __init__(self, V: Tensor, damaged: int | None = None) -> None:
+    def __init__(self, V: AnyArray, damaged: int | None = None) -> None:
         self.passes = 0
         self._V, self._damaged = V, damaged
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[AnyArray]:
         self.passes += 1
-        buffer = torch.empty(3, self._V.shape[1])
+        buffer = namespace(self._V).empty_like(self._V[:3])
         for i in range(0, len(self._V), 3):
             if i == self._damaged:
                 raise FloatingPointError("damaged")
             rows = self._V[i : i + 3]
-            yield buffer[: len(rows)].copy_(rows)
+            buffer[: len(rows)] = rows
+            yield buffer[: len(rows)]
 
 
-def matrices(m: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def matrices(put: Put, m: int, width: int) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray]:
+    """Return `V`, `B`, another `B`, and both beside each other."""
     generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(m, 40, generator=generator),
-        torch.randn(m, width, generator=generator),
-        torch.randn(m, width, generator=generator),
-    )
+    V, *halves = (torch.randn(m, n, generator=generator) for n in (40, width, width))
+    return put(V), put(halves[0]), put(halves[1]), put(torch.cat(halves, dim=1))
 
 
+def beside(left: AnyArray, right: AnyArray) -> Tensor:
+    return torch.cat([tensor_of(left), tensor_of(right)], dim=1)
+
+
+@both_engines
 @pytest.mark.parametrize("width", [1, 4, 8, 9])
 @pytest.mark.parametrize(
     ("projector", "passes"),
@@ -50,52 +58,55 @@ def matrices(m: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     ids=["approx", "rank", "energy"],
 )
 def test_each_half_has_the_bits_that_it_has_alone(
-    projector: Approx | Exact, passes: int, width: int
+    put: Put, projector: Approx | Exact, passes: int, width: int
 ) -> None:
-    V, B, other = matrices(50, width)
+    V, B, other, halves = matrices(put, 50, width)
     blocks = Counted(V)
     both = apart(projector)
     assert isinstance(both, Approx | Exact)
-    found = both.from_V(blocks, torch.cat([B, other], dim=1))
-    alone, beside = (projector.from_V(Counted(V), each) for each in (B, other))
+    found = both.from_V(blocks, halves)
+    one, two = (projector.from_V(Counted(V), each) for each in (B, other))
     assert blocks.passes == passes
     assert found.CB is not None
-    assert alone.CB is not None
-    assert beside.CB is not None
-    assert torch.equal(found.CB, torch.cat([alone.CB, beside.CB], dim=1))
-    assert (found.alignment_norm, found.rank) == (alone.alignment_norm, alone.rank)
+    assert one.CB is not None
+    assert two.CB is not None
+    assert torch.equal(tensor_of(found.CB), beside(one.CB, two.CB))
+    assert (found.alignment_norm, found.rank) == (one.alignment_norm, one.rank)
 
 
-def test_a_safety_module_is_read_as_often_as_for_one() -> None:
-    _, B, other = matrices(50, 8)
+@both_engines
+def test_a_safety_module_is_read_as_often_as_for_one(put: Put) -> None:
+    _, B, other, halves = matrices(put, 50, 8)
     U = torch.linalg.qr(torch.randn(50, 6, generator=torch.Generator().manual_seed(1)))[0]
-    blocks = Counted(U)
+    blocks = Counted(put(U))
     both = apart(Complement())
     assert isinstance(both, Complement)
-    found = both.from_U(blocks, 6, torch.cat([B, other], dim=1))
-    alone, beside = (Complement().from_U(Counted(U), 6, each) for each in (B, other))
+    found = both.from_U(blocks, 6, halves)
+    one, two = (Complement().from_U(Counted(put(U)), 6, each) for each in (B, other))
     assert blocks.passes == 2
     for name in ("CB", "UB"):
-        expected = torch.cat([getattr(alone, name), getattr(beside, name)], dim=1)
-        assert torch.equal(getattr(found, name), expected)
+        expected = beside(getattr(one, name), getattr(two, name))
+        assert torch.equal(tensor_of(getattr(found, name)), expected)
 
 
-def test_without_alignment_there_is_no_projection() -> None:
+@both_engines
+def test_without_alignment_there_is_no_projection(put: Put) -> None:
     both = apart(Approx())
     assert isinstance(both, Approx)
-    found = both.from_V(Counted(torch.zeros(9, 5)), torch.ones(9, 4))
+    found = both.from_V(Counted(put(torch.zeros(9, 5))), put(torch.ones(9, 4)))
     assert found.CB is None
     assert found.alignment_norm == 0.0
 
 
+@both_engines
 @pytest.mark.parametrize("damaged", [0, 6])
-def test_an_error_while_reading_ends_both(damaged: int) -> None:
-    V, B, other = matrices(20, 4)
+def test_an_error_while_reading_ends_both(put: Put, damaged: int) -> None:
+    V, _, _, halves = matrices(put, 20, 4)
     before = set(threading.enumerate())
     both = apart(Approx())
     assert isinstance(both, Approx)
     with pytest.raises(FloatingPointError, match="damaged"):
-        both.from_V(Counted(V, damaged), torch.cat([B, other], dim=1))
+        both.from_V(Counted(V, damaged), halves)
     for thread in set(threading.enumerate()) - before:
         thread.join(timeout=5)
     assert set(threading.enumerate()) <= before
@@ -112,16 +123,17 @@ def test_an_error_in_one_of_them_is_that_of_both() -> None:
         raise ValueError("bad")
 
     with pytest.raises(ValueError, match="bad"):
-        in_step(Counted(torch.ones(9, 2)), [fine, bad])
+        in_step(Counted(numpy.ones((9, 2))), [fine, bad], nullcontext)
 
 
-def test_values_that_are_not_finite_are_found() -> None:
-    V, B, other = matrices(20, 4)
+@both_engines
+def test_values_that_are_not_finite_are_found(put: Put) -> None:
+    V, _, _, halves = matrices(put, 20, 4)
     V[7, 3] = float("nan")
     both = apart(Approx())
     assert isinstance(both, Approx)
     with pytest.raises(FloatingPointError, match="not finite"):
-        both.from_V(Counted(V), torch.cat([B, other], dim=1))
+        both.from_V(Counted(V), halves)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from peft import PeftModel
@@ -21,6 +22,7 @@ from safeproj.engine import Progress
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
 from safeproj.records.profile import Profile
+from safeproj.storage.arrays import to_torch
 from safeproj.sweeping.candidates import Candidates, Place, Replaced, candidates, spread
 from safeproj.sweeping.controls import Sizes, scaled
 from safeproj.sweeping.rotation import Rotation
@@ -33,6 +35,7 @@ from tests.support import (
     safeproj,
     save_adapter,
     save_safety_module,
+    tensors_of,
     tiny_llama,
 )
 
@@ -121,7 +124,7 @@ def halve(adapter: Path) -> None:
 def updates(case: Case, replaced: Replaced, place: Path) -> dict[str, Tensor]:
     """Return `ΔW` of every module, as PEFT computes it from a directory with these tensors."""
     shutil.copytree(case.adapter, place, dirs_exist_ok=True)
-    save_file({**load_file(case.adapter / FACTORS), **replaced}, place / FACTORS)
+    save_file({**load_file(case.adapter / FACTORS), **tensors_of(replaced)}, place / FACTORS)
     return {
         name: delta.T if type(module(case, name)).__name__ == "Conv1D" else delta
         for name, delta in deltas(case.model, place).items()
@@ -166,7 +169,7 @@ def test_tensors_are_those_that_patch_writes(case: Case, share: float, tmp_path:
     assert {name for name in written if not torch.equal(written[name], before[name])} == set(
         replaced
     )
-    for name, tensor in replaced.items():
+    for name, tensor in tensors_of(replaced).items():
         assert tensor.dtype == written[name].dtype
         assert torch.equal(tensor, written[name]), name
 
@@ -182,7 +185,8 @@ def test_a_threshold_chooses_what_patch_chooses(trio: Trio, tmp_path: Path) -> N
     projected = {each["name"] for each in json.loads(done.stdout)["modules"] if each["projected"]}
     assert projected == set(place.modules)
     written = load_file(tmp_path / "out" / FACTORS)
-    assert all(torch.equal(each, written[name]) for name, each in place.method().items())
+    replaced = tensors_of(place.method())
+    assert all(torch.equal(each, written[name]) for name, each in replaced.items())
 
 
 @pytest.mark.parametrize("setting", [{"rank": 3}, {"energy": 0.6}], ids=["rank", "energy"])
@@ -198,7 +202,7 @@ def test_the_exact_projector_is_that_of_patch(
     )
     assert done.returncode == 0, done.stderr
     written = load_file(out / FACTORS)
-    replaced = found.places(2)[-1].method()
+    replaced = tensors_of(found.places(2)[-1].method())
     assert all(torch.equal(each, written[name]) for name, each in replaced.items())
 
 
@@ -247,7 +251,7 @@ def test_the_random_projector_is_the_same_one_turned(case: Case, tmp_path: Path)
     after = updates(case, place.controls["random"](), tmp_path / "after")
     for name in place.modules:
         m = len(before[name])
-        Q = Rotation(m, 5, name).turn(torch.eye(m, dtype=torch.float64))
+        Q = to_torch(Rotation(m, 5, name).turn(numpy.eye(m)))
         assert_close(case, after[name], Q @ case.C(name) @ Q.T @ before[name])
 
 
@@ -294,7 +298,7 @@ def test_the_bias_of_lora_B_goes_with_its_factor(tmp_path: Path) -> None:
         tensors[f"base_model.model.{name}.lora_B.{kind}"].double() for kind in ("weight", "bias")
     )
     C = case.C(name)
-    Q = Rotation(len(b), 0, name).turn(torch.eye(len(b), dtype=torch.float64))
+    Q = to_torch(Rotation(len(b), 0, name).turn(numpy.eye(len(b))))
     key = f"base_model.model.{name}.lora_B.bias"
     expected = {
         "complement": b - C @ b,
@@ -302,7 +306,7 @@ def test_the_bias_of_lora_B_goes_with_its_factor(tmp_path: Path) -> None:
         "random": Q @ C @ Q.T @ b,
     }
     for control, value in expected.items():
-        found = place.controls[control]()[key].double()
+        found = to_torch(place.controls[control]()[key]).double()
         assert torch.allclose(found, value, atol=2e-5 * float(b.abs().max())), control
 
 
@@ -345,11 +349,11 @@ def test_weights_too_large_to_keep_are_read_as_often_as_by_inspect(
     trio: Trio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import safeproj
-    from safeproj.engine import blocks
+    from safeproj.engine.device import Host
     from safeproj.methods.safe_lora import blocks as weights
 
     monkeypatch.setattr(weights, "CPU_HOLD", 1)
-    monkeypatch.setattr(blocks, "CPU_BLOCK", 1 << 10)  # several blocks of each weight
+    monkeypatch.setattr(Host, "block", 1 << 10)  # several blocks of each weight
     inspected, swept = Profile(), Profile()
     report = safeproj.inspect(trio.method, str(trio.adapter), Options(profile=inspected))
     found = candidates(trio.method, str(trio.adapter), Options(profile=swept))

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from torch import Tensor
 from safeproj import Covariance
 from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.formulas import Moment
+from safeproj.storage.arrays import from_torch, norm
 from safeproj.sweeping.candidates import Place, Replaced
 from safeproj.sweeping.controls import COMPLEMENT, RANDOM, SHRINK, SWAPPED, Sizes
 from safeproj.sweeping.strengths import MUS, Strengths, strengths, turned
@@ -25,7 +27,7 @@ from tests.methods.covariance import oracle
 from tests.methods.covariance.test_command import Place as Model
 from tests.methods.covariance.test_command import lora, make, stored
 from tests.report.test_schemas import validator
-from tests.support import FACTORS, assert_refused, safeproj
+from tests.support import FACTORS, assert_refused, safeproj, tensors_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-lm"
 DATA = EXAMPLE / "data"
@@ -57,7 +59,7 @@ def place_at(found: Strengths, mu: float) -> Place:
 def updates(model: Model, adapter: Path, replaced: Replaced, place: Path) -> dict[str, Tensor]:
     """Return `ΔW` of every module, as PEFT computes it from a directory with these tensors."""
     shutil.copytree(adapter, place, dirs_exist_ok=True)
-    save_file({**load_file(adapter / FACTORS), **replaced}, place / FACTORS)
+    save_file({**load_file(adapter / FACTORS), **tensors_of(replaced)}, place / FACTORS)
     return {name: each.matrix.double() for name, each in updates_of(model.model, place).items()}
 
 
@@ -73,7 +75,7 @@ def test_tensors_are_those_that_patch_writes(
     written = load_file(tmp_path / "out" / FACTORS)
     replaced = place_at(found, mu).method()
     assert replaced.keys() == {name for name in written if ".lora_A." in name}
-    assert all(torch.equal(each, written[name]) for name, each in replaced.items())
+    assert all(torch.equal(each, written[name]) for name, each in tensors_of(replaced).items())
 
 
 def test_controls_are_what_the_oracle_says(
@@ -108,12 +110,12 @@ def test_the_random_moment_has_the_spectrum_of_its_own(model: Model) -> None:
     tensors = load_file(model.task_stats)
     for name, matrix in tensors.items():
         whole = name.endswith(".moment")
-        own = Moment(matrix.double(), whole)
+        own = Moment(from_torch(matrix.double()), whole)
         other = turned(own, 0, name)
         assert other.whole == whole
-        values = [torch.linalg.eigvalsh(each.dense()) for each in (own, other)]
-        assert float((values[0] - values[1]).norm() / values[0].norm()) < 1e-9
-        assert float((own.dense() - other.dense()).norm() / own.dense().norm()) > 0.1
+        values = [numpy.linalg.eigvalsh(each.dense()) for each in (own, other)]
+        assert norm(values[0] - values[1]) < 1e-9 * norm(values[0])
+        assert norm(own.dense() - other.dense()) > 0.1 * norm(own.dense())
 
 
 def test_the_random_control_is_the_correction_by_that_moment(

@@ -1,7 +1,7 @@
-"""The formulas of the covariance-weighted correction on tensors, and nothing else.
+"""The formulas of the covariance-weighted correction, and nothing else.
 
 It changes the input-side factor, `A' = A M`, by second moments of the layer's inputs `x` (n,):
-`H = E x xᵀ` on safety data and `S` on benign data.
+`H = E x xᵀ` on safety data and `S` on benign data. Arrays are of numpy or torch.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from safeproj.storage.arrays import AnyArray, namespace
 
 if TYPE_CHECKING:
     from safeproj.adapter.record import Side
@@ -34,22 +33,24 @@ class Moment:
         whole: which of the two.
     """
 
-    matrix: Tensor
+    matrix: AnyArray
     whole: bool
 
-    def apply(self, A: Tensor) -> Tensor:
+    def apply(self, A: AnyArray) -> AnyArray:
         """Return `A E x xᵀ` (r, n) for `A` (r, n), float64."""
         return A @ self.matrix if self.whole else (A @ self.matrix.T) @ self.matrix
 
-    def dense(self) -> Tensor:
+    def dense(self) -> AnyArray:
         """Return the moment itself, (n, n)."""
         return self.matrix if self.whole else self.matrix.T @ self.matrix
 
     @property
     def ridge(self) -> float:
         """What is added to the diagonal of a moment that is inverted: `RIDGE · tr / n`."""
-        diagonal = self.matrix.diagonal() if self.whole else self.matrix.square()
-        return RIDGE * float(diagonal.sum()) / self.matrix.shape[1]
+        xp = namespace(self.matrix)
+        trace = xp.linalg.trace(self.matrix) if self.whole else xp.sum(xp.square(self.matrix))
+        size: int = self.matrix.shape[1]
+        return RIDGE * float(trace) / size
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Correction:
     def __post_init__(self) -> None:
         _require_mu(self.mu)
 
-    def from_moments(self, H: Moment, S: Moment, A: Tensor) -> Tensor:
+    def from_moments(self, H: Moment, S: Moment, A: AnyArray) -> AnyArray:
         """Return `A · μS (H + μS)⁻¹ = A - A H (H + μS)⁻¹` for `A` (r, n), in float64.
 
         By a Cholesky factorisation of side n; or, where the two moments are products of fewer than
@@ -87,20 +88,17 @@ class Correction:
         Raises:
             SingularError: `S` is zero, or the moments are no moments.
         """
-        A = A.double()
+        xp = namespace(A)
+        A = xp.astype(A, xp.float64)
         ridge = self.mu * S.ridge
         if ridge <= 0.0:
             raise SingularError("S is zero")
         if not H.whole and not S.whole and len(H.matrix) + len(S.matrix) < A.shape[1]:
-            Z = torch.cat([H.matrix, math.sqrt(self.mu) * S.matrix])
-            K = Z @ Z.T
-            right = Z.new_zeros(len(Z), len(A))
-            right[: len(H.matrix)] = H.matrix @ A.T
-            K.diagonal().add_(ridge)
-            return A - (Z.T @ _solved(K, right)).T
-        K = H.dense() + self.mu * S.dense()
-        K.diagonal().add_(ridge)
-        return A - _solved(K, H.apply(A).T).T
+            Z = xp.concat([H.matrix, math.sqrt(self.mu) * S.matrix])
+            right = xp.zeros((len(Z), len(A)), dtype=A.dtype, device=A.device)
+            right[: len(H.matrix), :] = H.matrix @ A.T
+            return A - (Z.T @ _solved(Z @ Z.T, ridge, right)).T
+        return A - _solved(H.dense() + self.mu * S.dense(), ridge, H.apply(A).T).T
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,25 @@ def _require_mu(mu: float) -> None:
         raise ValueError(f"mu must be a number of more than 0, found {mu}")
 
 
-def _solved(K: Tensor, right: Tensor) -> Tensor:
-    """Return `K⁻¹ R` for a positive definite `K`."""
-    factor, info = torch.linalg.cholesky_ex(K)
-    if int(info) != 0:
-        raise SingularError("H + μS is not positive definite")
-    return torch.cholesky_solve(right, factor)
+PANEL = 256
+"""Rows of a triangular matrix that are solved at a time."""
+
+
+def _solved(K: AnyArray, ridge: float, right: AnyArray) -> AnyArray:
+    """Return `(K + εI)⁻¹ R` for a symmetric `K`, by a Cholesky factorisation."""
+    xp = namespace(K)
+    K = K + ridge * xp.eye(len(K), dtype=K.dtype, device=K.device)
+    try:
+        L = xp.linalg.cholesky(K)
+    except xp.linalg.LinAlgError as error:
+        raise SingularError("H + μS is not positive definite") from error
+    panels = [slice(start, start + PANEL) for start in range(0, len(L), PANEL)]
+    X = xp.asarray(right, copy=True)
+    for rows in panels:  # L X = R
+        X[rows, :] = xp.linalg.solve(
+            L[rows, rows], X[rows, :] - L[rows, : rows.start] @ X[: rows.start, :]
+        )
+    for rows in reversed(panels):  # Lᵀ X = that
+        below = slice(rows.stop, None)
+        X[rows, :] = xp.linalg.solve(L[rows, rows].T, X[rows, :] - L[below, rows].T @ X[below, :])
+    return X

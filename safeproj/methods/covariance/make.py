@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from safeproj.lm.data import Batch
 from safeproj.lm.layers import MEMORY, OnBatch, find_layers, in_features, out_features
@@ -14,6 +14,7 @@ from safeproj.methods.covariance.file import KIND, MOMENT, ROWS
 from safeproj.methods.covariance.moments import InputMoment, input_moments
 from safeproj.methods.recorded import linear_parameters, recorded_document, write_recorded
 from safeproj.names.layout import CONV1D, LINEAR
+from safeproj.storage.arrays import Array, from_torch
 
 
 def make_statistics(
@@ -50,14 +51,14 @@ def make_statistics(
     weights: dict[str, dict[str, Any]] = {}
     counts: set[int] = set()
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    def tensors() -> Iterator[tuple[str, Array]]:
         for each in input_moments(
             model, layers, batches, positions=positions, memory=memory, on_batch=on_batch
         ):
             name = f"{each.layers[0]}.weight.{MOMENT if each.whole else ROWS}"
             weights.update(_weights(layers, each, name))
             counts.add(each.positions)
-            yield name, each.matrix
+            yield name, from_torch(each.matrix)
 
     def document() -> dict[str, Any]:
         shapes = {name: _shape(layer) for name, layer in layers.items()}
@@ -73,6 +74,7 @@ def make_statistics(
             config=model.config.to_dict(),
             parameters=linear_parameters(shapes, layouts),
             weights={f"{name}.weight": weights[name] for name in layers},
+            by_torch=True,
         )
 
     return write_recorded(out, KIND, tensors(), document, overwrite=overwrite)

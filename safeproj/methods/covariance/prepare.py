@@ -20,11 +20,10 @@ from safeproj.methods.covariance.file import Statistics, open_statistics
 from safeproj.methods.covariance.formulas import Reconstruction
 from safeproj.methods.covariance.method import STATISTICS, Covariance
 from safeproj.plan.match import Plan
+from safeproj.storage.arrays import Array, from_torch
 from safeproj.storage.source import open_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from safeproj.run.options import Options
 
 
@@ -62,7 +61,7 @@ class Rebuilding(Statistics):
 
     def prepare(
         self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Array]:
         from safeproj.lm import models
         from safeproj.lm.adapters import attach_read, moves, require_peft
         from safeproj.methods.covariance.reconstruct import reconstructed
@@ -79,14 +78,14 @@ class Rebuilding(Statistics):
             read_data(str(source), tokenizer, option=option).batches(BATCH_SIZE)
             for option, source in _data(method)
         )
-        is_mps = resolve_device(device).type == "mps"  # which has no float64
+        is_mps = resolve_device(device).name == "mps"  # which has no float64
         host = models.load_model(folder, "cpu" if is_mps else device)
         moved = moves(host, adapter.folder)
         modules = [item.module.name for item in plan.modules]
         names = {moved.get(name, name): name for name in modules}
         model = attach_read(host, adapter)
         found = reconstructed(model, list(names), safety, benign, formulas, on_batch)
-        return {names[place]: factor for place, factor in found.items()}
+        return {names[place]: from_torch(factor) for place, factor in found.items()}
 
 
 def _data(method: Covariance) -> tuple[tuple[str, str | None], tuple[str, str | None]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TypeVar
 
-import torch
-from torch import Tensor
+import numpy
 
 from safeproj import engine
 from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task, Update
@@ -25,6 +25,7 @@ from safeproj.methods.factors import Core
 from safeproj.methods.measures import scale, similarity
 from safeproj.methods.score import Score, Settled, core_of, diagnosis
 from safeproj.records.profile import Usage
+from safeproj.storage.arrays import Array, double, is_finite, on_device, single, to_host
 
 T = TypeVar("T")
 
@@ -72,30 +73,30 @@ def corrected(
     if isinstance(formulas, Reconstruction):
         made = [_input(known, update.replacement) for update, known in pairs]
         return tuple(
-            _corrected_score(task.name, update, known, own.to(H.matrix.device), (H, S), sha256)
+            _corrected_score(task.name, update, known, own, (H, S), sha256)
             for (update, known), own in zip(pairs, made, strict=True)
         )
     inputs = [_input(known, update.stored) for update, known in pairs]
-    A = torch.cat(inputs).to(H.matrix.device)
+    A = on_device(numpy.concatenate(inputs), H.matrix)
     try:
-        found = formulas.from_moments(H, S, A).float()
+        found = single(to_host(formulas.from_moments(H, S, A)))
     except SingularError as error:
         sources = " and ".join(dict.fromkeys(each.source for each in task.origin.weights))
         raise SafeprojError(
             f"{task.name}: {error} in the statistics of {sources}; expected those of data that "
             "reaches the layer: make them again with `safeproj stats`"
         ) from error
-    parts = found.split([len(each) for each in inputs])
+    parts = numpy.split(found, list(accumulate(map(len, inputs)))[:-1])
     return tuple(
         _corrected_score(task.name, update, known, own, (H, S), sha256)
         for (update, known), own in zip(pairs, parts, strict=True)
     )
 
 
-def _input(known: Core | SafeprojError | None, stored: Tensor | None) -> Tensor:
+def _input(known: Core | SafeprojError | None, stored: Array | None) -> Array:
     """Return a factor (r, n) as it is stored, or what stands for it, in float32."""
     assert stored is not None
-    return known.coordinates(stored.T).T.float() if isinstance(known, Core) else stored.float()
+    return single(known.coordinates(stored.T).T if isinstance(known, Core) else stored)
 
 
 def _moments(
@@ -115,10 +116,10 @@ def _moment(
 ) -> tuple[Moment, dict[str, str]]:
     """Return a moment in float64 on the device, and the digest of what was read for it."""
     blocks = KeptBlocks(name, stored.weight, buffers, digests=digests)
-    matrix = torch.empty(stored.weight.shape, dtype=torch.float64, device=buffers.device)
+    matrix = buffers.device.empty(stored.weight.shape, "float64")
     start = 0
     for block in blocks:
-        matrix[start : start + len(block)] = block
+        matrix[start : start + len(block), :] = block
         start += len(block)
     assert blocks.sha256 is not None
     return Moment(matrix, stored.whole), blocks.sha256[0]
@@ -128,36 +129,35 @@ def _corrected_score(
     name: str,
     update: Update,
     known: Core | SafeprojError | None,
-    corrected: Tensor,
+    corrected: Array,
     moments: tuple[Moment, Moment],
     sha256: tuple[dict[str, str], dict[str, str]] | None,
 ) -> Score | SafeprojError:
     """Return the score of an update from its `A'`, as it is stored, or what stands for it."""
     if isinstance(known, SafeprojError):
         return known
-    device, factor = corrected.device, corrected.cpu().clone()
-    if not bool(factor.isfinite().all()):
+    factor = corrected.copy()  # the others' may be let go
+    if not is_finite(factor):
         return SafeprojError(f"{name}: the corrected factor has a value that is not finite")
     if known is None:
-        A, B = update.A.double(), update.B
-        after = update.with_gain(factor).double()  # M acts on columns, AdaLoRA's gain on rows
+        A, B = double(update.A), update.B
+        after = double(update.with_gain(factor))  # M acts on columns, AdaLoRA's gain on rows
         settled = None
     else:
-        A, B, after = known.M.T, known.Q.T, factor.double()
-        settled, factor = Settled(known, after.T), known.factor(after.T).T.float()
-        if not bool(factor.isfinite().all()):
+        A, B, after = known.M.T, known.Q.T, double(factor)
+        settled, factor = Settled(known, after.T), single(known.factor(after.T).T)
+        if not is_finite(factor):
             return SafeprojError(f"{name}: the corrected factor has a value that is not finite")
     cosine = similarity(B.T, A.T, after.T)
     found = Score(factor, cosine, Detail(), sha256=sha256, settled=settled)
     if cosine is None:
         return found
-    products = B.double().T @ B.double()
+    products = double(B).T @ double(B)
 
-    def effects(factor: Tensor) -> Effects:
-        on_device = factor.to(device)
+    def effects(factor: Array) -> Effects:
+        there = on_device(numpy.ascontiguousarray(factor), moments[0].matrix)
         safety, benign = (
-            float((products * (moment.apply(on_device) @ on_device.T).cpu()).sum())
-            for moment in moments
+            float((products * to_host(moment.apply(there) @ there.T)).sum()) for moment in moments
         )
         benign += moments[1].ridge * float((products * (factor @ factor.T)).sum())
         return Effects(max(safety, 0.0), benign)

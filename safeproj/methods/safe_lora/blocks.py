@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from safeproj.checkpoint import Weight
 from safeproj.engine import Buffers, digests_of, row_width, rows_per_block
-from safeproj.engine.staging import Staging
+from safeproj.engine.device import Staging
 from safeproj.methods.safe_lora.formulas import alignment
 from safeproj.methods.safe_lora.sources import Difference
+from safeproj.storage.arrays import AnyArray, namespace
 
 CPU_HOLD = 64 << 20
 """Largest float32 `V`, in bytes, that a CPU worker keeps for its second pass. A larger one is read
@@ -48,19 +47,21 @@ class AlignmentBlocks:
         self._transposed = source.aligned.transposed
         self._mixed = source.aligned.transposed != source.base.transposed
         self._rows = rows_per_block(buffers.device, self._aligned, self._base)
-        limit = GPU_HOLD if buffers.device.type == "cuda" else CPU_HOLD
+        limit = CPU_HOLD if buffers.device.is_host else GPU_HOLD
         small = math.prod(self._aligned.shape) * 4 <= limit
         self._keeps = keep or self._transposed or self._mixed or small
-        self._kept: Tensor | None = None
+        self._kept: AnyArray | None = None
         self._seen = False
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[AnyArray]:
         if self._kept is None and not self._transposed:
             yield from self._stored_blocks()
         else:
-            yield from self.whole().split(self._rows)
+            V = self.whole()
+            for start in range(0, len(V), self._rows):
+                yield V[start : start + self._rows]
 
-    def whole(self) -> Tensor:
+    def whole(self) -> AnyArray:
         """Return `V` (m, n), which is kept; valid until the buffers are used again."""
         if self._kept is None:
             for _ in self._stored_blocks():
@@ -68,7 +69,7 @@ class AlignmentBlocks:
         assert self._kept is not None
         return self._kept
 
-    def _stored_blocks(self) -> Iterator[Tensor]:
+    def _stored_blocks(self) -> Iterator[AnyArray]:
         """Yield `V` in the orientation in which the aligned weight is stored, by rows."""
         buffers, readers = self._buffers, self._buffers.readers
         for reader in readers:
@@ -84,11 +85,12 @@ class AlignmentBlocks:
             V = out[start:stop] if self._keeps else out[: stop - start]
             W_aligned = staging[0].load(self._aligned, readers[0], start, stop)
             if self._mixed:
-                W_base = V.clone()
+                W_base = namespace(V).asarray(V, copy=True)
             else:
                 W_base = staging[1].load(self._base, readers[1], start, stop)
                 self._advance(stop - start, self._base)
-            yield alignment(W_aligned, W_base, out=V)
+            alignment(W_aligned, W_base, V)
+            yield V
             self._advance(stop - start, self._aligned)
         if self._keeps:
             self._kept = out.T if self._transposed else out
@@ -96,7 +98,7 @@ class AlignmentBlocks:
             self.sha256 = (digests_of(readers[0]), digests_of(readers[1]))
         self._seen = True
 
-    def _load_turned(self, staging: Staging, out: Tensor) -> None:
+    def _load_turned(self, staging: Staging, out: AnyArray) -> None:
         """Read all of the base weight, which is stored the other way round, into `out`."""
         for start, stop in self._buffers.starts(self._rows, self._base):
             out[start:stop] = staging.load(self._base, self._buffers.readers[1], start, stop)

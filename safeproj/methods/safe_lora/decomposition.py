@@ -17,13 +17,14 @@ bounds of a cosine rest on.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy
 
 from safeproj.methods.factors import settled
+from safeproj.storage.arrays import AnyArray, double, namespace, on_device, quiet, to_host
 
 OVERSAMPLING = 10
 """Columns of a sketch beyond the K that are wanted (Halko et al. 2011, section 4.2)."""
@@ -46,7 +47,9 @@ POWER = 32
 BLOCK = 512
 """Rows that are multiplied at a time."""
 
-EPS = torch.finfo(torch.float32).eps
+EPS = float(numpy.finfo(numpy.float32).eps)
+
+TINY = float(numpy.finfo(numpy.float32).tiny)
 
 SLACK = 1e-6
 """Absolute, of a cosine: what float32 loses in `C_K B` and `Uᵀ B`; more where terms cancel."""
@@ -57,21 +60,21 @@ class Eigenpairs:
     """`C_K = U diag(eigenvalues) Uᵀ <= C` and how far it is from `C = V Vᵀ / ‖V‖_F`.
 
     Attributes:
-        U: (m, K), float32, orthonormal columns, on the CPU.
-        eigenvalues: (K,), float32, descending, greater than 0, on the CPU.
+        U: (m, K), float32, orthonormal columns, on the host.
+        eigenvalues: (K,), float32, descending, greater than 0, on the host.
         error: upper bound of `‖C - C_K‖_F / ‖C‖_F`.
         residual: upper bound of `‖C - C_K‖₂`, in the unit of `V`.
         leak: upper bound of `‖Uᵀ (C - C_K) U‖₂`, in the unit of `V`.
     """
 
-    U: Tensor
-    eigenvalues: Tensor
+    U: AnyArray
+    eigenvalues: AnyArray
     error: float
     residual: float
     leak: float
 
 
-def eigenpairs(V: Tensor, rank: int | None = None, energy: float | None = None) -> Eigenpairs:
+def eigenpairs(V: AnyArray, rank: int | None = None, energy: float | None = None) -> Eigenpairs:
     """Return the leading eigenpairs of `C = V Vᵀ / ‖V‖_F`, with bounds on what they leave out.
 
     Subspace iteration on the smaller Gram matrix of `V` (Halko, Martinsson, Tropp, SIAM Review
@@ -100,10 +103,11 @@ def eigenpairs(V: Tensor, rank: int | None = None, energy: float | None = None) 
     if energy is not None and not 0.0 < energy <= 1.0:
         raise ValueError(f"energy must lie in (0, 1], found {energy}")
 
+    xp = namespace(V)
     norm = _frobenius(V)
-    generator = torch.Generator().manual_seed(0)
+    generator = numpy.random.default_rng(0)
     width = (rank or START) + OVERSAMPLING
-    G = _gram(V, norm, torch.float32 if 2 * width < min(V.shape) else torch.float64)
+    G = _gram(V, norm, xp.float32 if 2 * width < min(V.shape) else xp.float64)
     while 2 * width < min(V.shape):
         values, F, W = _ritz(V, norm, _sketch(G, width, generator))
         K, wanted = _count(values, rank, energy, norm)
@@ -111,37 +115,38 @@ def eigenpairs(V: Tensor, rank: int | None = None, energy: float | None = None) 
             break
         width *= 2
     else:
-        if G.dtype == torch.float32:
+        if G.dtype == xp.float32:
             del G
-            G = _gram(V, norm, torch.float64)
+            G = _gram(V, norm, xp.float64)
         values, Q = _eigh(G)
         K, _ = _count(values, rank, energy, norm)
         values, F, W = _ritz(V, norm, Q[:, :K])
         K, _ = _count(values, rank, energy, norm)
 
     values, W = values[:K], W[:, :K]
-    U = (F[:, :K] / values.sqrt()).float()
-    stored = values.float()
+    U = xp.astype(F[:, :K] / xp.sqrt(values), xp.float32)
+    stored = xp.astype(values, xp.float32)
     # A sum of n products x·y is off by √n u ‖x‖ ‖y‖ at most, u the unit roundoff, but for rare
     # inputs (Higham and Mary, SIAM J. Sci. Comput. 2019); and the trace of `C` is `‖V‖_F`.
-    rounding = torch.finfo(G.dtype).eps / 2 * math.sqrt(max(V.shape)) * norm
+    rounding = float(xp.finfo(G.dtype).eps) / 2 * math.sqrt(max(V.shape)) * norm
     rounding += 4 * EPS * float(values[0])  # of `U` and the eigenvalues
     whole = _frobenius(G)
     rest = _rest(G, U, stored, W)  # in the memory of G
     size = _frobenius(rest)
-    Z = _product(V.T, U.double()) / math.sqrt(norm)
-    overlap = U.double().T @ U.double()
-    leaking = Z.T @ Z - (overlap * stored.double()) @ overlap
+    wide = xp.astype(U, xp.float64)
+    Z = _product(V.T, wide) / math.sqrt(norm)
+    overlap = wide.T @ wide
+    leaking = Z.T @ Z - (overlap * xp.astype(stored, xp.float64)) @ overlap
     return Eigenpairs(
-        U=U.cpu(),
-        eigenvalues=stored.cpu(),
+        U=to_host(U),
+        eigenvalues=to_host(stored),
         error=(size + 2 * rounding) / whole,
         residual=min(_norm_bound(rest, generator), size) + rounding,
-        leak=float(torch.linalg.eigvalsh(leaking).abs().max()) + 4 * EPS * float(values[0]),
+        leak=float(xp.max(xp.abs(xp.linalg.eigvalsh(leaking)))) + 4 * EPS * float(values[0]),
     )
 
 
-def smaller_form(V: Tensor) -> tuple[Literal["C", "V"], Tensor]:
+def smaller_form(V: AnyArray) -> tuple[Literal["C", "V"], AnyArray]:
     """Return the smaller exact form of `C = V Vᵀ / ‖V‖_F`: `C` itself (m, m) or `V` (m, n).
 
     Args:
@@ -150,16 +155,16 @@ def smaller_form(V: Tensor) -> tuple[Literal["C", "V"], Tensor]:
     Returns:
         `"C"` and the symmetric matrix where m <= n, else `"V"` and `V`; on the device of `V`.
 
-    >>> smaller_form(torch.tensor([[0.0, 4.0]]))
-    ('C', tensor([[4.]]))
+    >>> smaller_form(numpy.array([[0.0, 4.0]], numpy.float32))
+    ('C', array([[4.]], dtype=float32))
     """
     if V.shape[0] > V.shape[1]:
         return "V", V
-    return "C", _gram(V, _frobenius(V), torch.float32)
+    return "C", _gram(V, _frobenius(V), namespace(V).float32)
 
 
 def cosine_bounds(
-    A: Tensor, B: Tensor, CB: Tensor, UB: Tensor, residual: float, leak: float
+    A: AnyArray, B: AnyArray, CB: AnyArray, UB: AnyArray, residual: float, leak: float
 ) -> tuple[float, float] | None:
     """Return the range in which the cosine of `ΔW` and `C ΔW` lies, from eigenpairs of `C` alone.
 
@@ -187,8 +192,8 @@ def cosine_bounds(
     Raises:
         CancellationError: the terms of `ΔW` cancel further than float64 can tell.
 
-    >>> A, B = torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    >>> CB = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
+    >>> A, B = numpy.eye(2), numpy.array([[3.0, 0.0], [0.0, 4.0]])
+    >>> CB = numpy.array([[3.0, 0.0], [0.0, 0.0]])
     >>> lower, upper = cosine_bounds(A, B, CB, CB[:1], residual=0.0, leak=0.0)
     >>> round(lower, 5), round(upper, 5)
     (0.6, 0.6)
@@ -197,7 +202,7 @@ def cosine_bounds(
     A, B, CB, UB = settled(A, B, CB, UB)
     G = A @ A.T
 
-    def inner(X: Tensor, Y: Tensor) -> float:
+    def inner(X: AnyArray, Y: AnyArray) -> float:
         return float(((X.T @ Y) * G).sum())
 
     square = inner(B, B)
@@ -220,98 +225,128 @@ def cosine_bounds(
     return max(min(lower, 1.0) - slack, 0.0), min(upper + slack, 1.0)
 
 
-def _magnitude(A: Tensor, X: Tensor) -> float:
+def _magnitude(A: AnyArray, X: AnyArray) -> float:
     """Return what `‖X A‖_F` would be if none of its terms cancelled."""
-    A, X = A.double(), X.double()
-    return math.sqrt(float(((X.T @ X) * (A @ A.T)).abs().sum()))
+    A, X = double(A), double(X)
+    return math.sqrt(float(numpy.abs((X.T @ X) * (A @ A.T)).sum()))
 
 
-def _frobenius(V: Tensor) -> float:
-    return math.sqrt(sum(float(block.double().square().sum()) for block in V.split(BLOCK)))
+def _blocks(V: AnyArray) -> Iterator[AnyArray]:
+    """Yield the rows in float64, so many at a time."""
+    xp = namespace(V)
+    for start in range(0, V.shape[0], BLOCK):
+        yield xp.astype(V[start : start + BLOCK, :], xp.float64)
 
 
-def _gram(V: Tensor, norm: float, dtype: torch.dtype) -> Tensor:
+def _frobenius(V: AnyArray) -> float:
+    xp = namespace(V)
+    return math.sqrt(sum(float(xp.sum(block * block)) for block in _blocks(V)))
+
+
+def _gram(V: AnyArray, norm: float, dtype: Any) -> AnyArray:
     """Return `V Vᵀ / ‖V‖_F` or `Vᵀ V / ‖V‖_F`, whichever is smaller, symmetric."""
+    xp = namespace(V)
     X = V if V.shape[0] <= V.shape[1] else V.T
-    G = X.new_empty(X.shape[0], X.shape[0], dtype=dtype)
-    blocks = [slice(start, start + BLOCK) for start in range(0, X.shape[0], BLOCK)]
+    size = X.shape[0]
+    G = xp.empty((size, size), dtype=dtype, device=V.device)
+    blocks = [slice(start, start + BLOCK) for start in range(0, size, BLOCK)]
     for i, rows in enumerate(blocks):
-        left = X[rows].to(dtype) / math.sqrt(norm)
+        left = xp.astype(X[rows, :], dtype) / math.sqrt(norm)
         for columns in blocks[:i]:
-            G[rows, columns] = left @ (X[columns].to(dtype) / math.sqrt(norm)).T
+            G[rows, columns] = left @ (xp.astype(X[columns, :], dtype) / math.sqrt(norm)).T
             G[columns, rows] = G[rows, columns].T
-        lower = (left @ left.T).tril()
-        G[rows, rows] = lower + lower.tril(-1).T
+        lower = xp.tril(left @ left.T)
+        G[rows, rows] = lower + xp.tril(lower, k=-1).T
     return G
 
 
-def _product(V: Tensor, X: Tensor) -> Tensor:
+def _product(V: AnyArray, X: AnyArray) -> AnyArray:
     """Return `V X` in float64 for `V` in float32."""
-    return torch.cat([block.double() @ X for block in V.split(BLOCK)])
+    return namespace(V).concat([block @ X for block in _blocks(V)])
 
 
-def _eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+def _eigh(M: AnyArray) -> tuple[AnyArray, AnyArray]:
     """Return eigenvalues in descending order and eigenvectors."""
-    values, vectors = torch.linalg.eigh(M)
-    return values.flip(0), vectors.flip(1)
+    xp = namespace(M)
+    values, vectors = xp.linalg.eigh(M)
+    return xp.flip(values), xp.flip(vectors, axis=1)
 
 
-def _sketch(G: Tensor, width: int, generator: torch.Generator) -> Tensor:
+def _sketch(G: AnyArray, width: int, generator: numpy.random.Generator) -> AnyArray:
     """Return an orthonormal float64 basis (s, width) close to the leading eigenvectors of `G`."""
-    Q = torch.randn(G.shape[0], width, generator=generator).to(G.device)
+    xp = namespace(G)
+    start = generator.standard_normal((G.shape[0], width), numpy.float32)
+    Q = xp.astype(on_device(start, G), G.dtype)
     for _ in range(ITERATIONS):
-        Q = torch.linalg.qr(G @ Q)[0]
-    basis: Tensor = torch.linalg.qr(Q.double())[0]
+        Q = xp.linalg.qr(G @ Q)[0]
+    basis: AnyArray = xp.linalg.qr(xp.astype(Q, xp.float64))[0]
     return basis
 
 
-def _ritz(V: Tensor, norm: float, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ritz(V: AnyArray, norm: float, Q: AnyArray) -> tuple[AnyArray, AnyArray, AnyArray]:
     """Return eigenvalues, `F = V W / √‖V‖_F` with orthogonal columns, and `W` orthonormal.
 
     `Q` (s, k) is an orthonormal basis on the smaller side of `V`, `W` (n, k) one on the right side.
     """
-    W = Q if V.shape[0] > V.shape[1] else torch.linalg.qr((V.T @ Q.float()).double())[0]
+    xp = namespace(V)
+    W = Q
+    if V.shape[0] <= V.shape[1]:
+        W = xp.linalg.qr(xp.astype(V.T @ xp.astype(Q, xp.float32), xp.float64))[0]
     F = _product(V, W) / math.sqrt(norm)
     values, R = _eigh(F.T @ F)
     return values, F @ R, W @ R
 
 
-def _count(values: Tensor, rank: int | None, energy: float | None, trace: float) -> tuple[int, int]:
+def _count(
+    values: AnyArray, rank: int | None, energy: float | None, trace: float
+) -> tuple[int, int]:
     """Return K for eigenvalues in descending order, and K before the cut at the values at hand."""
     signal = int((values > EPS * values[0]).sum())
     if rank is not None:
         return min(rank, signal), rank
     assert energy is not None
-    held = values.cumsum(0)
+    held = namespace(values).cumulative_sum(values)
     wanted = int((held < energy * trace * (1.0 - 1e-12)).sum()) + 1
     # Once noise is among the values, more of them would be noise too.
     return min(wanted, signal), min(wanted, signal) if signal < len(values) else wanted
 
 
-def _rest(G: Tensor, U: Tensor, eigenvalues: Tensor, W: Tensor) -> Tensor:
+def _rest(G: AnyArray, U: AnyArray, eigenvalues: AnyArray, W: AnyArray) -> AnyArray:
     """Turn `G` (s, s), in place, into a matrix with the nonzero spectrum of `E`."""
+    xp = namespace(G)
     if U.shape[0] == G.shape[0]:  # m <= n
-        U = U.to(G.dtype)
-        return G.addmm_(U * eigenvalues.to(G.dtype), U.T, alpha=-1)
-    W = W.to(G.dtype)  # (I - W Wᵀ) G (I - W Wᵀ)
+        U = xp.astype(U, G.dtype)
+        return _less(G, U * xp.astype(eigenvalues, G.dtype), U)
+    W = xp.astype(W, G.dtype)  # (I - W Wᵀ) G (I - W Wᵀ)
     GW = G @ W
     H = GW - W @ (W.T @ GW) / 2
-    return G.addmm_(H, W.T, alpha=-1).addmm_(W, H.T, alpha=-1)
+    return _less(_less(G, H, W), W, H)
 
 
-def _norm_bound(M: Tensor, generator: torch.Generator) -> float:
+def _less(G: AnyArray, left: AnyArray, right: AnyArray) -> AnyArray:
+    """Subtract `L Rᵀ` from `G`, in place."""
+    for start in range(0, G.shape[0], BLOCK):
+        rows = slice(start, start + BLOCK)
+        G[rows, :] -= left[rows, :] @ right.T
+    return G
+
+
+@quiet
+def _norm_bound(M: AnyArray, generator: numpy.random.Generator) -> float:
     """Return an upper bound of `‖M‖₂` for a symmetric `M`.
 
     `‖N‖₂ <= α √(2/π) max ‖N ω‖` over `PROBES` Gaussian `ω`, except with probability `α^-PROBES`
     (Halko, Martinsson, Tropp 2011, lemma 4.1), for `N` a power of `M`.
     """
-    omega = torch.randn(M.shape[0], PROBES, generator=generator).to(M)
-    log = omega.new_zeros(PROBES, dtype=torch.float64)
+    xp = namespace(M)
+    start = generator.standard_normal((M.shape[0], PROBES), numpy.float32)
+    omega = xp.astype(on_device(start, M), M.dtype)
+    log = xp.zeros(PROBES, dtype=xp.float64, device=M.device)
     for _ in range(POWER):
         omega = M @ omega
-        lengths = omega.double().square().sum(0).sqrt()
-        log += lengths.log()
-        omega /= lengths.clamp(min=torch.finfo(torch.float32).tiny)
+        lengths = xp.sqrt(xp.sum(xp.square(xp.astype(omega, xp.float64)), axis=0))
+        log += xp.log(lengths)
+        omega /= xp.astype(xp.clip(lengths, min=TINY), M.dtype)
     alpha = FAILURE ** (-1.0 / PROBES)
-    power = float(log.max()) + math.log(alpha * math.sqrt(2.0 / math.pi))
+    power = float(xp.max(log)) + math.log(alpha * math.sqrt(2.0 / math.pi))
     return math.exp(power / POWER)

@@ -1,4 +1,4 @@
-"""The formulas of Safe LoRA on tensors, and nothing else.
+"""The formulas of Safe LoRA on arrays of numpy or torch, and nothing else.
 
 Safe LoRA (Hsu et al., NeurIPS 2024, arXiv 2405.16833) projects a LoRA update onto the directions in
 which alignment moved the model. The names are the paper's:
@@ -20,30 +20,37 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+import numpy
 
 from safeproj.methods.blocks import Blocks, Projected, with_rows
+from safeproj.storage.arrays import AnyArray, namespace, sum_of_squares
 
 if TYPE_CHECKING:
     from safeproj.adapter.record import Side
 
 
-def alignment(W_aligned: Tensor, W_base: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return `V = W_aligned - W_base` in float32, whatever the stored dtypes.
+EPS64, EPS32 = (float(numpy.finfo(dtype).eps) for dtype in (numpy.float64, numpy.float32))
+
+
+def alignment(W_aligned: AnyArray, W_base: AnyArray, V: AnyArray) -> None:
+    """Write `V = W_aligned - W_base` in float32, whatever the stored dtypes.
 
     Args:
         W_aligned: (m, n), any floating-point dtype.
         W_base: (m, n), any floating-point dtype, not necessarily that of `W_aligned`.
-        out: (m, n) float32 tensor to write to.
+        V: (m, n), float32.
 
-    >>> alignment(torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3)).sum()
-    tensor(6.)
+    >>> V = numpy.empty((2, 3), numpy.float32)
+    >>> alignment(numpy.full((2, 3), 3, numpy.float16), numpy.ones((2, 3)), V)
+    >>> float(V.sum())
+    12.0
     """
-    V = torch.empty(W_aligned.shape, device=W_aligned.device) if out is None else out
-    if torch.float64 in (W_aligned.dtype, W_base.dtype):
-        return V.copy_(W_aligned.double() - W_base.double())
-    return V.copy_(W_aligned).sub_(W_base)
+    xp = namespace(V)
+    if xp.float64 in (W_aligned.dtype, W_base.dtype):
+        V[...] = xp.astype(W_aligned, xp.float64) - xp.astype(W_base, xp.float64)
+        return
+    V[...] = W_aligned
+    V -= W_base
 
 
 @dataclass(frozen=True)
@@ -58,35 +65,36 @@ class Approx:
     side: ClassVar[Side] = "output"
     method: ClassVar[str] = "safe-lora"
 
-    def from_V(self, blocks: Blocks, B: Tensor) -> Projected:
+    def from_V(self, blocks: Blocks, B: AnyArray) -> Projected:
         """Return `C B` for `B` (m, r), float32, in two passes over the blocks of `V` (m, n).
 
         Raises:
             FloatingPointError: `V` has a value that is not finite.
         """
-        T = B.new_zeros(B.shape[1], 0)  # Tᵀ = Bᵀ V (r, n): row-major, as the products want it
-        squares = _zero(B.device)
+        xp = namespace(B)
+        T: AnyArray | None = None  # Tᵀ = Bᵀ V (r, n): row-major, as the products want it
+        squares = _zero(B)
         for rows, V in with_rows(blocks):
-            if T.shape[1] == 0:
-                T = V.new_zeros(B.shape[1], V.shape[1])
-            T.addmm_(B[rows].T, V)
-            squares += V.square().sum()  # sums pairwise, unlike vector_norm
+            part = B[rows, :].T @ V
+            T = part if T is None else T + part
+            squares += sum_of_squares(V)
         norm = _norm(squares)
-        if norm == 0.0:
+        if norm == 0.0 or T is None:
             return Projected(None, norm)
-        CB = torch.empty_like(B)
+        CB = xp.empty_like(B)
         for rows, V in with_rows(blocks):
-            torch.mm(V, T.T, out=CB[rows])
-        return Projected(CB.div_(norm), norm)
-
-    def from_C(self, blocks: Blocks, norm: float, B: Tensor) -> Projected:
-        """Return `C B` for `B` (m, r), float32, from row blocks of `C` (m, m) and `‖V‖_F`."""
-        CB = torch.empty_like(B)
-        for rows, C in with_rows(blocks):
-            torch.mm(C, B, out=CB[rows])
+            CB[rows, :] = V @ T.T
+        CB /= norm
         return Projected(CB, norm)
 
-    def from_U(self, blocks: Blocks, eigenvalues: Tensor, norm: float, B: Tensor) -> Projected:
+    def from_C(self, blocks: Blocks, norm: float, B: AnyArray) -> Projected:
+        """Return `C B` for `B` (m, r), float32, from row blocks of `C` (m, m) and `‖V‖_F`."""
+        CB = namespace(B).empty_like(B)
+        for rows, C in with_rows(blocks):
+            CB[rows, :] = C @ B
+        return Projected(CB, norm)
+
+    def from_U(self, blocks: Blocks, eigenvalues: AnyArray, norm: float, B: AnyArray) -> Projected:
         """Return `C_K B`, `C_K = U diag(eigenvalues) Uᵀ`, for `B` (m, r), float32.
 
         Args:
@@ -95,12 +103,13 @@ class Approx:
             norm: `‖V‖_F`.
             B: (m, r).
         """
-        UB = B.new_zeros(len(eigenvalues), B.shape[1])
+        xp = namespace(B)
+        UB = xp.zeros((len(eigenvalues), B.shape[1]), dtype=B.dtype, device=B.device)
         for rows, U in with_rows(blocks):
-            UB.addmm_(U.T, B[rows])
-        CB = torch.empty_like(B)
+            UB += U.T @ B[rows, :]
+        scaled, CB = UB * eigenvalues[:, None], xp.empty_like(B)
         for rows, U in with_rows(blocks):
-            torch.mm(U, UB * eigenvalues[:, None], out=CB[rows])
+            CB[rows, :] = U @ scaled
         return Projected(CB, norm, UB=UB)
 
 
@@ -130,7 +139,7 @@ class Exact:
         if self.energy is not None and not 0.0 < self.energy <= 1.0:
             raise ValueError(f"energy must lie in (0, 1], found {self.energy}")
 
-    def from_V(self, blocks: Blocks, B: Tensor) -> Projected:
+    def from_V(self, blocks: Blocks, B: AnyArray) -> Projected:
         """Return `C B` for `B` (m, r), float32, from the eigenvectors of the smaller Gram matrix.
 
         In float64: a Gram matrix squares the condition of `V`. Holds `V` (m, n) and a Gram matrix
@@ -139,54 +148,63 @@ class Exact:
         Raises:
             FloatingPointError: `V` has a value that is not finite.
         """
-        V = B.new_empty(B.shape[0], 0, dtype=torch.float64)  # (m, n)
-        for rows, block in with_rows(blocks):
-            if V.shape[1] == 0:
-                V = V.new_empty(B.shape[0], block.shape[1])
-            V[rows] = block
-        norm = _norm(V.square().sum())
-        if norm == 0.0:
+        xp = namespace(B)
+        V = _gathered(blocks, B)
+        norm = 0.0 if V is None else _norm(xp.sum(V * V))
+        if norm == 0.0 or V is None:
             return Projected(None, norm)
         wide = V.shape[0] <= V.shape[1]
         eigenvalues, vectors = _largest_first(V @ V.T if wide else V.T @ V)
-        k = self._truncate(eigenvalues, max(V.shape) * torch.finfo(torch.float64).eps)
+        k = self._truncate(eigenvalues, max(V.shape) * EPS64)
         basis = vectors[:, :k]
         if not wide:  # right singular vectors: U_k = V W_k Σ_k⁻¹
-            basis = (V @ basis) / eigenvalues[:k].sqrt()
-        return Projected((basis @ (basis.T @ B.double())).float(), norm, k)
+            basis = (V @ basis) / xp.sqrt(eigenvalues[:k])
+        return Projected(_onto(basis, B), norm, k)
 
-    def from_C(self, blocks: Blocks, norm: float, B: Tensor) -> Projected:
+    def from_C(self, blocks: Blocks, norm: float, B: AnyArray) -> Projected:
         """Return the same from row blocks of `C = V Vᵀ / ‖V‖_F` (m, m), rounded to float32."""
-        C = B.new_empty(B.shape[0], B.shape[0], dtype=torch.float64)
-        for rows, block in with_rows(blocks):
-            C[rows] = block
+        C = _gathered(blocks, B)
+        assert C is not None
         eigenvalues, vectors = _largest_first(C)
-        k = self._truncate(eigenvalues, len(C) * torch.finfo(torch.float32).eps)
-        basis = vectors[:, :k]
-        return Projected((basis @ (basis.T @ B.double())).float(), norm, k)
+        k = self._truncate(eigenvalues, len(C) * EPS32)
+        return Projected(_onto(vectors[:, :k], B), norm, k)
 
-    def _truncate(self, eigenvalues: Tensor, rounding: float) -> int:
+    def _truncate(self, eigenvalues: AnyArray, rounding: float) -> int:
         """Return k for the eigenvalues in descending order, which are `σ²` times a constant.
 
         Those below `rounding`, relative to the first, are noise: k is at most the numerical rank.
         """
-        noise = rounding * eigenvalues[0]
+        xp, noise = namespace(eigenvalues), rounding * eigenvalues[0]
         numerical_rank = int((eigenvalues > noise).sum())
         if self.rank is not None:
             return min(self.rank, numerical_rank)
-        share = eigenvalues.clamp(min=0).cumsum(0)
+        share = xp.cumulative_sum(xp.clip(eigenvalues, min=0.0))
         assert self.energy is not None
         wanted = self.energy * share[-1]
         return min(int((share < wanted).sum()) + 1, numerical_rank)
 
 
-def _zero(device: torch.device) -> Tensor:
+def _gathered(blocks: Blocks, like: AnyArray) -> AnyArray | None:
+    """Return all rows of a matrix in float64 on the device of `like`; None where it has none."""
+    xp = namespace(like)
+    parts = [xp.astype(block, xp.float64, copy=True) for block in blocks]
+    return xp.concat(parts) if parts else None
+
+
+def _onto(basis: AnyArray, B: AnyArray) -> AnyArray:
+    """Return `U Uᵀ B` in float32 for orthonormal columns `U`, float64."""
+    xp = namespace(B)
+    return xp.astype(basis @ (basis.T @ xp.astype(B, xp.float64)), xp.float32)
+
+
+def _zero(like: AnyArray) -> AnyArray:
     """Return the start of a sum that stays on the device: in float64, which MPS does not have."""
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros((), dtype=wide, device=device)
+    xp = namespace(like)
+    wide = xp.float32 if getattr(like.device, "type", "") == "mps" else xp.float64
+    return xp.zeros((), dtype=wide, device=like.device)
 
 
-def _norm(squares: Tensor) -> float:
+def _norm(squares: AnyArray) -> float:
     """Return `‖V‖_F` from its square."""
     value = float(squares)
     if not math.isfinite(value):
@@ -194,7 +212,8 @@ def _norm(squares: Tensor) -> float:
     return math.sqrt(value)
 
 
-def _largest_first(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+def _largest_first(symmetric: AnyArray) -> tuple[AnyArray, AnyArray]:
     """Return eigenvalues in descending order and the eigenvectors as columns."""
-    eigenvalues, vectors = torch.linalg.eigh(symmetric)
-    return eigenvalues.flip(0), vectors.flip(1)
+    xp = namespace(symmetric)
+    eigenvalues, vectors = xp.linalg.eigh(symmetric)
+    return xp.flip(eigenvalues), xp.flip(vectors, axis=1)

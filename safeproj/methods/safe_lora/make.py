@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safeproj.engine import one_thread, resolve_device
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import Made, check_file, recorded_document, write_recorded
 from safeproj.methods.safe_lora.decomposition import eigenpairs, smaller_form
@@ -16,11 +17,10 @@ from safeproj.methods.safe_lora.pair import Pair
 from safeproj.methods.safe_lora.score import differences
 from safeproj.methods.safe_lora.targets import Target, find_targets
 from safeproj.plan.match import quantised_dtypes, quantised_warning
+from safeproj.storage.arrays import AnyArray, namespace, to_host
 from safeproj.storage.published import published
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from safeproj.records.profile import Profile
     from safeproj.run.options import Observer
 
@@ -57,7 +57,7 @@ class Form:
         """Return the field that is given."""
         return {name: value for name, value in asdict(self).items() if value}
 
-    def keep(self, V: Tensor) -> tuple[Recorded, dict[str, Tensor]]:
+    def keep(self, V: AnyArray) -> tuple[Recorded, dict[str, AnyArray]]:
         """Return what is recorded of `V` (m, n), and the tensors by the last part of their name.
 
         Raises:
@@ -65,14 +65,16 @@ class Form:
         """
         m, n = V.shape
         rows = max(1, SQUARES // max(n, 1))
-        norm = sum(float(block.square().sum().double()) for block in V.split(rows)) ** 0.5
+        xp = namespace(V)
+        parts = (V[start : start + rows, :] for start in range(0, m, rows))
+        norm = math.sqrt(sum(float(xp.sum(part * part)) for part in parts))
         if not math.isfinite(norm):
             raise FloatingPointError("the alignment matrix has a norm that is not finite")
         if norm == 0.0:
             return Recorded(ZERO, (m, n), 0.0), {}
         if self.exact:
             form, tensor = smaller_form(V)
-            return Recorded(form, (m, n), norm), {form: tensor.cpu().clone()}
+            return Recorded(form, (m, n), norm), {form: to_host(tensor).copy()}
         found = eigenpairs(V, self.rank, self.energy)
         record = Recorded(EIGENPAIRS, (m, n), norm, found.error, found.residual, found.leak)
         return record, {EIGENPAIRS: found.U, VALUES: found.eigenvalues}
@@ -89,6 +91,7 @@ class Aligned(Made):
     weights: Mapping[str, Recorded] = field(default_factory=dict)
 
 
+@one_thread()
 def make_alignment(
     out: Path,
     base: str,
@@ -122,18 +125,20 @@ def make_alignment(
             usage=profile.usage,
         )
         wanted = {"targets": list(targets), **form.to_dict()}
-        return make_file(pair, found, kept, wanted, out, overwrite=overwrite)
+        by_torch = resolve_device(device, wide=True).engine == "torch"
+        return make_file(pair, found, kept, wanted, out, by_torch=by_torch, overwrite=overwrite)
 
 
 def make_file(
     pair: Pair,
     targets: Sequence[Target],
     kept: Iterable[
-        tuple[tuple[Recorded, dict[str, Tensor]], tuple[dict[str, str], dict[str, str]]]
+        tuple[tuple[Recorded, dict[str, AnyArray]], tuple[dict[str, str], dict[str, str]]]
     ],
     wanted: Mapping[str, Any],
     out: Path,
     *,
+    by_torch: bool = False,
     overwrite: bool = False,
 ) -> Aligned:
     """Write the file; it appears complete or not at all.
@@ -144,6 +149,7 @@ def make_file(
         kept: of each weight, in the same order: what `Form.keep` returned, and the digests.
         wanted: the options, for the file.
         out: the file to create.
+        by_torch: whether torch computed it.
         overwrite: whether an alignment file that is there may be replaced.
 
     Raises:
@@ -153,7 +159,7 @@ def make_file(
     digests = []
     quantised: dict[str, list[str]] = {}
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    def tensors() -> Iterator[tuple[str, AnyArray]]:
         for target, ((record, found), sha256) in zip(targets, kept, strict=True):
             weights[target.key] = record
             digests.append(sha256)
@@ -162,7 +168,7 @@ def make_file(
 
     def document() -> dict[str, Any]:
         quantised.update(_quantised(pair, targets))
-        return _document(pair, targets, weights, digests, wanted, quantised)
+        return _document(pair, targets, weights, digests, wanted, quantised, by_torch)
 
     nbytes = write_recorded(out, KIND, tensors(), document, overwrite=overwrite)
     warnings = (quantised_warning(role, found) for role, found in quantised.items() if found)
@@ -185,6 +191,7 @@ def _document(
     digests: Sequence[tuple[dict[str, str], dict[str, str]]],
     wanted: Mapping[str, Any],
     quantised: Mapping[str, Sequence[str]],
+    by_torch: bool,
 ) -> dict[str, Any]:
     """Return the JSON of the metadata."""
     sha256 = pair.digests_of(digests)
@@ -198,7 +205,9 @@ def _document(
     }
     parameters = ((each.parameter, each.stored_shape, each.layout) for each in targets)
     records = {key: asdict(record) for key, record in weights.items()}
-    return recorded_document(KIND, wanted, inputs, pair.config, parameters, records)
+    return recorded_document(
+        KIND, wanted, inputs, pair.config, parameters, records, by_torch=by_torch
+    )
 
 
 def _quantised(pair: Pair, targets: Sequence[Target]) -> dict[str, list[str]]:

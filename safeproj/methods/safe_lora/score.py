@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import torch
-from torch import Tensor
+import numpy
 
 from safeproj import engine
 from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task
@@ -21,6 +20,7 @@ from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.safe_lora.sources import Difference, Kept
 from safeproj.methods.score import Score, diagnosis
 from safeproj.records.profile import Usage
+from safeproj.storage.arrays import Array
 
 T = TypeVar("T")
 
@@ -42,10 +42,10 @@ def score(
     source = task.origin
     assert isinstance(source, Difference | Kept)
 
-    def project(B: Tensor) -> tuple[Projected, Digests | None]:
+    def project(B: Array) -> tuple[Projected, Digests | None]:
         return _project(task.name, source, formulas, buffers, B, digests=digests)
 
-    def measure(A: Tensor, B: Tensor, found: Projected) -> Score:
+    def measure(A: Array, B: Array, found: Projected) -> Score:
         CB, UB, norm = found.CB, found.UB, found.alignment_norm
         assert norm is not None
         if CB is None:
@@ -66,7 +66,7 @@ def _project(
     source: Difference | Kept,
     formulas: Approx | Exact,
     buffers: Buffers,
-    B: Tensor,
+    B: Array,
     *,
     digests: bool,
 ) -> tuple[Projected, Digests | None]:
@@ -83,13 +83,13 @@ def _project(
     if source.form == "C":
         return formulas.from_C(kept, norm, B), kept.sha256
     assert isinstance(formulas, Approx)  # `SafeLora` refuses the exact projector of a truncated C
-    eigenvalues = torch.tensor(source.eigenvalues, dtype=torch.float32, device=B.device)
+    eigenvalues = buffers.device.put(numpy.array(source.eigenvalues, numpy.float32))
     return formulas.from_U(kept, eigenvalues, norm, B), kept.sha256
 
 
 def differences(
     tasks: Sequence[tuple[str, Difference]],
-    use: Callable[[Tensor], T],
+    use: Callable[[Array], T],
     *,
     device: str = "auto",
     workers: int | None = None,

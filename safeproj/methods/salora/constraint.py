@@ -42,9 +42,10 @@ class WithoutSafety(nn.Module):
         where = str(B.device)
         if where not in self._U:
             self._U[where] = self._U["cpu"].to(B.device)
-        if B.dim() == 1:
-            return without(self._U[where], B[:, None])[:, 0]
-        return without(self._U[where], B)
+        # Under autocast the products would be rounded, and C_S B would reach into U.
+        with torch.autocast(B.device.type, enabled=False):
+            found: Tensor = without(self._U[where], B[:, None] if B.dim() == 1 else B)
+        return found[:, 0] if B.dim() == 1 else found
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from safeproj.lm.layers import (
     running,
     sharing_inputs,
 )
-from safeproj.methods.salora.formulas import leading_eigenpairs
+from safeproj.methods.eigenpairs import leading_eigenpairs
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _directions(name: str, layer: nn.Module, gram: _Gram, rank: int) -> Directio
         return G @ Q if W is None else W @ (G @ (W.T @ Q))
 
     try:
-        values, U = leading_eigenpairs(product, out_features(layer), rank, G.device)
+        values, U = leading_eigenpairs(product, out_features(layer), rank, G)
     except FloatingPointError as error:
         raise SafeprojError(f"{name}: its outputs on the data are not finite") from error
     if len(values) == 0:

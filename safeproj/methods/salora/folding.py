@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from safeproj import __version__
 from safeproj.adapter import Adapter, read_adapter
 from safeproj.adapter.digests import adapter_record
@@ -27,12 +24,12 @@ from safeproj.methods.interface import local_path
 from safeproj.methods.salora.constraint import active_adapter, saved_in
 from safeproj.methods.salora.formulas import without
 from safeproj.methods.salora.initialisation import INITIAL, METHOD, Initial
+from safeproj.methods.salora.method import FOLDED
 from safeproj.methods.salora.module import SafetyModule
+from safeproj.storage.arrays import Array, cast, double, from_torch, joined, norm
 from safeproj.storage.source import identity
 from safeproj.text import shorten
 from safeproj.versions import versions
-
-SCHEMA = "safeproj.fold/1"
 
 NOT_SERVED = (
     INITIAL,
@@ -193,45 +190,40 @@ def _check(adapter: Adapter, module: SafetyModule, initial: Initial | None) -> N
             raise SafeprojError(f"{source}: {item.name} is DoRA, whose update is no B A")
 
 
-def _constrained(adapter: Adapter, module: SafetyModule) -> tuple[dict[str, Tensor], list[float]]:
+def _constrained(adapter: Adapter, module: SafetyModule) -> tuple[dict[str, Array], list[float]]:
     """Return the tensors of `C_S B`, and what share of each `B` was removed."""
-    replaced: dict[str, Tensor] = {}
+    replaced: dict[str, Array] = {}
     removed = []
     for item in adapter.modules:
-        U = module.directions[item.name].U.double()
+        U = double(from_torch(module.directions[item.name].U))
         for factor in item.written("output"):
             before = adapter.tensors[factor.key]
-            replaced[factor.key] = before.clone()
+            replaced[factor.key] = before.copy()
             view = factor.view(replaced)
-            view.copy_(without(U, view.double()))
+            view[...] = cast(without(U, double(view)), view.dtype)
             if factor == item.output:
-                old = factor.view(adapter.tensors).double()
+                old = double(factor.view(adapter.tensors))
                 gone = U @ (U.T @ old)
-                removed.append(float(gone.norm() / old.norm().clamp(min=1e-300)))
+                removed.append(norm(gone) / max(norm(old), 1e-300))
     return replaced, removed
 
 
 def _difference(
-    adapter: Adapter, constrained: Mapping[str, Tensor], initial: Initial
-) -> dict[str, Tensor]:
+    adapter: Adapter, constrained: Mapping[str, Array], initial: Initial
+) -> dict[str, Array]:
     """Return the tensors of `[A; A_0]` and `[C_S B, -C_S B_0]`."""
     found = {}
     for item in adapter.modules:
         A, B = item.input.key, item.output.key
-        A_0, B_0 = (each[item.name] for each in (initial.A, initial.B))
-        found[A] = _joined(adapter.tensors[A], A_0, 0)
-        found[B] = _joined(constrained[B], -B_0, 1)
+        A_0, B_0 = (from_torch(each[item.name]) for each in (initial.A, initial.B))
+        found[A] = joined([adapter.tensors[A], A_0])
+        found[B] = joined([constrained[B], -B_0], axis=1)
     return found
-
-
-def _joined(trained: Tensor, first: Tensor, dim: int) -> Tensor:
-    wide = torch.promote_types(trained.dtype, first.dtype)
-    return torch.cat([trained.to(wide), first.to(wide)], dim=dim)
 
 
 def _record(adapter: Adapter, module: SafetyModule, folded: Folded) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
+        "schema": FOLDED,
         "tool": {"name": "safeproj", "version": __version__},
         "method": METHOD,
         "inputs": {
@@ -240,7 +232,7 @@ def _record(adapter: Adapter, module: SafetyModule, folded: Folded) -> dict[str,
         },
         "summary": {k: v for k, v in dataclasses.asdict(folded).items() if k != "left_out"},
         "options": module.options,
-        "versions": versions(),
+        "versions": versions(by_torch=True),
     }
 
 

@@ -1,4 +1,4 @@
-"""The SaLoRA formulas on tensors, and nothing else.
+"""The SaLoRA formulas on arrays of numpy or torch, and nothing else.
 
 SaLoRA (Li et al., ICLR 2025, arXiv 2501.01765) keeps an update away from the directions in which a
 model's outputs on safety data lie. The names are the paper's:
@@ -11,35 +11,23 @@ model's outputs on safety data lie. The names are the paper's:
 `A`, `B`        (r, n), (m, r)  LoRA factors; the update is `ΔW = s · C_S B A`
 ==============  ========  ================================================================
 
-Singular vectors come as eigenvectors of a Gram matrix in float64, which need only be known by its
-products with a few columns.
+Singular vectors come as eigenvectors of a Gram matrix in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from safeproj.methods.blocks import Blocks, Projected, with_rows
+from safeproj.methods.eigenpairs import leading_eigenpairs
+from safeproj.storage.arrays import AnyArray, namespace
 
 if TYPE_CHECKING:
     from safeproj.adapter.record import Side
 
 ORTHONORMAL = 1e-3
 """Largest entry of `UᵀU - I` for columns that are orthonormal but for rounding."""
-
-OVERSAMPLING = 32
-"""Columns of the iterated block beyond twice the k that are wanted: the more, the faster."""
-
-WHOLE = 1024
-"""Rows up to which the whole matrix is decomposed: that takes less than a second."""
-
-CONVERGED = 1e-12
-"""Residual `‖M u - λ u‖` of an eigenpair, relative to the largest eigenvalue."""
 
 
 class NotOrthonormalError(Exception):
@@ -65,7 +53,7 @@ class Complement:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, found {self.rank}")
 
-    def from_U(self, blocks: Blocks, rank: int, B: Tensor) -> Projected:
+    def from_U(self, blocks: Blocks, rank: int, B: AnyArray) -> Projected:
         """Return `C_S B` and `Uᵀ B` for `B` (m, r), float32, in two passes over the rows of `U`.
 
         Args:
@@ -77,49 +65,54 @@ class Complement:
             FloatingPointError: `U` has a value that is not finite.
             NotOrthonormalError: its columns are not orthonormal.
         """
-        UB, overlap = B.new_zeros(rank, B.shape[1]), B.new_zeros(rank, rank)
+        xp = namespace(B)
+        UB = xp.zeros((rank, B.shape[1]), dtype=B.dtype, device=B.device)
+        overlap = xp.zeros((rank, rank), dtype=B.dtype, device=B.device)
         for rows, U in with_rows(blocks):
-            UB.addmm_(U[:, :rank].T, B[rows])
-            overlap.addmm_(U[:, :rank].T, U[:, :rank])
+            UB += U[:, :rank].T @ B[rows, :]
+            overlap += U[:, :rank].T @ U[:, :rank]
         require_orthonormal(overlap)
-        CB = torch.empty_like(B)
+        CB = xp.empty_like(B)
         for rows, U in with_rows(blocks):
-            torch.addmm(B[rows], U[:, :rank], UB, alpha=-1, out=CB[rows])
+            CB[rows, :] = B[rows, :] - U[:, :rank] @ UB
         return Projected(CB, None, rank, UB)
 
 
-def require_orthonormal(overlap: Tensor) -> None:
+def require_orthonormal(overlap: AnyArray) -> None:
     """Refuse columns `U` whose products `UᵀU` (k, k) are not those of orthonormal ones.
 
     Raises:
         NotOrthonormalError: they are not.
     """
-    error = float((overlap - torch.eye(len(overlap), device=overlap.device)).abs().max())
+    xp = namespace(overlap)
+    identity = xp.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
+    error = float(xp.max(xp.abs(overlap - identity)))
     if error > ORTHONORMAL:
         raise NotOrthonormalError(
             f"its columns are not orthonormal, UᵀU is off by {error:.2g}; the file is damaged"
         )
 
 
-def without(U: Tensor, B: Tensor) -> Tensor:
+def without(U: AnyArray, B: AnyArray) -> AnyArray:
     """Return `C_S B = B - U (Uᵀ B)`, in float32 or wider, in the dtype of `B` (section 3.1).
 
     Args:
         U: (m, k), orthonormal columns.
         B: (m, r).
 
-    >>> without(torch.tensor([[1.0], [0.0]]), torch.tensor([[3.0], [4.0]]))
-    tensor([[0.],
-            [4.]])
+    >>> import numpy
+    >>> without(numpy.array([[1.0], [0.0]]), numpy.array([[3.0], [4.0]]))
+    array([[0.],
+           [4.]])
     """
-    wide = torch.promote_types(torch.promote_types(U.dtype, B.dtype), torch.float32)
-    # Under autocast the products would be rounded, and C_S B would reach into U.
-    with torch.autocast(B.device.type, enabled=False):
-        U, full = U.to(wide), B.to(wide)
-        return (full - U @ (U.T @ full)).to(B.dtype)
+    xp = namespace(B)
+    wide = xp.float64 if xp.float64 in (U.dtype, B.dtype) else xp.float32
+    U, full = xp.astype(U, wide), xp.astype(B, wide)
+    found: AnyArray = xp.astype(full - U @ (U.T @ full), B.dtype)
+    return found
 
 
-def initial_factors(W: Tensor, U_t: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def initial_factors(W: AnyArray, U_t: AnyArray, rank: int) -> tuple[AnyArray, AnyArray]:
     """Return `A_0` (r, n) and `B_0` (m, r), the task-specific initialisation (section 3.2).
 
     `B_0 = U_t U_tᵀ U_W S_W^{1/2}` and `A_0 = S_W^{1/2} V_Wᵀ`, where `U_W S_W V_Wᵀ` is the singular
@@ -136,72 +129,11 @@ def initial_factors(W: Tensor, U_t: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: r is larger than the rank of `W`.
     """
-    W, U_t = W.double(), U_t.double()
-    values, U_W = leading_eigenpairs(lambda Q: W @ (W.T @ Q), W.shape[0], rank, W.device)
+    xp = namespace(W)
+    W, U_t = xp.astype(W, xp.float64), xp.astype(U_t, xp.float64)
+    values, U_W = leading_eigenpairs(lambda Q: W @ (W.T @ Q), W.shape[0], rank, W)
     if len(values) < rank:
         raise ValueError(f"rank {rank} is larger than that of the weight, {len(values)}")
-    roots = values.sqrt().sqrt()  # S_W^{1/2}
+    roots = xp.sqrt(xp.sqrt(values))  # S_W^{1/2}
     A_0 = (U_W.T @ W) / roots[:, None]  # S_W^{-1/2} U_Wᵀ W = S_W^{1/2} V_Wᵀ
     return A_0, U_t @ (U_t.T @ (U_W * roots))
-
-
-def leading_eigenpairs(
-    product: Callable[[Tensor], Tensor], size: int, rank: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return the leading eigenpairs of a symmetric positive semidefinite `M` (size, size).
-
-    Subspace iteration with Rayleigh-Ritz (Saad, Numerical Methods for Large Eigenvalue Problems,
-    2011, algorithm 5.3) from a fixed seed; the whole matrix where the iteration is not faster, or
-    does not converge.
-
-    Args:
-        product: returns `M Q` for `Q` (size, p).
-        size: rows of `M`.
-        rank: how many pairs are wanted.
-        device: of `M`.
-
-    Returns:
-        Eigenvalues (k,) in descending order, greater than 0, and eigenvectors (size, k), both
-        float64, k <= `rank`: those that are rounding noise are left out.
-
-    Raises:
-        FloatingPointError: a value is not finite.
-    """
-    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    width = 2 * rank + OVERSAMPLING
-    found = None
-    if size > WHOLE and 4 * width < size:
-        start = torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=wide)
-        found = _iterated(product, torch.linalg.qr(start.to(device))[0], rank)
-    if found is None:
-        M = product(torch.eye(size, dtype=wide, device=device))
-        _require_finite(M)
-        values, vectors = torch.linalg.eigh((M + M.T) / 2)
-        found = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    values, vectors = found
-    signal = int((values > size * torch.finfo(wide).eps * values[0].clamp(min=0)).sum())
-    return values[:signal].double(), vectors[:, :signal].double()
-
-
-def _iterated(
-    product: Callable[[Tensor], Tensor], Q: Tensor, rank: int
-) -> tuple[Tensor, Tensor] | None:
-    """Return `rank` eigenpairs, None if they do not converge."""
-    tolerance = max(CONVERGED, 100 * torch.finfo(Q.dtype).eps)
-    for _ in range(2 * len(Q) // Q.shape[1]):  # more would take longer than the whole matrix
-        Z = product(Q)
-        _require_finite(Z)
-        H = Q.T @ Z
-        values, R = torch.linalg.eigh((H + H.T) / 2)
-        values, R = values.flip(0)[:rank], R.flip(1)[:, :rank]
-        vectors = Q @ R
-        residual = (Z @ R - vectors * values).norm(dim=0).max()
-        if residual <= tolerance * values[0]:
-            return values, vectors
-        Q = torch.linalg.qr(Z)[0]
-    return None
-
-
-def _require_finite(M: Tensor) -> None:
-    if not bool(M.isfinite().all()):
-        raise FloatingPointError("a matrix has a value that is not finite")

@@ -24,6 +24,7 @@ from safeproj.methods.salora.constraint import (
 from safeproj.methods.salora.directions import output_directions
 from safeproj.methods.salora.formulas import initial_factors, without
 from safeproj.methods.salora.module import RANK, SafetyModule
+from safeproj.storage.arrays import from_torch, to_torch
 from safeproj.storage.source import LocalFolder
 
 INITIAL = "salora_init.safetensors"
@@ -61,7 +62,8 @@ class Initial:
 
     def save(self, directory: str | Path) -> None:
         """Write them beside an adapter, as `salora_init.safetensors`."""
-        write_safetensors(Path(directory) / INITIAL, {"format": "pt"}, self.tensors())
+        tensors = {name: from_torch(tensor) for name, tensor in self.tensors().items()}
+        write_safetensors(Path(directory) / INITIAL, {"format": "pt"}, tensors)
 
     @staticmethod
     def load(place: str | Path) -> Initial:
@@ -76,9 +78,9 @@ class Initial:
         factors: dict[str, dict[str, Tensor]] = {LORA_A: {}, LORA_B: {}}
         for key, tensor in tensors.items():
             suffix = LORA_A if key.endswith(LORA_A) else LORA_B
-            if not (key.startswith(PREFIX) and key.endswith(suffix) and tensor.dim() == 2):
+            if not (key.startswith(PREFIX) and key.endswith(suffix) and tensor.ndim == 2):
                 raise SafeprojError(f"{path}: {key} is no initial factor of an adapter")
-            factors[suffix][key[len(PREFIX) : -len(suffix)]] = tensor
+            factors[suffix][key[len(PREFIX) : -len(suffix)]] = to_torch(tensor)
         A, B = factors[LORA_A], factors[LORA_B]
         if A.keys() != B.keys() or any(A[name].shape[0] != B[name].shape[1] for name in A):
             raise SafeprojError(f"{path}: its factors do not come in pairs that fit; make it again")
@@ -136,7 +138,8 @@ def initialise(
         W = plain_weight(layer.get_base_layer())
         assert W is not None  # `_check`
         try:
-            A_0, B_0 = initial_factors(W, found[name].U.to(W.device), layer.r[adapter])
+            U_t = found[name].U.to(W.device)
+            A_0, B_0 = initial_factors(W.detach(), U_t, layer.r[adapter])
         except ValueError as error:
             raise SafeprojError(f"{name}: {error}") from error
         stored = layer.lora_A[adapter].weight.dtype

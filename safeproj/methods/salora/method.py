@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from safeproj.methods.score import Score
 
 
+FOLDED = "safeproj.fold/1"
+"""Schema of what folding a trained adapter records."""
+
 WORDS = Words(
     name="SaLoRA",
     legend=(

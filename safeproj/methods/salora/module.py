@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from safeproj.adapter.files import check_values, read_safetensors
 from safeproj.errors import SafeprojError
@@ -24,6 +24,7 @@ from safeproj.methods.salora.directions import Directions, output_directions
 from safeproj.methods.salora.file import BASIS, KIND, VALUES, open_safety_module
 from safeproj.methods.salora.formulas import NotOrthonormalError, require_orthonormal
 from safeproj.names.layout import CONV1D, LINEAR, Layout
+from safeproj.storage.arrays import Array, from_torch, to_torch
 from safeproj.storage.published import published
 from safeproj.storage.source import LocalFolder
 from safeproj.text import shorten
@@ -118,10 +119,10 @@ class SafetyModule:
             Path(path), KIND, self._tensors(), self._document, overwrite=overwrite
         )
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self) -> Iterator[tuple[str, Array]]:
         for name, each in self.directions.items():
-            yield f"{name}.weight.{BASIS}", each.U
-            yield f"{name}.weight.{VALUES}", each.singular_values
+            yield f"{name}.weight.{BASIS}", from_torch(each.U)
+            yield f"{name}.weight.{VALUES}", from_torch(each.singular_values)
 
     def _document(self) -> dict[str, Any]:
         shapes = {name: self.shape(name) for name in self.directions}
@@ -134,7 +135,15 @@ class SafetyModule:
             for name, each in self.directions.items()
         }
         parameters = linear_parameters(shapes, self.layouts)
-        return recorded_document(KIND, self.options, self.inputs, self.config, parameters, weights)
+        return recorded_document(
+            KIND,
+            self.options,
+            self.inputs,
+            self.config,
+            parameters,
+            weights,
+            by_torch=True,
+        )
 
     @staticmethod
     def load(source: str | Path) -> SafetyModule:
@@ -155,7 +164,7 @@ class SafetyModule:
             except NotOrthonormalError as error:
                 raise SafeprojError(f"{file.path}: {key}.{BASIS}: {error}") from error
             values = tensors[f"{key}.{VALUES}"]
-            directions[name] = Directions(U, values, recorded.energy, positions)
+            directions[name] = Directions(to_torch(U), to_torch(values), recorded.energy, positions)
             layouts[name] = file.content.parameters[key][1]
             columns[name] = recorded.shape[1]
         document = file.document

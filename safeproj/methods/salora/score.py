@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from safeproj.engine import Buffers, KeptBlocks, Task
 from safeproj.errors import SafeprojError
 from safeproj.methods.blocks import Projected
@@ -15,6 +13,7 @@ from safeproj.methods.salora.detail import Safety
 from safeproj.methods.salora.formulas import Complement, NotOrthonormalError
 from safeproj.methods.salora.sources import SafetyBasis
 from safeproj.methods.score import Score
+from safeproj.storage.arrays import Array
 
 
 def score(
@@ -34,11 +33,11 @@ def score(
     source = task.origin
     assert isinstance(source, SafetyBasis)
 
-    def project(B: Tensor) -> tuple[Projected, Digests | None]:
+    def project(B: Array) -> tuple[Projected, Digests | None]:
         U = KeptBlocks(task.name, source.weight, buffers, digests=digests)
         return formulas.from_U(U, source.rank, B), U.sha256
 
-    def measure(A: Tensor, B: Tensor, found: Projected) -> Score:
+    def measure(A: Array, B: Array, found: Projected) -> Score:
         CB, UB = found.CB, found.UB
         assert CB is not None
         assert UB is not None

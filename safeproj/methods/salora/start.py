@@ -90,7 +90,7 @@ def write_start(
             "safety_rank": module.rank,
         },
         "inputs": dict(inputs or {}),
-        "versions": versions(),
+        "versions": versions(by_torch=True),
     }
     with appears_at(out, overwrite) as directory:
         peft_model.save_pretrained(str(directory))

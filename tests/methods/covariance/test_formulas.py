@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safeproj.methods.covariance.formulas import Correction, Moment, SingularError
+from safeproj.storage.arrays import from_torch
 from tests.methods.covariance import oracle
+from tests.support import Put, both_engines, tensor_of
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -19,13 +21,14 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def moment(rows: Tensor, *, whole: bool) -> Moment:
+def moment(put: Put, rows: Tensor, *, whole: bool) -> Moment:
     """Return the second moment of rows (N, n), whole or as the product of these."""
     if whole:
-        return Moment(oracle.moment(rows), True)
-    return Moment(rows / math.sqrt(len(rows)), False)
+        return Moment(put(oracle.moment(rows)), True)
+    return Moment(put(rows / math.sqrt(len(rows))), False)
 
 
+@both_engines
 @settings(max_examples=80, deadline=None)
 @given(
     n=st.integers(1, 40),
@@ -38,6 +41,7 @@ def moment(rows: Tensor, *, whole: bool) -> Moment:
     seed=st.integers(0, 2**31),
 )
 def test_agrees_with_the_oracle_on_any_shape(
+    put: Put,
     n: int,
     r: int,
     m: int,
@@ -51,9 +55,8 @@ def test_agrees_with_the_oracle_on_any_shape(
     A, B = drawn(seed + 2, r, n), drawn(seed + 3, m, r)
     H, S = oracle.moment(X), oracle.ridged(oracle.moment(Y))
     expected = oracle.corrected(B @ A, H, S, mu)
-    found = Correction(mu).from_moments(
-        moment(X, whole=forms[0]), moment(Y, whole=forms[1]), A.float()
-    )
+    safe, kept = moment(put, X, whole=forms[0]), moment(put, Y, whole=forms[1])
+    found = tensor_of(Correction(mu).from_moments(safe, kept, put(A.float())))
     assert found.dtype == torch.float64
     # S may have few rows: its condition is up to 1e3 n, that of H + μS more for a small μ.
     condition = float(torch.linalg.cond(H + mu * S))
@@ -62,37 +65,42 @@ def test_agrees_with_the_oracle_on_any_shape(
     assert float((B @ found - expected).norm()) <= bound
 
 
+@both_engines
 @pytest.mark.parametrize("whole", [True, False], ids=["dense", "low-rank"])
-def test_nothing_does_better_than_it(whole: bool) -> None:
+def test_nothing_does_better_than_it(put: Put, whole: bool) -> None:
     n, mu = 24, 0.7
     X, Y, A, B = drawn(1, 9, n), drawn(2, 11, n), drawn(3, 4, n), drawn(4, 13, 4)
     H, S = oracle.moment(X), oracle.ridged(oracle.moment(Y))
-    moments = moment(X, whole=whole), moment(Y, whole=whole)
-    found = B @ Correction(mu).from_moments(*moments, A)
+    moments = moment(put, X, whole=whole), moment(put, Y, whole=whole)
+    found = B @ tensor_of(Correction(mu).from_moments(*moments, put(A)))
     best = oracle.objective(found, B @ A, H, S, mu)
     for seed in range(20):
         other = found + 1e-3 * drawn(100 + seed, 13, n)
         assert oracle.objective(other, B @ A, H, S, mu) > best
 
 
+@both_engines
 @pytest.mark.parametrize("whole", [True, False], ids=["dense", "low-rank"])
 def test_a_large_mu_keeps_the_adapter_and_a_small_one_what_safety_inputs_cannot_see(
-    whole: bool,
+    put: Put, whole: bool
 ) -> None:
     n = 30
     X, Y, A = drawn(1, 7, n), drawn(2, 12, n), drawn(3, 4, n)
-    H, S = moment(X, whole=whole), moment(Y, whole=whole)
-    kept = Correction(1e10).from_moments(H, S, A)
+    H, S = moment(put, X, whole=whole), moment(put, Y, whole=whole)
+    kept = tensor_of(Correction(1e10).from_moments(H, S, put(A)))
     assert float((kept - A).norm() / A.norm()) < 1e-5
-    removed = Correction(1e-9).from_moments(H, S, A)
+    removed = tensor_of(Correction(1e-9).from_moments(H, S, put(A)))
     assert float((removed @ X.T).norm() / (A @ X.T).norm()) < 1e-4
     assert float(removed.norm()) > 0.1 * float(A.norm())  # n - 7 directions are left
 
 
-def test_forms_agree() -> None:
+def test_forms_and_engines_agree() -> None:
     X, Y, A = drawn(5, 9, 40), drawn(6, 10, 40), drawn(7, 3, 40)
     found = [
-        Correction(0.3).from_moments(moment(X, whole=a), moment(Y, whole=b), A)
+        tensor_of(
+            Correction(0.3).from_moments(moment(put, X, whole=a), moment(put, Y, whole=b), put(A))
+        )
+        for put in (from_torch, Tensor.detach)
         for a in (True, False)
         for b in (True, False)
     ]
@@ -100,17 +108,26 @@ def test_forms_agree() -> None:
         assert float((each - found[0]).norm() / found[0].norm()) < 1e-9
 
 
-def test_safety_data_without_anything_keeps_the_adapter() -> None:
+@both_engines
+def test_safety_data_without_anything_keeps_the_adapter(put: Put) -> None:
     A = drawn(1, 3, 8)
-    zero = Moment(torch.zeros(8, 8, dtype=torch.float64), True)
-    found = Correction(1.0).from_moments(zero, moment(drawn(2, 20, 8), whole=True), A)
-    assert torch.equal(found, A)
+    zero, other = (moment(put, rows, whole=True) for rows in (torch.zeros(1, 8), drawn(2, 20, 8)))
+    assert torch.equal(tensor_of(Correction(1.0).from_moments(zero, other, put(A))), A)
 
 
-def test_benign_data_without_anything_is_refused() -> None:
-    zero = Moment(torch.zeros(8, 8, dtype=torch.float64), True)
+@both_engines
+def test_benign_data_without_anything_is_refused(put: Put) -> None:
+    zero, other = (moment(put, rows, whole=True) for rows in (torch.zeros(1, 8), drawn(2, 20, 8)))
     with pytest.raises(SingularError, match="S is zero"):
-        Correction(1.0).from_moments(moment(drawn(2, 20, 8), whole=True), zero, drawn(1, 3, 8))
+        Correction(1.0).from_moments(other, zero, put(drawn(1, 3, 8)))
+
+
+@both_engines
+def test_what_is_no_moment_is_refused(put: Put) -> None:
+    wrong = Moment(put(-torch.eye(8, dtype=torch.float64)), True)
+    other = moment(put, drawn(2, 20, 8), whole=True)
+    with pytest.raises(SingularError, match="not positive definite"):
+        Correction(1e-3).from_moments(wrong, other, put(drawn(1, 3, 8)))
 
 
 @pytest.mark.parametrize("mu", [0.0, -1.0, math.inf, math.nan])

@@ -1,0 +1,192 @@
+"""Where the arithmetic runs: numpy on the processor, or torch on a GPU.
+
+Both give arrays that follow the array API standard. The host needs no torch, and neither does
+finding out that there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy
+from threadpoolctl import ThreadpoolController
+
+from safeproj.checkpoint import Reader, Weight
+from safeproj.errors import SafeprojError
+from safeproj.storage.arrays import AnyArray, Array
+
+if TYPE_CHECKING:
+    from safeproj.engine.torch_device import TorchDevice
+
+CPU_BLOCK = 1 << 20
+"""Bytes of one weight per block on the CPU: two of them and their float32 difference stay in the
+cache, and larger and smaller ones are slower."""
+
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvgpu", "/dev/nvhost-gpu", "/dev/nvmap")
+"""What is there where torch could use a GPU on Linux: NVIDIA's driver, that of Windows under WSL,
+AMD's, and NVIDIA's for boards."""
+
+LIBRARIES = ("nvcuda.dll", "amdhip64.dll", "amdhip64_6.dll", "amdhip64_7.dll")
+"""The same on Windows, in the system's directory."""
+
+ENGINES = ("auto", "cpu", "cuda", "mps", "torch")
+"""How values of `--device` begin; `torch` is the CPU by way of torch."""
+
+
+class Staging(Protocol):
+    """Brings rows of one checkpoint to the device, in their stored dtype."""
+
+    def load(self, weight: Weight, reader: Reader, start: int, stop: int) -> AnyArray:
+        """Return rows `[start, stop)` on the device, valid until the next call."""
+
+
+class Device(Protocol):
+    """Where the arithmetic runs."""
+
+    @property
+    def name(self) -> str:
+        """As it is recorded: `cpu`, `cuda:0`, `mps`."""
+
+    @property
+    def engine(self) -> str:
+        """What computes: `numpy` or `torch`."""
+
+    @property
+    def block(self) -> int:
+        """Bytes of one weight per block."""
+
+    @property
+    def is_host(self) -> bool:
+        """Whether several threads compute at once, each within the cache."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Full precision, and one thread for each worker; as it was before afterwards."""
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Hold for one thread's arithmetic."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> AnyArray:
+        """Return an array on the device whose numbers are not set."""
+
+    def put(self, array: Array) -> AnyArray:
+        """Return numbers of the host on the device."""
+
+    def get(self, array: AnyArray) -> Array:
+        """Return numbers of the device on the host."""
+
+    def staging(self, nbytes: int) -> tuple[Staging, Staging]:
+        """Return the staging of two weights for loads of up to `nbytes`."""
+
+
+class HostStaging:
+    """One buffer, in which the rows are used where they were read.
+
+    Args:
+        nbytes: size of the largest load.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._buffer = numpy.empty(nbytes, numpy.uint8)
+
+    def load(self, weight: Weight, reader: Reader, start: int, stop: int) -> AnyArray:
+        return weight.read_rows(reader, start, stop, self._buffer)
+
+
+class Host:
+    """The processor, by numpy."""
+
+    name = "cpu"
+    engine = "numpy"
+    block = CPU_BLOCK
+    is_host = True
+
+    def session(self) -> AbstractContextManager[None]:
+        return one_thread()
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        with numpy.errstate(all="ignore"):  # what is not finite is looked for
+            yield
+
+    def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> AnyArray:
+        found: Array = numpy.empty(shape, dtype)
+        return found
+
+    def put(self, array: Array) -> AnyArray:
+        return array
+
+    def get(self, array: AnyArray) -> Array:
+        found: Array = array
+        return found
+
+    def staging(self, nbytes: int) -> tuple[Staging, Staging]:
+        return HostStaging(nbytes), HostStaging(nbytes)
+
+
+def resolve_device(device: str, *, wide: bool = False) -> Device:
+    """Return the device for `--device`; `auto` is CUDA, then MPS, then the processor.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or `torch` for the processor by torch.
+        wide: whether float64 is computed with, which MPS does not have: then the processor.
+
+    Raises:
+        SafeprojError: unknown, or not on this machine.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ENGINES or (index and (kind != "cuda" or not index.isdecimal())):
+        raise SafeprojError(f"--device {device}: expected auto, cpu, cuda, cuda:N, mps or torch")
+    if kind == "cpu" or (kind == "auto" and not _has_driver()):
+        return Host()
+    if find_spec("torch") is None:
+        told = "torch is needed for that, and is not installed: install safeproj[torch]"
+        if kind != "auto":
+            raise SafeprojError(f"--device {device}: {told}")
+        warnings.warn(f"there is a GPU; {told}; the CPU is used", stacklevel=2)
+        return Host()
+    from safeproj.engine.torch_device import find_device
+
+    found: TorchDevice | None = find_device(kind, index)
+    if found is None:
+        return Host()
+    return Host() if wide and found.name == "mps" else found
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let numpy's products take one thread each, so that no result depends on how many there are.
+
+    The library that multiplies matrices for numpy is told so, for all of the process; it is as
+    before afterwards. Where torch is loaded too, one that both may share is left alone.
+    """
+    libraries = ["openblas", "blis", "flexiblas"]
+    if "torch" not in sys.modules:
+        libraries.append("mkl")
+    with ThreadpoolController().select(internal_api=libraries).limit(limits=1):
+        yield
+
+
+def scope_of(array: AnyArray) -> AbstractContextManager[None]:
+    """Return the `scope` of a device on which an array is."""
+    if isinstance(array, numpy.ndarray):
+        return Host().scope()
+    from safeproj.engine import torch_device
+
+    return torch_device.scope()
+
+
+def _has_driver() -> bool:
+    """Tell whether torch could find a GPU: it finds none without a driver."""
+    if sys.platform == "darwin":
+        return os.uname().machine == "arm64"
+    if sys.platform == "win32":
+        system = Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32")
+        return any((system / name).exists() for name in LIBRARIES)
+    return any(Path(path).exists() for path in DRIVERS)
