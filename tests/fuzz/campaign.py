@@ -124,7 +124,9 @@ class Campaign:
             importlib.import_module(module.name)
         make = typer.main.get_command
         command = make(app)  # made once: it takes longer than most cases
-        typer.main.get_command = lambda given: command if given is app else make(given)
+        typer.main.get_command = lambda typer_instance: (
+            command if typer_instance is app else make(typer_instance)
+        )
         self.root, self.keep, self._place = root, keep, root / "case"
         root.mkdir(parents=True, exist_ok=True)
         self.kinds: tuple[Kind, ...] = build(root, self.exit_code)
