@@ -193,14 +193,8 @@ def _multiply(values: Array, scales: Array, columns: int) -> None:
     """Multiply each row of `values` (k, n) by its `scales` (k, ⌈n/columns⌉), in place."""
     whole = values.shape[1] // columns
     covered = whole * columns
-    if not covered:
-        values *= scales
-        return
-    if covered == values.shape[1]:
-        values.reshape(len(values), whole, columns)[...] *= scales[:, :whole, None]
-        return
-    for at in range(whole):
-        values[:, at * columns : (at + 1) * columns] *= scales[:, at, None]
+    blocks = values[:, :covered].reshape(len(values), whole, columns)  # a view
+    blocks *= scales[:, :whole, None]
     values[:, covered:] *= scales[:, whole:]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ NAMES = (
 """The commands, each in the module of its name."""
 
 
-class Commands(MutableMapping[str, Any]):
+class Commands(Mapping[str, Any]):
     """The commands by name, each imported and made when it is asked for."""
 
     def __init__(self) -> None:
@@ -44,12 +44,6 @@ class Commands(MutableMapping[str, Any]):
             self._made[name].name = name
         return self._made[name]
 
-    def __setitem__(self, name: str, command: Any) -> None:
-        self._made[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self._made[name]
-
     def __iter__(self) -> Iterator[str]:
         yield from NAMES
 
@@ -62,7 +56,7 @@ class Group(typer.core.TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = Commands()
+        self.commands: Any = Commands()
 
     def list_commands(self, ctx: Any) -> list[str]:
         del ctx

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from safeproj.cli import signals, terminal
+from safeproj.cli.app import SETTINGS
 from safeproj.cli.bundles import command
 from safeproj.cli.options import (
     DATA,
@@ -23,9 +24,7 @@ from safeproj.cli.options import (
 app = typer.Typer(
     add_completion=False,
     help="Train adapters that keep clear of safety features (SaLoRA).",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **SETTINGS,
 )
 
 Module = Annotated[

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from safeproj.checkpoint import Reader, Weight
 from safeproj.engine.device import Device, Staging
 from safeproj.engine.task import Progress
-from safeproj.storage.arrays import AnyArray, namespace
+from safeproj.storage.arrays import AnyArray, is_finite
 from safeproj.storage.tensorfile import DTYPES
 
 AHEAD = 16 << 20
@@ -110,7 +110,7 @@ class KeptBlocks:
         staging = buffers.staging(rows * row_width(weight))[0]
         for start, stop in buffers.starts(rows, weight):
             block = staging.load(weight, reader, start, stop)
-            if not bool(namespace(block).isfinite(block).all()):
+            if not is_finite(block):
                 raise FloatingPointError(f"{weight.label} has a value that is not finite")
             if first:
                 buffers.advance(self._name, (stop - start) * weight.row_bytes)

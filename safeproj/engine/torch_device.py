@@ -11,7 +11,7 @@ from torch import Tensor
 from safeproj.checkpoint import Reader, Weight
 from safeproj.engine.device import CPU_BLOCK, Staging
 from safeproj.errors import SafeprojError
-from safeproj.storage.arrays import AnyArray, Array, from_torch, to_torch
+from safeproj.storage.arrays import AnyArray, Array, to_torch
 
 GPU_BLOCK = 32 << 20
 """Bytes per block on a GPU: enough to hide the latency of a copy."""
@@ -103,9 +103,6 @@ class TorchDevice:
 
     def put(self, array: Array) -> AnyArray:
         return to_torch(array).to(self.device)
-
-    def get(self, array: AnyArray) -> Array:
-        return from_torch(array)
 
     def staging(self, nbytes: int) -> tuple[Staging, Staging]:
         if self._stream is None:

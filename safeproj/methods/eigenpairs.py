@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from safeproj.storage.arrays import AnyArray, namespace, on_device
+from safeproj.storage.arrays import AnyArray, is_finite, namespace, on_device
 
 OVERSAMPLING = 32
 """Columns of the iterated block beyond twice the k that are wanted: the more, the faster."""
@@ -52,7 +52,7 @@ def leading_eigenpairs(
     if found is None:
         M = product(xp.eye(size, dtype=wide, device=like.device))
         _require_finite(M)
-        found = _largest_first((M + M.T) / 2, rank)
+        found = largest_first((M + M.T) / 2, rank)
     values, vectors = found
     largest = max(float(values[0]), 0.0)
     signal = int(xp.sum(values > size * float(xp.finfo(wide).eps) * largest))
@@ -68,7 +68,8 @@ def wide_dtype(like: AnyArray) -> Any:
     return xp.float32 if getattr(like.device, "type", "") == "mps" else xp.float64
 
 
-def _largest_first(symmetric: AnyArray, rank: int) -> tuple[AnyArray, AnyArray]:
+def largest_first(symmetric: AnyArray, rank: int | None = None) -> tuple[AnyArray, AnyArray]:
+    """Return eigenvalues in descending order and the eigenvectors as columns, `rank` of them."""
     xp = namespace(symmetric)
     values, vectors = xp.linalg.eigh(symmetric)
     return xp.flip(values)[:rank], xp.flip(vectors, axis=1)[:, :rank]
@@ -84,7 +85,7 @@ def _iterated(
         Z = product(Q)
         _require_finite(Z)
         H = Q.T @ Z
-        values, R = _largest_first((H + H.T) / 2, rank)
+        values, R = largest_first((H + H.T) / 2, rank)
         vectors = Q @ R
         residual = xp.max(xp.sqrt(xp.sum(xp.square(Z @ R - vectors * values), axis=0)))
         if residual <= tolerance * values[0]:
@@ -94,5 +95,5 @@ def _iterated(
 
 
 def _require_finite(M: AnyArray) -> None:
-    if not bool(namespace(M).isfinite(M).all()):
+    if not is_finite(M):
         raise FloatingPointError("a matrix has a value that is not finite")

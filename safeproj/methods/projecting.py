@@ -15,7 +15,7 @@ from safeproj.methods.blocks import Projected
 from safeproj.methods.factors import Core
 from safeproj.methods.measures import scale
 from safeproj.methods.score import Score, Settled, core_of, diagnosis
-from safeproj.storage.arrays import Array, double, is_finite, single
+from safeproj.storage.arrays import Array, double, is_finite, single, to_host
 
 Digests = tuple[dict[str, str], dict[str, str]]
 """Label of each tensor that was read to its SHA-256, of both sides."""
@@ -51,7 +51,7 @@ def projected(
         raise SafeprojError(diagnosis(task.name, task.origin, buffers)) from error
     widths = [factor.shape[1] for factor in factors]
     CBs, UBs = (
-        [None] * len(widths) if each is None else _parts(buffers.device.get(each), widths)
+        [None] * len(widths) if each is None else _parts(to_host(each), widths)
         for each in (found.CB, found.UB)
     )
     return tuple(

@@ -93,8 +93,7 @@ def diagnosis(name: str, source: Source, buffers: Buffers) -> str:
         rows = rows_per_block(buffers.device, weight)
         staging = buffers.staging(rows * row_width(weight))[0]
         for start, stop in buffers.starts(rows, weight):
-            found = buffers.device.get(staging.load(weight, buffers.readers[0], start, stop))
-            if not is_finite(found):
+            if not is_finite(staging.load(weight, buffers.readers[0], start, stop)):
                 return f"{weight.source}: {weight.label} has NaN or Inf; the file is damaged"
     return (
         f"{name}: V has a value that is not finite, though its weights are: they are too large for "

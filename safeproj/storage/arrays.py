@@ -87,12 +87,13 @@ def single(array: Array) -> Array:
         return array.astype(FLOAT32, copy=False)
 
 
-def is_finite(array: Array) -> bool:
+def is_finite(array: AnyArray) -> bool:
     """Tell whether no number is NaN or infinite."""
-    if array.dtype.name == "bfloat16" and array.flags.c_contiguous:
+    xp = namespace(array)
+    if xp is numpy and array.dtype.name == "bfloat16" and array.flags.c_contiguous:
         bits = array.view(numpy.uint16) & _BFLOAT16_INFINITY
         return not bool((bits == _BFLOAT16_INFINITY).any())
-    return bool(numpy.isfinite(array).all())
+    return bool(xp.isfinite(array).all())
 
 
 def norm(array: Array) -> float:

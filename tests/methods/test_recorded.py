@@ -33,21 +33,12 @@ from safeproj.methods.salora.file import KIND as MODULE
 from safeproj.names.layout import LINEAR
 from safeproj.plan.select import Selection
 from safeproj.report import Report
+from tests.methods.recorded import text_of, write
 from tests.support import arrays_of, moved, save_adapter, save_safety_module, snapshot, tiny_llama
 
 KEY = "model.layers.0.self_attn.q_proj.weight"
 RANK = 5
 TARGETS = ("q_proj", "v_proj")
-
-
-def text_of(file: Path) -> str:
-    with safe_open(file, framework="pt") as opened:
-        return str(opened.metadata()["safeproj"])
-
-
-def write(path: Path, text: str, tensors: dict[str, Tensor]) -> Path:
-    save_file(tensors, path, metadata={"format": "pt", "safeproj": text})
-    return path
 
 
 @dataclass(frozen=True)

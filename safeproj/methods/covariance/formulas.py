@@ -130,9 +130,10 @@ PANEL = 256
 
 
 def _solved(K: AnyArray, ridge: float, right: AnyArray) -> AnyArray:
-    """Return `(K + εI)⁻¹ R` for a symmetric `K`, by a Cholesky factorisation."""
+    """Return `(K + εI)⁻¹ R` for a symmetric `K`, which is changed, by a Cholesky factorisation."""
     xp = namespace(K)
-    K = K + ridge * xp.eye(len(K), dtype=K.dtype, device=K.device)
+    diagonal = xp.arange(len(K), device=K.device)
+    K[diagonal, diagonal] += ridge
     try:
         L = xp.linalg.cholesky(K)
     except xp.linalg.LinAlgError as error:

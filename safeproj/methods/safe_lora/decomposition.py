@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy
 
+from safeproj.methods.eigenpairs import largest_first
 from safeproj.methods.factors import settled
 from safeproj.storage.arrays import AnyArray, double, namespace, on_device, quiet, to_host
 
@@ -118,7 +119,7 @@ def eigenpairs(V: AnyArray, rank: int | None = None, energy: float | None = None
         if G.dtype == xp.float32:
             del G
             G = _gram(V, norm, xp.float64)
-        values, Q = _eigh(G)
+        values, Q = largest_first(G)
         K, _ = _count(values, rank, energy, norm)
         values, F, W = _ritz(V, norm, Q[:, :K])
         K, _ = _count(values, rank, energy, norm)
@@ -265,13 +266,6 @@ def _product(V: AnyArray, X: AnyArray) -> AnyArray:
     return namespace(V).concat([block @ X for block in _blocks(V)])
 
 
-def _eigh(M: AnyArray) -> tuple[AnyArray, AnyArray]:
-    """Return eigenvalues in descending order and eigenvectors."""
-    xp = namespace(M)
-    values, vectors = xp.linalg.eigh(M)
-    return xp.flip(values), xp.flip(vectors, axis=1)
-
-
 def _sketch(G: AnyArray, width: int, generator: numpy.random.Generator) -> AnyArray:
     """Return an orthonormal float64 basis (s, width) close to the leading eigenvectors of `G`."""
     xp = namespace(G)
@@ -293,7 +287,7 @@ def _ritz(V: AnyArray, norm: float, Q: AnyArray) -> tuple[AnyArray, AnyArray, An
     if V.shape[0] <= V.shape[1]:
         W = xp.linalg.qr(xp.astype(V.T @ xp.astype(Q, xp.float32), xp.float64))[0]
     F = _product(V, W) / math.sqrt(norm)
-    values, R = _eigh(F.T @ F)
+    values, R = largest_first(F.T @ F)
     return values, F @ R, W @ R
 
 

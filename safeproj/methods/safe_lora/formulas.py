@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy
 
 from safeproj.methods.blocks import Blocks, Projected, with_rows
+from safeproj.methods.eigenpairs import largest_first, wide_dtype
 from safeproj.storage.arrays import AnyArray, namespace, sum_of_squares
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Exact:
         if norm == 0.0 or V is None:
             return Projected(None, norm)
         wide = V.shape[0] <= V.shape[1]
-        eigenvalues, vectors = _largest_first(V @ V.T if wide else V.T @ V)
+        eigenvalues, vectors = largest_first(V @ V.T if wide else V.T @ V)
         k = self._truncate(eigenvalues, max(V.shape) * EPS64)
         basis = vectors[:, :k]
         if not wide:  # right singular vectors: U_k = V W_k Σ_k⁻¹
@@ -165,7 +166,7 @@ class Exact:
         """Return the same from row blocks of `C = V Vᵀ / ‖V‖_F` (m, m), rounded to float32."""
         C = _gathered(blocks, B)
         assert C is not None
-        eigenvalues, vectors = _largest_first(C)
+        eigenvalues, vectors = largest_first(C)
         k = self._truncate(eigenvalues, len(C) * EPS32)
         return Projected(_onto(vectors[:, :k], B), norm, k)
 
@@ -186,9 +187,13 @@ class Exact:
 
 def _gathered(blocks: Blocks, like: AnyArray) -> AnyArray | None:
     """Return all rows of a matrix in float64 on the device of `like`; None where it has none."""
-    xp = namespace(like)
-    parts = [xp.astype(block, xp.float64, copy=True) for block in blocks]
-    return xp.concat(parts) if parts else None
+    xp, whole = namespace(like), None
+    for rows, block in with_rows(blocks):
+        if whole is None:
+            shape = (like.shape[0], block.shape[1])
+            whole = xp.empty(shape, dtype=xp.float64, device=like.device)
+        whole[rows, :] = block
+    return whole
 
 
 def _onto(basis: AnyArray, B: AnyArray) -> AnyArray:
@@ -199,9 +204,7 @@ def _onto(basis: AnyArray, B: AnyArray) -> AnyArray:
 
 def _zero(like: AnyArray) -> AnyArray:
     """Return the start of a sum that stays on the device: in float64, which MPS does not have."""
-    xp = namespace(like)
-    wide = xp.float32 if getattr(like.device, "type", "") == "mps" else xp.float64
-    return xp.zeros((), dtype=wide, device=like.device)
+    return namespace(like).zeros((), dtype=wide_dtype(like), device=like.device)
 
 
 def _norm(squares: AnyArray) -> float:
@@ -210,10 +213,3 @@ def _norm(squares: AnyArray) -> float:
     if not math.isfinite(value):
         raise FloatingPointError("the alignment matrix has a value that is not finite")
     return math.sqrt(value)
-
-
-def _largest_first(symmetric: AnyArray) -> tuple[AnyArray, AnyArray]:
-    """Return eigenvalues in descending order and the eigenvectors as columns."""
-    xp = namespace(symmetric)
-    eigenvalues, vectors = xp.linalg.eigh(symmetric)
-    return xp.flip(eigenvalues), xp.flip(vectors, axis=1)

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from safeproj import Salora, api
 from safeproj.errors import SafeprojError
 from safeproj.methods.registry import method_of
 from safeproj.methods.salora.file import open_safety_module
 from safeproj.report import Report
+from tests.methods.recorded import text_of, write
 from tests.support import save_adapter, save_safety_module, tiny_llama
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 RANK = 5
-
-
-@dataclass
-class Content:
-    """What a file holds, to be damaged."""
-
-    document: Any
-    tensors: dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +27,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = tiny_llama()
     adapter = save_adapter(model, root / "adapter")
     return save_safety_module(model, root / "llama.safety.safetensors", rank=RANK), adapter
-
-
-def text_of(file: Path) -> str:
-    with safe_open(file, framework="pt") as opened:
-        return str(opened.metadata()["safeproj"])
-
-
-def write(path: Path, text: str, tensors: dict[str, Tensor]) -> Path:
-    save_file(tensors, path, metadata={"format": "pt", "safeproj": text})
-    return path
 
 
 def inspect(file: Path, adapter: Path, rank: int | None = None) -> Report:
