@@ -24,7 +24,7 @@ def explained(error: BaseException) -> str | None:
     """
     if isinstance(error, SafeprojError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+    if isinstance(error, ModuleNotFoundError) and error.name in RUN_MODELS:
         return missing(error.name)
     text = cut(printable(first_line(error)))
     if isinstance(error, MemoryError) or any(each in str(error) for each in _NO_MEMORY):
@@ -41,19 +41,12 @@ def explained(error: BaseException) -> str | None:
 
 
 def missing(package: str) -> str:
-    """Return what to say where a package of an extra is not installed."""
-    extra = EXTRAS[package]
-    what = "computes there" if extra == "torch" else "runs the model"
-    return f"{package} is not installed, which {what}; install safeproj[{extra}]"
+    """Return what to say where a package that runs models is not installed."""
+    return f"{package} is not installed, which runs the model; install safeproj[train]"
 
 
-EXTRAS = {
-    "array_api_compat": "torch",
-    "torch": "train",
-    "transformers": "train",
-    "peft": "train",
-}
-"""Packages that only some commands need: package to the extra that has it."""
+RUN_MODELS = ("array_api_compat", "torch", "transformers", "peft")
+"""Packages without which no model runs; all else works."""
 
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc")
 """What the messages of errors have that torch raises where memory is full."""

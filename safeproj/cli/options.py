@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from safeproj.cli import terminal
 from safeproj.errors import SafeprojError
 from safeproj.methods import registry
 from safeproj.methods.interface import Method, Option, having_value
@@ -203,8 +204,12 @@ class Running:
         Raises:
             SafeprojError: a value is out of range.
         """
+        from safeproj.engine.device import unused_gpu
         from safeproj.run.options import Options
 
+        told = unused_gpu(self.device)
+        if told is not None:
+            terminal.say(f"safeproj: {told}")
         return Options(
             device=self.device,
             workers=self.workers,

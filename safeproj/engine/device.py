@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -36,8 +36,12 @@ AMD's, and NVIDIA's for boards."""
 LIBRARIES = ("nvcuda.dll", "amdhip64.dll", "amdhip64_6.dll", "amdhip64_7.dll")
 """The same on Windows, in the system's directory."""
 
-ENGINES = ("auto", "cpu", "cuda", "mps", "torch")
+KINDS = ("auto", "cpu", "cuda", "mps", "torch")
 """How values of `--device` begin; `torch` is the CPU by way of torch."""
+
+
+PACKAGES = ("torch", "array_api_compat")
+"""What computes there."""
 
 
 class Staging(Protocol):
@@ -77,9 +81,6 @@ class Device(Protocol):
 
     def put(self, array: Array) -> AnyArray:
         """Return numbers of the host on the device."""
-
-    def get(self, array: AnyArray) -> Array:
-        """Return numbers of the device on the host."""
 
     def staging(self, nbytes: int) -> tuple[Staging, Staging]:
         """Return the staging of two weights for loads of up to `nbytes`."""
@@ -122,10 +123,6 @@ class Host:
     def put(self, array: Array) -> AnyArray:
         return array
 
-    def get(self, array: AnyArray) -> Array:
-        found: Array = array
-        return found
-
     def staging(self, nbytes: int) -> tuple[Staging, Staging]:
         return HostStaging(nbytes), HostStaging(nbytes)
 
@@ -141,22 +138,35 @@ def resolve_device(device: str, *, wide: bool = False) -> Device:
         SafeprojError: unknown, or not on this machine.
     """
     kind, _, index = device.partition(":")
-    if kind not in ENGINES or (index and (kind != "cuda" or not index.isdecimal())):
+    if kind not in KINDS or (index and (kind != "cuda" or not index.isdecimal())):
         raise SafeprojError(f"--device {device}: expected auto, cpu, cuda, cuda:N, mps or torch")
     if kind == "cpu" or (kind == "auto" and not _has_driver()):
         return Host()
-    if find_spec("torch") is None:
-        told = "torch is needed for that, and is not installed: install safeproj[torch]"
-        if kind != "auto":
-            raise SafeprojError(f"--device {device}: {told}")
-        warnings.warn(f"there is a GPU; {told}; the CPU is used", stacklevel=2)
-        return Host()
+    told = _absent()
+    if told is not None:
+        if kind == "auto":
+            return Host()
+        raise SafeprojError(f"--device {device}: {told}")
     from safeproj.engine.torch_device import find_device
 
     found: TorchDevice | None = find_device(kind, index)
     if found is None:
         return Host()
     return Host() if wide and found.name == "mps" else found
+
+
+def unused_gpu(device: str) -> str | None:
+    """Return what to say where `auto` is the processor although there is a GPU, None elsewhere."""
+    told = _absent() if device == "auto" and _has_driver() else None
+    return None if told is None else f"there is a GPU; {told}; the CPU is used"
+
+
+def _absent() -> str | None:
+    """Return what to say where torch cannot compute, None where it can."""
+    absent = next((each for each in PACKAGES if find_spec(each) is None), None)
+    if absent is None:
+        return None
+    return f"{absent} is needed for that, and is not installed: install safeproj[torch]"
 
 
 @contextmanager
@@ -169,8 +179,14 @@ def one_thread() -> Iterator[None]:
     libraries = ["openblas", "blis", "flexiblas"]
     if "torch" not in sys.modules:
         libraries.append("mkl")
-    with ThreadpoolController().select(internal_api=libraries).limit(limits=1):
+    with _libraries().select(internal_api=libraries).limit(limits=1):
         yield
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """Return what sets the threads of the libraries in this process: numpy's is among them."""
+    return ThreadpoolController()
 
 
 def scope_of(array: AnyArray) -> AbstractContextManager[None]:

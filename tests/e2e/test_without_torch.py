@@ -144,6 +144,26 @@ def test_signing_imports_no_torch(trio: Trio, tmp_path: Path) -> None:
     assert [each for each in heavy if each[1]] == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="drivers are files on Linux alone")
+def test_a_gpu_that_is_not_used_is_told_once(trio: Trio, tmp_path: Path, bare: Path) -> None:
+    driver = "from safeproj.engine import device\ndevice.DRIVERS = ('/dev/null',)\n"
+    given = ("patch", *trio.arguments, "--out", str(tmp_path / "out"), "--quiet")
+    done = subprocess.run(
+        [bare, "-c", driver + PROBE, *given],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PROBE": str(tmp_path / "probe")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "GPU" in line] == [
+        "safeproj: there is a GPU; torch is needed for that, and is not installed: install "
+        "safeproj[torch]; the CPU is used"
+    ]
+    options = read_json(tmp_path / "out" / MANIFEST)["options"]
+    assert (options["device"], options["engine"]) == ("cpu", "numpy")
+
+
 def test_without_torch_what_needs_it_says_so(trio: Trio, tmp_path: Path, bare: Path) -> None:
     given = ("patch", *trio.arguments, "--out", str(tmp_path / "out"), "--device", "torch")
     done = subprocess.run(
