@@ -92,20 +92,21 @@ class LocalFolder:
         if self.only is not None:
             beside = {"config.json"} if (self.root / "config.json").is_file() else set()
             return frozenset({self.only} | beside)
-        found: set[Path] = set()
+        found: set[str] = set()
         for directory, subdirectories, names in os.walk(self.root):
             # A link to a directory is not entered: it counts as a file that is none.
             links = [name for name in subdirectories if (Path(directory) / name).is_symlink()]
             skipped = {".git", ".cache", *links}
             subdirectories[:] = [name for name in subdirectories if name not in skipped]
-            paths = (Path(directory) / name for name in (*names, *links))
-            found.update(path.relative_to(self.root) for path in paths)
+            below = Path(directory).relative_to(self.root)
+            start = "" if below == Path() else f"{below.as_posix()}/"
+            found.update(start + name for name in (*names, *links))
             if len(found) > MAX_FILES:
                 raise SafeprojError(
                     f"{self.source}: has more than {MAX_FILES} files; expected the directory of "
                     "one model or adapter"
                 )
-        return frozenset(path.as_posix() for path in found)
+        return frozenset(found)
 
     @property
     def advice(self) -> str:
