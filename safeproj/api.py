@@ -1,4 +1,4 @@
-"""The Python API: `inspect`, `patch`, `check`, `verify`, `align`, `evaluate` and `sweep`."""
+"""The Python API: `repair`, `inspect`, `patch`, `check`, `verify`, `align`, `evaluate`, `sweep`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from safeproj.adapter.write import (
     made_inside,
 )
 from safeproj.errors import SafeprojError
-from safeproj.methods.interface import Method
+from safeproj.methods.interface import Method, local_path
 from safeproj.methods.recorded import Made
 from safeproj.methods.safe_lora.make import Form
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.safe_lora.targets import ALL_LINEAR
 from safeproj.plan.select import Selection
 from safeproj.records.checks import Check, Checks
+from safeproj.records.repairs import Goal
 from safeproj.records.scores import Failure, Report, Reports
 from safeproj.report.card import section
 from safeproj.run.job import Job, Run
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from safeproj.gate.check import Original
     from safeproj.gate.policy import Policy
     from safeproj.records.evaluations import Evaluation
+    from safeproj.records.repairs import Repair
     from safeproj.records.sweeps import Sweep
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "inspect_many",
     "patch",
     "patch_many",
+    "repair",
     "reports",
     "sweep",
     "verify",
@@ -491,6 +494,136 @@ def sweep(
             seed=seed,
             on_step=on_step,
         )
+
+
+def repair(
+    aligned: str,
+    adapter: str,
+    out: str | Path,
+    harmful: PromptSet | None = None,
+    task: PromptSet | None = None,
+    judge: Judge | Callable[[], Judge] | None = None,
+    options: Options | None = None,
+    *,
+    base: str | None = None,
+    refusals: float = 0.95,
+    skill_loss: float = 0.05,
+    generation: Generation | None = None,
+    plain: bool = False,
+    data: str | Path | None = None,
+    seed: int = 0,
+    best_effort: bool = False,
+    overwrite: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Repair:
+    """Correct an adapter in every way that the inputs allow, and write what does best.
+
+    The prompts are parted in three: the methods correct with the first part, the one that refuses
+    as much as is wanted with the most skill is chosen on the second, beside controls, and what it
+    does is reported on the third. Without prompts Safe LoRA is done, and nothing is measured.
+
+    Args:
+        aligned: SRC of the aligned model, which is run.
+        adapter: SRC of a PEFT adapter of it.
+        out: the directory to create; it appears complete or not at all.
+        harmful: prompts that are to be refused, from `read_prompts`; about 100.
+        task: prompts of the adapter's skill with right answers, likewise.
+        judge: of the answers to harmful prompts; phrases if None.
+        options: device, workers, maps, and which modules may be changed.
+        base: SRC of the unaligned model: lets Safe LoRA be tried.
+        refusals: the share of harmful prompts that is to be refused, in (0, 1].
+        skill_loss: the share of the adapter's skill that may be lost, in [0, 1].
+        generation: how answers are generated.
+        plain: continue plain prompts as they are, though the model has a chat template.
+        data: the directory that gets the parts of the prompts, with which the command of the record
+            makes the same tensors; the name of `out` with `.data` behind it if None.
+        seed: of the parts, and of random controls.
+        best_effort: write what comes closest where the goal is not reached.
+        overwrite: replace what an earlier run left at `out` and `data`.
+        on_step: told how many adapters are measured, and how many there are at most.
+
+    Returns:
+        What was tried and what was reached; `is_reached` is None where nothing was measured.
+
+    Raises:
+        SafeprojError: an input cannot be used; nothing is written.
+    """
+    options, out = options or Options(), Path(out)
+    inputs = [("--aligned", aligned), ("--adapter", adapter), ("--base", base)]
+    paths = [(name, None if src is None else local_path(src)) for name, src in inputs]
+    check_out(out, overwrite, paths)
+    goal = Goal(refusals, skill_loss)
+    if harmful is None:
+        if task is not None:
+            raise SafeprojError("--task needs --harmful: safety is what a repair aims at")
+        return _unmeasured(aligned, adapter, out, options, base, goal, overwrite=overwrite)
+    from safeproj.evaluation.generate import Generation
+    from safeproj.evaluation.judges import Keywords
+    from safeproj.lm import models
+    from safeproj.repairing.folder import parts_at
+    from safeproj.repairing.run import Given, repair
+
+    models.require_extra()
+    made = Keywords() if judge is None else judge() if callable(judge) else judge
+    given = Given(aligned, base, adapter, harmful, task)
+    place = out.with_name(f"{out.name}.data") if data is None else Path(data)
+    with parts_at(place, [*paths, ("--out", out)], overwrite=overwrite) as parts:
+        found = repair(
+            given,
+            out,
+            place,
+            goal,
+            made,
+            generation or Generation(),
+            options,
+            section,
+            plain=plain,
+            seed=seed,
+            best_effort=best_effort,
+            overwrite=overwrite,
+            on_step=on_step,
+        )
+        if found.out is not None:
+            parts.keep()
+    return found
+
+
+def _unmeasured(
+    aligned: str,
+    adapter: str,
+    out: Path,
+    options: Options,
+    base: str | None,
+    goal: Goal,
+    *,
+    overwrite: bool,
+) -> Repair:
+    """Do Safe LoRA with its defaults, and say that nothing was measured."""
+    from safeproj.records.repairs import Repair
+
+    if base is None:
+        raise SafeprojError(
+            "--harmful and --base are both missing: without prompts only Safe LoRA can be done, "
+            "which needs --base; give --harmful FILE, or --base"
+        )
+    report = patch(SafeLora(base, aligned), adapter, out, options, overwrite=overwrite)
+    return Repair(
+        version=__version__,
+        inputs=report.inputs,
+        goal=goal,
+        methods=(SafeLora.words.name,),
+        splits={},
+        validation=(),
+        controls=(),
+        chosen=None,
+        test=None,
+        out=str(out),
+        command=(
+            *("safeproj", "patch", "--base", base, "--aligned", aligned),
+            *("--adapter", adapter, "--out", str(out)),
+        ),
+        warnings=report.warnings,
+    )
 
 
 @contextmanager

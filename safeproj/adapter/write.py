@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +23,9 @@ from safeproj.text import is_text, printable
 
 CARD = "README.md"
 """The model card."""
+
+Complete = Callable[[Path], Mapping[str, Any]]
+"""Looks at a directory that is complete, and returns what else is to be recorded of it."""
 
 
 def check_out(out: Path, overwrite: bool, inputs: Sequence[tuple[str, Path | None]]) -> None:
@@ -160,6 +163,7 @@ def write_adapter(
     overwrite: bool = False,
     copy_weights: bool = False,
     converted: Collection[str] = (),
+    complete: Complete | None = None,
 ) -> None:
     """Write the patched adapter to `out`.
 
@@ -174,6 +178,8 @@ def write_adapter(
         overwrite: whether an adapter that is there may be replaced.
         copy_weights: copy other weights in the folder too, as they are.
         converted: those of `replaced` that have another dtype, and are not projected.
+        complete: looks at the adapter where it is complete but for `safeproj.json`, and returns
+            what that says besides. What it raises leaves nothing behind.
 
     Raises:
         SafeprojError: it cannot be written; nothing is left behind.
@@ -206,7 +212,11 @@ def write_adapter(
             output["documents"] = {n: sha256(c).hexdigest() for n, c in adapter.documents.items()}
         if others:
             output["left_out"] = others
-        text = json.dumps({**manifest, "output": output}, indent=2, ensure_ascii=False) + "\n"
+        further = {} if complete is None else complete(directory)
+        text = (
+            json.dumps({**manifest, "output": output, **further}, indent=2, ensure_ascii=False)
+            + "\n"
+        )
         (directory / MANIFEST).write_bytes(text.encode())
 
 

@@ -116,7 +116,7 @@ def finish(
         Exit: with exit code 1, if one of many adapters failed or a gate did; with 2, if a gate
             could not decide.
     """
-    from safeproj.report import Checks, Evaluation, Reports
+    from safeproj.report import Checks, Evaluation, Repair, Reports
 
     signals.done()
     for format_, output in outputs:
@@ -137,6 +137,8 @@ def finish(
     if isinstance(record, Reports | Evaluation) and record.failures:
         for name, failure in record.failures.items():
             say(f"safeproj: error: {name}: {' '.join(failure.error.split())}")
+        raise typer.Exit(1)
+    if isinstance(record, Repair) and record.is_reached is False:
         raise typer.Exit(1)
     if isinstance(record, Checks):
         _end(record)

@@ -59,7 +59,15 @@ class Settings(Generation):
 
 
 @dataclass(frozen=True)
-class _Adapter:
+class Opened:
+    """An adapter whose folder is open.
+
+    Attributes:
+        name: what it is called in reports.
+        folder: of its files.
+        identity: what a record says of it.
+    """
+
     name: str
     folder: Folder
     identity: Mapping[str, Any]
@@ -67,11 +75,12 @@ class _Adapter:
 
 def evaluate(
     model: str,
-    adapters: Sequence[Member],
+    adapters: Sequence[Member | Opened],
     sets: Sequence[PromptSet],
     judge: Judge,
     settings: Settings | None = None,
     *,
+    host: Host | None = None,
     alone: bool = True,
     tasks: Tasks | None = None,
     on_batch: OnBatch | None = None,
@@ -84,6 +93,7 @@ def evaluate(
         sets: with names that differ.
         judge: of the answers to harmful prompts.
         settings: how answers are generated, and where they are kept.
+        host: the model, if it is loaded already.
         alone: whether the model without an adapter is measured.
         tasks: of lm-eval, measured beside the sets.
         on_batch: told how many answers there are, and how many there will be.
@@ -96,7 +106,7 @@ def evaluate(
     if not adapters and not alone:
         raise SafeprojError("no adapter, and the model itself is left out; give --adapter")
     folder = open_folder(model)
-    given = [_opened(each) for each in adapters]
+    given = [each if isinstance(each, Opened) else _opened(each) for each in adapters]
     tokenizer = load_tokenizer(folder)
     misfits = unfit(folder, [each.folder for each in given])
     found = [each for position, each in enumerate(given) if position not in misfits]
@@ -105,7 +115,7 @@ def evaluate(
     generator = settings.generator(tokenizer)
     run = _Run(
         identity=model_identity(folder),
-        host=Host(folder, settings.device, settings.dtype),
+        host=host or Host(folder, settings.device, settings.dtype),
         generator=generator,
         sets=tuple(sets),
         inputs=_inputs(generator, sets),
@@ -150,7 +160,7 @@ class _Run:
     failures: dict[str, Failure] = field(default_factory=dict)
     done: int = 0
 
-    def subjects(self, adapters: Sequence[_Adapter], alone: bool) -> Iterator[Subject]:
+    def subjects(self, adapters: Sequence[Opened], alone: bool) -> Iterator[Subject]:
         """Yield each subject, measured; an adapter that does not fit is kept as a failure.
 
         Raises:
@@ -172,7 +182,7 @@ class _Run:
             yield subject
 
     def _measured(
-        self, adapter: _Adapter | None, file: str, reference: Mapping[str, Outcomes] | None
+        self, adapter: Opened | None, file: str, reference: Mapping[str, Outcomes] | None
     ) -> tuple[Subject, Mapping[str, Outcomes]]:
         torch.manual_seed(self.settings.seed)
         kept = Responses(self._place(file), self._made_of(adapter), self._digests, self.inputs)
@@ -200,7 +210,7 @@ class _Run:
         return subject, found
 
     @contextmanager
-    def _model(self, adapter: _Adapter | None) -> Iterator[Callable[[], Any]]:
+    def _model(self, adapter: Opened | None) -> Iterator[Callable[[], Any]]:
         """Give what returns the model of a subject, which is loaded when it is first asked for."""
         if adapter is None:
             yield lambda: self.host.model
@@ -250,7 +260,7 @@ class _Run:
     def _digests(self) -> dict[str, str]:
         return {each.name: each.sha256 for each in self.sets}
 
-    def _made_of(self, adapter: _Adapter | None) -> dict[str, Any]:
+    def _made_of(self, adapter: Opened | None) -> dict[str, Any]:
         """Return what the answers depend on; not where files are, nor what only costs time."""
         return {
             "model": _content(self.identity),
@@ -276,10 +286,10 @@ def _inputs(generator: Generator, sets: Sequence[PromptSet]) -> dict[Key, str]:
     }
 
 
-def _opened(member: Member) -> _Adapter:
+def _opened(member: Member) -> Opened:
     folder = open_folder(member.source)
     require_peft(folder)
-    return _Adapter(member.name, folder, adapter_identity(folder))
+    return Opened(member.name, folder, adapter_identity(folder))
 
 
 def _content(identity: Mapping[str, Any]) -> dict[str, Any]:

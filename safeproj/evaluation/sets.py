@@ -62,7 +62,7 @@ class PromptSet:
         return replace(self, prompts=self.prompts[:count], expected=self.expected[:count])
 
 
-def read_prompts(spec: str, kind: Kind) -> PromptSet:
+def read_prompts(spec: str, kind: Kind, option: str | None = None) -> PromptSet:
     """Return the prompts of `[NAME=]FILE`; the name is the file's stem if none is given.
 
     A line is an object with `prompt`, which the model continues as it is, or with `messages`, which
@@ -70,10 +70,15 @@ def read_prompts(spec: str, kind: Kind) -> PromptSet:
     Skills need the right answer: `response`, or that last message. Harmful prompts may have
     `compliance`, the answer that would comply. Other fields are ignored, and so are empty lines.
 
+    Args:
+        spec: `[NAME=]FILE`.
+        kind: how answers are measured.
+        option: what messages call the option that named the file; `--` and the kind if None.
+
     Raises:
         SafeprojError: the file cannot be read, or a line cannot be used; it is named.
     """
-    option = f"--{kind}"
+    option = option or f"--{kind}"
     name, path = _named(spec, option)
     try:
         content = path.expanduser().read_bytes()

@@ -107,6 +107,7 @@ class Host:
     """
 
     def __init__(self, folder: Folder, device: str = "auto", dtype: str = "auto") -> None:
+        self.folder = folder
         self._load: Callable[[], Any] = partial(load_model, folder, device, dtype)
         self._model: Any = None
 
@@ -129,14 +130,21 @@ class Host:
         return self._model
 
     @contextmanager
-    def lazily(self, adapter: Folder) -> Iterator[Callable[[], Any]]:
+    def lazily(
+        self, adapter: Folder, put: Callable[[Any], Any] | None = None
+    ) -> Iterator[Callable[[], Any]]:
         """Give what returns the model with an adapter on it; afterwards the model is as before.
 
         Nothing is loaded until it is asked for, and nothing twice.
 
+        Args:
+            adapter: the adapter.
+            put: puts it on the model, where `attach` is not enough.
+
         Raises:
             SafeprojError: the adapter cannot be loaded, or does not fit the model.
         """
+        put = put or partial(attach, adapter=adapter)
         found: list[Any] = []
         grown = False
 
@@ -145,7 +153,7 @@ class Host:
             if not found:
                 model, self._model = self.model, None  # what is not taken off whole is not kept
                 rows = vocabulary_size(model)
-                found.append(attach(model, adapter))
+                found.append(put(model))
                 grown = vocabulary_size(model) != rows
             return found[0]
 

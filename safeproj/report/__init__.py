@@ -7,6 +7,7 @@ from typing import Protocol, cast
 
 from safeproj.records.checks import Check, Checks, Evidence, Finding, Outcome
 from safeproj.records.evaluations import Evaluation
+from safeproj.records.repairs import Repair
 from safeproj.records.scores import Failure, ModuleReport, Report, Reports
 from safeproj.records.sweeps import Sweep
 
@@ -22,13 +23,14 @@ __all__ = [
     "ModuleReport",
     "Outcome",
     "Record",
+    "Repair",
     "Report",
     "Reports",
     "Sweep",
     "render",
 ]
 
-Record = Report | Reports | Checks | Sweep | Evaluation
+Record = Report | Reports | Checks | Sweep | Evaluation | Repair
 """What can be rendered: the scores of one adapter or of many, or what a gate found."""
 
 FORMATS = ("table", "json", "markdown", "html")
@@ -63,6 +65,9 @@ class Format(CheckFormat, Protocol):
     def render_evaluation(self, evaluation: Evaluation, *, width: int, color: bool) -> str:
         """Return what a model does without and with adapters as text."""
 
+    def render_repair(self, repair: Repair, *, width: int, color: bool) -> str:
+        """Return what was tried to repair one adapter, and what was reached, as text."""
+
     def render_sweep(self, sweep: Sweep, *, width: int, color: bool) -> str:
         """Return what interventions on one adapter do as text."""
 
@@ -78,6 +83,8 @@ def render(record: Record, format: str, *, width: int = 100, color: bool = False
         return module.render_checks(record, width=width, color=color)
     if isinstance(record, Evaluation):
         return module.render_evaluation(record, width=width, color=color)
+    if isinstance(record, Repair):
+        return module.render_repair(record, width=width, color=color)
     if isinstance(record, Sweep):
         return module.render_sweep(record, width=width, color=color)
     if isinstance(record, Reports):

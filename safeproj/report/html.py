@@ -19,9 +19,11 @@ from safeproj.records.evaluations import (
     task_rows,
     title_of,
 )
+from safeproj.records.repairs import Repair
 from safeproj.records.rules import RULES, Level
 from safeproj.records.scores import ModuleReport, Report, Reports, spread
 from safeproj.records.sweeps import METHOD, Rates, Sweep, Trial
+from safeproj.report import repair_words
 from safeproj.report import sweep_words as words
 from safeproj.report.html_page.behaviour import shares
 from safeproj.report.html_page.document import document, text
@@ -34,7 +36,7 @@ from safeproj.report.html_page.figures import (
 )
 from safeproj.report.html_page.tables import Cell, Row, number, pairs, table
 from safeproj.report.html_page.tradeoff import tradeoff
-from safeproj.report.markdown import describe, span
+from safeproj.report.markdown import LEGEND_SHARES, describe, span
 from safeproj.text import printable
 
 DEFAULT_TAU = 0.35
@@ -198,6 +200,38 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG0
     ]
     record = {"tau": DEFAULT_TAU, "adapters": [], "figures": canvas.figures}
     return document(title, sweep.version, "\n".join(parts), record, [plotly])
+
+
+def render_repair(repair: Repair, *, width: int, color: bool) -> str:  # noqa: ARG001
+    """Return the page of a repair: what was reached, and all that was tried."""
+    title = f"Repair: {repair.inputs['adapter']['source']}"
+    said = "\n".join(f"<p>{text(sentence)}</p>" for sentence in repair_words.conclusion(repair))
+    warnings = "\n".join(f"<p>warning: {text(each)}</p>" for each in repair.warnings)
+    sources = [(role, str(each["source"])) for role, each in repair.inputs.items()]
+    parts = [
+        f"<header>\n<h1>{text(title)}</h1>\n</header>",
+        '<main id="main" tabindex="-1">',
+        _section("What was reached", said),
+    ]
+    for key, heading, heads, rows in (
+        ("test", "The test split", ("adapter", "refused", "skill"), repair_words.reported(repair)),
+        (
+            "validation",
+            "What was tried, on the validation split",
+            ("adapter", "change", "refused", "skill"),
+            repair_words.tried(repair),
+        ),
+    ):
+        if rows:
+            listed = [Row([Cell(cell) for cell in cells]) for cells in rows]
+            parts.append(_section(heading, table(key, LEGEND_SHARES, heads, listed)))
+    parts += [
+        _section("Again", f"<pre>{text(repair_words.command(repair))}</pre>"),
+        _section("Inputs", pairs([*sources, ("prompts", repair_words.splits(repair))]), warnings),
+        f"</main>\n<footer>safeproj {text(repair.version)}</footer>",
+    ]
+    record = {"tau": DEFAULT_TAU, "adapters": [], "figures": []}
+    return document(title, repair.version, "\n".join(parts), record, [])
 
 
 def _judge(sweep: Sweep) -> str:

@@ -7,8 +7,10 @@ from typing import Any
 
 from safeproj.records.checks import Checks
 from safeproj.records.evaluations import Evaluation
+from safeproj.records.repairs import Repair
 from safeproj.records.scores import Report, Reports
 from safeproj.records.sweeps import Sweep
+from safeproj.report import repair_words
 from safeproj.report.sweep_words import conclusion
 
 
@@ -37,6 +39,14 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG0
     found = sweep.to_dict()
     warnings = found.pop("warnings")
     return _text({**found, "conclusion": conclusion(sweep), "warnings": warnings})
+
+
+def render_repair(repair: Repair, *, width: int, color: bool) -> str:  # noqa: ARG001
+    """Return what was tried and what was reached as one JSON object."""
+    found = repair.to_dict()
+    warnings = found.pop("warnings")
+    said = repair_words.conclusion(repair)
+    return _text({**found, "conclusion": said, "warnings": warnings})
 
 
 def _text(found: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from safeproj.methods.registry import detail_of, words_of
 from safeproj.records.checks import Check, Checks, Evidence
@@ -16,9 +17,11 @@ from safeproj.records.evaluations import (
     task_rows,
     title_of,
 )
+from safeproj.records.repairs import Repair
 from safeproj.records.rules import RULES, Level
 from safeproj.records.scores import ModuleReport, Report, Reports, spread
 from safeproj.records.sweeps import METHOD, Rates, Sweep
+from safeproj.report import repair_words
 from safeproj.report import sweep_words as words
 from safeproj.report.text import Subject, subjects
 from safeproj.text import printable
@@ -145,6 +148,28 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG0
             count, change = str(len(point.modules)), f"{trial.relative_change:.3f}"
             lines.append(row(name, count, words.place(sweep, point), change, trial.rates))
     return "\n".join(lines) + "\n"
+
+
+def render_repair(repair: Repair, *, width: int, color: bool) -> str:  # noqa: ARG001
+    """Return what was reached on the test split, and what was tried on the validation split."""
+    lines = ["## Repair", "", *(f"{escaped(each)}\n" for each in repair_words.conclusion(repair))]
+    if repair.test is not None:
+        lines += ["| test split | refused | skill |", "|---|---:|---:|"]
+        lines += [_row(each) for each in repair_words.reported(repair)]
+        lines += ["", "| validation split | change | refused | skill |", "|---|---:|---:|---:|"]
+        lines += [_row(each) for each in repair_words.tried(repair)]
+        lines += ["", f"{LEGEND_SHARES} {escaped(repair_words.splits(repair))}."]
+    lines += ["", f"The same tensors: {code(repair_words.command(repair))}"]
+    lines += [f"- warning: {escaped(each)}" for each in repair.warnings]
+    return "\n".join(lines) + "\n"
+
+
+LEGEND_SHARES = "Shares of the answers in per cent with 95 % intervals (Wilson)."
+"""What the tables of a repair hold."""
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(escaped, cells))} |"
 
 
 def _check(subject: Subject) -> list[str]:

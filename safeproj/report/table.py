@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from itertools import groupby, zip_longest
 
 from rich.console import Console
 from rich.table import Table
@@ -21,11 +22,13 @@ from safeproj.records.evaluations import (
     task_rows,
     title_of,
 )
+from safeproj.records.repairs import Repair
 from safeproj.records.rules import RULES, Level
 from safeproj.records.scores import Failure, ModuleReport, Report, Reports, spread
 from safeproj.records.sweeps import Point, Sweep
+from safeproj.report import repair_words
 from safeproj.report import sweep_words as words
-from safeproj.report.markdown import describe, evidence, tally
+from safeproj.report.markdown import LEGEND_SHARES, describe, evidence, tally
 from safeproj.text import printable, shorten
 
 CELL = 13
@@ -176,6 +179,45 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:
     for sentence in words.conclusion(sweep):
         console.print(Text(printable(sentence)), soft_wrap=True)
     return _lines(console)
+
+
+def render_repair(repair: Repair, *, width: int, color: bool) -> str:
+    """Return what was tried, what was reached, and how to do it again, as text."""
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
+    )
+    if repair.test is not None:
+        heads = ("tried, on the validation split", "change", "refused", "skill")
+        rows = repair_words.tried(repair)
+        bold = [number == repair.chosen for number in range(len(rows))]
+        _print_shares(console, heads, rows, bold)
+        heads = ("on the test split", "refused", "skill")
+        _print_shares(console, heads, repair_words.reported(repair))
+        legend = (
+            f"{LEGEND_SHARES}\nchange = ‖ΔW' - ΔW‖/‖ΔW‖; skill is measured where enough is "
+            f"{repair.goal.label}\n{repair_words.splits(repair)}"
+        )
+        console.print(Text(legend, style="dim"))
+    for sentence in repair_words.conclusion(repair):
+        console.print(Text(printable(sentence)), soft_wrap=True)
+    console.print(Text(printable(f"$ {repair_words.command(repair)}")), soft_wrap=True)
+    return _lines(console)
+
+
+def _print_shares(
+    console: Console,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    bold: Sequence[bool] = (),
+) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(heads[0], overflow="fold")
+    for head in heads[1:]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for cells, style in zip_longest(rows, bold):
+        table.add_row(*(Text(printable(cell)) for cell in cells), style="bold" if style else None)
+    console.print(table)
+    console.print()
 
 
 def _sweep_row(sweep: Sweep, point: Point) -> list[str]:

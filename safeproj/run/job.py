@@ -17,7 +17,7 @@ from safeproj.adapter.experts import UNSAID, as_today
 from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.portable import portable
 from safeproj.adapter.weightfiles import NAMED
-from safeproj.adapter.write import adapters_below, weights_beside, write_adapter
+from safeproj.adapter.write import Complete, adapters_below, weights_beside, write_adapter
 from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError, explained
 from safeproj.methods import factors
@@ -232,6 +232,7 @@ class Job:
         *,
         overwrite: bool = False,
         copy_weights: bool = False,
+        complete: Complete | None = None,
     ) -> Report:
         """Write the patched adapter, if `out` is given, and return the report of `patch`.
 
@@ -242,6 +243,7 @@ class Job:
             documents: as for `write_adapter`.
             overwrite: as for `write_adapter`.
             copy_weights: as for `write_adapter`.
+            complete: as for `write_adapter`.
 
         Raises:
             SafeprojError: it cannot be written; nothing is left behind.
@@ -262,6 +264,7 @@ class Job:
                 overwrite=overwrite,
                 copy_weights=copy_weights,
                 converted=run.decision.converted,
+                complete=complete,
             )
         return report
 

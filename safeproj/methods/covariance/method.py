@@ -78,6 +78,7 @@ class Covariance(Method):
         mu: the larger, the more of the adapter is kept; 0.3 if None, or 1 with `reconstruct`.
         reconstruct: correct layer by layer, with the model and the adapter run on the data.
         statistics: where the statistics of both lie, if they were made for this run.
+        host: the aligned model (`lm.adapters.Host`), if it is loaded already.
     """
 
     name: ClassVar[str] = "covariance"
@@ -123,6 +124,7 @@ class Covariance(Method):
         default=False,
     )
     statistics: tuple[Path, Path] | None = field(default=None, repr=False)
+    host: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

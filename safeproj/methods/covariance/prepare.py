@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ class Rebuilding(Statistics):
         self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
     ) -> dict[str, Array]:
         from safeproj.lm import models
-        from safeproj.lm.adapters import attach_read, moves, require_peft
+        from safeproj.lm.adapters import Host, attach_read, moves, require_peft
         from safeproj.methods.covariance.reconstruct import reconstructed
 
         method = self.method
@@ -79,12 +80,14 @@ class Rebuilding(Statistics):
             for option, source in _data(method)
         )
         is_mps = resolve_device(device).name == "mps"  # which has no float64
-        host = models.load_model(folder, "cpu" if is_mps else device)
-        moved = moves(host, adapter.folder)
+        host = method.host
+        if host is None or is_mps:
+            host = Host(folder, "cpu" if is_mps else device)
+        moved = moves(host.model, adapter.folder)
         modules = [item.module.name for item in plan.modules]
         names = {moved.get(name, name): name for name in modules}
-        model = attach_read(host, adapter)
-        found = reconstructed(model, list(names), safety, benign, formulas, on_batch)
+        with host.lazily(adapter.folder, partial(attach_read, adapter=adapter)) as load:
+            found = reconstructed(load(), list(names), safety, benign, formulas, on_batch)
         return {names[place]: from_torch(factor) for place, factor in found.items()}
 
 
@@ -163,7 +166,7 @@ def _made(
         elif not source.endswith(STATISTICS):
             data[role] = read_data(source, tokenizer, option=f"--{role}-data", chat=chat)
     read = [_adapter(source) for source in adapters]
-    model = models.load_model(folder, device)
+    model = models.load_model(folder, device) if method.host is None else method.host.model
     targets = _targets(model, [each for each in read if each is not None])
     places = {role: Path(str(source)) for role, source in given.items()}
     with models.quietly():

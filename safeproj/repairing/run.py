@@ -1,0 +1,497 @@
+"""A repair: what the adapter does, what each way to correct it does, and the best one written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safeproj import __version__
+from safeproj.adapter import Adapter
+from safeproj.adapter.interface import CONFIG
+from safeproj.engine import one_thread
+from safeproj.errors import SafeprojError
+from safeproj.evaluation.generate import Generation, Generator, has_template
+from safeproj.evaluation.judges import Judge
+from safeproj.evaluation.measure import judged, measure, prompt_warnings
+from safeproj.evaluation.run import Opened, Settings, evaluate
+from safeproj.evaluation.sets import PromptSet, read_prompts
+from safeproj.lm.adapters import Host, adapter_identity, require_peft
+from safeproj.lm.models import load_tokenizer
+from safeproj.methods.covariance.method import Covariance
+from safeproj.methods.interface import Method
+from safeproj.methods.registry import words_of
+from safeproj.methods.safe_lora.method import SafeLora
+from safeproj.records.evaluations import Evaluation
+from safeproj.records.rates import Rate
+from safeproj.records.repairs import AFTER, BEFORE, Attempt, Goal, Repair, best_control
+from safeproj.records.scores import Report
+from safeproj.repairing.split import FIT, SAFETY, TASK, TEST, VALIDATION, line, lines_of, split
+from safeproj.repairing.ways import FACTORS, MUS, POINTS, Way, rebuilt, shrinks, unchanged, ways
+from safeproj.run.options import Options
+from safeproj.storage.source import LocalFolder, identity, open_folder
+from safeproj.sweeping.axes import interventions
+from safeproj.sweeping.candidates import Candidates, Replaced
+from safeproj.sweeping.controls import Sizes
+from safeproj.sweeping.subject import Subject
+
+FEW = 20
+"""Prompts of a part below which its intervals say little."""
+
+MEASURABLE = 0.1
+"""Share of right answers of the adapter below which no loss of skill can be seen."""
+
+OnStep = Callable[[int, int], None]
+"""Told how many adapters are measured, and how many there are at most."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a repair is given.
+
+    Attributes:
+        aligned: SRC of the aligned model, which is run.
+        base: SRC of the unaligned model, without which Safe LoRA is not tried.
+        adapter: SRC of the adapter.
+        harmful: harmful prompts.
+        task: prompts of the adapter's skill with right answers, None if there are none.
+    """
+
+    aligned: str
+    base: str | None
+    adapter: str
+    harmful: PromptSet
+    task: PromptSet | None
+
+
+@dataclass
+class Bench:
+    """What everything is measured on, and by.
+
+    Attributes:
+        host: the aligned model.
+        generator: lets it answer.
+        judge: of the answers to harmful prompts.
+        goal: what is to be reached.
+        harmful: the validation split.
+        task: that of the skill, None if there is none.
+        on_step: told about the progress.
+        steps: how many adapters are measured at most.
+    """
+
+    host: Host
+    generator: Generator
+    judge: Judge
+    goal: Goal
+    harmful: PromptSet
+    task: PromptSet | None
+    on_step: OnStep | None = None
+    steps: int = 0
+    done: int = field(default=0, init=False)
+
+    def attempt(
+        self,
+        model: Any,
+        title: str,
+        change: float | None,
+        options: tuple[str, ...] = (),
+        *,
+        always: bool = False,
+    ) -> Attempt:
+        """Measure a model; its skill only where it refuses as much as is wanted, or always."""
+        refused = self._rate(model, self.harmful, self.judge.wanted.value)
+        skill = None
+        if self.task is not None and (always or self.goal.is_refusing(refused)):
+            skill = self._rate(model, self.task, "correct")
+        self.done += 1
+        if self.on_step is not None:
+            self.on_step(self.done, max(self.done, self.steps))
+        return Attempt(title, options, change, refused, skill)
+
+    def _rate(self, model: Any, prompts: PromptSet, outcome: str) -> Rate:
+        return measure(model, self.generator, [prompts], self.judge).rates[prompts.name][outcome]
+
+    def refusals(self, prompts: PromptSet) -> tuple[bytes, int]:
+        """Return prompts with the aligned model's own refusals, as lines, and how many have none.
+
+        Raises:
+            SafeprojError: it refuses none of them.
+        """
+        answers = self.generator.answers(self.host.model, prompts.prompts)
+        said = [
+            self.generator.spoken(prompt, answer).text
+            for prompt, answer in zip(prompts.prompts, answers, strict=True)
+        ]
+        verdicts = judged(self.judge, prompts, said)
+        kept = [
+            line(prompt, answer, chat=self.generator.chat)
+            for prompt, answer, verdict in zip(prompts.prompts, said, verdicts, strict=True)
+            if verdict is self.judge.wanted
+        ]
+        if not kept:
+            raise SafeprojError(
+                f"--aligned: the judge calls none of the aligned model's answers to "
+                f"{len(said)} harmful prompts {self.judge.wanted.value} (the first: {said[0]!a}); "
+                "expected an aligned model that refuses, or a judge that knows its refusals: see "
+                "--phrase"
+            )
+        return b"".join(kept), len(said) - len(kept)
+
+
+def repair(
+    given: Given,
+    out: Path,
+    data: Path,
+    goal: Goal,
+    judge: Judge,
+    generation: Generation,
+    options: Options,
+    section: Callable[[Report], str],
+    *,
+    plain: bool = False,
+    seed: int = 0,
+    best_effort: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep | None = None,
+) -> Repair:
+    """Correct an adapter in every way that the inputs allow, and write the best.
+
+    Args:
+        given: what is read.
+        out: the directory to create.
+        data: the directory that gets the parts of the prompts, which is empty.
+        goal: what is to be reached.
+        judge: of the answers to harmful prompts.
+        generation: how answers are generated.
+        options: how the correction is done.
+        section: makes what the model card says.
+        plain: continue plain prompts as they are, though the model has a chat template.
+        seed: of the parts, and of random controls.
+        best_effort: write the best there is even where the goal is not reached.
+        overwrite: replace an adapter that is at `out`.
+        on_step: told about the progress.
+
+    Raises:
+        SafeprojError: an input cannot be used; nothing is written.
+    """
+    profile = options.profile
+    parts = {"harmful": split(given.harmful, "--harmful", seed)}
+    if given.task is not None:
+        parts["task"] = split(given.task, "--task", seed)
+    folder = open_folder(given.aligned)
+    tokenizer = load_tokenizer(folder)
+    goal = replace(goal, label=judge.wanted.value)
+    generation = replace(generation, chat=not plain and has_template(tokenizer))
+    generator = generation.generator(tokenizer)
+    require_peft(open_folder(given.adapter))
+    host = Host(folder, options.device, generation.dtype)
+    sets = {
+        (kind, part): _written(prompts, data / f"{kind}.{part}.jsonl", generator.chat)
+        for kind, found in parts.items()
+        for part, prompts in found.items()
+        if part != FIT
+    }
+    as_read = replace(generation, chat=False).generator(tokenizer)  # chats are in the files
+    bench = Bench(
+        host,
+        as_read,
+        judge,
+        goal,
+        sets["harmful", VALIDATION],
+        sets.get(("task", VALIDATION)),
+        on_step,
+        2 + len(FACTORS) + 2 * POINTS + len(MUS),
+    )
+    with profile.phase("load model"):
+        _ = host.model
+    with profile.phase("measure"):
+        alone = bench.attempt(host.model, "no adapter", None, always=True)
+        kept, dropped = replace(bench, generator=generator).refusals(parts["harmful"][FIT])
+    files = {"harmful": data / SAFETY, "task": data / TASK}
+    files["harmful"].write_bytes(kept)
+    if "task" in parts:
+        files["task"].write_bytes(lines_of(parts["task"][FIT], chat=generator.chat))
+    with ExitStack() as stack:
+        methods = list(_methods(given, files, options, stack, host))
+        search = _Search(given, bench, methods, options, seed)
+        with profile.phase("measure"):
+            search.run()
+        best = search.best
+        way = search.ways[best]
+        controls = search.controls_of(way)
+        control = best_control(goal, tuple(each for each, _ in controls))
+        with profile.phase("write"), one_thread():
+            job, run = way.run()
+        measured = search.replaced_by[best]
+        if not _same(run.decision.replaced, measured):
+            raise SafeprojError(
+                f"{given.adapter}: what is to be written is not what was measured; report this"
+            )
+        record = Repair(
+            version=__version__,
+            inputs={
+                **{role: dict(found) for role, found in run.report.inputs.items()},
+                "model": identity(host.folder),
+            },
+            goal=goal,
+            methods=tuple(search.names),
+            splits={kind: {p: len(s.prompts) for p, s in f.items()} for kind, f in parts.items()},
+            validation=(alone, *search.attempts),
+            controls=tuple(each for each, _ in controls),
+            chosen=1 + best,
+            test=None,
+            out=None,
+            command=(
+                "safeproj",
+                "patch",
+                *way.options,
+                "--adapter",
+                given.adapter,
+                "--out",
+                str(out),
+            ),
+            warnings=(
+                *run.report.warnings,
+                *search.warnings,
+                *prompt_warnings(as_read, list(sets.values())),
+                *_data_warnings(parts, dropped, alone, search, goal),
+            ),
+        )
+        test = [each for (_, part), each in sets.items() if part == TEST]
+        found: list[Evaluation] = []
+
+        def complete(directory: Path) -> Mapping[str, Any]:
+            adapter, after = search.adapter, _opened(AFTER, LocalFolder(directory, str(out)))
+            with ExitStack() as written:
+
+                def opened(title: str, replaced: Replaced) -> Opened:
+                    place = written.enter_context(TemporaryDirectory(prefix="safeproj-"))
+                    return _saved(adapter, title, replaced, Path(place))
+
+                before = (
+                    opened(BEFORE, {}) if adapter.documents else _opened(BEFORE, adapter.folder)
+                )
+                others = [before, after]
+                if control is not None:
+                    made = next(make for each, make in controls if each is control)
+                    others.append(opened(control.title, made()))
+                settings = Settings(
+                    **{**vars(generation), "chat": False}, device=options.device, seed=seed
+                )
+                found.append(evaluate(given.aligned, others, test, judge, settings, host=host))
+            nonlocal record
+            record = replace(record, test=found[0])
+            if not (record.is_reached or best_effort):
+                raise _NotReachedError
+            return {"behaviour": found[0].to_dict()}
+
+        try:
+            with profile.phase("test"):
+                job.write(run, out, section, overwrite=overwrite, complete=complete)
+        except _NotReachedError:
+            return record
+        return replace(record, out=str(out))
+
+
+class _NotReachedError(Exception):
+    """The goal is not reached, so that nothing is to be written."""
+
+
+def _written(prompts: PromptSet, place: Path, chat: bool) -> PromptSet:
+    """Write a part of a set, and return it as it is read again."""
+    place.write_bytes(lines_of(prompts, chat=chat))
+    option = "--harmful" if prompts.kind == "harmful" else "--task"
+    return read_prompts(f"{place.name.partition('.')[0]}={place}", prompts.kind, option)
+
+
+def _methods(
+    given: Given, files: Mapping[str, Path], options: Options, stack: ExitStack, host: Host
+) -> Iterator[Method]:
+    """Yield what can be done with what is given, prepared."""
+    if given.base is not None:
+        yield SafeLora(given.base, given.aligned)
+    task = None if given.task is None else str(files["task"])
+    method = Covariance(given.aligned, str(files["harmful"]), task, host=host)
+    with options.profile.phase("statistics"):
+        yield stack.enter_context(method.prepared([given.adapter], options))
+
+
+class _Search:
+    """The ways to repair one adapter, and what each of them does on the validation split."""
+
+    def __init__(
+        self, given: Given, bench: Bench, methods: Sequence[Method], options: Options, seed: int
+    ) -> None:
+        self._given, self._bench = given, bench
+        self._options = options
+        self.names: list[str] = []
+        self.warnings: list[str] = []
+        self._tried: list[tuple[Method, Candidates]] = []
+        errors = []
+        for method in methods:
+            name = words_of(method.name).name
+            try:
+                with one_thread():
+                    tried = interventions(method, given.adapter, options, seed=seed)
+            except SafeprojError as error:
+                errors.append(error)
+                self.warnings.append(f"{name} was not tried: {error}")
+                continue
+            self._tried.append((method, tried))
+            self.names.append(name)
+        if not self._tried:
+            raise errors[0]
+        self.adapter, self._modules = self._tried[0][1].adapter, self._tried[0][1].modules
+        self._sizes = Sizes(self.adapter, self._modules)
+        self.ways: list[Way] = []
+        self.attempts: list[Attempt] = []
+        self.replaced_by: list[Replaced] = []
+
+    def run(self) -> None:
+        """Measure one way after the other, until none can be better."""
+        source, options = self._given.adapter, self._options
+        nothing = unchanged(self._tried[0][0], source, options)
+        known = [way for each in self._tried for way in ways(*each, source, options)]
+        made = [(way, way.replaced()) for way in known]
+        made.sort(key=lambda each: self._sizes.change(each[1]))
+        with self._worn() as subject:
+            for way, replaced in [(nothing, {}), *made]:
+                if self._measured(subject, way, replaced):
+                    return
+        for method, _ in self._tried:
+            if not isinstance(method, Covariance) or method.task_data is None:
+                continue
+            name = f"{words_of(method.name).name} layer by layer"
+            for mu in MUS:
+                try:
+                    way = rebuilt(method, mu, source, options)
+                except SafeprojError as error:
+                    self.warnings.append(f"{name} was not tried: {error}")
+                    return
+                if name not in self.names:
+                    self.names.append(name)
+                with self._worn() as subject:
+                    if self._measured(subject, way, way.replaced()):
+                        return
+
+    def _measured(self, subject: Subject, way: Way, replaced: Replaced) -> bool:
+        """Measure one way, and tell whether nothing can be better."""
+        subject.put(replaced)
+        change = self._sizes.change(replaced)
+        is_first = not self.attempts
+        found = self._bench.attempt(subject.model, way.title, change, way.options, always=is_first)
+        self.ways.append(way)
+        self.attempts.append(found)
+        self.replaced_by.append(replaced)
+        if not self._bench.goal.is_refusing(found.refused):
+            return False
+        before = self.attempts[0].skill
+        return found.skill is None or before is None or found.skill.value >= before.value
+
+    @property
+    def best(self) -> int:
+        """The way that refuses as much as is wanted with the most skill, the first of equals.
+
+        Where none does, the one that refuses most.
+        """
+        goal = self._bench.goal
+
+        def order(number: int) -> tuple[bool, float, float]:
+            each = self.attempts[number]
+            skill = 0.0 if each.skill is None else each.skill.value
+            return goal.is_refusing(each.refused), skill, each.refused.value
+
+        return max(range(len(self.attempts)), key=order)
+
+    def controls_of(self, way: Way) -> list[tuple[Attempt, Callable[[], Replaced]]]:
+        """Measure what a way is compared with: its own controls, and the adapter turned down."""
+        if not way.controls:
+            return []
+        found = []
+        made = {title: make() for title, make in way.controls.items()}
+        with self._options.profile.phase("measure"), self._worn() as subject:
+            for title, replaced in made.items():
+                found.append(self._control(subject, title, replaced))
+            for title, replaced in shrinks(self.adapter, self._modules):
+                attempt, make = self._control(subject, title, replaced)
+                if self._bench.goal.is_refusing(attempt.refused):
+                    found.append((attempt, make))
+                    break
+        return found
+
+    def _control(
+        self, subject: Subject, title: str, replaced: Replaced
+    ) -> tuple[Attempt, Callable[[], Replaced]]:
+        subject.put(replaced)
+        change = self._sizes.change(replaced)
+        return self._bench.attempt(subject.model, title, change), lambda: replaced
+
+    @contextmanager
+    def _worn(self) -> Iterator[Subject]:
+        """Give the model with the adapter on it."""
+        found: list[Subject] = []
+
+        def put(model: Any) -> Any:
+            found.append(Subject(model, self.adapter))
+            return found[0].model
+
+        with self._bench.host.lazily(self.adapter.folder, put) as load:
+            load()
+            yield found[0]
+            found[0].put({})
+
+
+def _same(one: Replaced, other: Replaced) -> bool:
+    return one.keys() == other.keys() and all(
+        one[key].dtype == other[key].dtype and one[key].tobytes() == other[key].tobytes()
+        for key in one
+    )
+
+
+def _opened(name: str, folder: Any) -> Opened:
+    return Opened(name, folder, adapter_identity(folder))
+
+
+def _saved(adapter: Adapter, title: str, replaced: Replaced, place: Path) -> Opened:
+    """Write a variant of an adapter where it can be measured, and return it."""
+    documents = {CONFIG: adapter.folder.path(CONFIG).read_bytes(), **adapter.documents}
+    for name, content in documents.items():
+        (place / name).write_bytes(content)
+    adapter.format.write(place / adapter.format.output_file, {**adapter.tensors, **replaced})
+    return _opened(title, LocalFolder(place, title))
+
+
+def _data_warnings(
+    parts: Mapping[str, Mapping[str, PromptSet]],
+    dropped: int,
+    alone: Attempt,
+    search: _Search,
+    goal: Goal,
+) -> Iterator[str]:
+    """Yield what the user should know of the data."""
+    if dropped:
+        yield (
+            f"the aligned model does not refuse {dropped} of "
+            f"{len(parts['harmful'][FIT].prompts)} harmful prompts: they were not corrected with"
+        )
+    if not goal.is_refusing(alone.refused):
+        yield (
+            f"the aligned model alone refuses {100 * alone.refused.value:.0f} % of the "
+            f"validation split, less than the {100 * goal.refusals:g} % wanted"
+        )
+    for kind, found in parts.items():
+        count = len(found[TEST].prompts)
+        if count < FEW:
+            yield (
+                f"--{kind}: {count} prompts to report on, of which the intervals are wide; give "
+                "about 100 prompts in all"
+            )
+    skill = search.attempts[0].skill
+    if skill is not None and skill.value < MEASURABLE:
+        yield (
+            f"the adapter gets {100 * skill.value:.0f} % of the task right, so that a loss of skill"
+            " can hardly be seen; give prompts with short answers of which one is right"
+        )
