@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).parent / "safeproj"
 PAGES = (
     "README.md",
+    "docs/scores.md",
     "docs/gate.md",
     "docs/covariance.md",
     "docs/evaluation.md",

@@ -19,7 +19,9 @@ from tests.conformance.architectures import ARCHITECTURES
 from tests.support import safeproj
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = (ROOT / "README.md").read_text("utf-8")
+FORMATS_PAGE = (ROOT / "docs" / "formats.md").read_text("utf-8")
 
 NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
 
@@ -28,7 +30,8 @@ TOLERANCE = 0.0021
 
 
 PAGES = {
-    "README.md": 10,
+    "README.md": 2,
+    "docs/scores.md": 8,
     "docs/gate.md": 4,
     "docs/covariance.md": 5,
     "docs/evaluation.md": 1,
@@ -115,6 +118,7 @@ def test_every_option_of_the_contract_is_in_the_help() -> None:
             assert option in text, (command, option)
     further = {
         "stats": ("--aligned", "--data", "--random-tokens", "--positions", "--targets", "--out"),
+        "repair": ("--aligned", "--harmful", "--task", "--refusals", "--skill-loss", "--best-effort"),
         "sweep": ("--harmful", "--skill", "--wanted-refusal", "--points", "--by", "--safety-data"),
         "eval": ("--model", "--adapter", "--harmful", "--skill", "--judge", "--responses"),
     }
@@ -137,9 +141,16 @@ def test_every_option_of_the_contract_is_in_the_help() -> None:
         assert option in text, option
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)", README))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in DOCS)])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    links = set(re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text))
+    assert not [link for link in links if not ((ROOT / page).parent / link).exists()]
+
+
+def test_the_readme_is_short_and_names_every_page() -> None:
+    assert len(README.split()) <= 2000
+    assert not [p.name for p in DOCS if f"docs/{p.name}" not in README]
 
 
 def codes(text: str) -> set[str]:
@@ -149,7 +160,7 @@ def codes(text: str) -> set[str]:
 def test_the_table_of_what_is_supported_and_refused_is_that_of_the_code() -> None:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in README.partition("## Supported and refused")[2]
+        for line in FORMATS_PAGE.partition("## In short")[2]
         .partition("\n## ")[0]
         .splitlines()
         if line.startswith("|")
@@ -173,8 +184,7 @@ def test_the_table_of_what_is_supported_and_refused_is_that_of_the_code() -> Non
 
 
 def test_the_architectures_of_the_conformance_suite_are_listed() -> None:
-    text = (ROOT / "docs" / "formats.md").read_text("utf-8")
-    (listed,) = re.findall(r"<!-- architectures -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    (listed,) = re.findall(r"<!-- architectures -->\n(.*?)\n<!-- end -->", FORMATS_PAGE, re.DOTALL)
     names = {name.removesuffix("-square") for name in ARCHITECTURES}
     assert codes(listed) == names
-    assert f"checks {len(names)} architectures" in README.replace("\n", " ")
+    assert f"checks {len(names)} architectures" in FORMATS_PAGE.replace("\n", " ")
