@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from safeproj.evaluation.generate import Generation
     from safeproj.evaluation.judges import Keywords
     from safeproj.evaluation.sets import read_prompts
+    from safeproj.gate.demands import Demands
     from safeproj.gate.policy import Policy
     from safeproj.lm.feed import Feed
     from safeproj.methods import salora
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Covariance",
+    "Demands",
     "Feed",
     "Form",
     "Generation",
@@ -64,6 +66,7 @@ __all__ = [
 
 _HOME = {
     "Covariance": "methods.covariance.method",
+    "Demands": "gate.demands",
     "Feed": "lm.feed",
     "Form": "api",
     "Generation": "evaluation.generate",

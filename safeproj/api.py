@@ -210,6 +210,7 @@ def check(
     options: Options | None = None,
     *,
     original: str | None = None,
+    evaluations: Iterable[str | Path] = (),
 ) -> Checks:
     """Tell which adapters pass a policy; nothing is changed or written.
 
@@ -220,11 +221,14 @@ def check(
         options: device, workers and maps; the selection is the policy's.
         original: SRC of the adapter before patching, where one adapter is checked: its projection
             is computed again.
+        evaluations: JSON reports of `safeproj eval`, of these adapters or of others; each adapter
+            finds its own by the digests of its tensors.
 
     Raises:
         SafeprojError: something that all of them need cannot be used. An adapter that cannot be
             used is undecided instead.
     """
+    from safeproj.gate.behaviour import evaluations as read_evaluations
     from safeproj.gate.check import judged, recorded_form, unusable
     from safeproj.gate.policy import Policy
     from safeproj.gate.signing import require_library
@@ -236,6 +240,7 @@ def check(
     if original is not None and len(members) != 1:
         raise SafeprojError(f"--original goes with one adapter, found {len(members)}")
     method = policy.method(method)
+    measured = read_evaluations(evaluations, method)
     options = dataclasses.replace(options, selection=Selection(threshold=policy.threshold))
     job = Job(method, options, digests=None, lenient=True, casts=True)
     before = None
@@ -244,7 +249,7 @@ def check(
         before = _original(method, original, dataclasses.replace(options, **form))
 
     def use(run: Run, number: int) -> Check:
-        return judged(members[number], run, method, job.reference, policy, before)
+        return judged(members[number], run, method, job.reference, policy, before, measured)
 
     found = job.many([member.source for member in members], use)
     checks = [

@@ -122,6 +122,14 @@ class Limits:
             "ollama, openvino or peft-0.11; repeatable.",
         ),
     ] = None
+    behaviour: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--behaviour",
+            metavar="KEY=VALUE",
+            help="A key of the policy's [behaviour], such as max-complied=0.05; repeatable.",
+        ),
+    ] = None
     ignore: Annotated[
         list[str] | None,
         typer.Option("--ignore", metavar="ID", help="Leave a finding out; repeatable."),
@@ -151,6 +159,15 @@ def check_command(
             "--original",
             metavar="SRC",
             help="The adapter before patching: its projection is computed again and compared.",
+        ),
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--evaluation",
+            metavar="FILE",
+            help="A JSON report of `safeproj eval`, beside one that safeproj.json may hold; it is "
+            "of the adapters whose digests it names. Repeatable.",
         ),
     ] = None,
     policy: Annotated[
@@ -185,7 +202,8 @@ def check_command(
     sources = {name: value for name, value in given.values.items() if name not in SETTINGS}
     settings = {name: value for name, value in given.values.items() if name in SETTINGS}
     method, outputs = method_of(sources), reporting.outputs
-    terminal.check_outputs(outputs, None, method.inputs(adapter))
+    files = [("--evaluation", str(each)) for each in evaluation or ()]
+    terminal.check_outputs(outputs, None, [*method.inputs(adapter), *files])
     chosen = changed(find_policy(policy, adapter), {**limits.given, **settings})
     with running.profile.phase("import"):
         from safeproj import api
@@ -194,5 +212,7 @@ def check_command(
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
-        checks = api.check(method, adapter, chosen, options, original=original)
+        checks = api.check(
+            method, adapter, chosen, options, original=original, evaluations=evaluation or ()
+        )
     terminal.finish(checks, outputs, talking.quiet, "", running.shown)

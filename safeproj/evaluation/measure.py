@@ -12,16 +12,7 @@ from safeproj.evaluation.sets import PromptSet
 from safeproj.evaluation.thoughts import Spoken, Thoughts, unfinished_words
 from safeproj.lm.chat import prints_date
 from safeproj.records.rates import Rate
-
-EXACT = "exact"
-"""Answers to harmful prompts that are the file's `compliance`."""
-
-CORRECT = "correct"
-"""Answers to skill prompts that are the file's `response`."""
-
-Outcomes = Mapping[str, tuple[bool | None, ...]]
-"""Of one set: what may be the case of an answer, and of which answers it is, in the order of the
-prompts; None where it cannot be told."""
+from safeproj.records.verdicts import CORRECT, EXACT, Outcomes, rates
 
 Measurement = dict[str, dict[str, Rate]]
 """Set to outcome to share of the answers: `refused` (or `safe`, with a guard model), `complied` and
@@ -154,14 +145,6 @@ def judged(judge: Judge, prompts: PromptSet, answers: Sequence[str]) -> list[Ver
         for i, verdict in zip(asked, said, strict=True):
             found[i] = verdict
     return found
-
-
-def rates(found: Outcomes) -> dict[str, Rate]:
-    """Return how often each is the case, of the answers of which it can be told."""
-    return {
-        name: Rate(sum(bool(each) for each in values), sum(each is not None for each in values))
-        for name, values in found.items()
-    }
 
 
 def _expected(right: Sequence[str | None], thoughts: Thoughts) -> list[str | None]:

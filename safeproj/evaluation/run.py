@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,8 @@ from safeproj.errors import SafeprojError
 from safeproj.evaluation.generate import Generation, Generator, OnBatch
 from safeproj.evaluation.judges import Judge
 from safeproj.evaluation.measure import (
-    CORRECT,
-    EXACT,
-    Outcomes,
     outcomes,
     prompt_warnings,
-    rates,
     unfinished,
     unfinished_warnings,
 )
@@ -33,8 +31,8 @@ from safeproj.evaluation.thoughts import Spoken, Thoughts
 from safeproj.lm.adapters import Host, UnfitError, adapter_identity, require_peft, unfit
 from safeproj.lm.models import load_tokenizer, model_identity
 from safeproj.records.evaluations import Evaluation, Subject
-from safeproj.records.rates import Difference, paired
 from safeproj.records.scores import Failure
+from safeproj.records.verdicts import CORRECT, EXACT, Outcomes, differences, marks, rates
 from safeproj.storage.source import Folder, open_folder
 
 ALONE = "no adapter"
@@ -65,12 +63,15 @@ class Opened:
     Attributes:
         name: what it is called in reports.
         folder: of its files.
-        identity: what a record says of it.
     """
 
     name: str
     folder: Folder
-    identity: Mapping[str, Any]
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """What a record says of it."""
+        return adapter_identity(self.folder)
 
 
 def evaluate(
@@ -136,7 +137,7 @@ def evaluate(
         run.identity,
         judge.identity(),
         _options(settings),
-        tuple(_described(each) for each in sets),
+        tuple(_described(each, run.inputs) for each in sets),
         subjects,
         (*prompt_warnings(generator, sets), *_cut_off(subjects, sets)),
         run.failures,
@@ -196,16 +197,20 @@ class _Run:
         said = {each.name: self._said(each, kept) for each in self.sets}
         found = self._outcomes(said)
         kept.judged(self.judge.identity(), _said(found))
-        differences = None
+        changes = None
         if reference is not None:
-            differences = {name: _differences(found[name], reference[name]) for name in found}
+            changes = {name: differences(found[name], reference[name]) for name in found}
         subject = Subject(
             ALONE if adapter is None else adapter.name,
             None if adapter is None else adapter.identity,
             {name: rates(each) for name, each in found.items()},
-            differences,
+            changes,
             reached,
             {name: unfinished(each) for name, each in said.items()},
+            {
+                name: marks(each, [one.unfinished for one in said[name]])
+                for name, each in found.items()
+            },
         )
         return subject, found
 
@@ -289,7 +294,7 @@ def _inputs(generator: Generator, sets: Sequence[PromptSet]) -> dict[Key, str]:
 def _opened(member: Member) -> Opened:
     folder = open_folder(member.source)
     require_peft(folder)
-    return Opened(member.name, folder, adapter_identity(folder))
+    return Opened(member.name, folder)
 
 
 def _content(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,24 +318,17 @@ def _said(found: Mapping[str, Outcomes]) -> dict[Key, dict[str, Any]]:
     return said
 
 
-def _differences(found: Outcomes, reference: Outcomes) -> dict[str, Difference]:
-    """Return how much each share is above that of the reference, of the same prompts."""
-    return {
-        outcome: paired(
-            [each for each in values if each is not None],
-            [each for each in reference[outcome] if each is not None],
-        )
-        for outcome, values in found.items()
-    }
-
-
-def _described(prompts: PromptSet) -> dict[str, Any]:
+def _described(prompts: PromptSet, inputs: Mapping[Key, str]) -> dict[str, Any]:
+    asked = [inputs[prompts.name, i] for i in range(len(prompts.prompts))]
     return {
         "name": prompts.name,
         "kind": prompts.kind,
         "source": prompts.source,
         "sha256": prompts.sha256,
-        "prompts": len(prompts.prompts),
+        "prompts": len(asked),
+        "lines": prompts.lines or len(asked),
+        "distinct": len(set(asked)),
+        "inputs_sha256": sha256("\n".join(asked).encode()).hexdigest(),
     }
 
 

@@ -45,9 +45,10 @@ class PromptSet:
         kind: how answers are measured.
         source: its path as it was given.
         sha256: of the file.
-        prompts: one for each line.
+        prompts: one for each line that is asked.
         expected: for `skill`, the right answers; for `harmful`, the answers that comply, None where
             the file gives none.
+        lines: how many prompts the file has; as many as are asked if None.
     """
 
     name: str
@@ -56,10 +57,14 @@ class PromptSet:
     sha256: str
     prompts: tuple[Prompt, ...]
     expected: tuple[str | None, ...]
+    lines: int | None = None
 
     def first(self, count: int | None) -> PromptSet:
         """Return the set with its first prompts only; all of them for None."""
-        return replace(self, prompts=self.prompts[:count], expected=self.expected[:count])
+        lines = self.lines or len(self.prompts)
+        return replace(
+            self, prompts=self.prompts[:count], expected=self.expected[:count], lines=lines
+        )
 
 
 def read_prompts(spec: str, kind: Kind, option: str | None = None) -> PromptSet:

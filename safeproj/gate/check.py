@@ -14,6 +14,7 @@ from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
 from safeproj.engine import Device
 from safeproj.errors import SafeprojError
+from safeproj.gate.behaviour import Evaluations, about_behaviour
 from safeproj.gate.card import about_claim
 from safeproj.gate.evidence import about_history, about_manifest, recorded
 from safeproj.gate.files import about_files, about_member, about_paths
@@ -59,6 +60,7 @@ def judged(
     reference: Reference,
     policy: Policy,
     original: Original | None,
+    evaluations: Evaluations,
 ) -> Check:
     """Return what there is to say about one adapter.
 
@@ -69,6 +71,7 @@ def judged(
         reference: the same, opened.
         policy: what passes.
         original: the adapter before patching, if it is at hand.
+        evaluations: of this adapter and of others.
 
     Raises:
         SafeprojError: the policy's key cannot be used.
@@ -77,18 +80,24 @@ def judged(
     remarks: list[str] = []
     patched = MANIFEST in adapter.folder.files
     digests = reference.digests(run.scores) if patched else {}
-    evidence, findings = recorded(run, digests, policy)
-    if policy.public_key is not None:
-        unsigned = _about_signature(adapter, Path(policy.public_key), remarks)
-        evidence = evidence if unsigned else dict.fromkeys(evidence, Evidence.signed)
-        findings += unsigned
+    key, unsigned = policy.public_key, list[Finding]()
+    if key is not None:
+        unsigned = _about_signature(adapter, Path(key), remarks)
+    signed = key is not None and not unsigned
+    said = about_behaviour(adapter, evaluations, policy, signed=signed)
+    answered = said.behaviour.outranks
+    evidence, findings = recorded(run, digests, policy, answered=answered)
+    if signed:
+        evidence = dict.fromkeys(evidence, Evidence.signed)
+    findings += [*unsigned, *said.findings]
+    remarks += said.remarks
     if original is not None:
         result = recomputed(original.run, adapter, original.device)
         findings += [*result.findings, *_about_record(adapter, original, result, findings)]
         evidence = result.evidence
         remarks.append(result.remark)
     names = frozenset(reference.names)
-    context = Context(run, policy, names, evidence, reference.config)
+    context = Context(run, policy, names, evidence, reference.config, answered)
     findings += [
         *about_weights(context),
         *about_settings(context),
@@ -99,7 +108,8 @@ def judged(
         *about_claim(adapter),
         *about_identities(policy, method, run.report.inputs),
     ]
-    return _check(member, adapter, findings, policy, evidence, run, tuple(remarks))
+    check = _check(member, adapter, findings, policy, evidence, run, tuple(remarks))
+    return dataclasses.replace(check, behaviour=said.behaviour)
 
 
 def unusable(member: Member, error: SafeprojError) -> Check:
@@ -280,4 +290,5 @@ def _weak(context: Context) -> Iterator[Finding]:
         least = module.bounds[0] if module.bounds else module.cosine
         if not least > policy.threshold_of(module.name):
             text = f"{module.name}: projected ({kind.value}); the policy wants {wanted.value}"
-            yield found("SP023", text, module=module.name)
+            level = Level.note if context.answered else None
+            yield found("SP023", text, level=level, module=module.name)

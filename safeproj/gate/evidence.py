@@ -8,12 +8,15 @@ from typing import Any
 from safeproj import __version__
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import MANIFEST
+from safeproj.adapter.record import Side
 from safeproj.checkpoint.expression import stored_names
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
 from safeproj.gate.weights import found
+from safeproj.methods.registry import by_name
 from safeproj.methods.salora.method import FOLDED
 from safeproj.records.checks import Evidence, Finding
+from safeproj.records.rules import Level
 from safeproj.records.scores import SCHEMA, ModuleReport
 from safeproj.run.job import Run
 from safeproj.storage.source import content_sha256, read_json
@@ -40,7 +43,7 @@ class _MismatchError(Exception):
 
 
 def recorded(
-    run: Run, digests: Mapping[str, Any], policy: Policy
+    run: Run, digests: Mapping[str, Any], policy: Policy, *, answered: bool = False
 ) -> tuple[dict[str, Evidence], list[Finding]]:
     """Return the modules that safeproj.json shows to be projected, and where it does not fit.
 
@@ -50,12 +53,14 @@ def recorded(
         run: the patched adapter, its plan and its scores.
         digests: role to the SHA-256 of what the scores were computed from.
         policy: whether an adapter may be without one.
+        answered: whether evaluations answer for the adapter, whatever it was projected with.
     """
     adapter = run.adapter
     if MANIFEST not in adapter.folder.files:
         text = f"there is no {MANIFEST}"
         return {}, [found("SP020", text, policy=policy)]
     projected: dict[str, Evidence] = {}
+    notes: list[Finding] = []
 
     def look() -> None:
         document = read_json(adapter.folder, MANIFEST)
@@ -63,18 +68,24 @@ def recorded(
         if _schema(document) == FOLDED:
             return  # no module of it claims to be projected
         _require_documents(adapter, document)
-        _require_same_projection(run, document)
+        other = _other_projection(run, document)
+        if other is not None and not answered:
+            raise _MismatchError("SP022", other)
         claims = _claims(document)
         missing = [m.name for m in run.report.modules if m.name not in claims]
         if missing:
             raise _MismatchError("SP021", f"{MANIFEST} does not name {shorten(missing)}")
-        claimed = list(_projected(run, document))
-        _require_no_more_written(run, document, claimed)
-        _require_same_models(run, digests, document, claimed)
+        side = run.method.side if other is None else by_name()[document["method"]].side
+        claimed = list(_projected(run, document, side, same=other is None))
+        _require_no_more_written(run, document, claimed, side)
+        if other is None:
+            _require_same_models(run, digests, document, claimed)
+        else:
+            notes.append(found("SP022", other, level=Level.note, file=MANIFEST))
         projected.update(dict.fromkeys(claimed, Evidence.recorded))
 
     findings = _mismatches(look)
-    return projected, findings
+    return projected, findings or notes
 
 
 def about_manifest(adapter: Adapter) -> list[Finding]:
@@ -159,9 +170,10 @@ def _claims(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _require_no_more_written(run: Run, document: Mapping[str, Any], claimed: list[str]) -> None:
+def _require_no_more_written(
+    run: Run, document: Mapping[str, Any], claimed: list[str], side: Side
+) -> None:
     """Refuse a record by which a tensor was written of no module that is projected."""
-    side = run.method.side
     keys = {
         item.module.name: {factor.key for factor in item.module.written(side)}
         for item in run.plan.modules
@@ -242,17 +254,23 @@ def _require_documents(adapter: Adapter, document: Mapping[str, Any]) -> None:
         )
 
 
-def _require_same_projection(run: Run, document: Mapping[str, Any]) -> None:
-    """Compare method and projector with those of this check."""
+def _other_projection(run: Run, document: Mapping[str, Any]) -> str | None:
+    """Return in what method and projector differ from those of this check, None where they do not.
+
+    What was corrected by running the model differs from all that a check computes.
+    """
     report = run.report
+    made_by = by_name().get(document["method"])
+    why = None if made_by is None else made_by.unrepeatable(document["projector"])
+    if why is not None:
+        return f"{MANIFEST} records what cannot be computed again here: {why}"
     for what, recorded, own in (
         ("method", document["method"], report.method),
         ("projector", document["projector"], report.projector),
     ):
         if recorded != own:
-            raise _MismatchError(
-                "SP022", f"the {what} in {MANIFEST} is {str(recorded)[:200]}; this check uses {own}"
-            )
+            return f"the {what} in {MANIFEST} is {str(recorded)[:200]}; this check uses {own}"
+    return None
 
 
 def _require_same_models(
@@ -307,8 +325,14 @@ def _moments(run: Run, claimed: list[str], role: str) -> set[str]:
     return found
 
 
-def _projected(run: Run, document: Mapping[str, Any]) -> Iterator[str]:
+def _projected(run: Run, document: Mapping[str, Any], side: Side, *, same: bool) -> Iterator[str]:
     """Yield the modules that were projected, if all that is said of them fits.
+
+    Args:
+        run: the patched adapter, its plan and its scores.
+        document: the record.
+        side: the factors that were written.
+        same: whether the scores are of the method and projector of the record.
 
     Raises:
         _MismatchError: something does not.
@@ -321,13 +345,16 @@ def _projected(run: Run, document: Mapping[str, Any]) -> Iterator[str]:
         claim = claims.get(name)
         if claim is None or claim["projected"] is not True:
             continue
-        places = item.module.written(run.method.side)
+        places = item.module.written(side)
         missing = [factor.key for factor in places if factor.key not in written]
         if missing:
             raise _MismatchError(
                 "SP021", f"{MANIFEST} says that {name} is projected, and not {shorten(missing)}"
             )
-        _require_possible(claim, reports[name], shrinks=run.method.side == "output")
+        if same:
+            _require_possible(claim, reports[name], shrinks=side == "output")
+        else:
+            _require_shape(claim, reports[name])
         yield name
 
 
@@ -339,8 +366,7 @@ def _require_possible(claim: Mapping[str, Any], module: ModuleReport, *, shrinks
         module: the score of what is there.
         shrinks: the factor was multiplied by a positive semidefinite `C`.
     """
-    if claim["shape"] != list(module.shape) or claim["rank"] != module.rank:
-        raise _MismatchError("SP021", f"{MANIFEST} has {module.name} with another shape or rank")
+    _require_shape(claim, module)
     norm = claim["alignment_norm"]
     own = module.value("alignment_norm")
     if norm is not None and own is not None and not abs(norm - own) <= NORM_ROUNDING * own:
@@ -354,3 +380,8 @@ def _require_possible(claim: Mapping[str, Any], module: ModuleReport, *, shrinks
             f"{MANIFEST} says that projection left {before:.4f} of the factor of {module.name}; "
             f"projecting what is there would leave {after:.4f}, which cannot be less",
         )
+
+
+def _require_shape(claim: Mapping[str, Any], module: ModuleReport) -> None:
+    if claim["shape"] != list(module.shape) or claim["rank"] != module.rank:
+        raise _MismatchError("SP021", f"{MANIFEST} has {module.name} with another shape or rank")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safeproj.errors import SafeprojError
+from safeproj.gate.demands import TEMPLATE as BEHAVIOUR
+from safeproj.gate.demands import Demands, demands
 from safeproj.methods.interface import Method
 from safeproj.methods.registry import method_of
 from safeproj.methods.safe_lora.method import PROJECTORS
@@ -40,6 +43,7 @@ ALLOWANCES = {
     "missing-provenance": "SP020",
     "conditional-updates": "SP043",
     "unjudged-settings": "SP044",
+    "unmeasured-behaviour": "SP045",
 }
 """What a policy may allow, and the rule that it turns into a note."""
 
@@ -50,6 +54,7 @@ ALLOWED = frozenset(
         "other-base-model",
         "imports",
         "unjudged-settings",
+        "unmeasured-behaviour",
     }
 )
 """What the default policy allows."""
@@ -112,6 +117,7 @@ class Policy:
         identities: role to what must be checked against: `org/name@commit`, or `sha256:` with the
             digest that `safeproj check` names.
         public_key: file with the key that the directory must be signed by.
+        behaviour: what evaluations must show, and which count.
         file: where the policy came from, None for the defaults.
 
     Raises:
@@ -137,6 +143,7 @@ class Policy:
     readers: tuple[str, ...] = ()
     identities: Mapping[str, str] = dataclasses.field(default_factory=dict)
     public_key: str | None = None
+    behaviour: Demands = dataclasses.field(default_factory=Demands)
     file: str | None = None
 
     def __post_init__(self) -> None:
@@ -215,6 +222,7 @@ class Policy:
             "readers": list(self.readers),
             "identities": dict(self.identities),
             "public-key": self.public_key,
+            "behaviour": self.behaviour.to_dict(),
         }
 
 
@@ -313,6 +321,7 @@ def _parsed(path: Path, table: Mapping[str, Any]) -> Policy:
         "readers": _listed,
         "identities": _strings,
         "public-key": _string,
+        "behaviour": lambda _, table: demands(table),
     }
     try:
         _require_known("the policy", table, (*readers, "allow"))
@@ -431,6 +440,8 @@ def changed(policy: Policy, given: Mapping[str, Any]) -> Policy:
         )
     found["allow"] = policy.allow.union(options.get("allow", ())) - set(options.get("forbid", ()))
     found["ignore"] = policy.ignore.union(options.get("ignore", ()))
+    if "behaviour" in options:
+        found["behaviour"] = demands(_table_of(options["behaviour"]), policy.behaviour)
     _require_known("--reader", options.get("reader", ()), READERS)
     found["readers"] = tuple(dict.fromkeys((*policy.readers, *options.get("reader", ()))))
     return dataclasses.replace(policy, **found)
@@ -445,6 +456,33 @@ def _override(text: str) -> Override:
         raise SafeprojError(
             f"--override {text}: expected RE=T, a pattern and a threshold"
         ) from None
+
+
+def _table_of(given: Iterable[str]) -> dict[str, Any]:
+    """Return the table that `KEY=VALUE` say, with values of TOML or else text.
+
+    Raises:
+        SafeprojError: one is of another form.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        key, _, value = text.partition("=")
+        table = _toml(f"{key} = {value}") or _toml(f"{key} = {json.dumps(value)}")
+        if not table:
+            raise SafeprojError(
+                f"--behaviour {text}: expected KEY=VALUE, such as max-complied=0.05"
+            )
+        for name, each in table.items():
+            inner = isinstance(each, dict) and isinstance(found.get(name), dict)
+            found[name] = {**found[name], **each} if inner else each
+    return found
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except ValueError:
+        return {}
 
 
 def _pin(text: str) -> tuple[str, str]:
@@ -559,6 +597,7 @@ imports = true               # SP019: Python code that the config names
 missing-provenance = true    # SP020: no safeproj.json
 conditional-updates = false  # SP043: updates that a trigger or a router switches on
 unjudged-settings = true     # SP044: settings of the config that no score covers
+unmeasured-behaviour = true  # SP045: no evaluation; a note of adapters that were patched
 
 # What must be checked against (SP030): org/name@commit on the Hub; for local directories and files
 # sha256: and the digest that the finding names.
@@ -571,3 +610,5 @@ unjudged-settings = true     # SP044: settings of the config that no score cover
 # modules = 'layers\\.[01]\\.'
 # threshold = 0.2
 """
+
+TEMPLATE += BEHAVIOUR

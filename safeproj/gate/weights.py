@@ -45,6 +45,7 @@ class Context:
         policy: what passes.
         names: of all weights of the model.
         evidence: module to what shows that it was projected.
+        answered: whether evaluations answer for the adapter, so that low cosines are notes.
         config: the model's `config.json`, empty where there is none.
     """
 
@@ -53,6 +54,7 @@ class Context:
     names: frozenset[str]
     evidence: Mapping[str, Evidence]
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    answered: bool = False
 
     @property
     def modules(self) -> list[tuple[PlannedModule, ModuleReport]]:
@@ -162,11 +164,12 @@ def _low(context: Context) -> Iterator[Finding]:
             text = f"cosine {cast.least:.4f} as {cast.dtype} is at or below {threshold:g}"
         if module.scale is not None:
             text += f" (projection would leave {module.scale:.1%} of its factor)"
-        level = Level.fail if len(low) > allowed else Level.note
+        level = Level.fail if len(low) > allowed and not context.answered else Level.note
         yield found("SP001", f"{module.name}: {text}", level=level, module=module.name)
     for module, threshold in uncertain:
         least, most = module.bounds or (0.0, 1.0)
-        level = Level.undecided if len(low) + len(uncertain) > allowed else Level.note
+        beyond = len(low) + len(uncertain) > allowed and not context.answered
+        level = Level.undecided if beyond else Level.note
         yield found(
             "SP002",
             f"{module.name}: the cosine lies between {least:.4f} and {most:.4f}, and the threshold "

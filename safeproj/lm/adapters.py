@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safeproj.adapter import Adapter
+from safeproj.adapter.digests import WEIGHTS, run_digests
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.peft_config import ON_SAVING, PREFIX, drawn_anew
 from safeproj.errors import SafeprojError
@@ -25,10 +26,8 @@ from safeproj.lm.places import (
 )
 from safeproj.storage.patterns import fullmatches
 from safeproj.storage.picklefile import read_pickle
-from safeproj.storage.source import Folder, HubFolder, LocalFolder, file_sha256, identity, read_json
+from safeproj.storage.source import Folder, HubFolder, LocalFolder, identity, read_json
 from safeproj.text import printable, shorten
-
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _ELSEWHERE = (
     "modules_to_save",
@@ -62,12 +61,12 @@ def require_peft(folder: Folder) -> None:
 
 
 def adapter_identity(folder: Folder) -> dict[str, Any]:
-    """Return a folder's SRC: with its commit from the Hub, and of local files their SHA-256."""
-    files = {}
-    if isinstance(folder, LocalFolder):
-        names = sorted(folder.files & {CONFIG, *WEIGHTS})
-        files = {name: file_sha256(folder.path(name)) for name in names}
-    return {**identity(folder), "sha256": {"files": files}}
+    """Return a folder's SRC, its commit if it has one, and the digests of what is run.
+
+    Raises:
+        SafeprojError: a file cannot be read.
+    """
+    return {**identity(folder), "sha256": run_digests(folder) or {"files": {}}}
 
 
 class UnfitError(SafeprojError):

@@ -220,6 +220,12 @@ class Method(ABC):
             SafeprojError: it says none that there is, or another method's.
         """
 
+    @classmethod
+    def unrepeatable(cls, projector: Mapping[str, Any]) -> str | None:
+        """Return why what a record says was done is not computed again, None where it is."""
+        del projector
+        return None
+
     def with_recorded(self: Self, source: Src, **settings: Any) -> Self:
         """Return this method with settings of a record, for `recorded`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -11,6 +11,10 @@ from safeproj.records.rules import RULES, Level
 from safeproj.records.scores import Report
 
 SCHEMA_CHECK = "safeproj.check/1"
+
+UNMEASURED = "form and provenance; behaviour not measured"
+MEASURED = "form, provenance and behaviour"
+"""What a pass is about, where no evaluation counts, and where one does."""
 
 
 class Outcome(str, Enum):
@@ -36,6 +40,30 @@ class Evidence(str, Enum):
     recorded = "recorded"
     signed = "signed"
     recomputed = "recomputed"
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What evaluations show of an adapter.
+
+    Attributes:
+        measured: whether there is one, and all that there are count and are within bounds.
+        outranks: whether it then outranks cosines.
+        shares: what the policy bounds: `set`, its `sha256`, `outcome`, `hits` of `total`, the ends
+            `low` and `high` of the interval, and the bound as `max` or `min`.
+    """
+
+    measured: bool = False
+    outranks: bool = False
+    shares: tuple[Mapping[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return `behaviour` of a check in the JSON report."""
+        return {
+            "measured": self.measured,
+            "outranks": self.outranks,
+            "shares": [dict(each) for each in self.shares],
+        }
 
 
 @dataclass(frozen=True)
@@ -90,6 +118,7 @@ class Check:
         evidence: module to what shows that it was projected, for those where something does.
         report: the scores; None where there are none.
         remarks: what else was looked at, and how it went.
+        behaviour: what evaluations show; None where nobody asked.
     """
 
     name: str
@@ -100,6 +129,7 @@ class Check:
     evidence: dict[str, Evidence] = field(default_factory=dict)
     report: Report | None = None
     remarks: tuple[str, ...] = ()
+    behaviour: Behaviour | None = None
 
     @property
     def outcome(self) -> Outcome:
@@ -108,6 +138,14 @@ class Check:
         if Level.fail in levels:
             return Outcome.failed
         return Outcome.undecided if Level.undecided in levels else Outcome.passed
+
+    @property
+    def words(self) -> str:
+        """The outcome, and of a pass what it is about."""
+        if self.outcome is not Outcome.passed or self.behaviour is None:
+            return self.outcome.value
+        about = MEASURED if self.behaviour.measured else UNMEASURED
+        return f"{self.outcome.value}: {about}"
 
     def at(self, *levels: Level) -> list[Finding]:
         """Return the findings of these levels."""
@@ -119,9 +157,11 @@ class Check:
             "name": self.name,
             "source": self.source,
             "outcome": self.outcome.value,
+            "words": self.words,
             "findings": [finding.to_dict() for finding in self.findings],
             "ignored": [finding.to_dict() for finding in self.ignored],
             "evidence": {name: found.value for name, found in self.evidence.items()},
+            "behaviour": None if self.behaviour is None else self.behaviour.to_dict(),
             "remarks": list(self.remarks),
             "report": None if self.report is None else self.report.to_dict(),
         }
@@ -146,6 +186,30 @@ class Checks:
         """Failed if one failed; undecided if one is; passed if all passed."""
         return worst(check.outcome for check in self.checks)
 
+    @property
+    def words(self) -> str:
+        """The outcome, and of a pass what it is about, where that is the same of all adapters."""
+        found = {check.words for check in self.checks}
+        if len(found) == 1:
+            return found.pop()
+        if self.outcome is not Outcome.passed or not found:
+            return self.outcome.value
+        measured = sum(
+            each.behaviour is not None and each.behaviour.measured for each in self.checks
+        )
+        return (
+            f"{self.outcome.value}: behaviour measured of {measured} of {len(self.checks)} adapters"
+        )
+
+    @property
+    def passes(self) -> dict[str, list[str]]:
+        """What passes are about, each with the names of the adapters that passed."""
+        found: dict[str, list[str]] = {}
+        for check in self.checks:
+            if check.outcome is Outcome.passed:
+                found.setdefault(check.words, []).append(check.name)
+        return found
+
     def count(self, outcome: Outcome) -> int:
         """Return how many adapters ended so."""
         return sum(check.outcome is outcome for check in self.checks)
@@ -166,6 +230,7 @@ class Checks:
             "tool": {"name": "safeproj", "version": self.version},
             "policy": self.policy,
             "outcome": self.outcome.value,
+            "words": self.words,
             "summary": {
                 "adapters": len(self.checks),
                 **{each.value: self.count(each) for each in Outcome},

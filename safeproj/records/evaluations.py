@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from safeproj.errors import SafeprojError
 from safeproj.records.rates import Difference, Rate
 from safeproj.records.scores import Failure
+from safeproj.records.verdicts import Marks
 
 SCHEMA = "safeproj.eval/1"
 
@@ -27,6 +29,7 @@ class Subject:
             same prompts; None where there is nothing to compare to.
         tasks: task of lm-eval to metric to `value` and `stderr`.
         unfinished: set to how many answers were cut off inside thoughts.
+        verdicts: set to a letter for each prompt, from which all shares follow.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Subject:
     differences: Mapping[str, Mapping[str, Difference]] | None = None
     tasks: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     unfinished: Mapping[str, int] = field(default_factory=dict)
+    verdicts: Mapping[str, Marks] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return one item of `subjects` in the JSON report."""
@@ -57,6 +61,7 @@ class Subject:
                 for name, found in self.tasks.items()
             },
             "unfinished": dict(self.unfinished),
+            "verdicts": {name: dict(letters) for name, letters in self.verdicts.items()},
         }
 
 
@@ -70,7 +75,8 @@ class Evaluation:
         model: its identity.
         judge: its identity.
         options: how answers were generated.
-        sets: name, kind, source, digest, and number of prompts that were used, of each file.
+        sets: name, kind, source and digest of each file, how many prompts it has (`lines`) and how
+            many were used, as how many different inputs, and the digest of those.
         subjects: the model without an adapter, unless that was left out, then the adapters.
         warnings: what the user should know.
         failures: adapters that do not fit the model, by name.
@@ -104,6 +110,27 @@ class Evaluation:
             "warnings": list(self.warnings),
             "failures": {name: asdict(failure) for name, failure in self.failures.items()},
         }
+
+
+def embedded(evaluation: Evaluation, name: str, before: str | None = None) -> dict[str, Any]:
+    """Return what safeproj.json says under `behaviour`: the report, of one adapter alone.
+
+    The model without an adapter stays in it, for comparison.
+
+    Args:
+        evaluation: the run, in which the adapter was measured as it is published.
+        name: the adapter's among its subjects.
+        before: that of the adapter before it was repaired, if it was measured too.
+
+    Raises:
+        SafeprojError: it was not measured.
+    """
+    kept = [each for each in evaluation.subjects if each.adapter is None or each.name == before]
+    own = [each for each in evaluation.subjects if each.adapter is not None and each.name == name]
+    if not own:
+        raise SafeprojError(f"{name}: is not among the adapters that were measured")
+    subjects = (*(each for each in kept if each is not own[0]), own[0])
+    return replace(evaluation, subjects=subjects, failures={}).to_dict()
 
 
 def percent(value: float, *, sign: bool = False) -> str:

@@ -367,6 +367,43 @@ _RULES = (
         "Review the setting, or take it out of the config.",
     ),
     Rule(
+        "SP045",
+        "unmeasured-behaviour",
+        Level.fail,
+        "Nothing says what the model does with the adapter: neither safeproj.json nor an "
+        "`--evaluation`. Form and provenance say how an adapter was made, and cosines where its "
+        "updates point.",
+        "Measure it with `safeproj eval --format json` on prompts of what you fear and of what the "
+        "adapter is for, and give the report as `--evaluation`.",
+    ),
+    Rule(
+        "SP046",
+        "uncounted-evaluation",
+        Level.fail,
+        "An evaluation does not count: it is of another adapter or model, was made otherwise than "
+        "the policy wants, or says what does not follow from its verdicts.",
+        "Evaluate the adapter as it is published, with the prompts, the judge and the model of the "
+        "policy, all prompts of a file, and this version; or change `[behaviour]` after a review.",
+    ),
+    Rule(
+        "SP047",
+        "behaviour-out-of-bounds",
+        Level.fail,
+        "An evaluation that counts does not show what the policy wants: the interval of a share "
+        "reaches beyond its bound, as too many answers comply, too few refuse or are right, or the "
+        "prompts are too few to tell.",
+        "Repair the adapter (`safeproj patch`), or train it again; measure on more prompts where "
+        "the share itself is within the bound.",
+    ),
+    Rule(
+        "SP048",
+        "unpinned-evaluation",
+        Level.note,
+        "An evaluation counts whose prompts or model nothing pins: whoever made it chose them.",
+        "Pin the files of prompts in `[behaviour.sets]`, and `model` where the check is given no "
+        "`--aligned`.",
+    ),
+    Rule(
         UNUSABLE,
         "unusable-input",
         Level.undecided,

@@ -19,13 +19,13 @@ from safeproj.evaluation.judges import Judge
 from safeproj.evaluation.measure import judged, measure, prompt_warnings
 from safeproj.evaluation.run import Opened, Settings, evaluate
 from safeproj.evaluation.sets import PromptSet, read_prompts
-from safeproj.lm.adapters import Host, adapter_identity, require_peft
+from safeproj.lm.adapters import Host, require_peft
 from safeproj.lm.models import load_tokenizer
 from safeproj.methods.covariance.method import Covariance
 from safeproj.methods.interface import Method
 from safeproj.methods.registry import words_of
 from safeproj.methods.safe_lora.method import SafeLora
-from safeproj.records.evaluations import Evaluation
+from safeproj.records.evaluations import Evaluation, embedded
 from safeproj.records.rates import Rate
 from safeproj.records.repairs import AFTER, BEFORE, Attempt, Goal, Repair, best_control
 from safeproj.records.scores import Report
@@ -286,7 +286,7 @@ def repair(
             record = replace(record, test=found[0])
             if not (record.is_reached or best_effort):
                 raise _NotReachedError
-            return {"behaviour": found[0].to_dict()}
+            return {"behaviour": embedded(found[0], AFTER, BEFORE)}
 
         try:
             with profile.phase("test"):
@@ -452,7 +452,7 @@ def _same(one: Replaced, other: Replaced) -> bool:
 
 
 def _opened(name: str, folder: Any) -> Opened:
-    return Opened(name, folder, adapter_identity(folder))
+    return Opened(name, folder)
 
 
 def _saved(adapter: Adapter, title: str, replaced: Replaced, place: Path) -> Opened:

@@ -38,7 +38,9 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: A
     if left := found[len(shown) :]:
         lines.append(_more(left))
     passed, adapters = checks.count(Outcome.passed), len(checks.checks)
-    lines.append(f"safeproj: {checks.outcome.value}: {passed} of {adapters} adapters passed")
+    about = "; ".join(checks.passes) if checks.outcome is not Outcome.passed else ""
+    said = f" ({about})" if about not in ("", Outcome.passed.value) else ""
+    lines.append(f"safeproj: {checks.words}: {passed} of {adapters} adapters passed{said}")
     return "\n".join(lines) + "\n"
 
 

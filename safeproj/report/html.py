@@ -110,7 +110,7 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: A
     tau = _number(checks.policy.get("threshold"))
     if tau is None:
         tau = _tau(each.report for each in checks.checks if each.report is not None)
-    title = f"safeproj check: {checks.outcome.value}"
+    title = f"safeproj check: {checks.words}"
     return _render(_Page(title, checks.version, tau, entries, checks))
 
 
@@ -390,7 +390,7 @@ def _overview_row(entry: _Entry, failed: bool) -> Row:
     cells = [Cell(entry.name)]
     if entry.check is not None:
         outcome = entry.check.outcome.value
-        cells += [Cell(outcome, mark=outcome), _count(len(entry.check.findings))]
+        cells += [Cell(entry.check.words, mark=outcome), _count(len(entry.check.findings))]
     report = entry.report
     if report is None:
         cells += [number(None)] * 7
@@ -449,7 +449,7 @@ def _charts(report: Report, i: int, tau: float, canvas: _Canvas) -> list[str]:
 def _found(check: Check, i: int) -> str:
     """Return the outcome of one adapter and its findings."""
     outcome = check.outcome.value
-    parts = [f'<p class="banner {outcome}"><strong>Outcome: {outcome}.</strong></p>']
+    parts = [f'<p class="banner {outcome}"><strong>Outcome: {text(check.words)}.</strong></p>']
     source = [("checked", check.source), ("weights", check.weights_file or "could not be read")]
     source += [("remark", remark) for remark in check.remarks]
     parts += ["<h3>Findings</h3>", pairs(source)]

@@ -57,6 +57,7 @@ def _suite(subject: Subject, checks: Checks) -> tuple[ET.Element, Counter[str]]:
 def _properties(check: Check, checks: Checks) -> Iterator[tuple[str, str]]:
     yield "version", checks.version
     yield "outcome", check.outcome.value
+    yield "words", check.words
     yield from _flat("policy", checks.policy)
 
 

@@ -92,19 +92,19 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
 
 def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001
     """Return the outcome, the findings with what to do, and the scores below them."""
-    lines = [f"## safeproj check: {checks.outcome.value}", ""]
+    lines = [f"## safeproj check: {checks.words}", ""]
     if len(checks.checks) > 1:
         lines += [
             "| adapter | outcome | findings | projected, with evidence |",
             "|---|---|---|---|",
         ]
         for check in checks.checks:
-            cells = (code(check.name), check.outcome.value, tally(check), evidence(check))
+            cells = (code(check.name), check.words, tally(check), evidence(check))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     for subject in subjects(checks):
         check = subject.check
-        lines += [f"### {code(check.name)}: {check.outcome.value}", "", *_check(subject), ""]
+        lines += [f"### {code(check.name)}: {check.words}", "", *_check(subject), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

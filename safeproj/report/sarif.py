@@ -57,8 +57,13 @@ def _run(checks: Checks) -> dict[str, Any]:
         "results": results,
         "properties": {
             "outcome": checks.outcome.value,
+            "words": checks.words,
             "adapters": [
-                {"name": printable(check.name), "outcome": check.outcome.value}
+                {
+                    "name": printable(check.name),
+                    "outcome": check.outcome.value,
+                    "words": check.words,
+                }
                 for check in checks.checks
             ],
         },
@@ -88,7 +93,7 @@ def _invocation(checks: Checks, found: int) -> dict[str, Any]:
     invocation: dict[str, Any] = {
         "executionSuccessful": checks.outcome is not Outcome.undecided,
         "exitCode": checks.outcome.exit_code,
-        "exitCodeDescription": checks.outcome.value,
+        "exitCodeDescription": checks.words,
     }
     said = [("warning", warning) for warning in checks.warnings]
     said += [

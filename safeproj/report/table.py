@@ -143,6 +143,9 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:
             evidence(check),
         )
     console.print(table)
+    for said, names in checks.passes.items():
+        whose = "" if len(names) == len(checks.checks) else f"{', '.join(names)}: "
+        console.print(Text(printable(f"{whose}{said}")))
     for check in checks.checks:
         for remark in check.remarks:
             console.print(Text(printable(f"{check.name}: {remark}"), style="dim"))

@@ -118,7 +118,7 @@ def test_every_option_of_the_contract_is_in_the_help() -> None:
             assert option in text, (command, option)
     further = {
         "stats": ("--aligned", "--data", "--random-tokens", "--positions", "--targets", "--out"),
-        "repair": ("--aligned", "--harmful", "--task", "--refusals", "--skill-loss", "--best-effort"),
+        "repair": ("--aligned", "--harmful", "--task", "--refusals", "--skill-loss", "--seed"),
         "sweep": ("--harmful", "--skill", "--wanted-refusal", "--points", "--by", "--safety-data"),
         "eval": ("--model", "--adapter", "--harmful", "--skill", "--judge", "--responses"),
     }
@@ -160,9 +160,7 @@ def codes(text: str) -> set[str]:
 def test_the_table_of_what_is_supported_and_refused_is_that_of_the_code() -> None:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in FORMATS_PAGE.partition("## In short")[2]
-        .partition("\n## ")[0]
-        .splitlines()
+        for line in FORMATS_PAGE.partition("## In short")[2].partition("\n## ")[0].splitlines()
         if line.startswith("|")
     ][2:]
     supported = {row[0]: codes(row[1]) for row in rows}

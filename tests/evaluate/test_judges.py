@@ -18,8 +18,9 @@ from lab import judge as script
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.ask import INSTRUCTION, KEY, Command, Endpoint, load_guard
 from safeproj.evaluation.judges import BEGINNING, Keywords, Prefix, Verdict, read_phrases
-from safeproj.evaluation.measure import judged, outcomes, rates
+from safeproj.evaluation.measure import judged, outcomes
 from safeproj.evaluation.sets import Message, PromptSet
+from safeproj.records.verdicts import rates
 from tests.evaluate.support import ROOT, TEMPLATE, random_model, tokenizer
 
 REFUSED, COMPLIED, OTHER = Verdict.refused, Verdict.complied, Verdict.other

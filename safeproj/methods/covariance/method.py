@@ -182,13 +182,20 @@ class Covariance(Method):
 
         return prepared(self, adapters, options, chat)
 
+    @classmethod
+    def unrepeatable(cls, projector: Mapping[str, Any]) -> str | None:
+        if projector.get("kind") != "reconstruction":
+            return None
+        return (
+            "it was corrected layer by layer (--reconstruct), by running the model with the adapter"
+        )
+
     def recorded(self, source: Src, projector: Mapping[str, Any]) -> Covariance:
         found = dict(projector)
         kind, mu = found.pop("kind", None), found.pop("mu", None)
-        if kind == "reconstruction":
+        if (why := self.unrepeatable(projector)) is not None:
             raise SafeprojError(
-                f"{source}: was corrected layer by layer (--reconstruct), by running the model "
-                "with the adapter, which is not done again to compare; give --public-key to "
+                f"{source}: {why}, which is not done again to compare; give --public-key to "
                 "verify a signature instead"
             )
         if found or kind != "covariance" or mu is None or not is_number(mu):
