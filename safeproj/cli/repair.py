@@ -118,12 +118,10 @@ def repair_command(
     if harmful is not None or task is not None:
         from safeproj.evaluation.sets import read_prompts
 
-        given = (("--harmful", harmful, "harmful"), ("--task", task, "skill"))
-        sets = {
-            option: read_prompts(spec, kind, option)
-            for option, spec, kind in given
-            if spec is not None
-        }
+        if harmful is not None:
+            sets["--harmful"] = read_prompts(harmful, "harmful", "--harmful")
+        if task is not None:
+            sets["--task"] = read_prompts(task, "skill", "--task")
         files = [(option, each.source) for option, each in sets.items()]
         terminal.check_outputs(outputs, None, files)
         generation = answering.generation

@@ -190,10 +190,10 @@ def render_repair(repair: Repair, *, width: int, color: bool) -> str:
         file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
     )
     if repair.test is not None:
-        heads = ("tried, on the validation split", "change", "refused", "skill")
         rows = repair_words.tried(repair)
         bold = [number == repair.chosen for number in range(len(rows))]
-        _print_shares(console, heads, rows, bold)
+        where = "tried, on the validation split"
+        _print_shares(console, (where, "change", "refused", "skill"), rows, bold)
         heads = ("on the test split", "refused", "skill")
         _print_shares(console, heads, repair_words.reported(repair))
         legend = (
