@@ -104,12 +104,12 @@ class Statistics(FileReference[Recorded]):
         return Moments(safety, benign)
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-        found = {"aligned": self.file.document["inputs"]["aligned"]["sha256"]}
+        found = {"aligned": {"sha256": self.file.document["inputs"]["aligned"]["sha256"]}}
         for side, (role, file) in enumerate(
             zip(("safety_data", "task_data"), self._files, strict=True)
         ):
             data = file.document["inputs"]["data"]["sha256"]
-            found[role] = {**file.digests(read_of(scores, side), {}), "data": data}
+            found[role] = file.digests(read_of(scores, side), {}, data=data)
         return found
 
     @property
