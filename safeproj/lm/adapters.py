@@ -62,9 +62,9 @@ def require_peft(folder: Folder) -> None:
 
 
 def adapter_identity(folder: Folder) -> dict[str, Any]:
-    """Return a folder's SRC: with its commit from the Hub, and of local files their SHA-256."""
+    """Return a folder's SRC: with its commit from the Hub, and of other files their SHA-256."""
     files = {}
-    if isinstance(folder, LocalFolder):
+    if folder.revision is None:
         names = sorted(folder.files & {CONFIG, *WEIGHTS})
         files = {name: file_sha256(folder.path(name)) for name in names}
     return {**identity(folder), "sha256": {"files": files}}
