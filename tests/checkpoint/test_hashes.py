@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from safeproj.checkpoint import Reader
-from safeproj.checkpoint.hashes import Hash, digest, hash_of, merged, record, tensors_of
+from safeproj.checkpoint.hashes import NEW, Hash, digest, hash_of, merged, record, tensors_of
 
 EMPTY: dict[Hash, str] = {
     "blake3": "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262",
@@ -33,7 +33,7 @@ def test_a_label_is_fed_in_order_until_the_next_start(tmp_path: Path) -> None:
     content = bytes(range(256)) * 40
     (tmp_path / "x").write_bytes(content)
     reader = Reader()
-    reader.start(("blake3",))
+    reader.start([NEW])
     for start in range(0, len(content), 1000):
         part = memoryview(bytearray(min(1000, len(content) - start)))
         reader.read("x", tmp_path / "x", start, part)

@@ -176,9 +176,9 @@ def test_only_what_is_asked_for_is_hashed(tmp_path: Path) -> None:
     ((score,),) = run([task], Approx(), usage=usage)
     assert isinstance(score, Score)
     assert (score.digests, usage.hash_seconds) == (({}, {}), 0.0)
-    ((score,),) = run([task], Approx(), usage=usage, hashes=("sha256",))
+    ((score,),) = run([task], Approx(), usage=usage, hashes=HASHES[:1])
     assert isinstance(score, Score)
-    assert [set(side) for side in score.digests] == [{"sha256"}, {"sha256"}]
+    assert [set(side) for side in score.digests] == [{HASHES[0]}, {HASHES[0]}]
     assert 0.0 < usage.hash_seconds < usage.busy_seconds
 
 
