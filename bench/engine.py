@@ -52,7 +52,7 @@ def score_all(tasks: list[Task], workers: int | None = None) -> None:
     """Score all updates of all tasks with the fast projector."""
 
     def work(buffers: Buffers, task: Task) -> object:
-        return score(task, Approx(), buffers, digests=False)
+        return score(task, Approx(), buffers, hashes=())
 
     for _ in run(tasks, work, device="cpu", workers=workers):
         pass

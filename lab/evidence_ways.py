@@ -187,7 +187,7 @@ class Case:
     def ran(self, method: Method, selection: Selection) -> Replaced:
         """Return the tensors that a run of safeproj replaces."""
         options = Options(selection, device="cpu", workers=1)
-        job = Job(method, options, digests=False)
+        job = Job(method, options)
         return job.one(str(self.path)).decision.replaced
 
     def _projections(self, method: Method) -> Projections:

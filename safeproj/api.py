@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from safeproj.adapter.write import (
     check_parent,
     made_inside,
 )
+from safeproj.checkpoint.hashes import NEW, Hash
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method, local_path
 from safeproj.methods.recorded import Made
@@ -30,6 +31,7 @@ from safeproj.records.repairs import Goal
 from safeproj.records.scores import Failure, Report, Reports
 from safeproj.report.card import section
 from safeproj.run.job import Job, Run
+from safeproj.run.manifest import wanted_hashes
 from safeproj.run.options import Observer, Options
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def inspect(method: Method, adapter: str, options: Options | None = None) -> Rep
     Raises:
         SafeprojError: an input cannot be used.
     """
-    with _job(method, [adapter], options, digests=False) as job:
+    with _job(method, [adapter], options) as job:
         return job.inspected(job.one(adapter))
 
 
@@ -122,7 +124,7 @@ def patch(
     """
     out = Path(out)
     check_out(out, overwrite, method.local_paths([adapter]))
-    with _job(method, [adapter], options, digests=not dry_run) as job:
+    with _job(method, [adapter], options, () if dry_run else (NEW,)) as job:
         done = job.one(adapter)
         place = None if dry_run else out
         return job.write(done, place, section, overwrite=overwrite, copy_weights=copy_weights)
@@ -147,7 +149,7 @@ def inspect_many(
     """
     members = collect(adapters).members
     sources = [member.source for member in members]
-    with _job(method, sources, options, digests=False) as job:
+    with _job(method, sources, options) as job:
         return _outcomes(members, list(job.many(sources, lambda run, _: job.inspected(run))))
 
 
@@ -191,7 +193,7 @@ def patch_many(
             refused[number] = error
     free = [member for number, member in enumerate(members) if number not in refused]
     usable = [member.source for member in free]
-    with _job(method, usable, options, digests=not dry_run) as job:
+    with _job(method, usable, options, () if dry_run else (NEW,)) as job:
 
         def use(run: Run, number: int) -> Report:
             place = None if dry_run else made_inside(out, free[number].name)
@@ -242,7 +244,7 @@ def check(
     method = policy.method(method)
     measured = read_evaluations(evaluations, method)
     options = dataclasses.replace(options, selection=Selection(threshold=policy.threshold))
-    job = Job(method, options, digests=None, lenient=True, casts=True)
+    job = Job(method, options, hashes=None, lenient=True, casts=True)
     before = None
     if original is not None:
         form = recorded_form(members[0].source)
@@ -300,21 +302,23 @@ def verify(
     if original is not None and method is not None:
         options = dataclasses.replace(options or Options(), **recorded_form(patched))
         method = recorded_method(adapter, method)
-        before = _original(method, original, options, digests=True)
+        before = _original(method, original, options, wanted_hashes(adapter))
         adapter = adapter.fitted(before.reference.names, before.reference.config)
     found = verified(member, adapter, before, public_key)
     return Checks(__version__, Policy().to_dict(), (found,))
 
 
-def _original(method: Method, source: str, options: Options, *, digests: bool = False) -> Original:
+def _original(
+    method: Method, source: str, options: Options, hashes: Collection[Hash] = ()
+) -> Original:
     """Return an adapter before patching, with the projection of every module.
 
-    With digests, too, of what it was computed from.
+    With digests, too, by these hashes, of what it was computed from.
     """
     from safeproj.gate.check import Original
 
     options = dataclasses.replace(options, selection=Selection(all=True))
-    job = Job(method, options, digests=digests)
+    job = Job(method, options, hashes=hashes)
     device = engine.resolve_device(options.device, wide=method.is_wide)
     return Original(job.one(source), device, job.reference)
 
@@ -633,12 +637,15 @@ def _unmeasured(
 
 @contextmanager
 def _job(
-    method: Method, adapters: Sequence[str], options: Options | None, *, digests: bool
+    method: Method,
+    adapters: Sequence[str],
+    options: Options | None,
+    hashes: Collection[Hash] = (),
 ) -> Iterator[Job]:
     """Yield a job; what the method needs is made first, and gone afterwards."""
     options = options or Options()
     with method.prepared(adapters, options) as ready, engine.one_thread():
-        yield Job(ready, options, digests=digests)
+        yield Job(ready, options, hashes=hashes)
 
 
 def reports(outcomes: Sequence[Outcome]) -> Reports:

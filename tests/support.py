@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from safeproj.storage.arrays import AnyArray, Array, from_torch, to_host, to_torch
@@ -247,6 +248,11 @@ def snapshot(root: Path) -> dict[str, bytes | str | None]:
                 else None
             )
     return found
+
+
+def blake3_of(tensor: Tensor) -> str:
+    """Return the BLAKE3 of a tensor's bytes, as new records name it."""
+    return blake3(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def assert_complete(out: Path, adapter: Path) -> None:

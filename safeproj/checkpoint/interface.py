@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -14,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from safeproj.checkpoint.hashes import Digests, Hash, Hasher, hasher
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array, DType, dtype_of
 from safeproj.storage.tensorfile import DTYPES
@@ -43,25 +43,37 @@ class Reader:
     """Reads byte ranges of files into buffers; one per thread.
 
     Attributes:
-        digests: for each label a SHA-256 that is fed every byte read under it, in order; None to
-            feed nothing.
         nbytes: bytes read.
         seconds: time in which files were read.
+        hash_seconds: time in which what was read was hashed.
     """
 
     def __init__(self) -> None:
-        self.digests: dict[str, hashlib._Hash] | None = None
         self.nbytes = 0
         self.seconds = 0.0
+        self.hash_seconds = 0.0
+        self._hashed: dict[Hash, dict[str, Hasher]] = {}
         self._window = ""
         self._files: OrderedDict[Path, FileIO] = OrderedDict()
         self._once: dict[Hashable, Any] = {}
         self._kept: dict[Hashable, Any] = {}
 
-    def start(self, *, digests: bool) -> None:
-        """Begin with another weight: forget what was kept of the last one, and its digests."""
-        self.digests = {} if digests else None
+    def start(self, hashes: Collection[Hash] = ()) -> None:
+        """Begin with another weight: forget what was kept of the last one, and its digests.
+
+        Args:
+            hashes: by which what is read is to be hashed.
+        """
+        self._hashed = {name: {} for name in hashes}
         self._once.clear()
+
+    @property
+    def digests(self) -> Digests:
+        """Of every label, of all that was read under it since `start`, in order."""
+        return {
+            name: {label: each.hexdigest() for label, each in found.items()}
+            for name, found in self._hashed.items()
+        }
 
     def read(self, label: str, path: Path, offset: int, out: memoryview) -> None:
         """Fill `out` from the file at `offset`; `label` names the tensor whose bytes these are.
@@ -129,8 +141,14 @@ class Reader:
     def record(self, label: str, data: memoryview) -> None:
         """Feed the digest of `label`: for bytes that do not come through `read`."""
         self.nbytes += len(data)
-        if self.digests is not None:
-            self.digests.setdefault(label + self._window, hashlib.sha256()).update(data)
+        if not self._hashed:
+            return
+        start, label = time.perf_counter(), label + self._window
+        for name, found in self._hashed.items():
+            if label not in found:
+                found[label] = hasher(name)
+            found[label].update(data)
+        self.hash_seconds += time.perf_counter() - start
 
     @contextmanager
     def window(self, name: str) -> Iterator[None]:

@@ -4,7 +4,6 @@ from safeproj.engine.blocks import (
     Buffers,
     KeptBlocks,
     OnProgress,
-    digests_of,
     row_width,
     rows_per_block,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "Source",
     "Task",
     "Update",
-    "digests_of",
     "one_thread",
     "relative_changes",
     "resolve_device",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from safeproj.checkpoint import Reader, Weight
+from safeproj.checkpoint.hashes import Digests, Hash
 from safeproj.engine.device import Device, Staging
 from safeproj.engine.task import Progress
 from safeproj.storage.arrays import AnyArray, is_finite
@@ -91,21 +91,27 @@ class KeptBlocks:
         name: of the module, for progress.
         weight: the matrix.
         buffers: of the thread.
-        digests: compute the SHA-256 of what is read.
+        hashes: by which what is read is hashed.
+
+    Attributes:
+        digests: of what was read, after the first iteration.
     """
 
-    def __init__(self, name: str, weight: Weight, buffers: Buffers, *, digests: bool) -> None:
-        self.sha256: tuple[dict[str, str], dict[str, str]] | None = None
+    def __init__(
+        self, name: str, weight: Weight, buffers: Buffers, hashes: Collection[Hash]
+    ) -> None:
+        self.digests: Digests = {}
         self._name = name
         self._weight = weight
         self._buffers = buffers
-        self._digests = digests
+        self._hashes = hashes
+        self._seen = False
 
     def __iter__(self) -> Iterator[AnyArray]:
         """Raise FloatingPointError where the file has a value that is not finite."""
-        buffers, weight, first = self._buffers, self._weight, self.sha256 is None
+        buffers, weight, first = self._buffers, self._weight, not self._seen
         reader = buffers.readers[0]
-        reader.start(digests=self._digests and first)
+        reader.start(self._hashes if first else ())
         rows = rows_per_block(buffers.device, weight)
         staging = buffers.staging(rows * row_width(weight))[0]
         for start, stop in buffers.starts(rows, weight):
@@ -116,7 +122,8 @@ class KeptBlocks:
                 buffers.advance(self._name, (stop - start) * weight.row_bytes)
             yield block
         if first:
-            self.sha256 = (digests_of(reader) if self._digests else {}, {})
+            self.digests = reader.digests
+            self._seen = True
 
 
 def rows_per_block(device: Device, *weights: Weight) -> int:
@@ -131,10 +138,3 @@ def row_width(weight: Weight) -> int:
 
 def _rows_ahead(weight: Weight) -> int:
     return max(1, AHEAD // max(1, weight.row_bytes))
-
-
-def digests_of(reader: Reader) -> dict[str, str]:
-    """Return label to SHA-256 of each tensor that a reader read, which was asked for them."""
-    digests: dict[str, hashlib._Hash] | None = reader.digests
-    assert digests is not None
-    return {label: digest.hexdigest() for label, digest in digests.items()}

@@ -115,4 +115,5 @@ def _in_order(
         usage.wall_seconds += time.perf_counter() - begin
         usage.busy_seconds += sum(busy)
         usage.read_seconds += sum(reader.seconds for reader in readers)
+        usage.hash_seconds += sum(reader.hash_seconds for reader in readers)
         usage.read_bytes += sum(reader.nbytes for reader in readers)

@@ -10,6 +10,7 @@ from safeproj.adapter import Adapter
 from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.record import Side
 from safeproj.checkpoint.expression import stored_names
+from safeproj.checkpoint.hashes import tensors_of
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
 from safeproj.gate.weights import found
@@ -19,6 +20,7 @@ from safeproj.records.checks import Evidence, Finding
 from safeproj.records.rules import Level
 from safeproj.records.scores import SCHEMA, ModuleReport
 from safeproj.run.job import Run
+from safeproj.run.manifest import MODELS, recorded_hash
 from safeproj.storage.source import content_sha256, read_json
 from safeproj.text import printable, shorten
 
@@ -51,7 +53,7 @@ def recorded(
 
     Args:
         run: the patched adapter, its plan and its scores.
-        digests: role to the SHA-256 of what the scores were computed from.
+        digests: role to what the scores were computed from, as a record says it.
         policy: whether an adapter may be without one.
         answered: whether evaluations answer for the adapter, whatever it was projected with.
     """
@@ -279,12 +281,24 @@ def _require_same_models(
     """Compare the models with those of this check, weight by weight."""
     used = (item.aligned for item in run.plan.modules if item.module.name in claimed)
     weights = {name for weight in used for name in stored_names(weight)}
+    try:
+        by = recorded_hash(document)
+    except ValueError as error:
+        raise _MismatchError("SP021", f"{MANIFEST}: {error}") from error
     compared = 0
-    for role in ("base", "aligned", "safety_module", "safety_data", "task_data"):
-        own = digests.get(role, {}).get("tensors", {})  # of a model that was run, its files alone
-        if not own:
-            continue
-        recorded = document["inputs"][role]["sha256"]["tensors"]
+    for role in MODELS:
+        read = tensors_of(digests.get(role, {}))
+        if not any(read.values()):
+            continue  # of a model that was run, its files alone
+        said = tensors_of(document["inputs"][role])
+        if by is not None and by not in read:  # an alignment file has those of its own record
+            raise _MismatchError(
+                "SP022",
+                f"the digests of the {role} are by {by} in {MANIFEST} and by {shorten(read)} in "
+                "the file that stands for it here, and cannot be compared: check against the "
+                "checkpoints, with --base and --aligned",
+            )
+        own, recorded = ({} if by is None else each.get(by, {}) for each in (read, said))
         both = own.keys() & recorded.keys()
         compared += 1
         if role in ("safety_data", "task_data"):  # one moment may serve several weights
@@ -305,8 +319,8 @@ def _require_same_models(
             )
     if compared:
         return
-    files = {role: each.get("files") for role, each in digests.items()}  # no weight is read
-    if not files or any(
+    files = {role: each["sha256"].get("files") for role, each in digests.items()}
+    if not files or any(  # no weight is read
         own is None or own != document["inputs"][role]["sha256"].get("files")
         for role, own in files.items()
     ):
@@ -320,8 +334,7 @@ def _moments(run: Run, claimed: list[str], role: str) -> set[str]:
     side = 0 if role == "safety_data" else 1
     found: set[str] = set()
     for name in claimed:
-        sha256 = run.scores[name].sha256
-        found |= sha256[side].keys() if sha256 is not None else set()
+        found.update(*run.scores[name].digests[side].values())
     return found
 
 

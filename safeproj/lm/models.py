@@ -156,12 +156,13 @@ _CLASSES = {
 
 
 def model_identity(folder: Folder) -> dict[str, Any]:
-    """Return a folder's SRC: with its commit from the Hub, and of local files their SHA-256.
+    """Return a folder's SRC: with its commit from the Hub, and of other files their SHA-256.
 
-    An adapter that lies beside the model is no part of it.
+    The Hub's cache is named by commits as well: its files are not read for this. An adapter that
+    lies beside the model is no part of it.
     """
     files = {}
-    if isinstance(folder, LocalFolder):
+    if folder.revision is None:
         names = sorted(
             name
             for name in folder.files

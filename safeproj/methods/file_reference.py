@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from safeproj.adapter import Adapter
 from safeproj.checkpoint.expression import key_of, stored_names
+from safeproj.checkpoint.hashes import Digests, merged
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import RecordedFile
 from safeproj.methods.reference import Plain
@@ -84,14 +85,11 @@ def linear_key(item: PlannedModule) -> str:
     return (key_of(item.aligned) or "").removesuffix(".T")
 
 
-def read_of(scores: Mapping[str, Score], side: int = 0) -> dict[str, str]:
-    """Return the digests of all that scores were computed from: tensor to SHA-256.
+def read_of(scores: Mapping[str, Score], side: int = 0) -> Digests:
+    """Return the digests of all that scores were computed from.
 
     Args:
         scores: of the modules.
         side: which of the two things that were read.
     """
-    found: dict[str, str] = {}
-    for score in scores.values():
-        found |= score.sha256[side] if score.sha256 is not None else {}
-    return found
+    return merged(score.digests[side] for score in scores.values())

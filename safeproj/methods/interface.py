@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from safeproj.methods.detail import Detail
 from safeproj.methods.words import Words
 
 if TYPE_CHECKING:
+    from safeproj.checkpoint.hashes import Hash
     from safeproj.engine import Buffers, Task
     from safeproj.lm.chat import ChatOptions
     from safeproj.methods.reference import Reference
@@ -156,19 +157,19 @@ class Method(ABC):
         """Whether `C` weighs every output direction by how far alignment moved it."""
         return False
 
-    def scorer(self, *, digests: bool = False, formulas: Any = None) -> Scorer:
+    def scorer(self, *, hashes: Collection[Hash] = (), formulas: Any = None) -> Scorer:
         """Return what scores all updates of one weight; imports torch.
 
         Args:
-            digests: compute the SHA-256 of what is read.
+            hashes: by which what is read is hashed.
             formulas: in the place of its own.
         """
         kernel, own = self.kernel(), self.formulas if formulas is None else formulas
-        return lambda buffers, task: kernel(task, own, buffers, digests=digests)
+        return lambda buffers, task: kernel(task, own, buffers, hashes=hashes)
 
     @abstractmethod
     def kernel(self) -> Callable[..., tuple[Score | SafeprojError, ...]]:
-        """Return what makes the scores of a task, given formulas, buffers and `digests`."""
+        """Return what makes the scores of a task, given formulas, buffers and `hashes`."""
 
     @abstractmethod
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:

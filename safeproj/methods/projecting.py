@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import numpy
 
+from safeproj.checkpoint.hashes import Sides
 from safeproj.engine import Buffers, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.methods.blocks import Projected
@@ -17,10 +18,7 @@ from safeproj.methods.measures import scale
 from safeproj.methods.score import Score, Settled, core_of, diagnosis
 from safeproj.storage.arrays import Array, double, is_finite, single, to_host
 
-Digests = tuple[dict[str, str], dict[str, str]]
-"""Label of each tensor that was read to its SHA-256, of both sides."""
-
-Project = Callable[[Array], tuple[Projected, Digests | None]]
+Project = Callable[[Array], tuple[Projected, Sides]]
 """Makes `C B` of `B` (m, r), float32 on the device, and the digests of what was read for it."""
 
 Measure = Callable[[Array, Array, Projected], Score]
@@ -46,7 +44,7 @@ def projected(
     factors = [_output(update, known) for update, known in pairs]
     B = buffers.device.put(numpy.concatenate(factors, axis=1))
     try:
-        found, sha256 = project(B)
+        found, digests = project(B)
     except FloatingPointError as error:
         raise SafeprojError(diagnosis(task.name, task.origin, buffers)) from error
     widths = [factor.shape[1] for factor in factors]
@@ -57,7 +55,7 @@ def projected(
     return tuple(
         known
         if isinstance(known, SafeprojError)
-        else _update_score(task, update, known, found, CB, UB, sha256, measure)
+        else _update_score(task, update, known, found, CB, UB, digests, measure)
         for update, known, CB, UB in zip(task.updates, cores, CBs, UBs, strict=True)
     )
 
@@ -81,11 +79,11 @@ def _update_score(
     found: Projected,
     CB: Array | None,
     UB: Array | None,
-    sha256: Digests | None,
+    digests: Sides,
     measure: Measure,
 ) -> Score | SafeprojError:
     if CB is None:
-        return replace(measure(update.A, update.B, found), sha256=sha256)
+        return replace(measure(update.A, update.B, found), digests=digests)
     if not is_finite(CB):
         return SafeprojError(
             f"{task.name}: the projected factor has a value that is not finite, though its weights "
@@ -108,5 +106,5 @@ def _update_score(
         score,
         bias=Cb,
         scale=None if score.cosine is None else scale(B, CB),
-        sha256=sha256,
+        digests=digests,
     )

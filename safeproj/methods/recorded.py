@@ -8,7 +8,6 @@ anything, so all of it is checked here, for all kinds alike, before it is used o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import numpy
 from safeproj import __version__
 from safeproj.checkpoint import Reader, Weight
 from safeproj.checkpoint.expression import Expression, Head, Swapped, stored_names
+from safeproj.checkpoint.hashes import Digests, Hash, digest, merged, record
 from safeproj.checkpoint.interface import TensorInfo, as_matrix
 from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.errors import SafeprojError
@@ -181,21 +181,24 @@ class RecordedFile(Generic[W]):
             )
         return tuple(found.tolist())
 
-    def digests(self, read: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, Any]:
-        """Return the SHA-256 of what was read of the file.
+    def digests(self, read: Digests, beside: Mapping[str, str], **others: str) -> dict[str, Any]:
+        """Return what a record says of what was read of the file.
 
         Args:
-            read: tensor to digest, of the matrices.
+            read: of the matrices.
             beside: last part of a matrix's name to that of the vector that was read with it.
+            others: further SHA-256 to record.
         """
-        tensors = dict(read)
-        for name in read:
-            key, _, last = name.rpartition(".")
-            if last in beside:
-                vector = f"{key}.{beside[last]}"
-                tensors[vector] = hashlib.sha256(self._bytes(vector)).hexdigest()
+        vectors: dict[Hash, dict[str, str]] = {name: {} for name in read}
+        for name, matrices in read.items():
+            for matrix in matrices:
+                key, _, last = matrix.rpartition(".")
+                if last in beside:
+                    vector = f"{key}.{beside[last]}"
+                    vectors[name][vector] = digest(name, self._bytes(vector))
         text = (self.content.header.metadata or {})[METADATA]
-        return {"tensors": tensors, "metadata": hashlib.sha256(text.encode()).hexdigest()}
+        metadata = digest("sha256", text.encode())
+        return record(merged((read, vectors)), metadata=metadata, **others)
 
     def _bytes(self, name: str) -> bytes:
         """Return the bytes of a small tensor, which is read once: its digest is of what was used.

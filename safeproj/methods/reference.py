@@ -78,7 +78,10 @@ class Reference(Protocol):
         """Return what a replaced weight is to be compared with, None if that is not at hand."""
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-        """Return for each role of `inputs` the SHA-256 of all that was read for these modules."""
+        """Return for each role of `inputs` the digests of all that was read for these modules.
+
+        In the form of `safeproj.checkpoint.hashes.record`.
+        """
 
 
 class Plain:

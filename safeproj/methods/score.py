@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safeproj.adapter.record import Side
+from safeproj.checkpoint.hashes import NONE, Sides
 from safeproj.engine import Buffers, Source, Update, row_width, rows_per_block
 from safeproj.errors import SafeprojError
 from safeproj.methods.detail import Detail
@@ -39,9 +40,9 @@ class Score:
         bias: `C b` (m, 1) for the bias of `lora_B`, if there is one.
         scale: `‖C B‖_F / ‖B‖_F`, or that of `A'` and `A`; None where it is undefined.
         bounds: between which that cosine lies where `C` is truncated; None where it is not.
-        sha256: for the aligned and the base checkpoint, label of each tensor read to the digest of
-            its bytes, if wanted; from a file that stands for them they are the first of the two.
-            For moments those of the safety and the benign data.
+        digests: of the tensors that were read of the aligned and of the base checkpoint, as far as
+            they are wanted; from a file that stands for them they are the first of the two. For
+            moments those of the safety and the benign data.
         settled: what was computed with where the terms of `B A` cancel.
     """
 
@@ -51,7 +52,7 @@ class Score:
     bias: Array | None = None
     scale: float | None = None
     bounds: tuple[float, float] | None = None
-    sha256: tuple[dict[str, str], dict[str, str]] | None = None
+    digests: Sides = NONE
     settled: Settled | None = None
 
 

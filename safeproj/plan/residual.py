@@ -354,7 +354,7 @@ def told_of(parts: Mapping[str, float]) -> str | None:
 def _whole(found: Matrix, dtype: DType = FLOAT64) -> Array:
     """Return a weight (m, n), in float64 or another dtype."""
     weight, reader = found.weight, Reader()
-    reader.start(digests=False)
+    reader.start()
     try:
         step = rows_per_block(Host(), weight)
         buffer = numpy.empty(step * row_width(weight), numpy.uint8)

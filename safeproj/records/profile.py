@@ -20,6 +20,7 @@ class Usage:
         busy_seconds: time they had a task.
         read_seconds: the part of it in which they read files; mapped files are read while they are
             computed with, and count as that.
+        hash_seconds: the part of it in which they hashed what they read.
         read_bytes: bytes they read.
     """
 
@@ -27,6 +28,7 @@ class Usage:
     wall_seconds: float = 0.0
     busy_seconds: float = 0.0
     read_seconds: float = 0.0
+    hash_seconds: float = 0.0
     read_bytes: int = 0
 
 
@@ -83,11 +85,12 @@ class Profile:
         if not usage.workers or not usage.wall_seconds:
             return
         waiting = max(usage.workers * usage.wall_seconds - usage.busy_seconds, 0.0)
+        computing = usage.busy_seconds - usage.read_seconds - usage.hash_seconds
         yield (
             f"score: {usage.read_bytes / 1e9:.3f} GB read at "
             f"{usage.read_bytes / usage.wall_seconds / 1e9:.2f} GB/s effective; "
             f"{usage.workers} workers, summed: reading {usage.read_seconds:.3f} s, "
-            f"computing {max(usage.busy_seconds - usage.read_seconds, 0.0):.3f} s, "
+            f"hashing {usage.hash_seconds:.3f} s, computing {max(computing, 0.0):.3f} s, "
             f"waiting {waiting:.3f} s"
         )
 

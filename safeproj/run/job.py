@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.portable import portable
 from safeproj.adapter.weightfiles import NAMED
 from safeproj.adapter.write import Complete, adapters_below, weights_beside, write_adapter
+from safeproj.checkpoint.hashes import Hash
 from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError, explained
 from safeproj.methods import factors
@@ -30,7 +31,7 @@ from safeproj.plan.residual import converted, held_parts, told_of
 from safeproj.plan.updates import update_of
 from safeproj.records.scores import Report
 from safeproj.run.decide import DTYPES, Decision, decide
-from safeproj.run.manifest import manifest
+from safeproj.run.manifest import manifest, wanted_hashes
 from safeproj.run.options import Options
 from safeproj.storage.arrays import Array, double, is_finite, quiet
 from safeproj.storage.source import Folder, LocalFolder, read_json
@@ -141,8 +142,8 @@ class Job:
     Args:
         method: what is done, prepared.
         options: how.
-        digests: whether the SHA-256 of all that is read is wanted, which `write` records; if None,
-            where an adapter has such a record already.
+        hashes: by which all that is read is hashed, for `write` to record; if None, those that the
+            adapters' own records are compared by.
         lenient: whether to go on where tensors are unknown or modules have no weight: they are in
             the adapter and the plan then, and not in the scores.
         casts: whether to score the updates as servers cast them, too.
@@ -154,7 +155,7 @@ class Job:
         method: Method,
         options: Options | None,
         *,
-        digests: bool | None,
+        hashes: Collection[Hash] | None = (),
         lenient: bool = False,
         casts: bool = False,
     ) -> None:
@@ -165,7 +166,7 @@ class Job:
             self._selection = self._selection.or_all()
         self._observer = self._options.observer
         self._profile = self._options.profile
-        self._digests = digests
+        self._hashes = hashes
         self._lenient = lenient
         self._casts = CASTS if casts else {}
 
@@ -423,7 +424,7 @@ class Job:
         scores: list[dict[str, Score]] = [{} for _ in loads]
         casts: list[dict[tuple[str, str], Score]] = [{} for _ in loads]
         wanted = [group for group in groups.values() if group.updates]
-        for (number, name, dtype), score in self._scored(wanted, self._wants_digests(loads)):
+        for (number, name, dtype), score in self._scored(wanted, self._wanted(loads)):
             if isinstance(score, SafeprojError):
                 failed.setdefault(number, score)
             elif dtype is None:
@@ -477,14 +478,14 @@ class Job:
             found[f"{name} times {scaling:.4g}"] = update.multiplied(CASTS[name], scaling)
         return {name: cast for name, cast in found.items() if cast is not None}
 
-    def _wants_digests(self, loads: Sequence[Loaded | SafeprojError]) -> bool:
-        if self._digests is not None:
-            return self._digests
+    def _wanted(self, loads: Sequence[Loaded | SafeprojError]) -> Collection[Hash]:
+        if self._hashes is not None:
+            return self._hashes
         adapters = [each.adapter for each in loads if isinstance(each, Loaded)]
-        return any(MANIFEST in adapter.folder.files for adapter in adapters)
+        return set[Hash]().union(*map(wanted_hashes, adapters))
 
     def _scored(
-        self, groups: Sequence[_Group], digests: bool
+        self, groups: Sequence[_Group], hashes: Collection[Hash]
     ) -> Iterator[tuple[_Key, Score | SafeprojError]]:
         tasks = [Task(g.name, g.origin, tuple(g.updates.values())) for g in groups]
         if self._observer is not None:
@@ -492,7 +493,7 @@ class Job:
         with self._profile.phase("score"):
             running = engine.run(
                 tasks,
-                self._method.scorer(digests=digests),
+                self._method.scorer(hashes=hashes),
                 device=self._options.device,
                 wide=self._method.is_wide,
                 workers=self._options.workers,

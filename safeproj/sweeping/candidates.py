@@ -109,7 +109,7 @@ def candidates(
     """
     options = options or Options()
     profile = options.profile
-    job = Job(method, options, digests=False)
+    job = Job(method, options)
     if method.formulas is None:
         raise SafeprojError(
             f"a sweep over modules needs a method that projects, found {method.name}"

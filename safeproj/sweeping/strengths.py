@@ -60,7 +60,7 @@ def strengths(
     """
     options = options or Options()
     observer, profile = options.observer, options.profile
-    job = Job(method, options, digests=False)
+    job = Job(method, options)
     read = job.read(adapter)
     require_peft(read.folder)
     loaded = job.runnable(read)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 from torch import Tensor
 
 from safeproj.checkpoint import Reader, Weight
+from safeproj.checkpoint.hashes import HASHES, Digests
 from safeproj.storage.arrays import joined, to_torch
 
 BLOCKS = (1, 3, 7, 1000)
@@ -42,13 +45,24 @@ def read(weight: Weight, rows: int = 1000, reader: Reader | None = None) -> Tens
     return to_torch(joined(blocks))
 
 
-def digests(weight: Weight, rows: int = 1000) -> dict[str, str]:
-    """Return the SHA-256 of everything that is read for a weight."""
+def digests(weight: Weight, rows: int = 1000) -> Digests:
+    """Return the digests of everything that is read for a weight, by every hash."""
     reader = Reader()
-    reader.start(digests=True)
+    reader.start(HASHES)
     read(weight, rows, reader)
-    assert reader.digests is not None
-    return {label: digest.hexdigest() for label, digest in reader.digests.items()}
+    return reader.digests
+
+
+def hashed(tensors: dict[str, Tensor]) -> Digests:
+    """Return the same of the bytes of tensors, each hashed at once."""
+    contents = {
+        name: tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for name, tensor in tensors.items()
+    }
+    return {
+        "blake3": {name: blake3(each).hexdigest() for name, each in contents.items()},
+        "sha256": {name: sha256(each).hexdigest() for name, each in contents.items()},
+    }
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,8 +30,9 @@ from safeproj.checkpoint.expression import (
     matrix,
     stored_names,
 )
+from safeproj.checkpoint.hashes import Digests
 from safeproj.errors import SafeprojError
-from tests.checkpoint.reading import BLOCKS, digests, random, read, save
+from tests.checkpoint.reading import BLOCKS, digests, hashed, random, read, save
 
 SHAPES = {"a": (6, 8), "b": (6, 8), "c": (10, 8), "d": (6, 5), "t": (8, 6)}
 STACKS = {"s": (4, 6, 8), "u": (4, 6, 8), "v": (4, 10, 8), "w": (4, 6, 5), "k": (6, 3, 2, 2)}
@@ -274,20 +274,16 @@ def test_what_cannot_be_read_by_rows_is_refused(checkpoint: Checkpoint, words: s
         matrix(UNREADABLE[words], checkpoint)
 
 
-def sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-
-
 @pytest.mark.parametrize("rows", BLOCKS)
 def test_each_part_has_the_digest_of_its_own_bytes(checkpoint: Checkpoint, rows: int) -> None:
-    def found(expression: Expression) -> dict[str, str]:
+    def found(expression: Expression) -> Digests:
         return digests(matrix(expression, checkpoint).weight, rows)
 
     S = TENSORS["s"]
-    assert found(Item(s, 2)) == {"s[2]": sha256(S[2])}
-    assert found(Chunk(Item(s, 1), 0, 1, 2)) == {"s[1][3:6]": sha256(S[1, 3:])}
-    assert found(Joined((a, c), 0)) == {"a": sha256(TENSORS["a"]), "c": sha256(TENSORS["c"])}
-    assert found(Joined((a, d), 1)) == {"a": sha256(TENSORS["a"]), "d": sha256(TENSORS["d"])}
+    assert found(Item(s, 2)) == hashed({"s[2]": S[2]})
+    assert found(Chunk(Item(s, 1), 0, 1, 2)) == hashed({"s[1][3:6]": S[1, 3:]})
+    assert found(Joined((a, c), 0)) == hashed({name: TENSORS[name] for name in ("a", "c")})
+    assert found(Joined((a, d), 1)) == hashed({name: TENSORS[name] for name in ("a", "d")})
 
 
 def test_labels_name_the_parts(checkpoint: Checkpoint) -> None:

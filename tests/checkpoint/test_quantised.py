@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +18,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from safeproj.checkpoint import Checkpoint, Reader, open_checkpoint
 from safeproj.checkpoint.codes import lay
 from safeproj.checkpoint.expression import Chunk, Item, Joined, Stacked, Stored, matrix
+from safeproj.checkpoint.hashes import HASHES
 from safeproj.checkpoint.interface import TensorInfo
 from safeproj.checkpoint.quantised import leftover_method
 from safeproj.errors import SafeprojError
-from tests.checkpoint.reading import BLOCKS, digests, random, read, save
+from tests.checkpoint.reading import BLOCKS, digests, hashed, random, read, save
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -44,10 +44,6 @@ def spread(s: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
 def meant(codes: Tensor, s: Tensor) -> Tensor:
     """Return the numbers, computed in float64 and rounded once."""
     return (codes.double() * s.double()).float()
-
-
-def sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 # --- FP8: what it means
@@ -242,10 +238,7 @@ def test_digests_are_those_of_the_stored_bytes(tmp_path: Path, rows: int) -> Non
     tensors = {"x.weight": codes, "x.weight_scale_inv": s}
     checkpoint = open_checkpoint(save(tmp_path, tensors, quantization_config=BLOCK_CONFIG))
 
-    assert digests(checkpoint.weight("x.weight"), rows) == {
-        "x.weight": sha256(codes),
-        "x.weight_scale_inv": sha256(s),
-    }
+    assert digests(checkpoint.weight("x.weight"), rows) == hashed(tensors)
 
 
 @pytest.fixture
@@ -264,10 +257,8 @@ def test_of_a_stack_only_the_item_and_its_scales_are_read(
     weight = matrix(Item(Stored("gate_up_proj"), 2), checkpoint).weight
 
     assert torch.equal(read(weight, rows), meant(codes[2], s[2]))
-    assert digests(weight, rows) == {
-        "gate_up_proj[2]": sha256(codes[2]),
-        "gate_up_proj_scale_inv[2]": sha256(scales(4, 3, 2)[2]),
-    }
+    parts = {"gate_up_proj[2]": codes[2], "gate_up_proj_scale_inv[2]": scales(4, 3, 2)[2]}
+    assert digests(weight, rows) == hashed(parts)
 
 
 def test_one_reader_reads_many_weights_without_mixing_their_scales(
@@ -278,7 +269,7 @@ def test_one_reader_reads_many_weights_without_mixing_their_scales(
     for start in (False, True):
         for item in (3, 0, 3):
             if start:
-                reader.start(digests=True)
+                reader.start(HASHES)
             weight = matrix(Item(Stored("gate_up_proj"), item), checkpoint).weight
             assert torch.equal(read(weight, 2, reader), meant(codes[item], s[item]))
     reader.close()
@@ -470,10 +461,8 @@ def test_an_expert_in_mxfp4_is_read_alone(tmp_path: Path, rows: int) -> None:
     assert found.transposed
     assert found.weight.label == f"{NAME}[1]"
     assert torch.equal(read(found.weight, rows).T, expected)
-    assert digests(found.weight, rows) == {
-        f"{NAME}_blocks[1]": sha256(blocks[1]),
-        f"{NAME}_scales[1]": sha256(exponents[1]),
-    }
+    parts = {f"{NAME}_blocks[1]": blocks[1], f"{NAME}_scales[1]": exponents[1]}
+    assert digests(found.weight, rows) == hashed(parts)
 
 
 def test_blocks_without_scales_and_scales_without_blocks_are_ordinary_tensors(

@@ -26,6 +26,7 @@ from tests.support import (
     MANIFEST,
     Process,
     assert_refused,
+    blake3_of,
     moved,
     read_json,
     safeproj,
@@ -157,16 +158,16 @@ def test_the_manifest_records_the_file_and_both_checkpoints(files: Files, patche
     inputs, recorded = read_json(patched / MANIFEST)["inputs"], document(files.truncated)
     assert set(inputs) == {"base", "aligned", "alignment", "adapter"}
     for role in ("base", "aligned"):
-        digests = recorded["inputs"][role]["sha256"]
-        assert inputs[role] == {"source": role, "sha256": digests}
-        assert f"{Q}.weight" in inputs[role]["sha256"]["tensors"]
+        given = recorded["inputs"][role]
+        digests = {name: given[name] for name in ("sha256", "blake3")}
+        assert inputs[role] == {"source": role, **digests}
+        assert f"{Q}.weight" in inputs[role]["blake3"]["tensors"]
     found = inputs["alignment"]
     assert found["source"] == str(files.truncated)
     assert (found["targets"], found["rank"]) == (["all-linear"], int(RANK))
     for name, tensor in load_file(files.truncated).items():
         if ".q_proj." in name or ".v_proj." in name:
-            digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-            assert found["sha256"]["tensors"][name] == digest, name
+            assert found["blake3"]["tensors"][name] == blake3_of(tensor), name
     with safe_open(files.truncated, framework="pt") as opened:
         text = opened.metadata()["safeproj"]
     assert found["sha256"]["metadata"] == hashlib.sha256(text.encode()).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +21,7 @@ from tests.support import (
     FACTORS,
     MANIFEST,
     assert_refused,
+    blake3_of,
     change_json,
     deltas,
     moved,
@@ -105,9 +105,9 @@ def test_patching_from_bin_files_writes_the_same_adapter(trio: Trio, tmp_path: P
     assert (tmp_path / "out" / FACTORS).read_bytes() == (
         tmp_path / "expected" / FACTORS
     ).read_bytes()
-    found, expected = (m["inputs"]["base"]["sha256"] for m in manifests)
-    assert found["tensors"] == expected["tensors"]
-    assert set(found["files"]) == {"config.json", "pytorch_model.bin.index.json"}
+    found, expected = (m["inputs"]["base"] for m in manifests)
+    assert found["blake3"] == expected["blake3"]
+    assert set(found["sha256"]["files"]) == {"config.json", "pytorch_model.bin.index.json"}
 
 
 def test_only_the_bin_shards_with_needed_weights_are_downloaded(trio: Trio, tmp_path: Path) -> None:
@@ -176,10 +176,9 @@ def test_patching_with_fp8_records_codes_and_scales(trio: Trio, tmp_path: Path) 
     assert "the aligned checkpoint stores weights as F8_E4M3" in result.stderr
     assert "the base checkpoint stores" not in result.stderr
     assert str(tmp_path) not in (out / "README.md").read_text("utf-8")
-    recorded = read_json(out / MANIFEST)["inputs"]["aligned"]["sha256"]["tensors"]
+    recorded = read_json(out / MANIFEST)["inputs"]["aligned"]["blake3"]["tensors"]
     for name in (WEIGHT, f"{WEIGHT}_scale_inv"):
-        content = stored[name].view(torch.uint8).numpy().tobytes()
-        assert recorded[name] == hashlib.sha256(content).hexdigest()
+        assert recorded[name] == blake3_of(stored[name])
 
 
 def gpt_oss() -> Any:

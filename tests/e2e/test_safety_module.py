@@ -28,6 +28,7 @@ from tests.support import (
     MANIFEST,
     assert_complete,
     assert_refused,
+    blake3_of,
     deltas,
     read_json,
     safeproj,
@@ -350,14 +351,12 @@ def test_the_manifest_and_the_card_record_the_run(trio: Trio, file: Path, tmp_pa
     inputs = patch(file, trio.adapter, tmp_path / "out")["inputs"]
     assert inputs["aligned"]["sha256"] == {"files": {}}
     assert inputs["data"] == {"source": "safety.jsonl", "sha256": "0" * 64}
-    found = inputs["safety_module"]["sha256"]
-    tensors = load_file(file)
-    assert found["tensors"].keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found["tensors"][name] == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    found = inputs["safety_module"]
+    digests = {name: blake3_of(tensor) for name, tensor in load_file(file).items()}
+    assert found["blake3"] == {"tensors": digests}
     with safe_open(file, framework="pt") as opened:
         text = opened.metadata()["safeproj"]
-    assert found["metadata"] == hashlib.sha256(text.encode()).hexdigest()
+    assert found["sha256"] == {"metadata": hashlib.sha256(text.encode()).hexdigest()}
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     section = " ".join(card.partition("<!-- safeproj:begin -->")[2].split())
     assert "removed from the updates of 4 of 4 adapted modules" in section

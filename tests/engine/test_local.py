@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from torch import Tensor
 from safeproj import engine
 from safeproj.checkpoint import open_checkpoint
 from safeproj.checkpoint.expression import Matrix
+from safeproj.checkpoint.hashes import HASHES, Hash
 from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.engine import Buffers, Progress, Task, Update, blocks
-from safeproj.engine.device import CPU_BLOCK
+from safeproj.engine.device import CPU_BLOCK, Host
 from safeproj.errors import SafeprojError
+from safeproj.methods.safe_lora import blocks as weights
 from safeproj.methods.safe_lora.blocks import CPU_HOLD
 from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.safe_lora.score import score
@@ -30,6 +31,7 @@ from safeproj.methods.safe_lora.sources import Difference
 from safeproj.methods.score import Score
 from safeproj.records.profile import Usage
 from safeproj.storage.arrays import Array, to_torch
+from tests.checkpoint.reading import hashed
 from tests.support import hosts
 
 
@@ -84,12 +86,12 @@ def run(
     tasks: Sequence[Task],
     formulas: Approx | Exact,
     *,
-    digests: bool = False,
+    hashes: Collection[Hash] = (),
     device: str = "cpu",
     **options: Any,
 ) -> list[tuple[Score | SafeprojError, ...]]:
     def work(buffers: Buffers, task: Task) -> tuple[Score | SafeprojError, ...]:
-        return score(task, formulas, buffers, digests=digests)
+        return score(task, formulas, buffers, hashes=hashes)
 
     wide = isinstance(formulas, Exact)
     return list(engine.run(tasks, work, device=device, wide=wide, **options))
@@ -144,16 +146,40 @@ def test_a_weight_too_large_to_keep_is_read_again(tmp_path: Path, device: str) -
     assert sum(read) == 2 * W_aligned.nbytes  # the second reading is not progress
 
 
-def test_digests_are_those_of_the_stored_bytes(tmp_path: Path) -> None:
-    W_aligned, W_base = pair(600, 1100)
-    task = task_of(tmp_path, W_aligned, W_base)
-    for projector in (Approx(), Exact(rank=3)):
-        ((score,),) = run([task], projector, digests=True)
-        assert isinstance(score, Score)
-        assert score.sha256 == tuple(
-            {"w": hashlib.sha256(W.view(torch.uint8).numpy().data).hexdigest()}
-            for W in (W_aligned, W_base)
-        )
+@pytest.mark.parametrize("projector", [Approx(), Exact(rank=3)], ids=["approx", "exact"])
+@pytest.mark.parametrize("hold", [0, CPU_HOLD])
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("block", [1, 5000, CPU_BLOCK])
+def test_digests_are_those_of_the_stored_bytes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    block: int,
+    workers: int,
+    hold: int,
+    projector: Approx | Exact,
+) -> None:
+    """Whatever the blocks, the workers, and whether a weight is read twice."""
+    monkeypatch.setattr(Host, "block", block)
+    monkeypatch.setattr(weights, "CPU_HOLD", hold)
+    matrices = pair(60, 110)
+    for transposed in (False, True):
+        task = task_of(tmp_path, *matrices, transposed=transposed, base_transposed=False)
+        stored = (matrices[0].T if transposed else matrices[0]), matrices[1]
+        expected = tuple(hashed({"w": W}) for W in stored)
+        for (found,) in run([task] * 4, projector, workers=workers, hashes=HASHES):
+            assert isinstance(found, Score)
+            assert found.digests == expected
+
+
+def test_only_what_is_asked_for_is_hashed(tmp_path: Path) -> None:
+    task, usage = task_of(tmp_path, *pair(60, 110)), Usage()
+    ((score,),) = run([task], Approx(), usage=usage)
+    assert isinstance(score, Score)
+    assert (score.digests, usage.hash_seconds) == (({}, {}), 0.0)
+    ((score,),) = run([task], Approx(), usage=usage, hashes=HASHES[:1])
+    assert isinstance(score, Score)
+    assert [set(side) for side in score.digests] == [{HASHES[0]}, {HASHES[0]}]
+    assert 0.0 < usage.hash_seconds < usage.busy_seconds
 
 
 def test_progress_covers_all_bytes_and_all_modules(tmp_path: Path) -> None:

@@ -1601,18 +1601,18 @@ def _(document: Any) -> None:
 
 @forgery("other_base", "Against another base the projection is another.", "SP022")
 def _(document: Any) -> None:
-    document["inputs"]["base"]["sha256"]["tensors"][f"{Q}.weight"] = "0" * 64
+    document["inputs"]["base"]["blake3"]["tensors"][f"{Q}.weight"] = "0" * 64
 
 
 @forgery("other_aligned_model", "Against another model the projection is another.", "SP022")
 def _(document: Any) -> None:
-    document["inputs"]["aligned"]["sha256"]["tensors"][f"{Q}.weight"] = "0" * 64
+    document["inputs"]["aligned"]["blake3"]["tensors"][f"{Q}.weight"] = "0" * 64
 
 
 @forgery("no_digests_of_the_models", "What has no digest is not compared.", "SP022")
 def _(document: Any) -> None:
     for role in ("base", "aligned"):
-        document["inputs"][role]["sha256"]["tensors"] = {}
+        document["inputs"][role]["blake3"]["tensors"] = {}
 
 
 @forgery("no_models", "What is not named is not compared.", "SP021")
@@ -1624,10 +1624,41 @@ def _(document: Any) -> None:
 @forgery("digests_of_some_weights", "What has no digest is not compared.", "SP022")
 def _(document: Any) -> None:
     for role in ("base", "aligned"):
-        found = document["inputs"][role]["sha256"]["tensors"]
-        document["inputs"][role]["sha256"]["tensors"] = {
+        found = document["inputs"][role]["blake3"]["tensors"]
+        document["inputs"][role]["blake3"]["tensors"] = {
             name: digest for name, digest in found.items() if "v_proj" in name
         }
+
+
+@forgery("other_base_by_sha256", "Records by the older hash are not compared.", "SP022")
+def _(document: Any) -> None:
+    for role in ("base", "aligned"):
+        tensors = document["inputs"][role].pop("blake3")["tensors"]
+        document["inputs"][role]["sha256"]["tensors"] = dict.fromkeys(tensors, "0" * 64)
+
+
+@forgery("no_digests_by_sha256", "Where no hash is named, nothing is hashed.", "SP022")
+def _(document: Any) -> None:
+    for role in ("base", "aligned"):
+        del document["inputs"][role]["blake3"]
+
+
+@forgery("digests_by_two_hashes", "One hash is compared, and the other believed.", "SP021")
+def _(document: Any) -> None:
+    tensors = document["inputs"]["base"]["blake3"]["tensors"]
+    document["inputs"]["base"]["sha256"]["tensors"] = dict.fromkeys(tensors, "0" * 64)
+
+
+@forgery("a_hash_for_each_model", "One hash is compared, and the other believed.", "SP021")
+def _(document: Any) -> None:
+    base = document["inputs"]["base"]
+    base["sha256"]["tensors"] = base.pop("blake3")["tensors"]
+
+
+@forgery("digests_by_another_hash", "What cannot be computed is not compared.", "SP021")
+def _(document: Any) -> None:
+    for role in ("base", "aligned"):
+        document["inputs"][role]["crc32"] = document["inputs"][role].pop("blake3")
 
 
 @forgery("other_shape", "The record is of a module of another shape.", "SP021")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from safeproj.errors import SafeprojError
 from safeproj.lm.models import load_model, load_tokenizer, model_identity
-from safeproj.storage.source import open_folder
+from safeproj.storage.source import LocalFolder, open_folder
 from tests import hub_server
 from tests.support import CONFIG, FACTORS, assert_refused, change_json, safeproj
 
@@ -62,6 +62,12 @@ def test_the_digests_of_a_model_are_of_what_runs(beside: Path) -> None:
     clean, found = (model_identity(open_folder(str(path))) for path in (ALIGNED, beside))
     assert found["sha256"] == clean["sha256"]
     assert {"config.json", "tokenizer.json"} <= found["sha256"]["files"].keys()
+
+
+def test_a_model_in_the_cache_of_the_hub_is_known_by_its_commit_as_online() -> None:
+    folder = LocalFolder(ALIGNED, "org/aligned", revision="abc")
+    expected = {"source": "org/aligned", "revision": "abc", "sha256": {"files": {}}}
+    assert model_identity(folder) == expected
 
 
 def test_the_model_alone_answers_as_it_does_elsewhere(beside: Path) -> None:

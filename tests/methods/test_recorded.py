@@ -863,7 +863,7 @@ def dtypes_in_one_text(file: Content) -> tuple[str, ...]:
 
 @damage(ALIGNMENT)
 def a_digest_of_a_tensor_that_is_no_text(file: Content) -> tuple[str, ...]:
-    file.document["inputs"]["base"]["sha256"]["tensors"]["x"] = 1
+    file.document["inputs"]["base"]["blake3"]["tensors"]["x"] = 1
     return "damaged", "base"
 
 

@@ -366,7 +366,7 @@ def test_a_model_gets_the_converted_adapter(llama: Built, tmp_path: Path) -> Non
     from safeproj.run.job import Job
 
     adapter = trained(llama, tmp_path, "pissa")
-    job = Job(method_of(llama), None, digests=False)
+    job = Job(method_of(llama), None)
     found = job.runnable(job.read(str(adapter))).adapter
     model = attach_read(copy.deepcopy(llama.aligned_model), found)
     wanted = logits(loaded(llama, adapter))

@@ -34,7 +34,7 @@ from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedModule
 from safeproj.plan.match import plan as matched
 from safeproj.plan.select import Selection
-from safeproj.storage.source import LocalFolder, file_sha256, identity, open_folder
+from safeproj.storage.source import file_sha256, identity, open_folder
 
 SUFFIX = ".stats.safetensors"
 
@@ -104,12 +104,12 @@ class Statistics(FileReference[Recorded]):
         return Moments(safety, benign)
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-        found = {"aligned": self.file.document["inputs"]["aligned"]["sha256"]}
+        found = {"aligned": {"sha256": self.file.document["inputs"]["aligned"]["sha256"]}}
         for side, (role, file) in enumerate(
             zip(("safety_data", "task_data"), self._files, strict=True)
         ):
             data = file.document["inputs"]["data"]["sha256"]
-            found[role] = {**file.digests(read_of(scores, side), {}), "data": data}
+            found[role] = file.digests(read_of(scores, side), {}, data=data)
         return found
 
     @property
@@ -142,7 +142,8 @@ def open_statistics(
         replace(file, source=name)
         for file, name in zip(files, names or (str(safety), str(benign)), strict=True)
     )
-    models = [file.document["inputs"]["aligned"]["sha256"]["files"] for file in (first, second)]
+    made = [file.document["inputs"]["aligned"] for file in (first, second)]
+    models = [each.get("revision", each["sha256"]["files"]) for each in made]
     if first.config != second.config or models[0] != models[1]:
         raise SafeprojError(
             f"{first.source} and {second.source}: statistics of different models; expected both of "
@@ -157,7 +158,7 @@ def _require_model(file: RecordedFile[Recorded], aligned: str) -> None:
     """Refuse statistics of another model, as far as a look at small files tells."""
     folder, made = open_folder(aligned), file.document["inputs"]["aligned"]
     recorded = made["sha256"]["files"].get("config.json")
-    if isinstance(folder, LocalFolder):
+    if folder.revision is None:
         if recorded is None or "config.json" not in folder.files:
             return
         same = file_sha256(folder.path("config.json")) == recorded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import TypeVar
@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy
 
 from safeproj import engine
+from safeproj.checkpoint.hashes import NONE, Digests, Hash, Sides
 from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.detail import Acting, Effects
@@ -31,7 +32,11 @@ T = TypeVar("T")
 
 
 def score(
-    task: Task, formulas: Correction | Reconstruction, buffers: Buffers, *, digests: bool
+    task: Task,
+    formulas: Correction | Reconstruction,
+    buffers: Buffers,
+    *,
+    hashes: Collection[Hash],
 ) -> tuple[Score | SafeprojError, ...]:
     """Score all updates of the weights that read one input.
 
@@ -39,14 +44,14 @@ def score(
         task: the weights and their updates.
         formulas: how they are corrected.
         buffers: of the thread.
-        digests: compute the SHA-256 of what is read.
+        hashes: by which what is read is hashed.
 
     Raises:
         SafeprojError: the moments are none.
     """
     assert isinstance(task.origin, Moments)
-    H, S, sha256 = _moments(task.name, task.origin, buffers, digests)
-    return corrected(task, formulas, H, S, sha256)
+    H, S, digests = _moments(task.name, task.origin, buffers, hashes)
+    return corrected(task, formulas, H, S, digests)
 
 
 def corrected(
@@ -54,7 +59,7 @@ def corrected(
     formulas: Correction | Reconstruction,
     H: Moment,
     S: Moment,
-    sha256: tuple[dict[str, str], dict[str, str]] | None = None,
+    digests: Sides = NONE,
 ) -> tuple[Score | SafeprojError, ...]:
     """Score all updates of the weights that read one input: their `A` lie below each other.
 
@@ -63,7 +68,7 @@ def corrected(
         formulas: how they are corrected.
         H: of the safety data.
         S: of the benign data.
-        sha256: the digests of what both were read from, if wanted.
+        digests: of what both were read from, if wanted.
 
     Raises:
         SafeprojError: the moments are none.
@@ -73,7 +78,7 @@ def corrected(
     if isinstance(formulas, Reconstruction):
         made = [_input(known, update.replacement) for update, known in pairs]
         return tuple(
-            _corrected_score(task.name, update, known, own, (H, S), sha256)
+            _corrected_score(task.name, update, known, own, (H, S), digests)
             for (update, known), own in zip(pairs, made, strict=True)
         )
     inputs = [_input(known, update.stored) for update, known in pairs]
@@ -88,7 +93,7 @@ def corrected(
         ) from error
     parts = numpy.split(found, list(accumulate(map(len, inputs)))[:-1])
     return tuple(
-        _corrected_score(task.name, update, known, own, (H, S), sha256)
+        _corrected_score(task.name, update, known, own, (H, S), digests)
         for (update, known), own in zip(pairs, parts, strict=True)
     )
 
@@ -100,29 +105,28 @@ def _input(known: Core | SafeprojError | None, stored: Array | None) -> Array:
 
 
 def _moments(
-    name: str, origin: Moments, buffers: Buffers, digests: bool
-) -> tuple[Moment, Moment, tuple[dict[str, str], dict[str, str]] | None]:
+    name: str, origin: Moments, buffers: Buffers, hashes: Collection[Hash]
+) -> tuple[Moment, Moment, Sides]:
     """Return both moments, and the digests of what was read for them."""
     try:
-        H, safety = _moment(name, origin.safety, buffers, digests)
-        S, benign = _moment(name, origin.benign, buffers, digests)
+        H, safety = _moment(name, origin.safety, buffers, hashes)
+        S, benign = _moment(name, origin.benign, buffers, hashes)
     except FloatingPointError as error:
         raise SafeprojError(diagnosis(name, origin, buffers)) from error
-    return H, S, (safety, benign) if digests else None
+    return H, S, (safety, benign)
 
 
 def _moment(
-    name: str, stored: StoredMoment, buffers: Buffers, digests: bool
-) -> tuple[Moment, dict[str, str]]:
+    name: str, stored: StoredMoment, buffers: Buffers, hashes: Collection[Hash]
+) -> tuple[Moment, Digests]:
     """Return a moment in float64 on the device, and the digest of what was read for it."""
-    blocks = KeptBlocks(name, stored.weight, buffers, digests=digests)
+    blocks = KeptBlocks(name, stored.weight, buffers, hashes)
     matrix = buffers.device.empty(stored.weight.shape, "float64")
     start = 0
     for block in blocks:
         matrix[start : start + len(block), :] = block
         start += len(block)
-    assert blocks.sha256 is not None
-    return Moment(matrix, stored.whole), blocks.sha256[0]
+    return Moment(matrix, stored.whole), blocks.digests
 
 
 def _corrected_score(
@@ -131,7 +135,7 @@ def _corrected_score(
     known: Core | SafeprojError | None,
     corrected: Array,
     moments: tuple[Moment, Moment],
-    sha256: tuple[dict[str, str], dict[str, str]] | None,
+    digests: Sides,
 ) -> Score | SafeprojError:
     """Return the score of an update from its `A'`, as it is stored, or what stands for it."""
     if isinstance(known, SafeprojError):
@@ -149,7 +153,7 @@ def _corrected_score(
         if not is_finite(factor):
             return SafeprojError(f"{name}: the corrected factor has a value that is not finite")
     cosine = similarity(B.T, A.T, after.T)
-    found = Score(factor, cosine, Detail(), sha256=sha256, settled=settled)
+    found = Score(factor, cosine, Detail(), digests=digests, settled=settled)
     if cosine is None:
         return found
     products = double(B).T @ double(B)
@@ -190,7 +194,7 @@ def moments(
 
     def work(buffers: Buffers, task: Task) -> T:
         assert isinstance(task.origin, Moments)
-        H, S, _ = _moments(task.name, task.origin, buffers, digests=False)
+        H, S, _ = _moments(task.name, task.origin, buffers, ())
         return use(task, H, S)
 
     yield from engine.run(

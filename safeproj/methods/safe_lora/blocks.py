@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from safeproj.checkpoint import Weight
-from safeproj.engine import Buffers, digests_of, row_width, rows_per_block
+from safeproj.checkpoint.hashes import NONE, Hash, Sides
+from safeproj.engine import Buffers, row_width, rows_per_block
 from safeproj.engine.device import Staging
 from safeproj.methods.safe_lora.formulas import alignment
 from safeproj.methods.safe_lora.sources import Difference
@@ -32,17 +33,26 @@ class AlignmentBlocks:
         name: of the module, for progress.
         source: the two weights.
         buffers: of the thread.
-        digests: compute the SHA-256 of what is read.
+        hashes: by which what is read is hashed.
         keep: keep `V` whatever its size.
+
+    Attributes:
+        digests: of what was read, after the first pass.
     """
 
     def __init__(
-        self, name: str, source: Difference, buffers: Buffers, *, digests: bool, keep: bool = False
+        self,
+        name: str,
+        source: Difference,
+        buffers: Buffers,
+        hashes: Collection[Hash],
+        *,
+        keep: bool = False,
     ) -> None:
-        self.sha256: tuple[dict[str, str], dict[str, str]] | None = None
+        self.digests: Sides = NONE
         self._name = name
         self._buffers = buffers
-        self._digests = digests
+        self._hashes = hashes
         self._aligned, self._base = source.aligned.weight, source.base.weight
         self._transposed = source.aligned.transposed
         self._mixed = source.aligned.transposed != source.base.transposed
@@ -73,7 +83,7 @@ class AlignmentBlocks:
         """Yield `V` in the orientation in which the aligned weight is stored, by rows."""
         buffers, readers = self._buffers, self._buffers.readers
         for reader in readers:
-            reader.start(digests=self._digests and not self._seen)
+            reader.start(() if self._seen else self._hashes)
         rows, columns = self._aligned.shape
         widest = max(row_width(self._aligned), row_width(self._base))
         staging = buffers.staging(min(max(rows, columns), self._rows) * widest)
@@ -94,8 +104,8 @@ class AlignmentBlocks:
             self._advance(stop - start, self._aligned)
         if self._keeps:
             self._kept = out.T if self._transposed else out
-        if self._digests and not self._seen:
-            self.sha256 = (digests_of(readers[0]), digests_of(readers[1]))
+        if not self._seen:
+            self.digests = (readers[0].digests, readers[1].digests)
         self._seen = True
 
     def _load_turned(self, staging: Staging, out: AnyArray) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from safeproj.adapter import Adapter
 from safeproj.checkpoint.expression import key_of
+from safeproj.checkpoint.hashes import hash_of, record
 from safeproj.methods.file_reference import FileReference, held, made_of, read_of
 from safeproj.methods.recorded import (
     Content,
@@ -109,7 +110,7 @@ class AlignmentFile(FileReference[Recorded]):
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
         recorded = self.file.document["inputs"]
         return {
-            **{role: recorded[role]["sha256"] for role in ("base", "aligned")},
+            **{role: _digests(recorded[role]) for role in ("base", "aligned")},
             "alignment": self.file.digests(read_of(scores), {EIGENPAIRS: VALUES}),
         }
 
@@ -129,7 +130,20 @@ def _checkpoint(recorded: Mapping[str, Any]) -> None:
     if not isinstance(recorded["quantised"], list):
         raise TypeError("dtypes")
     require_plain("dtypes", *recorded["quantised"])
-    require_plain("digests of tensors", *recorded["sha256"]["tensors"].values())
+    for digests in _digests(recorded).values():
+        require_plain("digests of tensors", *digests.get("tensors", {}).values())
+
+
+def _digests(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is said of a checkpoint's tensors and files.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError: it is not said.
+    """
+    name = hash_of(recorded)
+    if name is None:
+        raise LookupError("no digests of tensors")
+    return record({name: recorded[name]["tensors"]}, files=recorded["sha256"]["files"])
 
 
 def _weight(content: Content, key: str, item: Mapping[str, Any]) -> Recorded:

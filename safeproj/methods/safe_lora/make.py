@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safeproj.checkpoint.hashes import Sides
 from safeproj.engine import one_thread, resolve_device
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import Made, check_file, recorded_document, write_recorded
@@ -132,9 +133,7 @@ def make_alignment(
 def make_file(
     pair: Pair,
     targets: Sequence[Target],
-    kept: Iterable[
-        tuple[tuple[Recorded, dict[str, AnyArray]], tuple[dict[str, str], dict[str, str]]]
-    ],
+    kept: Iterable[tuple[tuple[Recorded, dict[str, AnyArray]], Sides]],
     wanted: Mapping[str, Any],
     out: Path,
     *,
@@ -156,13 +155,13 @@ def make_file(
         SafeprojError: it cannot be written; nothing is left behind.
     """
     weights: dict[str, Recorded] = {}
-    digests = []
+    digests: list[Sides] = []
     quantised: dict[str, list[str]] = {}
 
     def tensors() -> Iterator[tuple[str, AnyArray]]:
-        for target, ((record, found), sha256) in zip(targets, kept, strict=True):
+        for target, ((record, found), read) in zip(targets, kept, strict=True):
             weights[target.key] = record
-            digests.append(sha256)
+            digests.append(read)
             for name, tensor in found.items():
                 yield f"{target.key}.{name}", tensor
 
@@ -188,18 +187,18 @@ def _document(
     pair: Pair,
     targets: Sequence[Target],
     weights: Mapping[str, Recorded],
-    digests: Sequence[tuple[dict[str, str], dict[str, str]]],
+    digests: Sequence[Sides],
     wanted: Mapping[str, Any],
     quantised: Mapping[str, Sequence[str]],
     by_torch: bool,
 ) -> dict[str, Any]:
     """Return the JSON of the metadata."""
-    sha256 = pair.digests_of(digests)
+    found = pair.digests_of(digests)
     inputs = {
         role: {
             **published(identity),
             "quantised": list(quantised[role]),
-            "sha256": sha256[role],
+            **found[role],
         }
         for role, identity in pair.inputs.items()
     }

@@ -9,6 +9,7 @@ from safeproj.adapter import Adapter
 from safeproj.adapter.record import Factor
 from safeproj.checkpoint import Checkpoint, open_checkpoint
 from safeproj.checkpoint.expression import Expression, matrix
+from safeproj.checkpoint.hashes import Sides, merged, record
 from safeproj.engine import Comparison
 from safeproj.methods.reference import Plain
 from safeproj.methods.safe_lora.sources import Difference
@@ -83,18 +84,12 @@ class Pair(Plain):
         return Comparison(change.parameter, weight, replacement, change.rows)
 
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-        sides = [score.sha256 for score in scores.values() if score.sha256 is not None]
-        return self.digests_of(sides)
+        return self.digests_of([score.digests for score in scores.values()])
 
-    def digests_of(
-        self, sides: Sequence[tuple[dict[str, str], dict[str, str]]]
-    ) -> dict[str, dict[str, Any]]:
+    def digests_of(self, read: Sequence[Sides]) -> dict[str, dict[str, Any]]:
         """Return the digests of tensors (aligned, base) with those of the files beside them."""
         found = {}
-        for index, role in enumerate(("aligned", "base")):
-            tensors: dict[str, str] = {}
-            for side in sides:
-                tensors |= side[index]
+        for side, role in enumerate(("aligned", "base")):
             files = dict(self.checkpoints[role].document_digests)
-            found[role] = {"tensors": tensors, "files": files}
+            found[role] = record(merged(each[side] for each in read), files=files)
         return found

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 import numpy
 
 from safeproj import engine
+from safeproj.checkpoint.hashes import NEW, NONE, Hash, Sides
 from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task
 from safeproj.errors import SafeprojError
 from safeproj.methods.blocks import Projected
 from safeproj.methods.measures import similarity
-from safeproj.methods.projecting import Digests, projected
+from safeproj.methods.projecting import projected
 from safeproj.methods.safe_lora.blocks import AlignmentBlocks
 from safeproj.methods.safe_lora.decomposition import cosine_bounds
 from safeproj.methods.safe_lora.detail import Alignment
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 def score(
-    task: Task, formulas: Approx | Exact, buffers: Buffers, *, digests: bool
+    task: Task, formulas: Approx | Exact, buffers: Buffers, *, hashes: Collection[Hash]
 ) -> tuple[Score | SafeprojError, ...]:
     """Score all updates of one weight.
 
@@ -34,7 +35,7 @@ def score(
         task: the weight and its updates.
         formulas: which `C`.
         buffers: of the thread.
-        digests: compute the SHA-256 of what is read.
+        hashes: by which what is read is hashed.
 
     Raises:
         SafeprojError: the weight has a value that is not finite.
@@ -42,8 +43,8 @@ def score(
     source = task.origin
     assert isinstance(source, Difference | Kept)
 
-    def project(B: Array) -> tuple[Projected, Digests | None]:
-        return _project(task.name, source, formulas, buffers, B, digests=digests)
+    def project(B: Array) -> tuple[Projected, Sides]:
+        return _project(task.name, source, formulas, buffers, B, hashes)
 
     def measure(A: Array, B: Array, found: Projected) -> Score:
         CB, UB, norm = found.CB, found.UB, found.alignment_norm
@@ -67,24 +68,23 @@ def _project(
     formulas: Approx | Exact,
     buffers: Buffers,
     B: Array,
-    *,
-    digests: bool,
-) -> tuple[Projected, Digests | None]:
+    hashes: Collection[Hash],
+) -> tuple[Projected, Sides]:
     """Return `C B` and the digests of what was read for it."""
     if isinstance(source, Difference):
-        V = AlignmentBlocks(name, source, buffers, digests=digests)
-        return formulas.from_V(V, B), V.sha256
+        V = AlignmentBlocks(name, source, buffers, hashes)
+        return formulas.from_V(V, B), V.digests
     norm = source.alignment_norm
     if source.weight is None:
-        return Projected(None, norm), ({}, {})
-    kept = KeptBlocks(name, source.weight, buffers, digests=digests)
+        return Projected(None, norm), NONE
+    kept = KeptBlocks(name, source.weight, buffers, hashes)
     if source.form == "V":
-        return formulas.from_V(kept, B), kept.sha256
+        return formulas.from_V(kept, B), (kept.digests, {})
     if source.form == "C":
-        return formulas.from_C(kept, norm, B), kept.sha256
+        return formulas.from_C(kept, norm, B), (kept.digests, {})
     assert isinstance(formulas, Approx)  # `SafeLora` refuses the exact projector of a truncated C
     eigenvalues = buffers.device.put(numpy.array(source.eigenvalues, numpy.float32))
-    return formulas.from_U(kept, eigenvalues, norm, B), kept.sha256
+    return formulas.from_U(kept, eigenvalues, norm, B), (kept.digests, {})
 
 
 def differences(
@@ -95,7 +95,7 @@ def differences(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
     usage: Usage | None = None,
-) -> Iterator[tuple[T, Digests]]:
+) -> Iterator[tuple[T, Sides]]:
     """Yield what `use` makes of `V` (m, n), float32, of each weight, and the digests of both sides.
 
     In the given order; each worker holds one `V`.
@@ -113,13 +113,12 @@ def differences(
         SafeprojError: as for `engine.run`.
     """
 
-    def work(buffers: Buffers, task: Task) -> tuple[T, Digests]:
+    def work(buffers: Buffers, task: Task) -> tuple[T, Sides]:
         assert isinstance(task.origin, Difference)
-        blocks = AlignmentBlocks(task.name, task.origin, buffers, digests=True, keep=True)
+        blocks = AlignmentBlocks(task.name, task.origin, buffers, (NEW,), keep=True)
         V = blocks.whole()
-        assert blocks.sha256 is not None
         try:
-            return use(V), blocks.sha256
+            return use(V), blocks.digests
         except FloatingPointError as error:
             message = diagnosis(task.name, task.origin, buffers)
             raise SafeprojError(message) from error

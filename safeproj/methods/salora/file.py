@@ -80,7 +80,7 @@ class SafetyModuleFile(FileReference[Recorded]):
     def digests(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
         recorded = self.file.document["inputs"]
         return {
-            **{role: recorded[role]["sha256"] for role in ("aligned", "data")},
+            **{role: {"sha256": recorded[role]["sha256"]} for role in ("aligned", "data")},
             "safety_module": self.file.digests(read_of(scores), {BASIS: VALUES}),
         }
 

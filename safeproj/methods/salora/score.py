@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
+from safeproj.checkpoint.hashes import Hash, Sides
 from safeproj.engine import Buffers, KeptBlocks, Task
 from safeproj.errors import SafeprojError
 from safeproj.methods.blocks import Projected
 from safeproj.methods.measures import share
-from safeproj.methods.projecting import Digests, projected
+from safeproj.methods.projecting import projected
 from safeproj.methods.salora.detail import Safety
 from safeproj.methods.salora.formulas import Complement, NotOrthonormalError
 from safeproj.methods.salora.sources import SafetyBasis
@@ -17,7 +19,7 @@ from safeproj.storage.arrays import Array
 
 
 def score(
-    task: Task, formulas: Complement, buffers: Buffers, *, digests: bool
+    task: Task, formulas: Complement, buffers: Buffers, *, hashes: Collection[Hash]
 ) -> tuple[Score | SafeprojError, ...]:
     """Score all updates of one weight.
 
@@ -25,7 +27,7 @@ def score(
         task: the weight and its updates.
         formulas: the projector.
         buffers: of the thread.
-        digests: compute the SHA-256 of what is read.
+        hashes: by which what is read is hashed.
 
     Raises:
         SafeprojError: the basis has a value that is not finite, or is none.
@@ -33,9 +35,9 @@ def score(
     source = task.origin
     assert isinstance(source, SafetyBasis)
 
-    def project(B: Array) -> tuple[Projected, Digests | None]:
-        U = KeptBlocks(task.name, source.weight, buffers, digests=digests)
-        return formulas.from_U(U, source.rank, B), U.sha256
+    def project(B: Array) -> tuple[Projected, Sides]:
+        U = KeptBlocks(task.name, source.weight, buffers, hashes)
+        return formulas.from_U(U, source.rank, B), (U.digests, {})
 
     def measure(A: Array, B: Array, found: Projected) -> Score:
         CB, UB = found.CB, found.UB

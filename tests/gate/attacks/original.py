@@ -211,8 +211,8 @@ def _(document: Any) -> None:
 
 @record("SP022", name="digests_of_other_models", hope="The models are not those that are given.")
 def _(document: Any) -> None:
-    tensors = document["inputs"]["aligned"]["sha256"]["tensors"]
-    document["inputs"]["aligned"]["sha256"]["tensors"] = dict.fromkeys(tensors, "0" * 64)
+    tensors = document["inputs"]["aligned"]["blake3"]["tensors"]
+    document["inputs"]["aligned"]["blake3"]["tensors"] = dict.fromkeys(tensors, "0" * 64)
 
 
 @record("SP021", name="config_of_another", hope="The config is not the one that is recorded.")

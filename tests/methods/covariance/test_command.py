@@ -270,9 +270,9 @@ def test_data_gives_what_statistics_of_it_give(llama: Place, tmp_path: Path) -> 
     assert manifest["inputs"]["safety_data"]["source"] == str(llama.safety)
     assert manifest["inputs"]["safety_data"]["data"] == "safety.jsonl"
     for role in ("safety_data", "task_data"):
-        digests = [each["inputs"][role]["sha256"] for each in (manifest, from_stats)]
-        assert digests[0]["data"] == digests[1]["data"]
-        assert digests[0]["tensors"] == digests[1]["tensors"]
+        found, expected = (each["inputs"][role] for each in (manifest, from_stats))
+        assert found["sha256"]["data"] == expected["sha256"]["data"]
+        assert found["blake3"]["tensors"] == expected["blake3"]["tensors"]
 
 
 def test_without_task_data_random_tokens_stand_for_it(llama: Place, tmp_path: Path) -> None:

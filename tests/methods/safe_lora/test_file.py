@@ -38,6 +38,7 @@ from tests.support import (
     CONFIG,
     FACTORS,
     MANIFEST,
+    blake3_of,
     change_json,
     moved,
     oracle_C,
@@ -684,10 +685,6 @@ def test_the_smaller_exact_form_is_kept(llama: Built, tmp_path: Path) -> None:
         assert form == "V" or torch.equal(tensor, tensor.T)
 
 
-def sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
 def stored(checkpoint: Path) -> dict[str, Tensor]:
     files = checkpoint.glob("*.safetensors")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -705,12 +702,12 @@ def test_the_digests_are_those_of_the_checkpoints(root: Path, tmp_path: Path, mo
     pair, (targets, is_read) = build(model, root), DIGESTED[model]
     inputs = document(align(pair, tmp_path / "file", targets=targets))["inputs"]
     for role, folder in (("base", pair.base), ("aligned", pair.aligned)):
-        tensors = {name: sha256(t) for name, t in stored(folder).items() if is_read(name)}
-        assert inputs[role]["sha256"]["tensors"] == tensors
+        tensors = {name: blake3_of(t) for name, t in stored(folder).items() if is_read(name)}
+        assert inputs[role]["blake3"] == {"tensors": tensors}
         assert tensors
         files = {"config.json", "model.safetensors.index.json"}
-        assert inputs[role]["sha256"]["files"] == {
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files
+        assert inputs[role]["sha256"] == {
+            "files": {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in files}
         }
 
 
@@ -718,9 +715,9 @@ def test_each_expert_of_a_stored_stack_has_its_digest(root: Path, tmp_path: Path
     pair = build("gpt-oss-square", root)
     file = align(pair, tmp_path / "file", targets=("experts.down_proj",))
     for role, folder in (("base", pair.base), ("aligned", pair.aligned)):
-        found = document(file)["inputs"][role]["sha256"]["tensors"]
+        found = document(file)["inputs"][role]["blake3"]["tensors"]
         assert found == {
-            f"{name}[{e}]": sha256(expert)
+            f"{name}[{e}]": blake3_of(expert)
             for name, stack in stored(folder).items()
             if name.endswith("experts.down_proj")
             for e, expert in enumerate(stack)
@@ -758,14 +755,16 @@ def test_using_a_file_records_what_was_read_of_it(llama: Built, tmp_path: Path) 
     assert inputs["alignment"]["source"] == str(file)
     assert inputs["alignment"]["rank"] == 2
     assert inputs["alignment"]["targets"] == ["all-linear"]
-    digests = inputs["alignment"]["sha256"]
-    assert digests["metadata"] == hashlib.sha256(text.encode()).hexdigest()
+    metadata = hashlib.sha256(text.encode()).hexdigest()
+    assert inputs["alignment"]["sha256"] == {"metadata": metadata}
     modules = [f"model.layers.{i}.self_attn.{kind}.weight" for i in (0, 1) for kind in QV]
     expected = {f"{key}.{part}" for key in modules for part in ("U", "eigenvalues")}
-    assert digests["tensors"] == {name: sha256(tensors[name]) for name in expected}
+    digests = {name: blake3_of(tensors[name]) for name in expected}
+    assert inputs["alignment"]["blake3"] == {"tensors": digests}
     for role in ("base", "aligned"):
-        digests = document(file)["inputs"][role]["sha256"]
-        assert inputs[role] == {"source": role, "sha256": digests}
+        recorded = document(file)["inputs"][role]
+        assert recorded.pop("quantised") == []
+        assert inputs[role] == recorded
 
 
 # What is to be known about the checkpoints.
@@ -806,10 +805,10 @@ def test_quantised_checkpoints_are_warned_about_whenever_the_file_is_used(
     assert warning in manifest["warnings"]
     oracle.check(pair, adapter, tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj.weight"
-    recorded = inputs["aligned"]["sha256"]["tensors"]
+    recorded = inputs["aligned"]["blake3"]["tensors"]
     codes = load_file(tmp_path / "aligned" / "model.safetensors")
-    assert recorded[name] == sha256(codes[name])
-    assert recorded[f"{name}_scale_inv"] == sha256(codes[f"{name}_scale_inv"])
+    assert recorded[name] == blake3_of(codes[name])
+    assert recorded[f"{name}_scale_inv"] == blake3_of(codes[f"{name}_scale_inv"])
 
 
 def frozen(pair: Built, path: Path, *names: str) -> Built:
