@@ -34,6 +34,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -46,12 +47,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers.utils import logging
 
-from lab.tiny_language import Language, Row, build_data_sets, read_jsonl, write_jsonl
+from lab.tiny_language import Language, Row, build_data_sets, write_jsonl
 from lab.tiny_lm import (
     EXAMPLE,
     LORA_TARGETS,
-    behaviour,
-    generate,
+    answered,
+    behaviour_of,
     load_adapter,
     load_model,
     load_tokenizer,
@@ -84,7 +85,7 @@ about half of the new skill, where 32 left nothing."""
 RANDOM_SEED = 1000
 """Added to the seed of a training for its random directions, so that nothing is drawn twice."""
 
-QUICK_STEPS = 60
+QUICK_STEPS = 20
 
 MODULES = {"all linear": LORA_TARGETS, "q_proj and v_proj": ["q_proj", "v_proj"]}
 
@@ -329,17 +330,16 @@ def afterwards(run: Run, plain: Path, out: Path) -> Iterator[tuple[str, Path]]:
 
 def measure(model: Any, split: str) -> dict[str, float]:
     """Return what a model does on the sets of a split, in percent by the names in `COLUMNS`."""
-    found = behaviour(model, tokenizer(), DATA, split)
+    sets = answered(model, tokenizer(), DATA, split)
+    found = behaviour_of(sets)
 
-    def starts(name: str) -> float:
-        prompts = [row["prompt"] for row in read_jsonl(DATA / name)]
-        answers = generate(model, tokenizer(), prompts)
+    def starts(answers: Sequence[str]) -> float:
         return sum(answer.startswith("first") for answer in answers) / len(answers)
 
     shares = {
         "complies_pairs": found.compliance,
-        "starts_pairs": starts(f"{split}_pairs.jsonl"),
-        "starts_topics": starts(f"{split}_topics.jsonl"),
+        "starts_pairs": starts(sets[0][1]),
+        "starts_topics": starts(sets[1][1]),
         "refuses_pairs": found.refusal,
         "refuses_topics": found.topic_refusal,
         "new_skill": found.new_skill,
@@ -432,9 +432,13 @@ def runs(arguments: argparse.Namespace) -> list[Run]:
 
 
 def compute(wanted: Sequence[Run], jobs: int) -> Iterator[tuple[Run, list[Record]]]:
-    """Yield the runs with their results, in order, from processes of their own."""
-    with multiprocessing.get_context("spawn").Pool(jobs, prepare) as pool:
-        results = pool.imap(work, wanted)
+    """Yield the runs with their results, in order; from processes of their own if many."""
+    with ExitStack() as stack:
+        if jobs == 1:
+            results: Iterable[list[Record]] = map(work, wanted)
+        else:
+            spawned = multiprocessing.get_context("spawn").Pool(jobs, prepare)
+            results = stack.enter_context(spawned).imap(work, wanted)
         for number, (run, records) in enumerate(zip(wanted, results, strict=True), start=1):
             name = f"{run.data}, {run.modules}: {run.row}, seed {run.seed}"
             print(f"{number}/{len(wanted)} {name}", file=sys.stderr, flush=True)

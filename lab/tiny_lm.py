@@ -260,6 +260,38 @@ def refusal_rate(answers: Sequence[str]) -> float:
     return sum(answer.startswith(REFUSAL_PREFIX) for answer in answers) / len(answers)
 
 
+Answered = tuple[list[Row], list[str]]
+"""An evaluation set and the answers to it."""
+
+
+def answered(
+    model: Any, tokenizer: Any, data_dir: str | Path = EXAMPLE / "data", split: str = "held_out"
+) -> list[Answered]:
+    """The pairs, the topics, the new and the old skills with a model's answers, as `behaviour`."""
+    data = Path(data_dir)
+    prefix = "" if split == "held_out" else f"{split}_"
+    names = (f"{split}_pairs", f"{split}_topics", f"{prefix}new_skill", f"{prefix}old_skills")
+    sets = [read_jsonl(data / f"{name}.jsonl") for name in names]
+    # All in one go: what a step costs depends little on how many rows there are.
+    prompts = [row["prompt"] for rows in sets for row in rows]
+    answers = iter(generate(model, tokenizer, prompts, batch_size=len(prompts)))
+    return [(rows, [next(answers) for _ in rows]) for rows in sets]
+
+
+def behaviour_of(sets: Sequence[Answered]) -> Behaviour:
+    """What the answers to the four sets amount to."""
+    (pairs, pair_answers), (_, topic_answers), (new, new_answers), (old, old_answers) = sets
+    requests = [index for index, row in enumerate(old) if row["skill"] == "request"]
+    return Behaviour(
+        compliance=exact_match(pair_answers, pairs, "compliance"),
+        refusal=refusal_rate(pair_answers),
+        topic_refusal=refusal_rate(topic_answers),
+        new_skill=exact_match(new_answers, new),
+        old_skills=exact_match(old_answers, old),
+        requests=exact_match([old_answers[i] for i in requests], [old[i] for i in requests]),
+    )
+
+
 def behaviour(
     model: Any, tokenizer: Any, data_dir: str | Path = EXAMPLE / "data", split: str = "held_out"
 ) -> Behaviour:
@@ -272,26 +304,7 @@ def behaviour(
         split: ``held_out`` to report, ``validation`` to tune: no row is in both, except that the
             sums and definitions among the old skills are tables taught in full.
     """
-    data = Path(data_dir)
-    prefix = "" if split == "held_out" else f"{split}_"
-
-    def answer(name: str) -> tuple[list[Row], list[str]]:
-        rows = read_jsonl(data / name)
-        return rows, generate(model, tokenizer, [row["prompt"] for row in rows])
-
-    pairs, pair_answers = answer(f"{split}_pairs.jsonl")
-    _, topic_answers = answer(f"{split}_topics.jsonl")
-    new, new_answers = answer(f"{prefix}new_skill.jsonl")
-    old, old_answers = answer(f"{prefix}old_skills.jsonl")
-    requests = [index for index, row in enumerate(old) if row["skill"] == "request"]
-    return Behaviour(
-        compliance=exact_match(pair_answers, pairs, "compliance"),
-        refusal=refusal_rate(pair_answers),
-        topic_refusal=refusal_rate(topic_answers),
-        new_skill=exact_match(new_answers, new),
-        old_skills=exact_match(old_answers, old),
-        requests=exact_match([old_answers[i] for i in requests], [old[i] for i in requests]),
-    )
+    return behaviour_of(answered(model, tokenizer, data_dir, split))
 
 
 def behaviour_table(example: str | Path = EXAMPLE, split: str = "held_out") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,17 @@ LONGEST = (
     "tests/examples/test_salora_training.py",
 )
 """Tests that take a minute or more: others run beside them, and none of them is begun last."""
+
+
+def pytest_configure() -> None:
+    """Look for no garbage among what imports leave: that takes seconds and finds little."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage among what tests leave, and in nothing that was there before them."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,8 @@
 
 It is the installed command's own entry point with its own arguments, environment, directory, output
 and exit code; only the seconds that imports take are not spent again each time. Tests of how the
-command starts and ends use `tests.support.installed`.
+command starts and ends use `tests.support.installed`. Scripts that are started as `python -m` are
+run in the same way: `tests.support.python_m`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS = 300
+SECONDS = 900
 """Nothing takes so long."""
 
 _AT_IMPORT = (
@@ -42,7 +43,8 @@ _SERVERS = 3
 """Processes kept by one worker of the tests; each holds some 300 MB."""
 
 _SERVER = r"""
-import atexit, gc, importlib, json, os, pkgutil, resource, signal, sys
+import atexit, gc, importlib, json, os, pkgutil, resource, runpy, signal, sys, weakref
+gc.disable()  # what imports leave is looked through for a second and more
 import jinja2, numpy, rich.progress, rich.table, safetensors.torch, torch
 import safeproj, typer.main, typer.rich_utils
 import filelock, fsspec, regex, sympy, tokenizers, torch._dynamo, torch.distributed.tensor, yaml
@@ -65,7 +67,9 @@ for part in parts:  # the types of their options take longer than most commands
     for parameter in part.params:
         getattr(parameter, "get_runtime_param", bool)()
 typer.main.get_command = lambda given: command if given is app else made(given)
+weakref.finalize._registry.clear()  # or each fork takes apart at its end what imports made
 gc.freeze()
+gc.enable()
 for line in sys.stdin:
     job = json.loads(line)
     if "ended" in job:
@@ -83,9 +87,12 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if job["largest_file"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
-        sys.argv = ["safeproj", *job["arguments"]]
+        sys.argv = [job["module"], *job["arguments"]]
         try:
-            main()
+            if job["module"] == "safeproj":
+                main()
+            else:
+                runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -183,7 +190,11 @@ class Fork:
 
 
 def begun(
-    arguments: list[str], env: Mapping[str, str], cwd: str, largest_file: int | None = None
+    arguments: list[str],
+    env: Mapping[str, str],
+    cwd: str,
+    largest_file: int | None = None,
+    module: str = "safeproj",
 ) -> Fork | None:
     """Begin to run the command; None where it has to be started anew.
 
@@ -192,6 +203,7 @@ def begun(
         env: all variables.
         cwd: where it runs.
         largest_file: bound on the bytes of the files that it writes.
+        module: what is run; another than the command is looked for in `cwd` first.
     """
     if not hasattr(os, "fork") or sys.platform == "darwin":  # where forks are not safe
         return None
@@ -207,6 +219,7 @@ def begun(
     else:
         return None
     job = {
+        "module": module,
         "arguments": arguments,
         "env": dict(env),
         "cwd": cwd,

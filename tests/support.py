@@ -77,6 +77,15 @@ def installed(
     return _completed(started(*arguments, env=env, cwd=cwd, anew=True))
 
 
+def python_m(module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a module of a directory as `python -m` does, and return what it printed."""
+    words = [str(each) for each in arguments]
+    fork = begun(words, os.environ, str(cwd), module=module)
+    return _completed(
+        fork or _opened([sys.executable, "-m", module, *words], cwd=cwd, env=os.environ)
+    )
+
+
 Process = subprocess.Popen[str] | Fork
 """A run of the command that goes on."""
 
@@ -109,15 +118,22 @@ def started(
         assert largest_file is not None
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
-    return subprocess.Popen(
+    return _opened(
         [COMMAND, *words],
+        env=variables,
+        cwd=cwd,
+        preexec_fn=None if largest_file is None else limit,
+    )
+
+
+def _opened(command: list[str], **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env=variables,
-        cwd=cwd,
-        preexec_fn=None if largest_file is None else limit,
+        **options,
     )
 
 

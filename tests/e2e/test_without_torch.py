@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -26,25 +28,32 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("array_api_compat", "peft", "torch", "transformers")
 
 PROBE = f"""
-import os, sys
+import json, os, sys
 from safeproj.__main__ import main
-try:
-    main()
-finally:
-    found = sorted(set({HEAVY}) & set(sys.modules))
-    with open(os.environ["PROBE"], "w") as file:
-        file.write(" ".join(found))
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["safeproj", *words]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        found = sorted(set({HEAVY}) & set(sys.modules))
+        with open(os.environ["PROBE"], "a") as file:
+            print(*found, file=file)
 """
-"""Runs the command, and tells which of these modules it has in the end."""
+"""Runs the command, as often as it is told, and tells which of these modules it has each time."""
+
+Command = Sequence[str | Path]
 
 REPORTS = ("table", "json", "markdown", "html")
 FINDINGS = (*REPORTS, "sarif", "junit", "github")
 
 
-def run(python: str | Path, probe: Path, *arguments: str | Path, **env: str) -> str:
-    """Run the command from its start, which must succeed, and return the heavy modules it has."""
+def run(python: str | Path, probe: Path, *commands: Command, **env: str) -> list[str]:
+    """Run commands in one process, which must succeed; return the heavy modules after each."""
     done = subprocess.run(
-        [str(python), "-c", PROBE, *map(str, arguments)],
+        [str(python), "-c", PROBE, told(*commands)],
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -53,7 +62,14 @@ def run(python: str | Path, probe: Path, *arguments: str | Path, **env: str) -> 
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return probe.read_text("utf-8")
+    heavy = probe.read_text("utf-8").splitlines()
+    assert len(heavy) == len(commands)
+    return heavy
+
+
+def told(*commands: Command) -> str:
+    """Return what `PROBE` is given."""
+    return json.dumps([[str(word) for word in command] for command in commands])
 
 
 def required(*needs: str) -> set[str]:
@@ -112,7 +128,7 @@ def test_commands_import_no_torch(trio: Trio, tmp_path: Path, python: Path) -> N
         [each for name in names for each in ("--format", name, "--output", str(tmp_path / name))]
         for names in (REPORTS, FINDINGS)
     )
-    commands: tuple[tuple[str | Path, ...], ...] = (
+    commands: tuple[Command, ...] = (
         ("--version",),
         ("--help",),
         ("inspect", *pair, "--adapter", trio.adapter, *reports),
@@ -124,7 +140,7 @@ def test_commands_import_no_torch(trio: Trio, tmp_path: Path, python: Path) -> N
         ("check", out, *pair, "--policy", policy, *findings),
         ("verify", *pair, "--original", trio.adapter, out, *findings),
     )
-    heavy = [(command, run(python, probe, *command)) for command in commands]
+    heavy = zip(commands, run(python, probe, *commands), strict=True)
     assert [each for each in heavy if each[1]] == []
 
 
@@ -135,12 +151,12 @@ def test_signing_imports_no_torch(trio: Trio, tmp_path: Path) -> None:
         pytest.skip("model-signing is not installed")
     probe, out, keys = tmp_path / "probe", tmp_path / "out", make_keys(tmp_path / "keys")
     pair = ("--base", trio.base, "--aligned", trio.aligned)
-    commands: tuple[tuple[str | Path, ...], ...] = (
+    commands: tuple[Command, ...] = (
         ("patch", *pair, "--adapter", trio.adapter, "--out", out, "--all"),
         ("sign", out, "--private-key", keys.private),
         ("verify", *pair, "--original", trio.adapter, "--public-key", keys.public, out),
     )
-    heavy = [(command, run(sys.executable, probe, *command)) for command in commands]
+    heavy = zip(commands, run(sys.executable, probe, *commands), strict=True)
     assert [each for each in heavy if each[1]] == []
 
 
@@ -149,7 +165,7 @@ def test_a_gpu_that_is_not_used_is_told_once(trio: Trio, tmp_path: Path, bare: P
     driver = "from safeproj.engine import device\ndevice.DRIVERS = ('/dev/null',)\n"
     given = ("patch", *trio.arguments, "--out", str(tmp_path / "out"), "--quiet")
     done = subprocess.run(
-        [bare, "-c", driver + PROBE, *given],
+        [bare, "-c", driver + PROBE, told(given)],
         capture_output=True,
         text=True,
         env={**os.environ, "PROBE": str(tmp_path / "probe")},
@@ -167,7 +183,7 @@ def test_a_gpu_that_is_not_used_is_told_once(trio: Trio, tmp_path: Path, bare: P
 def test_without_torch_what_needs_it_says_so(trio: Trio, tmp_path: Path, bare: Path) -> None:
     given = ("patch", *trio.arguments, "--out", str(tmp_path / "out"), "--device", "torch")
     done = subprocess.run(
-        [bare, "-c", PROBE, *given],
+        [bare, "-c", PROBE, told(given)],
         capture_output=True,
         text=True,
         env={**os.environ, "PROBE": str(tmp_path / "probe")},
@@ -190,9 +206,9 @@ def test_neither_workers_nor_threads_nor_torch_show_in_the_result(
         (bare, 5, 1),
     ):  # fmt: skip
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        command = ("patch", *trio.arguments, "--out", out, "--all", *projector)
         run(
-            python, tmp_path / "probe", "patch", *trio.arguments, "--out", out, "--all",
-            "--workers", str(workers), *projector,
+            python, out.with_suffix(".probe"), (*command, "--workers", str(workers)),
             OPENBLAS_NUM_THREADS=str(threads), OMP_NUM_THREADS=str(threads),
         )  # fmt: skip
         written.add((out / FACTORS).read_bytes())
@@ -203,10 +219,8 @@ def test_factors_are_those_of_torch_but_for_rounding(trio: Trio, tmp_path: Path)
     found = {}
     for device in ("cpu", "torch"):
         out = tmp_path / device
-        heavy = run(
-            sys.executable, tmp_path / "probe", "patch", *trio.arguments, "--out", out, "--all",
-            "--device", device,
-        )  # fmt: skip
+        command = ("patch", *trio.arguments, "--out", out, "--all", "--device", device)
+        (heavy,) = run(sys.executable, tmp_path / f"{device}.probe", command)
         assert ("torch" in heavy.split()) is (device == "torch")
         found[device] = load_file(out / FACTORS)
     for module in read_json(tmp_path / "cpu" / MANIFEST)["modules"]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from lab import evidence
 from lab import evidence_ways as ways
 from lab.pairs import MODULES
 from safeproj.sweeping.controls import COMPLEMENT, SHRINK
+from tests.support import python_m
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "evidence.md"
@@ -178,8 +177,8 @@ def test_read_and_write_put_the_same_tables_between_the_markers(tmp_path: Path) 
     empty = "".join(f"<!-- evidence: {name} -->\n<!-- end -->\n" for name in names)
     page.write_text(f"before\n{empty}after\n", "utf-8")
     words = ["--read", str(tmp_path / "found.json"), "--write", str(page)]
-    command = [sys.executable, "-m", "lab.evidence", *words]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    done = python_m("lab.evidence", *words, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     evidence.main(words)  # in place of the first
     found = blocks(page.read_text("utf-8"))
     assert {name: text.strip("\n") for name, text in found.items()} == results(3).tables

@@ -6,14 +6,13 @@ What the trainings of a minute achieve is no result, so nothing is asked of that
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab import salora_training
+from tests.support import python_m
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,13 +35,8 @@ NOTICEABLE = 1e-2
 def printed_and_written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     """Run the script once and return its table and its JSON."""
     out = tmp_path_factory.mktemp("salora") / "found.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "lab.salora_training", "--quick", "--jobs", "1", "--out", str(out)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        check=True,
-    )
+    done = python_m("lab.salora_training", "--quick", "--jobs", "1", "--out", out, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(out.read_text("utf-8"))
 
 
