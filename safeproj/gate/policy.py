@@ -321,7 +321,7 @@ def _parsed(path: Path, table: Mapping[str, Any]) -> Policy:
         "readers": _listed,
         "identities": _strings,
         "public-key": _string,
-        "behaviour": lambda _, table: demands(table),
+        "behaviour": _demands,
     }
     try:
         _require_known("the policy", table, (*readers, "allow"))
@@ -387,6 +387,10 @@ def _evidence(name: str, value: object) -> Evidence:
     if value not in kinds:
         raise SafeprojError(f"{name} is {value!r}; expected {', '.join(kinds)}")
     return Evidence(value)
+
+
+def _demands(_: str, value: object) -> Demands:
+    return demands(value)
 
 
 def _count_or_share(name: str, value: object) -> int | str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from safeproj.adapter import AdaptedModule, Adapter
+from safeproj.checkpoint.hashes import NEW
 from safeproj.methods.covariance.method import Covariance
 from safeproj.methods.interface import Method
 from safeproj.methods.registry import words_of
@@ -143,5 +144,5 @@ def shrinks(adapter: Adapter, modules: tuple[AdaptedModule, ...]) -> Iterator[tu
 
 
 def _patched(method: Method, source: str, options: Options) -> tuple[Job, Run]:
-    job = Job(method, options, digests=True)
+    job = Job(method, options, hashes=(NEW,))
     return job, job.one(source)

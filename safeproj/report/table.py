@@ -144,6 +144,8 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:
         )
     console.print(table)
     for said, names in checks.passes.items():
+        if said == Outcome.passed.value:  # the table has as much
+            continue
         whose = "" if len(names) == len(checks.checks) else f"{', '.join(names)}: "
         console.print(Text(printable(f"{whose}{said}")))
     for check in checks.checks:

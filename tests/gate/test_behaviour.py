@@ -108,8 +108,15 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 def checked(scene: Scene, adapter: Path, *further: str | Path) -> Outcome:
-    models = ["--base", TINY / "base", "--aligned", TINY / "aligned", "--format", "json"]
-    policy = [] if "--policy" in further else ["--policy", scene.policy]
+    models: list[str | Path] = [
+        "--base",
+        TINY / "base",
+        "--aligned",
+        TINY / "aligned",
+        "--format",
+        "json",
+    ]
+    policy: list[str | Path] = [] if "--policy" in further else ["--policy", scene.policy]
     return in_process("check", adapter, *models, *policy, *further)
 
 
@@ -152,7 +159,7 @@ def test_an_evaluation_that_meets_the_policy_outranks_cosines(scene: Scene, tmp_
 
 def test_where_it_does_not_outrank_both_are_needed(scene: Scene, tmp_path: Path) -> None:
     file = written(tmp_path, scene.document)
-    no = ["--behaviour", "outranks-cosines=false", "--evaluation", file]
+    no: list[str | Path] = ["--behaviour", "outranks-cosines=false", "--evaluation", file]
     assert levels(checked(scene, SKILL, *no))["SP001"] == {"fail"}
     found = checked(scene, SKILL, *no, "--threshold", "0.1")
     assert found.code == 0
@@ -311,7 +318,7 @@ def only(document: Document, *names: str) -> None:
 
 def retell(document: Document) -> None:
     """Make the shares and differences follow from the verdicts, as a careful forger would."""
-    alone = None
+    alone: dict[str, Any] = {}
     for each in document["subjects"]:
         told = {name: outcomes(letters, LABELS) for name, letters in each["verdicts"].items()}
         each["sets"] = {
@@ -322,10 +329,11 @@ def retell(document: Document) -> None:
         if each["adapter"] is None:
             alone = told
             continue
-        each["differences"] = alone and {
-            name: {o: d.to_dict() for o, d in differences(found, alone[name]).items()}
-            for name, found in told.items()
-        }
+        changes = {name: differences(found, alone[name]) for name, found in told.items() if alone}
+        each["differences"] = {
+            name: {outcome: change.to_dict() for outcome, change in found.items()}
+            for name, found in changes.items()
+        } or None
 
 
 def truncate(document: Document, count: int) -> None:

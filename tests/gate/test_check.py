@@ -258,7 +258,8 @@ def test_pins_are_compared_with_what_was_read(trio: Trio, check: Callable[..., C
 
 
 def test_provenance_may_be_required(trio: Trio, patched: Path, check: Callable[..., Check]) -> None:
-    policy = Policy(threshold=0.0, allow=frozenset({"empty-updates"}))
+    allowed = frozenset({"empty-updates", "unmeasured-behaviour"})
+    policy = Policy(threshold=0.0, allow=allowed)
     assert ids(check(trio.adapter, policy), Level.fail) == {"SP020"}
     assert check(patched, policy).outcome is Outcome.passed
 

@@ -137,10 +137,11 @@ def test_the_invocation_has_the_exit_code(found: Checks, successful: bool, code:
 def test_the_outcome_of_every_adapter_is_in_the_properties() -> None:
     assert run(mixed())["properties"] == {
         "outcome": "failed",
+        "words": "failed",
         "adapters": [
-            {"name": "bad", "outcome": "failed"},
-            {"name": "good", "outcome": "passed"},
-            {"name": "broken", "outcome": "undecided"},
+            {"name": "bad", "outcome": "failed", "words": "failed"},
+            {"name": "good", "outcome": "passed", "words": "passed"},
+            {"name": "broken", "outcome": "undecided", "words": "undecided"},
         ],
     }
 
