@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         inspect_many,
         patch,
         patch_many,
+        refusals,
         sweep,
         verify,
     )
@@ -55,6 +56,7 @@ __all__ = [
     "patch",
     "patch_many",
     "read_prompts",
+    "refusals",
     "salora",
     "sweep",
     "verify",
@@ -80,6 +82,7 @@ _HOME = {
     "patch": "api",
     "patch_many": "api",
     "read_prompts": "evaluation.sets",
+    "refusals": "api",
     "sweep": "api",
     "verify": "api",
 }
