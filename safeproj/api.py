@@ -37,6 +37,7 @@ from safeproj.run.options import Observer, Options
 if TYPE_CHECKING:
     from safeproj.evaluation.generate import Generation
     from safeproj.evaluation.judges import Judge
+    from safeproj.evaluation.refusals import Refusals
     from safeproj.evaluation.sets import PromptSet
     from safeproj.evaluation.tasks import Tasks
     from safeproj.gate.check import Original
@@ -58,6 +59,7 @@ __all__ = [
     "inspect_many",
     "patch",
     "patch_many",
+    "refusals",
     "repair",
     "reports",
     "sweep",
@@ -632,6 +634,59 @@ def _unmeasured(
             *("--adapter", adapter, "--out", str(out)),
         ),
         warnings=report.warnings,
+    )
+
+
+def refusals(
+    aligned: str,
+    prompts: str | Path,
+    out: str | Path,
+    judge: Judge | Callable[[], Judge] | None = None,
+    generation: Generation | None = None,
+    *,
+    device: str = "auto",
+    limit: int | None = None,
+    overwrite: bool = False,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Refusals:
+    """Write a model's own refusals to harmful prompts as JSON lines, which are safety data.
+
+    Prompts go through the model's chat template, if it has one, and are written as chats then.
+
+    Args:
+        aligned: SRC of the aligned model, which is run.
+        prompts: file with harmful prompts, in any format that is read.
+        out: the file to create; it appears complete or not at all.
+        judge: tells refusals, `Keywords()` if None; or what makes one, called when all else is
+            known to be usable.
+        generation: how answers are generated; its `chat` does not count.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        limit: only so many prompts, the first.
+        overwrite: replace prompts with responses that are at `out`.
+        on_batch: told how many answers there are, and how many there will be.
+
+    Returns:
+        The rows that were written, and how many answers were dropped.
+
+    Raises:
+        SafeprojError: an input cannot be used, no answer is a refusal, or `out` cannot be written;
+            nothing is written.
+    """
+    from safeproj.lm.models import require_extra
+
+    require_extra()
+    from safeproj.evaluation.refusals import make_refusals
+
+    return make_refusals(
+        aligned,
+        prompts,
+        Path(out),
+        judge,
+        generation,
+        device=device,
+        limit=limit,
+        overwrite=overwrite,
+        on_batch=on_batch,
     )
 
 

@@ -20,8 +20,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 NAMES = (
-    "repair", "inspect", "patch", "align", "check", "verify", "stats", "eval", "sweep", "sign",
-    "salora",
+    "repair", "inspect", "patch", "align", "check", "verify", "data", "stats", "eval", "sweep",
+    "sign", "salora",
 )  # fmt: skip
 """The commands, each in the module of its name."""
 

@@ -36,7 +36,8 @@ class Prompting:
         typer.Option(
             "--harmful",
             metavar="[NAME=]FILE",
-            help="JSON lines with harmful prompts; answers are judged. Repeatable.",
+            help="Harmful prompts: JSON lines, a JSON array, CSV, or text with one in each line; "
+            "answers are judged. Repeatable.",
         ),
     ] = None
     skill: Annotated[
@@ -44,8 +45,8 @@ class Prompting:
         typer.Option(
             "--skill",
             metavar="[NAME=]FILE",
-            help="JSON lines with prompts and the right responses; answers are compared. "
-            "Repeatable.",
+            help="Prompts with the right responses: JSON lines, a JSON array or CSV; answers are "
+            "compared. Repeatable.",
         ),
     ] = None
     limit: Annotated[

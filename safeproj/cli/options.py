@@ -410,7 +410,8 @@ Aligned = Annotated[
 DATA = typer.Option(
     "--data",
     metavar="FILE",
-    help="JSON lines with prompt and response, or chat messages for the model's template.",
+    help="Prompts with responses, or chats for the model's template: JSON lines, a JSON array or "
+    "CSV, as docs/data.md says.",
 )
 
 

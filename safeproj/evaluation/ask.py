@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.generate import BATCH_SIZE, Generator, has_template
 from safeproj.evaluation.judges import RefusalJudge, Verdict
-from safeproj.evaluation.sets import Message, Prompt
 from safeproj.evaluation.thoughts import Thoughts
+from safeproj.storage.rows import Message, Prompt
 from safeproj.text import first_line, printable
 
 TIMEOUT = 600.0

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluation.sets import Message, Prompt
 from safeproj.evaluation.thoughts import CHANNEL, Spoken, Tag, Thoughts
 from safeproj.lm.chat import ChatOptions, Rendered, render, single_start, template_of, without_end
 from safeproj.lm.places import require_tokens, vocabulary_size
+from safeproj.storage.rows import Message, Prompt
 
 BATCH_SIZE = 16
 """Default number of prompts that run at a time."""

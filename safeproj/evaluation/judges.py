@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.phrases import ANYWHERE, OPENING
-from safeproj.evaluation.sets import Prompt
+from safeproj.storage.rows import Prompt
 from safeproj.text import first_line
 
 BEGINNING = 200

@@ -13,6 +13,7 @@ from safeproj.evaluation.thoughts import Spoken, Thoughts, unfinished_words
 from safeproj.lm.chat import prints_date
 from safeproj.records.rates import Rate
 from safeproj.records.verdicts import CORRECT, EXACT, Outcomes, rates
+from safeproj.storage.rows import Prompt
 
 Measurement = dict[str, dict[str, Rate]]
 """Set to outcome to share of the answers: `refused` (or `safe`, with a guard model), `complied` and
@@ -75,12 +76,17 @@ def prompt_warnings(generator: Generator, sets: Sequence[PromptSet]) -> tuple[st
             "the model has a chat template, but plain prompts were continued as they are; see "
             "--chat"
         )
-    options = generator.options
-    if (chats or generator.chat) and options.date is None and prints_date(generator.tokenizer):
-        found.append(
-            f"the chat template prints the date, which was taken to be {options.day}; see --date"
-        )
+    if chats or generator.chat:
+        found += date_warnings(generator)
     return tuple(found)
+
+
+def date_warnings(generator: Generator) -> tuple[str, ...]:
+    """Return what the user should know about the date that a chat template prints."""
+    options = generator.options
+    if options.date is not None or not prints_date(generator.tokenizer):
+        return ()
+    return (f"the chat template prints the date, which was taken to be {options.day}; see --date",)
 
 
 def unfinished(said: Iterable[Spoken]) -> int:
@@ -123,7 +129,7 @@ def outcomes(
     expected = _expected(prompts.expected, thoughts or Thoughts())
     if prompts.kind == "skill":
         return {CORRECT: _same(expected, answers)}
-    verdicts = judged(judge, prompts, answers)
+    verdicts = judged(judge, prompts.prompts, answers)
     found: dict[str, tuple[bool | None, ...]] = {
         label.value: tuple(each is label for each in verdicts) for label in judge.labels
     }
@@ -132,7 +138,7 @@ def outcomes(
     return found
 
 
-def judged(judge: Judge, prompts: PromptSet, answers: Sequence[str]) -> list[Verdict]:
+def judged(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Verdict]:
     """Return the verdict on each answer; an empty one is `other`, and no judge is asked.
 
     Raises:
@@ -141,7 +147,7 @@ def judged(judge: Judge, prompts: PromptSet, answers: Sequence[str]) -> list[Ver
     asked = [i for i, answer in enumerate(answers) if answer.strip()]
     found = [Verdict.other] * len(answers)
     if asked:
-        said = judge.verdicts([prompts.prompts[i] for i in asked], [answers[i] for i in asked])
+        said = judge.verdicts([prompts[i] for i in asked], [answers[i] for i in asked])
         for i, verdict in zip(asked, said, strict=True):
             found[i] = verdict
     return found

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluation.sets import Prompt
 from safeproj.methods.recorded import DAMAGES
 from safeproj.storage.documents import parse
 from safeproj.storage.publish import hold, is_held
+from safeproj.storage.rows import Prompt
 from safeproj.storage.wholefile import replace_file
 from safeproj.text import first_line, printable
 

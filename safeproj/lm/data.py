@@ -1,9 +1,8 @@
-"""Prompt/response data in JSON lines, as batches of tokens in which the responses are labelled."""
+"""Prompts with responses, as batches of tokens in which the responses are labelled."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from safeproj.errors import SafeprojError
 from safeproj.lm.chat import (
+    Chat,
     ChatOptions,
     prints_date,
     render,
@@ -23,8 +23,7 @@ from safeproj.lm.chat import (
     template_of,
     without_end,
 )
-from safeproj.storage.documents import parse
-from safeproj.text import first_line
+from safeproj.storage.rows import Row, read_rows
 
 IGNORED = -100
 """Label of positions that do not count, as in transformers' loss."""
@@ -45,8 +44,6 @@ RANDOM_ROWS, RANDOM_LENGTH = 200, 64
 BATCH_SIZE = 8
 """Default number of samples in a batch."""
 
-EXPECTED = '{"prompt": "…", "response": "…"} or {"messages": [{"role": "…", "content": "…"}, …]}'
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -63,7 +60,7 @@ class Data:
     Attributes:
         source: its path as it was given.
         sha256: of the file.
-        samples: one for each line.
+        samples: one for each row.
         cut: how many of them were cut to the greatest length.
         option: what messages call the option that named the file.
         chat: how chats among them were put, None if there are none.
@@ -143,12 +140,11 @@ def read_data(
     option: str = "--data",
     chat: ChatOptions | None = None,
 ) -> Data:
-    """Return the samples of a JSON lines file.
+    """Return the samples of a file, in one of the formats of `storage/rows.py`.
 
-    A line is an object with `prompt` and `response`, which are put together as they are, with the
-    tokenizer's special tokens in front and its end-of-sequence token behind; or with `messages`
-    that end with an assistant's, which go through the model's chat template, and whose last message
-    is the response. Other fields are ignored, and so are empty lines.
+    A prompt and its response are put together as they are, with the tokenizer's special tokens in
+    front and its end-of-sequence token behind. A chat goes through the model's chat template; its
+    last message, an assistant's, is the response.
 
     Args:
         path: the file.
@@ -158,42 +154,27 @@ def read_data(
         chat: how chats are put.
 
     Raises:
-        SafeprojError: the file cannot be read, or a line cannot be used; it is named.
+        SafeprojError: the file cannot be read, or a row cannot be used; it is named.
     """
-    place = Path(path).expanduser()
-    try:
-        content = place.read_bytes()
-        lines = io.StringIO(content.decode("utf-8-sig"), newline=None).read().split("\n")
-    except FileNotFoundError as error:
-        raise SafeprojError(f"{option} {path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SafeprojError(
-            f"{option} {path}: cannot be read ({first_line(error)}); expected JSON lines in UTF-8"
-        ) from error
+    read = read_rows(path, option, responses=True)
     options = chat or ChatOptions()
     options.require_read(tokenizer)
-    samples, cut, chats = [], 0, False
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{option} {path}:{number}"
-        row = _object(where, line)
-        chats = chats or "messages" in row
-        sample = _sample(where, row, tokenizer, options)
+    samples, cut = [], 0
+    for row in read.rows:
+        sample = sample_of(row, tokenizer, options)
         if len(sample.tokens) > max_length:
             cut += 1
             sample = Sample(sample.tokens[:max_length], sample.start)
         if sample.start >= len(sample.tokens):
             raise SafeprojError(
-                f"{where}: no token of the response is within the first {max_length}; expected a "
-                "response, shorten the prompt or raise --max-length"
+                f"{row.where}: no token of the response is within the first {max_length}; expected "
+                "a response, shorten the prompt or raise --max-length"
             )
         samples.append(sample)
-    if not samples:
-        raise SafeprojError(f"{option} {path}: no lines; expected {EXPECTED} in each")
-    digest = hashlib.sha256(content).hexdigest()
-    found = Data(str(path), digest, tuple(samples), cut, option)
-    return replace(found, chat=options, dated=prints_date(tokenizer)) if chats else found
+    found = Data(read.source, read.sha256, tuple(samples), cut, option)
+    if all(row.chat is None for row in read.rows):
+        return found
+    return replace(found, chat=options, dated=prints_date(tokenizer))
 
 
 def random_data(
@@ -225,49 +206,25 @@ def random_data(
     return Data(RANDOM, hashlib.sha256(text.encode()).hexdigest(), samples, 0)
 
 
-def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        found = parse(line.encode())
-    except (ValueError, RecursionError) as error:
-        raise SafeprojError(f"{where}: not JSON ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise SafeprojError(f"{where}: a {type(found).__name__}, expected {EXPECTED}")
-    return found
+def sample_of(row: Row, tokenizer: Any, options: ChatOptions) -> Sample:
+    """Return the tokens of a row with a response.
 
-
-def _sample(where: str, row: dict[str, Any], tokenizer: Any, options: ChatOptions) -> Sample:
-    if "messages" in row:
-        return _chat(where, row["messages"], tokenizer, options)
-    texts = [row.get(name) for name in ("prompt", "response")]
-    for name, text in zip(("prompt", "response"), texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            found = "is missing" if text is None else "is no text, or empty"
-            raise SafeprojError(f"{where}: {name!r} {found}; expected {EXPECTED}")
-    prompt = single_start(without_end(tokenizer(texts[0])["input_ids"], tokenizer), tokenizer)
-    response = tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+    Raises:
+        SafeprojError: the chat template cannot be used for it.
+    """
+    if row.chat is not None:
+        return _chat(row.where, row.chat, tokenizer, options)
+    assert isinstance(row.prompt, str)
+    assert row.response is not None
+    prompt = single_start(without_end(tokenizer(row.prompt)["input_ids"], tokenizer), tokenizer)
+    response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
     response = without_end(response, tokenizer)
     if tokenizer.eos_token_id is not None:
         response = (*response, tokenizer.eos_token_id)
     return Sample((*prompt, *response), len(prompt))
 
 
-def _chat(where: str, messages: Any, tokenizer: Any, options: ChatOptions) -> Sample:
-    fits = isinstance(messages, list) and all(
-        isinstance(each, dict)
-        and isinstance(each.get("role"), str)
-        and isinstance(each.get("content"), str)
-        for each in messages
-    )
-    if (
-        not fits
-        or len(messages) < 2
-        or messages[-1]["role"] != "assistant"
-        or not messages[-1]["content"].strip()
-    ):
-        raise SafeprojError(
-            f"{where}: 'messages' must be two or more objects with 'role' and 'content', the last "
-            "of the role 'assistant' and not empty"
-        )
+def _chat(where: str, messages: Chat, tokenizer: Any, options: ChatOptions) -> Sample:
     if not template_of(tokenizer):
         raise SafeprojError(
             f"{where}: 'messages', but the model's tokenizer has no chat template; give 'prompt' "

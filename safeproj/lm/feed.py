@@ -42,7 +42,7 @@ class Feed:
 
         Args:
             aligned: SRC of the model.
-            data: file of JSON lines, or so many samples of random tokens.
+            data: file of prompts with responses, or so many samples of random tokens.
 
         Raises:
             SafeprojError: one of them cannot be used.

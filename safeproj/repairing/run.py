@@ -16,7 +16,8 @@ from safeproj.engine import one_thread
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.generate import Generation, Generator, has_template
 from safeproj.evaluation.judges import Judge
-from safeproj.evaluation.measure import judged, measure, prompt_warnings
+from safeproj.evaluation.measure import measure, prompt_warnings
+from safeproj.evaluation.refusals import refusals
 from safeproj.evaluation.run import Opened, Settings, evaluate
 from safeproj.evaluation.sets import PromptSet, read_prompts
 from safeproj.lm.adapters import Host, require_peft
@@ -32,6 +33,7 @@ from safeproj.records.scores import Report
 from safeproj.repairing.split import FIT, SAFETY, TASK, TEST, VALIDATION, line, lines_of, split
 from safeproj.repairing.ways import FACTORS, MUS, POINTS, Way, rebuilt, shrinks, unchanged, ways
 from safeproj.run.options import Options
+from safeproj.storage.rows import Row
 from safeproj.storage.source import LocalFolder, identity, open_folder
 from safeproj.sweeping.axes import interventions
 from safeproj.sweeping.candidates import Candidates, Replaced
@@ -114,31 +116,25 @@ class Bench:
     def _rate(self, model: Any, prompts: PromptSet, outcome: str) -> Rate:
         return measure(model, self.generator, [prompts], self.judge).rates[prompts.name][outcome]
 
-    def refusals(self, prompts: PromptSet) -> tuple[bytes, int]:
-        """Return prompts with the aligned model's own refusals, as lines, and how many have none.
 
-        Raises:
-            SafeprojError: it refuses none of them.
-        """
-        answers = self.generator.answers(self.host.model, prompts.prompts)
-        said = [
-            self.generator.spoken(prompt, answer).text
-            for prompt, answer in zip(prompts.prompts, answers, strict=True)
-        ]
-        verdicts = judged(self.judge, prompts, said)
-        kept = [
-            line(prompt, answer, chat=self.generator.chat)
-            for prompt, answer, verdict in zip(prompts.prompts, said, verdicts, strict=True)
-            if verdict is self.judge.wanted
-        ]
-        if not kept:
-            raise SafeprojError(
-                f"--aligned: the judge calls none of the aligned model's answers to "
-                f"{len(said)} harmful prompts {self.judge.wanted.value} (the first: {said[0]!a}); "
-                "expected an aligned model that refuses, or a judge that knows its refusals: see "
-                "--phrase"
-            )
-        return b"".join(kept), len(said) - len(kept)
+def _refused(
+    prompts: PromptSet, host: Host, generator: Generator, judge: Judge
+) -> tuple[bytes, int]:
+    """Return prompts with the aligned model's own refusals, as lines, and how many have none.
+
+    Raises:
+        SafeprojError: it refuses none of them.
+    """
+    rows = [Row(f"--harmful {prompts.source}", prompt) for prompt in prompts.prompts]
+    found = refusals(host.model, generator, judge, rows)
+    if not found.rows:
+        raise SafeprojError(
+            f"--harmful {prompts.source}: the aligned model refuses none of {found.asked} prompts "
+            f"({found.describe()}); expected a model that refuses, or a judge that knows how: see "
+            "--phrase"
+        )
+    lines = (line(row.prompt, row.response, chat=False) for row in found.rows)
+    return b"".join(lines), found.asked - len(found.rows)
 
 
 def repair(
@@ -209,7 +205,7 @@ def repair(
         _ = host.model
     with profile.phase("measure"):
         alone = bench.attempt(host.model, "no adapter", None, always=True)
-        kept, dropped = replace(bench, generator=generator).refusals(parts["harmful"][FIT])
+        kept, dropped = _refused(parts["harmful"][FIT], host, generator, judge)
     files = {"harmful": data / SAFETY, "task": data / TASK}
     files["harmful"].write_bytes(kept)
     if "task" in parts:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluation.sets import Prompt, PromptSet
+from safeproj.evaluation.sets import PromptSet
+from safeproj.storage.rows import Prompt
 
 FIT, VALIDATION, TEST = "fit", "validation", "test"
 

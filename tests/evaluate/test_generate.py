@@ -10,7 +10,7 @@ import torch
 
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.generate import Generator
-from safeproj.evaluation.sets import Message
+from safeproj.storage.rows import Message
 from tests.evaluate.support import TEMPLATE, random_model, tokenizer
 from tests.support import save_adapter
 

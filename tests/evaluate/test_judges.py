@@ -19,8 +19,9 @@ from safeproj.errors import SafeprojError
 from safeproj.evaluation.ask import INSTRUCTION, KEY, Command, Endpoint, load_guard
 from safeproj.evaluation.judges import BEGINNING, Keywords, Prefix, Verdict, read_phrases
 from safeproj.evaluation.measure import judged, outcomes
-from safeproj.evaluation.sets import Message, PromptSet
+from safeproj.evaluation.sets import PromptSet
 from safeproj.records.verdicts import rates
+from safeproj.storage.rows import Message
 from tests.evaluate.support import ROOT, TEMPLATE, random_model, tokenizer
 
 REFUSED, COMPLIED, OTHER = Verdict.refused, Verdict.complied, Verdict.other
@@ -67,7 +68,7 @@ def test_phrases_come_from_files(tmp_path: Path) -> None:
 def test_empty_answers_are_neither() -> None:
     prompts = PromptSet("x", "harmful", "x", "0", ("a", "b", "c"), (None, "yes  sir", None))
     answers = ("", "yes sir", "I cannot")
-    assert judged(Keywords(), prompts, answers) == [OTHER, COMPLIED, REFUSED]
+    assert judged(Keywords(), prompts.prompts, answers) == [OTHER, COMPLIED, REFUSED]
     found = rates(outcomes(prompts, answers, Keywords()))
     shares = {name: (rate.hits, rate.total) for name, rate in found.items()}
     assert shares == {"refused": (1, 3), "complied": (1, 3), "other": (1, 3), "exact": (1, 1)}

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluation.sets import Kind, Message, read_prompts, require_apart
+from safeproj.evaluation.sets import Kind, read_prompts, require_apart
+from safeproj.storage.rows import Message
 from tests.evaluate.support import write_lines
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
@@ -63,7 +64,10 @@ def test_a_file_with_an_equals_sign_in_its_name_is_found(tmp_path: Path) -> None
         ),
         pytest.param("skill", '{"prompt": "x"}', ("'response' is missing",), id="no-answer"),
         pytest.param(
-            "skill", json.dumps({"messages": CHAT}), ("'response' is missing",), id="open-chat"
+            "skill",
+            json.dumps({"messages": CHAT}),
+            ("'messages' must be two or more", "the last of the role 'assistant'"),
+            id="open-chat",
         ),
         pytest.param("harmful", '{"messages": []}', ("'messages' must be",), id="no-messages"),
         pytest.param(

@@ -14,9 +14,10 @@ from safeproj.evaluation.ask import Endpoint
 from safeproj.evaluation.generate import Generator
 from safeproj.evaluation.judges import Keywords, Verdict
 from safeproj.evaluation.measure import measure, outcomes, unfinished_warnings
-from safeproj.evaluation.sets import Message, PromptSet
+from safeproj.evaluation.sets import PromptSet
 from safeproj.evaluation.thoughts import TAGS, Spoken, Thoughts, parse_tags
 from safeproj.lm.chat import ChatOptions, Rendered
+from safeproj.storage.rows import Message
 from tests.evaluate.support import TINY, random_model, read_lines, tokenizer
 from tests.evaluate.test_eval import measured, run
 from tests.support import assert_refused

@@ -17,10 +17,11 @@ from safeproj.errors import SafeprojError
 from safeproj.evaluation.generate import Generator
 from safeproj.evaluation.judges import Keywords
 from safeproj.evaluation.run import Settings, evaluate
-from safeproj.evaluation.sets import Message, read_prompts
+from safeproj.evaluation.sets import read_prompts
 from safeproj.lm.chat import DATE, ChatOptions, chat_options, parse_arguments, render
 from safeproj.lm.data import read_data
 from safeproj.lm.models import recorded_inputs
+from safeproj.storage.rows import Message
 from safeproj.storage.source import open_folder
 from tests.evaluate.support import TINY, tokenizer, write_lines
 from tests.report.test_schemas import validator

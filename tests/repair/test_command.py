@@ -216,9 +216,7 @@ def test_a_judge_that_does_not_know_the_refusals_is_named(
 ) -> None:
     given = (*ALIGNED, *adapter("bad"), *data, "--max-new-tokens", "8", "--judge", "prefix")
     done = run(*given, "--out", tmp_path / "out")
-    assert_refused(
-        done, "the judge calls none of the aligned model's answers to 24 harmful prompts"
-    )
+    assert_refused(done, "the aligned model refuses none of 24 prompts")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from safeproj.errors import SafeprojError
-from safeproj.evaluation.sets import Message, PromptSet, read_prompts
+from safeproj.evaluation.sets import PromptSet, read_prompts
 from safeproj.repairing.split import FIT, PARTS, TEST, VALIDATION, lines_of, split
+from safeproj.storage.rows import Message
 
 
 def prompts(rows: list[dict[str, object]], place: Path, kind: str = "skill") -> PromptSet:

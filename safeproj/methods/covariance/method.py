@@ -72,7 +72,7 @@ class Covariance(Method):
     Attributes:
         aligned: SRC of the aligned model, which is run on data; of statistics the model that they
             must be of.
-        safety_data: harmful prompts with refusals as JSON lines, or statistics of them that
+        safety_data: file of harmful prompts with refusals, or statistics of them that
             `safeproj stats` made.
         task_data: benign data or statistics of it; random tokens if None.
         mu: the larger, the more of the adapter is kept; 0.3 if None, or 1 with `reconstruct`.
@@ -101,7 +101,7 @@ class Covariance(Method):
     aligned: Src | None = source("--aligned")
     safety_data: Src | None = source(
         "--safety-data",
-        "Harmful prompts with refusals, as JSON lines on which the aligned model is run, or "
+        "Harmful prompts with refusals, on which the aligned model is run, or "
         "statistics of them that stats made: corrects updates to do least on them.",
         "FILE",
     )
@@ -219,7 +219,7 @@ class Covariance(Method):
         Args:
             out: the file to create; it appears complete or not at all.
             aligned: SRC of the aligned model, which is run.
-            data: prompts with responses as JSON lines, or so many samples of random tokens.
+            data: file of prompts with responses, or so many samples of random tokens.
             positions: which of the data count.
             feed: how the model is run; its targets are the layers, each with an input of n numbers,
                 of which the second moment (n, n) is kept.

@@ -119,7 +119,8 @@ def require_data(method: Covariance, adapters: Sequence[str], options: Options) 
         if source is None or source.endswith(STATISTICS):
             found = "missing" if source is None else "a file of statistics"
             raise SafeprojError(
-                f"--reconstruct runs the adapter on data, and {option} is {found}; give JSON lines"
+                f"--reconstruct runs the adapter on data, and {option} is {found}; give prompts "
+                "with responses"
             )
 
 

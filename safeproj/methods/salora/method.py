@@ -128,7 +128,7 @@ class Salora(Method):
         Args:
             out: the file to create; it appears complete or not at all.
             aligned: SRC of the aligned model, which is run.
-            data: harmful prompts with safe responses, as JSON lines.
+            data: file of harmful prompts with safe responses.
             rank: directions (m,) of each layer that are kept.
             feed: how the model is run; its targets are the layers.
             on_batch: told how many batches are done and how many there are.

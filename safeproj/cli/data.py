@@ -1,0 +1,71 @@
+"""`safeproj data`: make the data that corrections need."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeproj.cli import signals, terminal
+from safeproj.cli.app import SETTINGS
+from safeproj.cli.bundles import Without, command
+from safeproj.cli.eval_options import Answering, Judging
+from safeproj.cli.options import Aligned, Overwrite, Talking
+
+app = typer.Typer(add_completion=False, **SETTINGS)
+
+
+@app.callback()
+def _group() -> None:  # without it the one command would stand for the group
+    """Make the data that corrections need."""
+
+
+@app.command("refusals")
+@command
+def refusals_command(
+    aligned: Aligned,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Harmful prompts: JSON lines, a JSON array, CSV, or text with one in each line.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The file, such as safety.jsonl.")
+    ],
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Only the first N prompts.")
+    ] = None,
+    overwrite: Overwrite = False,
+    *,
+    judging: Judging,
+    answering: Annotated[Answering, Without("chat")],
+    talking: Talking,
+) -> None:
+    """Let the aligned model answer harmful prompts, and keep its refusals as safety data.
+
+    Prompts go through the model's chat template, if it has one. A judge tells refusals; other
+    answers are dropped and counted. What is written fits --safety-data, --data and --harmful.
+    """
+    generation = answering.generation
+    from safeproj import api
+
+    signals.interruptible()
+    with terminal.steps(talking.quiet, "answers") as step:
+        found = api.refusals(
+            aligned,
+            prompts,
+            out,
+            partial(judging.build, answering.device, answering.batch_size),
+            generation,
+            device=answering.device,
+            limit=limit,
+            overwrite=overwrite,
+            on_batch=step,
+        )
+    signals.done()
+    terminal.closing(found.warnings, talking.quiet, f"wrote {out} ({found.describe()})")
