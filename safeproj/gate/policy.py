@@ -40,6 +40,7 @@ ALLOWANCES = {
     "missing-provenance": "SP020",
     "conditional-updates": "SP043",
     "unjudged-settings": "SP044",
+    "training-state": "SP050",
 }
 """What a policy may allow, and the rule that it turns into a note."""
 
@@ -559,6 +560,7 @@ imports = true               # SP019: Python code that the config names
 missing-provenance = true    # SP020: no safeproj.json
 conditional-updates = false  # SP043: updates that a trigger or a router switches on
 unjudged-settings = true     # SP044: settings of the config that no score covers
+training-state = false       # SP050: what trainers keep, pickles that run code when loaded
 
 # What must be checked against (SP030): org/name@commit on the Hub; for local directories and files
 # sha256: and the digest that the finding names.
