@@ -108,6 +108,8 @@ def patch(
     overwrite: bool = False,
     dry_run: bool = False,
     copy_weights: bool = False,
+    keep_training_state: bool = False,
+    only_if_changed: bool = False,
 ) -> Report:
     """Change the selected modules and write the patched adapter to the directory `out`.
 
@@ -120,6 +122,8 @@ def patch(
         dry_run: do everything but the writing.
         copy_weights: copy other weights that lie beside the adapter's, which are not patched: left
             out otherwise.
+        keep_training_state: copy what trainers kept beside it, pickles: left out otherwise.
+        only_if_changed: write nothing where no update would be changed: `report.changed` is 0.
 
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
@@ -128,8 +132,15 @@ def patch(
     check_out(out, overwrite, method.local_paths([adapter]))
     with _job(method, [adapter], options, () if dry_run else (NEW,)) as job:
         done = job.one(adapter)
-        place = None if dry_run else out
-        return job.write(done, place, section, overwrite=overwrite, copy_weights=copy_weights)
+        is_wanted = not dry_run and (done.report.changed > 0 or not only_if_changed)
+        return job.write(
+            done,
+            out if is_wanted else None,
+            section,
+            overwrite=overwrite,
+            copy_weights=copy_weights,
+            keep_training_state=keep_training_state,
+        )
 
 
 def inspect_many(
@@ -164,6 +175,8 @@ def patch_many(
     overwrite: bool = False,
     dry_run: bool = False,
     copy_weights: bool = False,
+    keep_training_state: bool = False,
+    only_if_changed: bool = False,
 ) -> list[Outcome]:
     """Patch many adapters of one model, reading its checkpoints once for all of them.
 
@@ -175,6 +188,8 @@ def patch_many(
         overwrite: replace adapters that are there.
         dry_run: do everything but the writing.
         copy_weights: as for `patch`.
+        keep_training_state: as for `patch`.
+        only_if_changed: as for `patch`.
 
     Returns:
         The outcome of each adapter, in order: one that cannot be used does not stop the others.
@@ -198,8 +213,15 @@ def patch_many(
     with _job(method, usable, options, () if dry_run else (NEW,)) as job:
 
         def use(run: Run, number: int) -> Report:
-            place = None if dry_run else made_inside(out, free[number].name)
-            return job.write(run, place, section, overwrite=overwrite, copy_weights=copy_weights)
+            is_wanted = not dry_run and (run.report.changed > 0 or not only_if_changed)
+            return job.write(
+                run,
+                made_inside(out, free[number].name) if is_wanted else None,
+                section,
+                overwrite=overwrite,
+                copy_weights=copy_weights,
+                keep_training_state=keep_training_state,
+            )
 
         done = job.many(usable, use)
         found = [refused[n] if n in refused else next(done) for n in range(len(members))]

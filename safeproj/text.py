@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 
 MAX_MESSAGE = 2_000
 """Characters of a message: what it repeats may come from a file, and be of any length."""
@@ -51,6 +53,19 @@ def shorten(names: Iterable[str], limit: int = 3) -> str:
     listed = [printable(name) for name in names]
     more = f", and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Return a command as a shell takes it.
+
+    >>> command_line(["safeproj", "eval", "--adapter", "my adapter"])  # doctest: +SKIP
+    "safeproj eval --adapter 'my adapter'"
+    """
+    if os.name != "nt":
+        return shlex.join(words)
+    from subprocess import list2cmdline
+
+    return list2cmdline(words)
 
 
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from safeproj.adapter import FORMATS, card, stands_for_folder
 from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
 from safeproj.adapter.record import Adapter
-from safeproj.adapter.weightfiles import other_weights
+from safeproj.adapter.weightfiles import other_weights, training_state
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array
 from safeproj.storage.publish import AppearedError, appearing, unremovable
@@ -162,6 +162,7 @@ def write_adapter(
     *,
     overwrite: bool = False,
     copy_weights: bool = False,
+    keep_training_state: bool = False,
     converted: Collection[str] = (),
     complete: Complete | None = None,
 ) -> None:
@@ -171,12 +172,13 @@ def write_adapter(
         adapter: the input.
         replaced: the tensors that differ from the input's, or that it does not have.
         manifest: what goes to `safeproj.json`; digests of the written tensors are added.
-        section: Markdown for the model card.
+        section: Markdown for the model card, which is left as it is where there is none.
         out: the directory.
         documents: name to content of further files, or of files in place of the input's; None for a
             file of the input that is left out.
         overwrite: whether an adapter that is there may be replaced.
         copy_weights: copy other weights in the folder too, as they are.
+        keep_training_state: copy what trainers kept in it too.
         converted: those of `replaced` that have another dtype, and are not projected.
         complete: looks at the adapter where it is complete but for `safeproj.json`, and returns
             what that says besides. What it raises leaves nothing behind.
@@ -187,9 +189,11 @@ def write_adapter(
     tensors = {**adapter.tensors, **replaced}
     given = {**adapter.documents, **(documents or {})}
     others = [] if copy_weights else weights_beside(adapter, given)
+    state = [] if keep_training_state else state_beside(adapter, given)
+    left_out = sorted({*others, *state})
     with appears_at(out, overwrite) as directory:
         for name in _files_beside(adapter):
-            if name in given or name in others:
+            if name in given or name in left_out:
                 continue
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -201,22 +205,21 @@ def write_adapter(
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
         digests = adapter.format.write(directory / adapter.format.output_file, tensors)
-        card_path = directory / CARD
-        old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
-        card_path.write_bytes(card.with_section(old_card, section))
+        if section:
+            card_path = directory / CARD
+            old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
+            card_path.write_bytes(card.with_section(old_card, section))
         projected = sorted(replaced.keys() - set(converted))
         output: dict[str, Any] = {"projected": projected, "tensors": digests}
         if converted:
             output["converted"] = sorted(converted)
         if adapter.documents:
             output["documents"] = {n: sha256(c).hexdigest() for n, c in adapter.documents.items()}
-        if others:
-            output["left_out"] = others
+        if left_out:
+            output["left_out"] = left_out
         further = {} if complete is None else complete(directory)
-        text = (
-            json.dumps({**manifest, "output": output, **further}, indent=2, ensure_ascii=False)
-            + "\n"
-        )
+        found = {**manifest, "output": output, **further}
+        text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         (directory / MANIFEST).write_bytes(text.encode())
 
 
@@ -233,7 +236,21 @@ def weights_beside(adapter: Adapter, given: Collection[str] = ()) -> list[str]:
     Raises:
         SafeprojError: a file is a link that leads out of the folder, or to none.
     """
-    return other_weights(adapter, [name for name in _files_beside(adapter) if name not in given])
+    files = {name for name in _files_beside(adapter) if name not in given}
+    return other_weights(adapter, files.difference(training_state(adapter, files)))
+
+
+def state_beside(adapter: Adapter, given: Collection[str] = ()) -> list[str]:
+    """Return what trainers kept in the folder, and other pickles, which are left out as well.
+
+    Args:
+        adapter: the adapter.
+        given: names of files that are dealt with otherwise.
+
+    Raises:
+        SafeprojError: as `weights_beside`.
+    """
+    return training_state(adapter, [name for name in _files_beside(adapter) if name not in given])
 
 
 def adapters_below(adapter: Adapter) -> tuple[str, ...]:

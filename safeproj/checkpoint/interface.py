@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from safeproj.checkpoint.hashes import Digests, Hash, Hasher, hasher
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array, DType, dtype_of
+from safeproj.storage.source import Folder
 from safeproj.storage.tensorfile import DTYPES
 
 T = TypeVar("T")
@@ -237,6 +238,10 @@ class Checkpoint(Protocol):
     @property
     def revision(self) -> str | None:
         """The commit of a Hub repository, None for local files."""
+
+    @property
+    def folder(self) -> Folder | None:
+        """Where its files are; None for a file that stands for a model."""
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 from safeproj.checkpoint.codes import FP8Weight, Grid, MXFP4Weight, lay
 from safeproj.checkpoint.interface import Checkpoint, TensorInfo, Weight
 from safeproj.errors import SafeprojError
+from safeproj.storage.source import Folder
 from safeproj.text import printable
 
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -83,6 +84,10 @@ class QuantisedCheckpoint:
     @property
     def revision(self) -> str | None:
         return self.stored.revision
+
+    @property
+    def folder(self) -> Folder | None:
+        return self.stored.folder
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -63,6 +63,22 @@ class Writing:
             "checkpoints; they are not patched, and left out otherwise.",
         ),
     ] = False
+    keep_training_state: Annotated[
+        bool,
+        typer.Option(
+            "--keep-training-state",
+            help="Copy what trainers keep beside the adapter, such as training_args.bin and "
+            "optimizer.pt: pickles, which run code when loaded, and left out otherwise.",
+        ),
+    ] = False
+    fail_if_unchanged: Annotated[
+        bool,
+        typer.Option(
+            "--fail-if-unchanged",
+            help="Write nothing and end with exit code 1 where no update would be changed; of many "
+            "adapters the others are written.",
+        ),
+    ] = False
 
 
 @command
@@ -86,6 +102,7 @@ def patch_command(
     with running.profile.phase("import"):
         from safeproj import api
         from safeproj.adapter.collection import collect
+        from safeproj.cli.patched import Ending
 
         options = running.options(
             selection=selection, dtype=writing.dtype.value, portable=writing.portable
@@ -98,18 +115,22 @@ def patch_command(
         "overwrite": writing.overwrite,
         "dry_run": writing.dry_run,
         "copy_weights": writing.copy_weights,
+        "keep_training_state": writing.keep_training_state,
+        "only_if_changed": writing.fail_if_unchanged,
     }
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
         if adapters.many:
-            found = api.patch_many(method, adapter, out, options, **how)
-            report = api.reports(found)
-            what = f"{len(report.reports)} of {len(found)} adapters"
-            written = bool(report.reports) and not writing.dry_run
+            report = api.reports(api.patch_many(method, adapter, out, options, **how))
         else:
             report = api.patch(method, adapter[0], out, options, **how)
-            what = f"{report.projected} modules projected"
-            written = not writing.dry_run
-    result = f"wrote {out}" if written else "nothing written"
-    result = f"dry run: {result}" if writing.dry_run else result
-    terminal.finish(report, outputs, talking.quiet, f"{result} ({what})", running.shown)
+    end = Ending(method, adapter, out, report, writing.dry_run)
+    terminal.finish(
+        report,
+        outputs,
+        talking.quiet,
+        end.result,
+        running.shown,
+        ending=(end.left, end.next),
+        errors=end.unchanged if writing.fail_if_unchanged else (),
+    )

@@ -101,6 +101,9 @@ def finish(
     quiet: bool,
     result: str,
     profile: Profile | None = None,
+    *,
+    ending: Sequence[str] = (),
+    errors: Sequence[str] = (),
 ) -> None:
     """Send the reports where they were asked for, the warnings, result and profile to stderr.
 
@@ -108,13 +111,15 @@ def finish(
         record: of the run: scores of one adapter or of many, or what a gate found.
         outputs: formats and the files for them, None for stdout.
         quiet: leave out warnings and result.
-        result: what was written, for the last line and for errors; empty if nothing was.
+        result: what was written, for the last lines and for errors; empty if nothing was.
         profile: where the time went, if that was asked for.
+        ending: what there is to know after it, and what is to be done next.
+        errors: why this run failed, although the report could be made.
 
     Raises:
         SafeprojError: a report cannot be written.
-        Exit: with exit code 1, if one of many adapters failed or a gate did; with 2, if a gate
-            could not decide.
+        Exit: with exit code 1, if one of many adapters failed, a gate did, or there are errors;
+            with 2, if a gate could not decide.
     """
     from safeproj.report import Checks, Evaluation, Repair, Reports
 
@@ -133,10 +138,12 @@ def finish(
             raise SafeprojError(
                 f"{where}: the report cannot be written ({reason}){written}"
             ) from error
-    closing(record.warnings, quiet, result, profile)
-    if isinstance(record, Reports | Evaluation) and record.failures:
-        for name, failure in record.failures.items():
-            say(f"safeproj: error: {name}: {' '.join(failure.error.split())}")
+    closing(record.warnings, quiet, result, profile, ending)
+    failures = record.failures if isinstance(record, Reports | Evaluation) else {}
+    why = [f"{name}: {' '.join(each.error.split())}" for name, each in failures.items()]
+    for line in (*why, *errors):
+        say(f"safeproj: error: {line}")
+    if why or errors:
         raise typer.Exit(1)
     if isinstance(record, Repair) and record.is_reached is False:
         raise typer.Exit(1)
@@ -155,14 +162,18 @@ def _end(checks: Checks) -> None:
 
 
 def closing(
-    warnings: Iterable[str], quiet: bool, result: str, profile: Profile | None = None
+    warnings: Iterable[str],
+    quiet: bool,
+    result: str,
+    profile: Profile | None = None,
+    ending: Sequence[str] = (),
 ) -> None:
-    """Say the warnings, what was written, and where the time went."""
+    """Say the warnings, what was written, what there is to know then, and where the time went."""
     if not quiet:
         for warning in warnings:
             say(f"safeproj: warning: {warning}")
-        if result:
-            say(result)
+        for line in filter(None, (result, *ending)):
+            say(line)
     if profile is not None:
         for line in profile.render().splitlines():
             say(line)

@@ -86,7 +86,7 @@ def refusals(
     )
     others = [label for label in judge.labels if label is not judge.wanted]
     dropped = {label.value: verdicts.count(label) for label in others}
-    warnings = []
+    warnings: list[str] = []
     if any(row.chat is not None for row in kept):
         warnings += date_warnings(generator)
     unfinished = sum(each.unfinished for each in said)

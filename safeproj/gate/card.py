@@ -13,7 +13,7 @@ from safeproj.errors import SafeprojError
 from safeproj.gate.weights import found
 from safeproj.records.checks import Finding
 from safeproj.records.rules import Level
-from safeproj.records.scores import ModuleReport, Report, Unprojected, place
+from safeproj.records.scores import SCHEMA, ModuleReport, Report, Unprojected, place
 from safeproj.report.card import section as written_section
 from safeproj.storage.source import read_json
 
@@ -34,15 +34,20 @@ def about_card(before: Adapter, patched: Adapter) -> Iterator[Finding]:
     """Yield that the card is not the original's with the section that `patch` writes.
 
     Outside the markers it is the original's, byte for byte. Inside it is what the record says,
-    where this version wrote it: others have other words.
+    where this version wrote it: others have other words. A run that changed nothing leaves it.
     """
     given = before.path(CARD).read_bytes() if _has_card(before) else card.new(before)
     there = patched.path(CARD).read_bytes() if _has_card(patched) else None
+    section = _section(patched)
+    if section == "":
+        if there != (given if _has_card(before) else None):
+            text = f"{CARD} is not the original's, and {MANIFEST} says that nothing was changed"
+            yield found("SP025", text, file=CARD)
+        return
     if there is None:
         if _has_card(before) or MANIFEST in patched.folder.files:
             yield found("SP025", f"{CARD} is in the original alone", file=CARD)
         return
-    section = _section(patched)
     if section is None:
         begin, end = there.find(card.BEGIN), there.find(card.END)
         inside = there[begin + len(card.BEGIN) + 1 : end - 1] if 0 <= begin < end else None
@@ -63,7 +68,7 @@ def _has_card(adapter: Adapter) -> bool:
 
 
 def _section(patched: Adapter) -> str | None:
-    """Return the section that this version writes for a record, None where it wrote none."""
+    """Return the section that this version writes for a record, None where it did not write it."""
     if MANIFEST not in patched.folder.files:
         return None
     try:
@@ -75,12 +80,27 @@ def _section(patched: Adapter) -> str | None:
         return None  # what is wrong with it is said elsewhere
 
 
+def about_change(adapter: Adapter) -> Iterator[Finding]:
+    """Yield that the record says that patching changed nothing."""
+    if MANIFEST not in adapter.folder.files:
+        return
+    try:
+        document = read_json(adapter.folder, MANIFEST)
+        if document["schema"] != SCHEMA or recorded_report(document).changed:
+            return
+    except (SafeprojError, LookupError, TypeError, ValueError, AttributeError):
+        return  # what is wrong with it is said elsewhere
+    text = f"{MANIFEST} says that patching changed none of {len(document['modules'])} modules"
+    yield found("SP051", text, file=MANIFEST)
+
+
 def recorded_report(document: Mapping[str, Any]) -> Report:
     """Return the report that a record holds, as far as the card shows it.
 
     Raises:
         LookupError, TypeError, ValueError: it is not as `safeproj patch` writes it.
     """
+    projected = document["summary"]["projected"]
     return Report(
         version=document["tool"]["version"],
         method=document["method"],
@@ -92,6 +112,8 @@ def recorded_report(document: Mapping[str, Any]) -> Report:
         unprojected=tuple(Unprojected(**item) for item in document["unprojected"]),
         warnings=tuple(document["warnings"]),
         summary=document["summary"],
+        unaltered=projected - document["summary"].get("changed", projected),
+        written=True,
     )
 
 

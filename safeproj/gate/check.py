@@ -15,13 +15,13 @@ from safeproj.adapter.interface import MANIFEST
 from safeproj.engine import Device
 from safeproj.errors import SafeprojError
 from safeproj.gate.behaviour import Evaluations, about_behaviour
-from safeproj.gate.card import about_claim
+from safeproj.gate.card import about_change, about_claim
 from safeproj.gate.evidence import about_history, about_manifest, recorded
 from safeproj.gate.files import about_files, about_member, about_paths
 from safeproj.gate.identity import about_identities
 from safeproj.gate.policy import Policy
 from safeproj.gate.readers import about_readers
-from safeproj.gate.recompute import Recomputed, recomputed
+from safeproj.gate.recompute import Recomputed, is_own_projection, recomputed
 from safeproj.gate.settings import about_settings
 from safeproj.gate.signing import verify_signature
 from safeproj.gate.weights import Context, about_weights, found
@@ -106,6 +106,7 @@ def judged(
         *about_member(member),
         *about_files(adapter, policy),
         *about_claim(adapter),
+        *about_change(adapter),
         *about_identities(policy, method, run.report.inputs),
     ]
     check = _check(member, adapter, findings, policy, evidence, run, tuple(remarks))
@@ -161,7 +162,7 @@ def verified(
     Raises:
         SafeprojError: the key cannot be used, or safeproj.json not be read.
     """
-    findings = list(about_paths(patched))
+    findings = [*about_paths(patched), *about_change(patched)]
     remarks: list[str] = []
     if MANIFEST not in patched.folder.files:
         findings.append(found("SP020", f"there is no {MANIFEST}"))
@@ -256,9 +257,11 @@ def _about_record(
     claimed = _claimed(patched)
     named = {finding.module for finding in result.findings}
     for name in claimed - result.evidence.keys() - named:
+        if is_own_projection(original.run, patched, name):
+            continue
         text = f"{name}: {MANIFEST} says it is projected, and its factors are the original's"
         yield found("SP024", text, module=name)
-    if any(each.file == MANIFEST for each in said):
+    if any(each.file == MANIFEST and each.level is not Level.note for each in said):
         return
     for name in sorted(result.evidence.keys() - claimed):
         text = f"{name}: is projected, and {MANIFEST} does not say so"

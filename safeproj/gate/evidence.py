@@ -74,6 +74,8 @@ def recorded(
         if other is not None and not answered:
             raise _MismatchError("SP022", other)
         claims = _claims(document)
+        if document["summary"].get("changed") == 0:
+            return  # what is its own projection needs no evidence, and nothing else has any
         missing = [m.name for m in run.report.modules if m.name not in claims]
         if missing:
             raise _MismatchError("SP021", f"{MANIFEST} does not name {shorten(missing)}")
@@ -119,6 +121,13 @@ def about_history(original: Run, patched: Adapter, projected: Collection[str]) -
                 raise _MismatchError("SP021", f"{MANIFEST} records a fold, and no projection")
             return
         _require_read(original.adapter, document["inputs"]["adapter"])
+        changed = document["summary"].get("changed", len(projected))
+        if changed != len(projected):
+            raise _MismatchError(
+                "SP021",
+                f"{MANIFEST} says that {str(changed)[:20]} updates were changed, and "
+                f"{len(projected)} were",
+            )
         if document["tool"]["version"] == __version__:  # others may compute something else
             _require_scores(original, _claims(document))
 
@@ -163,6 +172,12 @@ def _claims(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
             "SP021", f"{MANIFEST} does not say whether {shorten(odd)} is projected: true or false"
         )
     summary, projected = document["summary"], sum(item["projected"] for item in modules)
+    if not 0 <= summary.get("changed", projected) <= projected:
+        raise _MismatchError(
+            "SP021",
+            f"the summary in {MANIFEST} has {str(summary['changed'])[:20]} changed of {projected} "
+            "projected modules",
+        )
     if (summary["modules"], summary["projected"]) != (len(modules), projected):
         raise _MismatchError(
             "SP021",
@@ -249,7 +264,8 @@ def _require_documents(adapter: Adapter, document: Mapping[str, Any]) -> None:
         if left[name] != content_sha256(adapter.folder, name):
             raise _MismatchError("SP021", f"{name} is not the one that {MANIFEST} records")
     weights = content_sha256(adapter.folder, adapter.weights_file)
-    if document["output"]["projected"] and weights in read.values():
+    changed = document["summary"].get("changed", len(document["output"]["projected"]))
+    if changed and weights in read.values():
         raise _MismatchError(
             "SP021",
             f"{adapter.weights_file} is the file from before patching, says {MANIFEST}",

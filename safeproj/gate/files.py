@@ -25,22 +25,18 @@ from safeproj.records.checks import Finding
 from safeproj.records.rules import Level
 from safeproj.storage.filekind import (
     EMPTY,
-    HEAD,
-    PICKLE,
     SCRIPT,
-    TRAINING_STATE,
     WEIGHT_ENDINGS,
-    ZIP,
     FileKind,
     Group,
-    kind_of,
-    kind_of_head,
+    kind_in,
 )
 from safeproj.storage.source import Folder, HubFolder, LocalFolder, file_sha256
+from safeproj.storage.trainingstate import is_named_as_state, is_state
 from safeproj.text import first_line, shorten
 
-STATE_PLACES = re.compile(r"|(.+/)?(checkpoint-\d+|last-checkpoint)")
-"""Directories in which trainers leave it: the adapter's, and its checkpoints."""
+STATE_PLACES = re.compile(r"|(.+/)?(checkpoint-\d+|last-checkpoint|global_step\d+)")
+"""Directories in which trainers leave what they keep: the adapter's, and its checkpoints."""
 
 MAX_STATE = 1 << 20
 """Bytes of such a file; an optimizer's may have `STATE_GROWTH` times the adapter's beside."""
@@ -122,21 +118,6 @@ class Listing:
         if self.local is None:
             return True
         return stat.S_ISREG((self.local / name).lstat().st_mode)
-
-    def kind(self, name: str) -> tuple[FileKind, int]:
-        """Return what a file is, and its size.
-
-        Raises:
-            SafeprojError: it cannot be read.
-        """
-        if isinstance(self.folder, HubFolder):
-            head, size = self.folder.head(name, HEAD)
-            return kind_of_head(head, size), size
-        path = self.folder.path(name)
-        try:
-            return kind_of(path), path.stat().st_size
-        except OSError as error:
-            raise SafeprojError(f"{name}: cannot be read ({first_line(error)})") from error
 
 
 def listing(folder: Folder) -> Listing:
@@ -249,10 +230,15 @@ def _about_content(
 ) -> Iterator[Finding]:
     """Yield what a file is that was not checked: by its bytes, and by who may open it."""
     try:
-        kind, size = files.kind(name)
+        kind, size = kind_in(files.folder, name)
         leaf = name.rpartition("/")[2].casefold().rstrip(". ")  # which some systems drop
-        if _is_training_state(adapter, name, kind, size):
-            return
+        if is_state(name, kind):
+            if kind != EMPTY:
+                what = "training state" if is_named_as_state(name) else "a pickle by its name"
+                text = f"{name} is {what} ({kind.name}): whoever loads it runs the code in it"
+                yield found("SP050", text, policy=policy, file=name)
+            if _is_only_state(adapter, name, size):
+                return
         if kind.may_hold_weights or leaf.endswith(WEIGHT_ENDINGS):
             text = f"{name} holds weights that were not checked"
             if kind.may_hold_weights and kind.group is not Group.weights:
@@ -288,15 +274,13 @@ def _about_content(
         yield found("SP038", f"{name} ({kind.name}) is nothing that belongs to adapters", file=name)
 
 
-def _is_training_state(adapter: Adapter, name: str, kind: FileKind, size: int) -> bool:
-    """Tell whether a file is what a trainer keeps, where it does, and no larger than that."""
+def _is_only_state(adapter: Adapter, name: str, size: int) -> bool:
+    """Tell whether what a trainer keeps is where it does, and too small to hold weights as well."""
     place, _, leaf = name.casefold().rpartition("/")
-    if not STATE_PLACES.fullmatch(place):
-        return False
-    if not TRAINING_STATE.fullmatch(leaf) or kind not in (EMPTY, ZIP, PICKLE):
+    if not STATE_PLACES.fullmatch(place) or not is_named_as_state(leaf) or "model" in leaf:
         return False
     limit = MAX_STATE
-    if leaf.startswith("optimizer"):
+    if "optim" in leaf:
         limit += STATE_GROWTH * sum(tensor.nbytes for tensor in adapter.tensors.values())
     return size <= limit
 

@@ -44,6 +44,7 @@ ALLOWANCES = {
     "conditional-updates": "SP043",
     "unjudged-settings": "SP044",
     "unmeasured-behaviour": "SP045",
+    "training-state": "SP050",
 }
 """What a policy may allow, and the rule that it turns into a note."""
 
@@ -602,6 +603,7 @@ missing-provenance = true    # SP020: no safeproj.json
 conditional-updates = false  # SP043: updates that a trigger or a router switches on
 unjudged-settings = true     # SP044: settings of the config that no score covers
 unmeasured-behaviour = true  # SP045: no evaluation; a note of adapters that were patched
+training-state = false       # SP050: what trainers keep, pickles that run code when loaded
 
 # What must be checked against (SP030): org/name@commit on the Hub; for local directories and files
 # sha256: and the digest that the finding names.

@@ -15,7 +15,7 @@ from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.interface import MANIFEST, SIGNATURE
 from safeproj.adapter.record import Factor
-from safeproj.adapter.weightfiles import other_weights
+from safeproj.adapter.weightfiles import other_weights, training_state
 from safeproj.adapter.write import CARD
 from safeproj.engine import Device
 from safeproj.errors import SafeprojError
@@ -170,6 +170,23 @@ def _compare(result: Recomputed, run: Run, patched: Adapter, module: AdaptedModu
         result.evidence[module.name] = Evidence.recomputed
 
 
+def is_own_projection(run: Run, patched: Adapter, name: str) -> bool:
+    """Tell whether projecting a module of the original gives what it was, in the dtype there."""
+    module = next((item.module for item in run.plan.modules if item.module.name == name), None)
+    if module is None:
+        return False
+
+    def is_same(factor: Factor) -> bool:
+        score = run.scores[name]
+        expected = score.bias if factor == module.bias else score.factor
+        there, before = patched.tensors.get(factor.key), factor.view(run.adapter.tensors)
+        if expected is None or there is None:
+            return False
+        return array_equal(double(cast(expected, there.dtype)), double(before))
+
+    return all(map(is_same, module.written(run.method.side)))
+
+
 def _state(
     result: Recomputed, run: Run, patched: Adapter, module: AdaptedModule, factor: Factor
 ) -> bool | None:
@@ -236,14 +253,16 @@ def _tolerance(
 def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
     """Yield files that patching copies and that are not what they were, at any depth.
 
-    What else is in the original, patching may leave out: other weights, `.git`, `.cache`.
+    What else is in the original, patching may leave out: other weights, what trainers kept, `.git`,
+    `.cache`.
     """
     written = {MANIFEST, CARD, SIGNATURE}
     files = listing(patched.folder)
     there = set(files.names) - written - {patched.weights_file}
     all_of_it = not isinstance(before.folder, LocalFolder) or before.folder.only is None
     given = before.folder.files - before.format.replaced_files - written if all_of_it else set()
-    left_out = set(other_weights(before, given))
+    state = set(training_state(before, given))
+    left_out = state.union(other_weights(before, given - state))
     for name in sorted(given - there - left_out):
         yield found("SP025", f"{name} is in the original alone", file=name)
     for name in sorted(there):

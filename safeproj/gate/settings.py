@@ -9,6 +9,7 @@ from typing import Any
 
 from safeproj.gate.weights import Context, found
 from safeproj.records.checks import Finding
+from safeproj.storage.modelname import cached_id, is_same_model
 
 MODEL_LIBRARIES = ("transformers", "diffusers", "peft")
 """Packages of which PEFT records the class that an adapter was trained on."""
@@ -28,7 +29,6 @@ UNJUDGED = {
 }
 """Settings that loaders or training heed and no score covers."""
 
-_CACHED = re.compile(r"models--(?P<org>[^/\\]+?)--(?P<name>[^/\\]+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 
 
@@ -51,7 +51,7 @@ def _other_model(config: Mapping[str, Any], context: Context) -> Iterator[str]:
         return
     aligned, known, revision = _aligned(context)
     named = config.get("base_model_name_or_path")
-    if named and not (isinstance(named, str) and _is_same(named, known)):
+    if named and not (isinstance(named, str) and is_same_model(named, known)):
         yield (
             f"the config names {_shown(named)} as the base model; checked against {_shown(aligned)}"
         )
@@ -67,7 +67,7 @@ def _aligned(context: Context) -> tuple[str, str, str | None]:
     source, _, asked = str(given["source"]).partition("@")
     revision = given.get("revision")
     pinned = context.policy.identities.get("aligned", "")
-    cached = _CACHED.search(source)
+    cached = cached_id(source)
     if revision is not None:  # from the Hub
         return source, source, str(asked or revision)
     if not pinned.startswith("sha256:") and pinned:
@@ -75,20 +75,8 @@ def _aligned(context: Context) -> tuple[str, str, str | None]:
         return source, known, revision
     if cached is not None:
         commit = Path(source).name
-        known = f"{cached['org']}/{cached['name']}"
-        return source, known, commit if _COMMIT.fullmatch(commit) else None
+        return source, cached, commit if _COMMIT.fullmatch(commit) else None
     return source, str(Path(source).absolute()), None
-
-
-def _is_same(named: str, known: str) -> bool:
-    """Tell whether a name can be that of a model, which is a Hub id or an absolute path.
-
-    Two ids are compared whole. A directory says nothing of an organisation, and one on another
-    machine nothing of directories above it.
-    """
-    if Path(named).is_absolute() or Path(known).is_absolute():
-        return Path(named).name == Path(known).name
-    return named == known
 
 
 def _imports(config: Mapping[str, Any]) -> Iterator[str]:

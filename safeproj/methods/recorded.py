@@ -128,6 +128,10 @@ class RecordedFile(Generic[W]):
         return self.content.document
 
     @property
+    def folder(self) -> None:
+        return None
+
+    @property
     def config(self) -> dict[str, Any]:
         found: dict[str, Any] = self.document["config"]
         return found

@@ -16,12 +16,14 @@ class Words:
         done: what was done, for a model card: to `{changed}` of `{all}` modules; inputs by role.
         controls: what a sweep measures beside it: what each is called at the head of a column, and
             what it is.
+        changed: what became of a module that was changed.
     """
 
     name: str
     legend: str
     done: str
     controls: Mapping[str, tuple[str, str]]
+    changed: str = "projected"
 
     @property
     def title(self) -> str:

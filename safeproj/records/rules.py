@@ -404,6 +404,25 @@ _RULES = (
         "`--aligned`.",
     ),
     Rule(
+        "SP050",
+        "training-state",
+        Level.fail,
+        "The directory holds what a trainer kept to go on (`training_args.bin`, `optimizer.pt`, "
+        "`rng_state.pth` and their like), or another pickle: whoever loads it runs the code in it, "
+        "and no one needs it who serves the adapter.",
+        "Remove it; `safeproj patch` leaves it out. Keep it where the training goes on, and set "
+        "`allow.training-state` if it is to be published.",
+    ),
+    Rule(
+        "SP051",
+        "nothing-changed",
+        Level.note,
+        "safeproj.json records a run of `safeproj patch` that changed no update: the adapter does "
+        "what it did before.",
+        "Look at the cosines with `safeproj inspect`, and patch with `--layers`, `--all` or a "
+        "higher threshold; or publish the adapter as it came.",
+    ),
+    Rule(
         UNUSABLE,
         "unusable-input",
         Level.undecided,

@@ -142,6 +142,9 @@ class Report:
         unprojected: what the adapter changes past every projection.
         warnings: what the user should know.
         summary: what the method says of all modules together, by its keys in `summary`.
+        unaltered: how many of the projected modules have the same update as before, to the bit.
+        written: whether the adapter was written; if not, modules would be projected. No part of the
+            JSON report.
     """
 
     version: str
@@ -154,6 +157,8 @@ class Report:
     unprojected: tuple[Unprojected, ...]
     warnings: tuple[str, ...]
     summary: Mapping[str, Any] = field(default_factory=dict)
+    unaltered: int = 0
+    written: bool = False
 
     @property
     def cosines(self) -> list[float]:
@@ -168,6 +173,16 @@ class Report:
     def projected(self) -> int:
         """The number of modules that are (or would be) projected."""
         return sum(module.projected for module in self.modules)
+
+    @property
+    def doing(self) -> str:
+        """What stands before the number of modules: `projected`, or `would project`."""
+        return doing([self])
+
+    @property
+    def changed(self) -> int:
+        """The number of modules whose update is (or would be) another one than before."""
+        return self.projected - self.unaltered
 
     def would_project(self) -> dict[float, int]:
         """Return how many modules each of `TAUS` would project."""
@@ -192,6 +207,7 @@ class Report:
         return {
             "modules": len(self.modules),
             "projected": self.projected,
+            "changed": self.changed,
             "cosine": spread(self.cosines),
             "scale": spread(self.values("scale")),
             "pdst": self.pdst,
@@ -237,6 +253,11 @@ class Reports:
             f"{name}: {text}" for name, report in self.reports.items() for text in report.warnings
         )
 
+    @property
+    def doing(self) -> str:
+        """What stands above the numbers of modules: `projected`, or `would project`."""
+        return doing(self.reports.values())
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON report, schema `safeproj.reports/1`."""
         return {
@@ -252,6 +273,11 @@ def values(modules: Iterable[ModuleReport], key: str) -> list[float]:
     """Return the numbers that modules have under a key, of those that have one."""
     found = (module.value(key) for module in modules)
     return [value for value in found if value is not None]
+
+
+def doing(reports: Iterable[Report]) -> str:
+    """Return what is said of modules that are chosen, in runs that wrote something or did not."""
+    return "projected" if any(report.written for report in reports) else "would project"
 
 
 def spread(values: list[float]) -> dict[str, float | None]:

@@ -12,7 +12,9 @@ from safeproj.report.markdown import code, describe, escaped, measured, span
 
 
 def section(report: Report) -> str:
-    """Return the Markdown that says what was done."""
+    """Return the Markdown that says what was done; nothing where no update was changed."""
+    if not report.changed:
+        return ""
     lines = [
         "## Safety projection",
         "",

@@ -21,7 +21,7 @@ from safeproj.records.evaluations import (
 )
 from safeproj.records.repairs import Repair
 from safeproj.records.rules import RULES, Level
-from safeproj.records.scores import ModuleReport, Report, Reports, spread
+from safeproj.records.scores import ModuleReport, Report, Reports, doing, spread
 from safeproj.records.sweeps import METHOD, Rates, Sweep, Trial
 from safeproj.report import repair_words
 from safeproj.report import sweep_words as words
@@ -377,7 +377,8 @@ def _overview(page: _Page) -> str:
     """Return one row per adapter."""
     method = next((each.method for each in page.scored.values()), None)
     beside = f"{detail_of(method).columns[0].heading} mean"
-    headings = ["adapter", "modules", "projected", "cosine min", "mean", "max", beside, "warnings"]
+    chosen = doing(page.scored.values())
+    headings = ["adapter", "modules", chosen, "cosine min", "mean", "max", beside, "warnings"]
     if page.checks is not None:
         headings[1:1] = ["outcome", "findings"]
         headings[4] = "to project"
@@ -502,7 +503,7 @@ def _summary(report: Report) -> str:
     detail = detail_of(report.method)
     first = detail.columns[0]
     items = [
-        ("projected, or would be", f"{report.projected} of {len(report.modules)} modules"),
+        (report.doing, f"{report.projected} of {len(report.modules)} modules"),
         ("selection", describe(report.selection)),
         ("projector", describe(report.projector)),
         ("cosine", span(report.cosines)),
@@ -528,7 +529,7 @@ def _modules(report: Report, i: int, tau: float, check: Check | None) -> str:
         "cosine": [number(each.cosine) for each in listed],
         **{each.heading: _values(each, listed) for each in own if not each.is_aside},
         "at or below tau": [_below(each, tau) for each in listed],
-        "projected" if check is None else "to project": [
+        report.doing if check is None else "to project": [
             Cell("yes" if each.projected else "") for each in listed
         ],
         "evidence": [Cell(evidence.get(each.name, "")) for each in listed],
@@ -536,7 +537,7 @@ def _modules(report: Report, i: int, tau: float, check: Check | None) -> str:
         **{each.heading: _values(each, listed) for each in own if each.is_aside},
         "note": [Cell(each.note or "") for each in listed],
     }
-    always = ("cosine", own[0].heading, "at or below tau", "projected", "to project")
+    always = ("cosine", own[0].heading, "at or below tau", report.doing, "to project")
     caption = "Every module, with the numbers of the charts"
     cosines = [each.cosine for each in listed]
     shown = _filled(f"modules-{i}", caption, columns, *always, cosines=cosines)

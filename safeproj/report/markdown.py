@@ -39,7 +39,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
     lines = [
         f"## {words_of(reports.method).title} reports",
         "",
-        f"| adapter | modules | projected | cosine | {first.heading} | warnings |",
+        f"| adapter | modules | {reports.doing} | cosine | {first.heading} | warnings |",
         "|---|---:|---:|---|---|---:|",
     ]
     for name, report in reports.reports.items():
@@ -244,7 +244,7 @@ def _summary(report: Report) -> list[str]:
             if role in report.inputs
         ),
         f"- projector: {describe(report.projector)}; selection: {describe(report.selection)}",
-        f"- projected: {report.projected} of {len(report.modules)} modules",
+        f"- {report.doing}: {report.projected} of {len(report.modules)} modules",
         f"- cosine: {span(report.cosines)}",
         *measured(report),
     ]
@@ -255,7 +255,7 @@ def _modules(report: Report) -> list[str]:
     columns = [each for each in detail_of(report.method).columns if not each.is_aside]
     headings = " | ".join(each.heading for each in columns)
     lines = [
-        f"| module | shape | r | cosine | {headings} | projected | note |",
+        f"| module | shape | r | cosine | {headings} | {report.doing} | note |",
         f"|---|---|---:|---:|{'---:|' * len(columns)}---|---|",
     ]
     for module in report.modules:

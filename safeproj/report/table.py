@@ -60,7 +60,7 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
     table.add_column("adapter", overflow="fold")
     first = detail_of(reports.method).columns[0]
     beside = f"{first.heading} mean"
-    for heading in ("modules", "projected", "cosine min", "mean", "max", beside, "warnings"):
+    for heading in ("modules", reports.doing, "cosine min", "mean", "max", beside, "warnings"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.reports.items():
         cosine, found = spread(report.cosines), spread(report.values(first.key))
@@ -320,14 +320,15 @@ def _cell(modules: list[ModuleReport], key: str) -> Text:
 
 
 def _legend(report: Report) -> Text:
-    legend = words_of(report.method).legend
-    text = f"each cell: cosine of the update and its projection, {legend}"
+    said = words_of(report.method)
+    mark = f"* = {said.changed if report.written else f'would be {said.changed}'}"
+    text = f"each cell: cosine of the update and its projection, {said.legend}; {mark}"
     legends = (fact.legend for fact in detail_of(report.method).facts(report))
     text += "".join(f"\n{legend}" for legend in legends if legend)
     if any("[" in module.name for module in report.modules):
         text += (
-            "\nof a stack of experts the lowest cosine is shown; + = some of its experts are "
-            "projected"
+            "\nof a stack of experts the lowest cosine is shown; + = the same of some of its "
+            "experts"
         )
     return Text(text, style="dim")
 
@@ -337,7 +338,7 @@ def _summary(report: Report) -> Table:
     table.add_column(style="bold")
     table.add_column()
     counts = f"{report.projected} of {len(report.modules)} modules"
-    table.add_row("projected", f"{counts} ({describe(report.selection)})")
+    table.add_row(report.doing, f"{counts} ({describe(report.selection)})")
     table.add_row("projector", describe(report.projector))
     detail = detail_of(report.method)
     first = detail.columns[0]

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from numpy import array_equal
+
 from safeproj import __version__
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.adapter.peft_config import PREFIX
-from safeproj.adapter.record import Side
+from safeproj.adapter.record import Factor, Side
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
 from safeproj.methods.measures import pdst
@@ -124,6 +126,7 @@ def decide(
         pdst=sum(distances) / len(distances) if distances else None,
         unprojected=unprojected,
         summary=method.detail.summary(modules, details.values()),
+        unaltered=_unaltered(adapter, plan, replaced, chosen, method.side),
         warnings=(
             *adapter.warnings,
             *plan.warnings,
@@ -170,6 +173,22 @@ def _replaced(
                     "--dtype float32"
                 )
     return replaced
+
+
+def _unaltered(
+    adapter: Adapter,
+    plan: Plan,
+    replaced: Mapping[str, Array],
+    chosen: frozenset[str],
+    side: Side,
+) -> int:
+    """Return of how many chosen modules all that is written is what it was."""
+
+    def is_same(factor: Factor) -> bool:
+        return array_equal(double(factor.view(replaced)), double(factor.view(adapter.tensors)))
+
+    modules = (planned.module for planned in plan.modules if planned.module.name in chosen)
+    return sum(all(map(is_same, module.written(side))) for module in modules)
 
 
 def _converted(

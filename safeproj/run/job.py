@@ -17,7 +17,13 @@ from safeproj.adapter.experts import UNSAID, as_today
 from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.portable import portable
 from safeproj.adapter.weightfiles import NAMED
-from safeproj.adapter.write import Complete, adapters_below, weights_beside, write_adapter
+from safeproj.adapter.write import (
+    Complete,
+    adapters_below,
+    state_beside,
+    weights_beside,
+    write_adapter,
+)
 from safeproj.checkpoint.hashes import Hash
 from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError, explained
@@ -234,51 +240,58 @@ class Job:
         overwrite: bool = False,
         copy_weights: bool = False,
         complete: Complete | None = None,
+        keep_training_state: bool = False,
     ) -> Report:
         """Write the patched adapter, if `out` is given, and return the report of `patch`.
 
         Args:
             run: what `one` or `many` made of the adapter.
             out: the directory.
-            section: makes what the model card says of the run.
+            section: makes what the model card says of the run, if it changed something.
             documents: as for `write_adapter`.
             overwrite: as for `write_adapter`.
             copy_weights: as for `write_adapter`.
             complete: as for `write_adapter`.
+            keep_training_state: as for `write_adapter`.
 
         Raises:
             SafeprojError: it cannot be written; nothing is left behind.
         """
-        notes = _notes(run.adapter, self._method, copy_weights=copy_weights)
-        warnings = (*run.report.warnings, *notes)
-        report = dataclasses.replace(run.report, warnings=warnings)
+        copied = {"copy_weights": copy_weights, "keep_training_state": keep_training_state}
+        warnings = (*run.report.warnings, *_notes(run.adapter, self._method, **copied))
+        report = dataclasses.replace(run.report, warnings=warnings, written=out is not None)
         if out is None:
             return report
         with self._profile.phase("write"):
             write_adapter(
                 run.adapter,
                 run.decision.replaced,
-                self.manifest(run, report, copy_weights=copy_weights),
+                self.manifest(run, report, **copied),
                 section(report),
                 out,
                 documents,
                 overwrite=overwrite,
-                copy_weights=copy_weights,
+                **copied,
                 converted=run.decision.converted,
                 complete=complete,
             )
         return report
 
-    def manifest(self, run: Run, report: Report, *, copy_weights: bool = False) -> dict[str, Any]:
-        """Return what `safeproj.json` says of a run, without the digests of what is written."""
+    def manifest(self, run: Run, report: Report, **copied: bool) -> dict[str, Any]:
+        """Return what `safeproj.json` says of a run, without the digests of what is written.
+
+        Args:
+            run: what `one` or `many` made of the adapter.
+            report: of it.
+            copied: which options to copy more files were given, by name.
+        """
         where = engine.resolve_device(self._options.device, wide=self._method.is_wide)
         options: dict[str, Any] = {
             "dtype": self._options.dtype,
             "device": where.name,
             "engine": where.engine,
+            **{name: True for name, is_given in copied.items() if is_given},
         }
-        if copy_weights:
-            options["copy_weights"] = True
         if self._options.portable:
             options["portable"] = True
         by_torch = where.engine == "torch" or self.reference.runs_adapter
@@ -582,7 +595,9 @@ def _change(update: Update, cast: Update) -> float:
     return change / size if size > 0.0 else (math.inf if change > 0.0 else 0.0)
 
 
-def _notes(adapter: Adapter, method: Method, *, copy_weights: bool) -> Iterator[str]:
+def _notes(
+    adapter: Adapter, method: Method, *, copy_weights: bool, keep_training_state: bool
+) -> Iterator[str]:
     """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
     folder = adapter.folder
     others = weights_beside(adapter)
@@ -592,6 +607,18 @@ def _notes(adapter: Adapter, method: Method, *, copy_weights: bool) -> Iterator[
         yield (
             f"other weights are not patched, and left out: {shorten(others, NAMED)}; "
             "--copy-weights copies them as they are"
+        )
+    state = state_beside(adapter)
+    if state and keep_training_state:
+        yield (
+            "what trainers keep is copied as it is, and whoever loads it runs the code in it: "
+            f"{shorten(state, NAMED)}"
+        )
+    elif state:
+        files = "1 file is" if len(state) == 1 else f"{len(state)} files are"
+        yield (
+            f"{files} left out that trainers keep, pickles that run code when loaded: "
+            f"{shorten(state, NAMED)}; --keep-training-state copies them as they are"
         )
     others = [name for name in _methods_before(folder) if not _is_idempotent(name)]
     if others and not method.is_idempotent:

@@ -6,13 +6,16 @@ Loaders look at the bytes too, or open any name that a config gives them.
 from __future__ import annotations
 
 import pickletools
-import re
 import struct
 import tarfile
 import zipfile
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+
+from safeproj.errors import SafeprojError
+from safeproj.storage.source import Folder, HubFolder
+from safeproj.text import first_line
 
 HEAD = 64 << 10
 """Bytes from the start that are looked at."""
@@ -22,11 +25,6 @@ WEIGHT_ENDINGS = (
     *(".npz", ".npy", ".h5", ".msgpack", ".onnx"),
 )
 """Ends of names of files that hold weights in some loader's eyes, whatever is in them now."""
-
-TRAINING_STATE = re.compile(
-    r"training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
-)
-"""What trainers leave beside an adapter, which no loader takes for weights."""
 
 
 class Group(str, Enum):
@@ -133,6 +131,22 @@ def kind_of(path: Path) -> FileKind:
     if found in (TEXT, SCRIPT) and not _is_all_text(path):
         return UNKNOWN
     return TFRECORD if found is UNKNOWN and _is_records(path, size) else found
+
+
+def kind_in(folder: Folder, name: str) -> tuple[FileKind, int]:
+    """Return what a file of a folder is, and its size, without downloading all of it.
+
+    Raises:
+        SafeprojError: it cannot be read.
+    """
+    if isinstance(folder, HubFolder):
+        head, size = folder.head(name, HEAD)
+        return kind_of_head(head, size), size
+    path = folder.path(name)
+    try:
+        return kind_of(path), path.stat().st_size
+    except OSError as error:
+        raise SafeprojError(f"{name}: cannot be read ({first_line(error)})") from error
 
 
 def kind_of_head(head: bytes, size: int) -> FileKind:

@@ -29,11 +29,10 @@ OTHERS = {
     "checkpoint-10/adapter_model.safetensors",
     "checkpoint-10/optimizer.pt",
 }
+STATE = {"training_args.bin", "checkpoint-20/optimizer.pt"}
 KEPT = {
     "generation_config.json",
     "special_tokens_map.json",
-    "training_args.bin",
-    "checkpoint-20/optimizer.pt",
     "checkpoint-20/trainer_state.json",
 }
 
@@ -88,10 +87,10 @@ def test_other_weights_are_left_out_and_named(trio: Trio, epoch: Path, tmp_path:
     before = files(epoch)
     dry = patch(trio, epoch, out, "--dry-run")
     result = patch(trio, epoch, out)
-    assert files(out) == (before - OTHERS) | {MANIFEST}
+    assert files(out) == (before - OTHERS - STATE) | {MANIFEST}
     assert files(out) >= KEPT
-    (told,) = [line for line in result.stderr.splitlines() if "left out" in line]
-    assert "--copy-weights" in told
+    (told,) = [line for line in result.stderr.splitlines() if "--copy-weights" in line]
+    assert "left out" in told
     assert told in dry.stderr
     # As it is read: Markdown takes a backslash before punctuation away.
     card = re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", (out / "README.md").read_text("utf-8"))
@@ -99,7 +98,7 @@ def test_other_weights_are_left_out_and_named(trio: Trio, epoch: Path, tmp_path:
         assert name in told
         assert name in card
     manifest = read_json(out / MANIFEST)
-    assert set(manifest["output"]["left_out"]) == OTHERS
+    assert set(manifest["output"]["left_out"]) == OTHERS | STATE
     assert "copy_weights" not in manifest["options"]
     models = ("--base", trio.base, "--aligned", trio.aligned)
     verified = safeproj("verify", out, "--original", epoch, *models)
@@ -124,7 +123,7 @@ def test_loaders_take_the_result_for_an_adapter(trio: Trio, epoch: Path, tmp_pat
 
 def test_they_are_copied_where_that_is_wanted(trio: Trio, epoch: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = patch(trio, epoch, out, "--copy-weights")
+    result = patch(trio, epoch, out, "--copy-weights", "--keep-training-state")
     assert files(out) == files(epoch) | {MANIFEST}
     (told,) = [line for line in result.stderr.splitlines() if "unpatched" in line]
     assert all(name in told for name in OTHERS)
@@ -154,6 +153,7 @@ NAMES = {
     "training_args.bin": False,
     "optimizer.pt": False,
     "rng_state_0.pth": False,
+    "random_states_0.pkl": False,
 }
 
 

@@ -282,8 +282,10 @@ def test_nothing_else_is_written(many: Run) -> None:
 
 
 def test_warnings_say_which_adapter_is_meant(many: Run) -> None:
-    *warnings, last = many.result.stderr.splitlines()
-    assert last == f"wrote {many.out} (8 of 8 adapters)"
+    *warnings, wrote, left, after = many.result.stderr.splitlines()
+    assert wrote == f"wrote {many.out} (8 of 8 adapters)"
+    assert left.startswith("left: ")
+    assert f"--adapter {many.out} --harmful" in after
     expected = (
         "alpha: other weights are not patched, and left out: checkpoint-5/adapter_config.json",
         "dora: 14 modules are DoRA",
@@ -328,7 +330,10 @@ def test_a_dry_run_of_a_list_as_markdown_to_a_file(
         cwd=adapters,
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (0, "")
-    assert result.stderr.splitlines()[-1] == "dry run: nothing written (3 of 3 adapters)"
+    *_, last, left, after = result.stderr.splitlines()
+    assert last == "dry run: nothing written (3 of 3 adapters)"
+    assert "would stay as they are" in left
+    assert after == "next: the same without --dry-run"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["list.txt", "report.md"]
     text = report.read_text("utf-8")
     table = text.split("### `step-2`\n")[0]
@@ -436,7 +441,7 @@ def test_inspect_shows_broken_adapters_too(trio: Trio, mixed: Path) -> None:
     assert_failures(result, ["truncated", "config"])
     assert len(result.stderr.splitlines()) == 2  # errors are said even so
     head, *rows = (line.split() for line in result.stdout.splitlines())
-    assert head[:3] == ["adapter", "modules", "projected"]
+    assert head[:4] == ["adapter", "modules", "would", "project"]
     assert [row[:3] for row in rows[:2]] == [["zeta", "4", "3"], ["alpha", "4", "3"]]
     assert [row[:2] for row in rows[2:]] == [["failed:", "truncated:"], ["failed:", "config:"]]
 
@@ -598,7 +603,7 @@ def test_what_is_in_the_way_of_one_adapter(copies: Copies) -> None:
 
     kept = copies.patch("--adapter", "runs", "--out", "out", *LAYERS)
     assert kept.returncode == 1
-    *_, wrote, error = kept.stderr.splitlines()
+    *_, wrote, _, _, error = kept.stderr.splitlines()
     assert wrote == "wrote out (1 of 2 adapters)"
     assert error.startswith("safeproj: error: alpha: --out out/alpha: exists; give --overwrite")
     assert snapshot(out / "alpha") == before

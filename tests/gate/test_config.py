@@ -20,9 +20,9 @@ import safeproj as package
 from safeproj.adapter import read_adapter
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
-from safeproj.gate.settings import _is_same
 from safeproj.records.rules import Level
 from safeproj.report import Check, Outcome
+from safeproj.storage.modelname import is_same_model
 from tests.conftest import Trio
 from tests.support import CONFIG, FACTORS, change_json, save_adapter
 
@@ -352,7 +352,7 @@ def test_empty_settings_are_none(trio: Trio, tmp_path: Path) -> None:
     ],
 )
 def test_ids_are_compared_whole_and_directories_by_name(named: str, known: str, same: bool) -> None:
-    assert _is_same(named, known) is same
+    assert is_same_model(named, known) is same
 
 
 def test_a_pinned_id_is_what_the_config_must_name(trio: Trio, tmp_path: Path) -> None:

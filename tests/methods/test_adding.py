@@ -32,7 +32,7 @@ COLUMNS = {
     "table": (r" 1\.000 0\.500", r"left +min 0\.500"),
     "json": (r'"left": 0\.5',),
     "markdown": (
-        r"\| cosine \| left \| projected \|",
+        r"\| cosine \| left \| would project \|",
         r"\| 1\.0000 \| 0\.5000 \|",
         "left ‖ΔW'‖/‖ΔW‖: 0",
     ),

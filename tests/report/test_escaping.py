@@ -38,7 +38,10 @@ RECORD = replace(
         for role in ("base", "aligned", "adapter", "alignment", "data", "safety_module")
     },
     modules=(
-        replace(module("model.layers.0.mlp.up_proj"), name=EVIL, stack=EVIL, kind=EVIL, note=EVIL),
+        replace(
+            module("model.layers.0.mlp.up_proj", projected=True),
+            **dict.fromkeys(("name", "stack", "kind", "note"), EVIL),
+        ),
         module("lm_head", note=EVIL),
     ),
     unprojected=(Unprojected(EVIL, EVIL, EVIL, 0.5),),
@@ -152,7 +155,16 @@ def strings(value: Any) -> set[str]:
 
 def test_every_text_of_a_report_is_hostile_here() -> None:
     """So that a further field has to be thought of."""
-    known = {"version", "method", "projector", "selection", "pdst", "summary"}
+    known = {
+        "version",
+        "method",
+        "projector",
+        "selection",
+        "pdst",
+        "summary",
+        "unaltered",
+        "written",
+    }
     assert {each.name for each in fields(Report)} - known == {
         "inputs",
         "modules",

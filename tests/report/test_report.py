@@ -153,7 +153,11 @@ def test_markdown_has_one_row_per_module() -> None:
         " `model.layers.2.self_attn.q_proj` ", " 64×32 ", " 8 ", " 0.1250 ", " 0.0625 ",
         " 3.25 ", " yes ", "  ",
     ]  # fmt: skip
-    assert "projected: 1 of 4 modules" in text
+    assert "- would project: 1 of 4 modules" in text
+    assert "| would project |" in text
+    written = render(replace(EXAMPLE, written=True), "markdown")
+    assert "- projected: 1 of 4 modules" in written
+    assert "| projected |" in written
     assert "warning: something to know" in text
 
 

@@ -171,7 +171,9 @@ def make_file(
 
     nbytes = write_recorded(out, KIND, tensors(), document, overwrite=overwrite)
     warnings = (quantised_warning(role, found) for role, found in quantised.items() if found)
-    return Aligned(nbytes, _described(weights, nbytes), tuple(warnings), weights)
+    told = pair.swapped()
+    said = (*warnings, *(() if told is None else (told,)))
+    return Aligned(nbytes, _described(weights, nbytes), said, weights)
 
 
 def _described(weights: Mapping[str, Recorded], nbytes: int) -> str:

@@ -38,7 +38,7 @@ WORDS = Words(
     name="Safe LoRA",
     legend=(
         "then scale = ‖CB‖/‖B‖, the share of the\n"
-        "factor that projection leaves (near 0: it all but removes the update); * = projected"
+        "factor that projection leaves (near 0: it all but removes the update)"
     ),
     done=(
         "projected the updates of {changed} of {all} adapted modules onto the subspace spanned by "

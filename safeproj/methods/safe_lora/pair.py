@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from safeproj.adapter import Adapter
@@ -12,6 +13,7 @@ from safeproj.checkpoint.expression import Expression, matrix
 from safeproj.checkpoint.hashes import Sides, merged, record
 from safeproj.engine import Comparison
 from safeproj.methods.reference import Plain
+from safeproj.methods.safe_lora.roles import swapped
 from safeproj.methods.safe_lora.sources import Difference
 from safeproj.methods.score import Score
 from safeproj.names import Names
@@ -61,7 +63,13 @@ class Pair(Plain):
         return plan.modules
 
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
-        return plan(adapter, self.aligned, self.base, selection)
+        found = plan(adapter, self.aligned, self.base, selection)
+        told = self.swapped(adapter)
+        return found if told is None else replace(found, warnings=(*found.warnings, told))
+
+    def swapped(self, adapter: Adapter | None = None) -> str | None:
+        """Return what tells that the two are exchanged, None where nothing clear does."""
+        return swapped(self.base.checkpoint, self.aligned.checkpoint, adapter)
 
     def group(self, item: PlannedModule) -> Hashable:
         return item.aligned, item.base

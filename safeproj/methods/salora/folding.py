@@ -31,15 +31,8 @@ from safeproj.storage.source import identity
 from safeproj.text import shorten
 from safeproj.versions import versions
 
-NOT_SERVED = (
-    INITIAL,
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "trainer_state.json",
-    "training_args.bin",
-)
-"""Files of a checkpoint that only training needs, beside `rng_state*.pth`."""
+NOT_SERVED = (INITIAL, "trainer_state.json")
+"""Files of a checkpoint that only training needs, beside the pickles that are always left out."""
 
 NOTICEABLE = 0.01
 """Share of a factor `B` that is more than rounding to bfloat16 moves into the safety subspace."""
@@ -133,8 +126,7 @@ def _fold(
         initial = Initial.load(adapter.path(INITIAL))
     _check(adapter, module, initial)
     replaced, removed = _constrained(adapter, module)
-    random = (name for name in adapter.folder.files if name.startswith("rng_state"))
-    documents: dict[str, bytes | None] = dict.fromkeys((*NOT_SERVED, *random))
+    documents: dict[str, bytes | None] = dict.fromkeys(NOT_SERVED)
     if initial is not None:
         replaced |= _difference(adapter, replaced, initial)
         text = json.dumps(doubled(adapter.config), indent=2, ensure_ascii=False) + "\n"

@@ -37,7 +37,7 @@ WORDS = Words(
     name="SaLoRA",
     legend=(
         "then share = ‖UᵀΔW‖²/‖ΔW‖², how\n"
-        "much of the update lies in the safety subspace (near 1: all of it); * = projected"
+        "much of the update lies in the safety subspace (near 1: all of it)"
     ),
     done=(
         "removed from the updates of {changed} of {all} adapted modules what lies in the safety "

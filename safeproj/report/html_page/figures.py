@@ -315,7 +315,8 @@ def _hover(modules: Sequence[ModuleReport], shown: ModuleReport, report: Report)
     lines = _details(shown, report)
     if len(modules) > 1:
         projected = sum(each.projected for each in modules)
-        lines.insert(0, f"lowest of {len(modules)} modules, {projected} of them projected")
+        chosen = f"{projected} of them {_done(report)}"
+        lines.insert(0, f"lowest of {len(modules)} modules, {chosen}")
     return "<br>".join(lines)
 
 
@@ -331,8 +332,12 @@ def _details(module: ModuleReport, report: Report) -> list[str]:
     first, *others = (f"{meaning} {value}" if value else "" for meaning, value in values)
     shape = f"shape {module.shape[0]}×{module.shape[1]}, rank {module.rank}"
     lines += filter(None, [first, shape, *others])
-    lines.append("projected, or would be" if module.projected else "not projected")
+    lines.append(_done(report) if module.projected else "not projected")
     return lines if module.note is None else lines + _wrapped(f"note: {module.note}")
+
+
+def _done(report: Report) -> str:
+    return "projected" if report.written else "would be projected"
 
 
 def _wrapped(value: str) -> list[str]:
