@@ -17,6 +17,7 @@ PAGES = (
     "README.md",
     "docs/gate.md",
     "docs/covariance.md",
+    "docs/data.md",
     "docs/evaluation.md",
     "docs/sweep.md",
 )

@@ -86,7 +86,7 @@ def refusals(
     )
     others = [label for label in judge.labels if label is not judge.wanted]
     dropped = {label.value: verdicts.count(label) for label in others}
-    warnings = []
+    warnings: list[str] = []
     if any(row.chat is not None for row in kept):
         warnings += date_warnings(generator)
     unfinished = sum(each.unfinished for each in said)
@@ -145,7 +145,10 @@ def make_refusals(
     for row in found.rows:
         sample_of(row, tokenizer, generator.options)  # what is written can be read as data
     if len(found.rows) < FEW:
-        few = f"{out}: {len(found.rows)} refusals are few; {FEW} or more are better, of any kinds"
+        few = (
+            f"{out}: {len(found.rows)} refusals are few: below {FEW} it matters much which ones "
+            "they are; give more prompts"
+        )
         found = replace(found, warnings=(*found.warnings, few))
     _write(out, found.rows, (lambda: check_out(out, True, inputs)) if overwrite else None)
     return found

@@ -31,6 +31,7 @@ PAGES = {
     "README.md": 10,
     "docs/gate.md": 4,
     "docs/covariance.md": 5,
+    "docs/data.md": 1,
     "docs/evaluation.md": 1,
     "docs/sweep.md": 1,
 }
