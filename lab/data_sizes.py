@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lab.tiny_language import write_jsonl
 from lab.tiny_lm import (
     EXAMPLE,
     Behaviour,
@@ -22,7 +23,6 @@ from lab.tiny_lm import (
     load_adapter,
     load_tokenizer,
     read_jsonl,
-    write_jsonl,
 )
 from safeproj import Covariance, Options, api
 

@@ -18,6 +18,7 @@ PAGES = (
     "docs/scores.md",
     "docs/gate.md",
     "docs/covariance.md",
+    "docs/data.md",
     "docs/evaluation.md",
     "docs/sweep.md",
 )

@@ -145,7 +145,10 @@ def make_refusals(
     for row in found.rows:
         sample_of(row, tokenizer, generator.options)  # what is written can be read as data
     if len(found.rows) < FEW:
-        few = f"{out}: {len(found.rows)} refusals are few; {FEW} or more are better, of any kinds"
+        few = (
+            f"{out}: {len(found.rows)} refusals are few: below {FEW} it matters much which ones "
+            "they are; give more prompts"
+        )
         found = replace(found, warnings=(*found.warnings, few))
     _write(out, found.rows, (lambda: check_out(out, True, inputs)) if overwrite else None)
     return found

@@ -34,6 +34,7 @@ PAGES = {
     "docs/scores.md": 8,
     "docs/gate.md": 4,
     "docs/covariance.md": 5,
+    "docs/data.md": 1,
     "docs/evaluation.md": 1,
     "docs/sweep.md": 1,
 }

@@ -203,5 +203,19 @@ def test_rows_of_a_loaded_model_are_of_the_form_that_its_template_asks_for() -> 
     assert only.response == generator.answers(model, ["w1"])[0]
 
 
+def test_thoughts_are_no_part_of_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["<think>w1</think> w5", "w6", "<think>w7"]
+    monkeypatch.setattr(Generator, "answers", lambda *_: said)
+    dated = "{% set day = strftime_now('%d') %}" + TEMPLATE
+    generator = Generator(tokenizer(template=dated), chat=True)
+    rows = [Row(str(i), f"w{i}") for i in range(3)]
+    found = refusals(None, generator, Alternately(), rows)
+    assert [row.response for row in found.rows] == ["w5"]
+    assert dict(found.dropped) == {"complied": 1, "other": 1}
+    date, unfinished = found.warnings
+    assert "--date" in date
+    assert "1 of 3 answers ended inside their thoughts" in unfinished
+
+
 def answer(row: Row) -> dict[str, str | None]:
     return {"role": "assistant", "content": row.response}
