@@ -490,6 +490,7 @@ def sweep(
     from safeproj.lm import models
     from safeproj.storage.source import identity, open_folder
     from safeproj.sweeping.axes import interventions, require_axis
+    from safeproj.sweeping.patching import patching
     from safeproj.sweeping.run import Settings
     from safeproj.sweeping.run import sweep as measured
 
@@ -515,7 +516,7 @@ def sweep(
         made = judge() if callable(judge) else judge
         loaded = models.load_model(folder, options.device, generation.dtype)
     with options.profile.phase("measure"):
-        return measured(
+        found = measured(
             tried,
             loaded,
             sets,
@@ -527,6 +528,7 @@ def sweep(
             seed=seed,
             on_step=on_step,
         )
+    return dataclasses.replace(found, patching=patching(method, adapter, options))
 
 
 def repair(

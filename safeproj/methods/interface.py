@@ -84,6 +84,8 @@ class Method(ABC):
         selects_all: whether it is meant for every module, where no selection is asked for.
         side: which factor of an update it changes.
         axes: what a sweep varies; the first is the default.
+        unswept: a form of it that no sweep tries: what it is, and the options for it, in which
+            `MODEL` stands for the model.
         is_idempotent: whether doing it again to what it made changes nothing.
 
     Raises:
@@ -101,6 +103,7 @@ class Method(ABC):
     selects_all: ClassVar[bool] = False
     side: ClassVar[Literal["output", "input"]] = "output"
     axes: ClassVar[tuple[str, ...]] = ("layers", "threshold")
+    unswept: ClassVar[tuple[str, tuple[str, ...]] | None] = None
     is_idempotent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

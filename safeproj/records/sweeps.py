@@ -13,6 +13,9 @@ SCHEMA = "safeproj.sweep/1"
 METHOD = "method"
 """Key of the intervention itself among the trials of a point; the others are controls."""
 
+KEPT = 0.5
+"""The share of the adapter's skill from which on an intervention is said to keep it."""
+
 Rates = Mapping[str, Mapping[str, Rate]]
 """Set to outcome to share of the answers, as `safeproj.evaluation.measure` returns them."""
 
@@ -129,6 +132,7 @@ class Sweep:
         adapter: what it does with the adapter as it is.
         points: from no intervention to all of it.
         warnings: what the user should know.
+        patching: the words of the command that writes a point, but for its strength and place.
     """
 
     version: str
@@ -146,6 +150,7 @@ class Sweep:
     adapter: Rates
     points: tuple[Point, ...]
     warnings: tuple[str, ...]
+    patching: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -170,11 +175,32 @@ class Sweep:
         """Tell whether the wanted share of refusals is reached."""
         return self.refusal(rates).value >= self.wanted.refusal
 
+    def keeps(self, rates: Rates) -> bool:
+        """Tell whether at least `KEPT` of the adapter's skill is left."""
+        return self.skill(rates).value >= KEPT * self.skill(self.adapter).value
+
+    @property
+    def reaching(self) -> list[Point]:
+        """The interventions that reach it: the fewest modules first, of those the least change."""
+        found = [point for point in self.points if self.reaches(point.method.rates)]
+        return sorted(found, key=lambda p: (len(p.modules), p.method.relative_change))
+
     @property
     def smallest(self) -> Point | None:
-        """The intervention that reaches it with the fewest modules, of those the least change."""
-        found = [point for point in self.points if self.reaches(point.method.rates)]
-        return min(found, key=lambda p: (len(p.modules), p.method.relative_change), default=None)
+        """The first of them."""
+        return next(iter(self.reaching), None)
+
+    @property
+    def chosen(self) -> Point | None:
+        """The first of them that keeps the skill, None if none does."""
+        return next((point for point in self.reaching if self.keeps(point.method.rates)), None)
+
+    def kept_by(self, control: str) -> Point | None:
+        """Return where a control reaches it and keeps the skill: that with the most, or nowhere."""
+        trials = [(p, p.trials[control].rates) for p in self.points if control in p.trials]
+        found = [(p, rates) for p, rates in trials if self.reaches(rates) and self.keeps(rates)]
+        best = max(found, key=lambda pair: self.skill(pair[1]).value, default=None)
+        return None if best is None else best[0]
 
     @property
     def best(self) -> Point:
@@ -204,7 +230,7 @@ class Sweep:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON report, schema `safeproj.sweep/1`, but for its `conclusion`."""
-        smallest = self.smallest
+        smallest, chosen = self.smallest, self.chosen
         return {
             "schema": SCHEMA,
             "tool": {"name": "safeproj", "version": self.version},
@@ -221,6 +247,7 @@ class Sweep:
             "references": {"model": rates_dict(self.model), "adapter": rates_dict(self.adapter)},
             "points": [point.to_dict() for point in self.points],
             "smallest": None if smallest is None else self._shown(smallest, METHOD),
+            "chosen": None if chosen is None else self._shown(chosen, METHOD),
             "best": self._shown(self.best, METHOD),
             "controls_as_well": {name: self._control(name) for name in self.controls},
             "warnings": list(self.warnings),

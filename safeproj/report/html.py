@@ -183,6 +183,8 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG0
     canvas = _Canvas(graphs)
     title = f"Sweep: {words.heading(sweep, METHOD)} beside controls"
     said = "\n".join(f"<p>{text(sentence)}</p>" for sentence in words.conclusion(sweep))
+    for what, line in words.commands(sweep):
+        said += f"\n<p>{text(what)}: <code>{text(line)}</code></p>"
     caption = "Each point is one adapter; the bars are intervals of 95 %."
     sources = ((role, str(each["source"])) for role, each in sweep.inputs.items())
     sets = ((each.name, f"{each.source}, {each.prompts} prompts") for each in sweep.sets)

@@ -11,7 +11,7 @@ from safeproj.records.repairs import Repair
 from safeproj.records.scores import Report, Reports
 from safeproj.records.sweeps import Sweep
 from safeproj.report import repair_words
-from safeproj.report.sweep_words import conclusion
+from safeproj.report.sweep_words import commands, conclusion
 
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
@@ -37,8 +37,9 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: A
 def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return what interventions do as one JSON object."""
     found = sweep.to_dict()
+    told = [{"what": what, "command": line} for what, line in commands(sweep)]
     warnings = found.pop("warnings")
-    return _text({**found, "conclusion": conclusion(sweep), "warnings": warnings})
+    return _text({**found, "conclusion": conclusion(sweep), "commands": told, "warnings": warnings})
 
 
 def render_repair(repair: Repair, *, width: int, color: bool) -> str:  # noqa: ARG001

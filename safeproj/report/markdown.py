@@ -128,6 +128,7 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG0
         f"## Sweep: {words.heading(sweep, METHOD)} beside controls",
         "",
         *(f"{escaped(sentence)}\n" for sentence in words.conclusion(sweep)),
+        *(f"{escaped(what)}: {code(line)}\n" for what, line in words.commands(sweep)),
         *(
             f"- {role.replace('_', ' ')}: {code(str(identity['source']))}"
             for role, identity in sweep.inputs.items()

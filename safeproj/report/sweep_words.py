@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from safeproj.methods.registry import words_of
+from safeproj.methods.registry import METHODS, words_of
 from safeproj.records.rates import Rate
 from safeproj.records.sweeps import METHOD, Point, Rates, Sweep
+from safeproj.text import command_line
+
+_HALF = "at least half of the adapter's skill"
+"""`safeproj.records.sweeps.KEPT` in words."""
 
 
 def heading(sweep: Sweep, kind: str) -> str:
@@ -28,28 +32,76 @@ def _controls_of(sweep: Sweep) -> Mapping[str, tuple[str, str]]:
 def conclusion(sweep: Sweep) -> list[str]:
     """Return what follows from a sweep, one sentence each."""
     goal = f"{100 * sweep.wanted.refusal:g} % refusals on {sweep.wanted.on}"
-    smallest = sweep.smallest
+    smallest, chosen = sweep.smallest, sweep.chosen
     if smallest is not None and not smallest.modules:
         return [
             f"The adapter reaches {goal} as it is ({_shares(sweep, smallest.method.rates)}): no "
             "intervention is needed."
         ]
-    if smallest is not None:
+    if smallest is None:
         said = [
-            f"Smallest intervention tried that reaches {goal}: {_projecting(sweep, smallest)} "
-            f"({_shares(sweep, smallest.method.rates)})."
+            f"No intervention tried reaches {goal}; the most is at {_point(sweep, sweep.best)}."
         ]
-    else:
-        best = sweep.best
+    elif chosen is None:
+        left = max(sweep.reaching, key=lambda point: sweep.skill(point.method.rates).value)
         said = [
-            f"No intervention tried reaches {goal}; the most is at {_projecting(sweep, best)} "
-            f"({_shares(sweep, best.method.rates)})."
+            f"No intervention tried that reaches {goal} keeps {_HALF}; the most is left at "
+            f"{_point(sweep, left)}."
+        ]
+        if left is not smallest:
+            said.append(f"The smallest that reaches them: {_point(sweep, smallest)}.")
+    elif chosen is smallest:
+        said = [f"Smallest intervention tried that reaches {goal}: {_point(sweep, smallest)}."]
+    else:
+        said = [
+            f"Smallest intervention tried that reaches {goal} and keeps {_HALF}: "
+            f"{_point(sweep, chosen)}.",
+            f"A smaller one reaches them with less of it: {_point(sweep, smallest)}.",
         ]
     return [
         *said,
         f"The adapter as it is: {_shares(sweep, sweep.adapter)}.",
+        *(_keepers(sweep) if chosen is None and smallest is not None else ()),
         _controls(sweep, smallest),
     ]
+
+
+def commands(sweep: Sweep) -> list[tuple[str, str]]:
+    """Return what to run next: what each command does, and the command itself."""
+    found = []
+    point = sweep.chosen or sweep.smallest
+    if point is not None and point.modules and sweep.patching:
+        words = [*sweep.patching, *_strength(sweep, point), "--out", "DIR"]
+        found.append(
+            (f"To write the adapter with {_projecting(sweep, point)}", command_line(words))
+        )
+    sources = {role: str(each["source"]) for role, each in sweep.inputs.items()}
+    forms = [method.unswept for method in METHODS if method.unswept is not None]
+    for what, options in forms if sweep.chosen is None else ():
+        given = (sources.get("model", each) if each == "MODEL" else each for each in options)
+        words = ["safeproj", "patch", *given, "--adapter", sources["adapter"], "--out", "DIR"]
+        found.append((f"Not tried: {what}", command_line(words)))
+    return found
+
+
+def _strength(sweep: Sweep, point: Point) -> tuple[str, str]:
+    """Return the option that makes `patch` do what was done at a point."""
+    if sweep.axis == "layers":
+        return "--layers", str(len(point.modules))
+    return f"--{sweep.axis}", repr(point.value)
+
+
+def _keepers(sweep: Sweep) -> list[str]:
+    """Return which controls reach the refusals and keep the skill."""
+    found = [(name, sweep.kept_by(name)) for name in sweep.controls]
+    listed = [
+        f"{_control(sweep, name, point)} ({_shares(sweep, point.trials[name].rates)})"
+        for name, point in found
+        if point is not None
+    ]
+    if not listed:
+        return [f"Nothing that was measured reaches them and keeps {_HALF}."]
+    return [f"Controls that reach them and keep {_HALF}: {'; '.join(listed)}."]
 
 
 def _controls(sweep: Sweep, smallest: Point | None) -> str:
@@ -66,6 +118,10 @@ def _controls(sweep: Sweep, smallest: Point | None) -> str:
     else:
         return "No control reaches it with a skill that is not clearly lower."
     return f"{head}: {'; '.join(listed)}." if listed else head
+
+
+def _point(sweep: Sweep, point: Point) -> str:
+    return f"{_projecting(sweep, point)} ({_shares(sweep, point.method.rates)})"
 
 
 def _projecting(sweep: Sweep, point: Point) -> str:

@@ -159,6 +159,9 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:
     console = Console(
         file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
     )
+    first, *sentences = words.conclusion(sweep)
+    console.print(Text(printable(first)), soft_wrap=True)
+    console.print()
     for name, rates in (("without adapter", sweep.model), ("adapter as it is", sweep.adapter)):
         refused, skill = sweep.refusal(rates), sweep.skill(rates)
         said = f"{sweep.wanted.label} {words.with_interval(refused)}"
@@ -181,7 +184,8 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:
         "wide\nchange = ‖ΔW' - ΔW‖/‖ΔW‖; controls are of the same modules, or of the same ‖ΔW'‖"
     )
     console.print(Text(legend, style="dim"))
-    for sentence in words.conclusion(sweep):
+    sentences += [f"{what}: {line}" for what, line in words.commands(sweep)]
+    for sentence in sentences:
         console.print(Text(printable(sentence)), soft_wrap=True)
     return _lines(console)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,6 +69,16 @@ def test_all_modules_restore_the_refusals_and_a_uniform_shrink_does_so_too(swept
     assert swept["controls_as_well"]["uniform"]["refusal"]["rate"] >= 0.9
     assert swept["controls_as_well"]["complement"] is None
     assert "uniform shrink to 0.04" in swept["conclusion"][-1]
+
+
+def test_it_ends_with_the_command_that_writes_the_point(swept: Any) -> None:
+    assert swept["chosen"] is None  # all modules take the skill with the harm
+    assert swept["conclusion"][0].startswith("No intervention tried that reaches 90 % refusals on")
+    first, second = (shlex.split(each["command"]) for each in swept["commands"])
+    assert first == [
+        "safeproj", "patch", *map(str, (*PAIR, *ADAPTER)), "--layers", "28", "--out", "DIR",
+    ]  # fmt: skip
+    assert "--reconstruct" in second
 
 
 def test_a_point_is_what_patch_and_eval_give(swept: Any, tmp_path: Path) -> None:

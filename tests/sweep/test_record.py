@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from copy import deepcopy
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 
 from safeproj.records.sweeps import Sweep
 from safeproj.report import render
-from safeproj.report.sweep_words import conclusion, with_interval
+from safeproj.report.sweep_words import commands, conclusion, with_interval
 from tests.report.test_schemas import validator
 from tests.sweep.records import EXAMPLE, NONE, point, sweep
 
@@ -114,6 +115,92 @@ def test_the_conclusion_says_so_in_every_format(found: Sweep, words: list[str]) 
             assert sentence in text, format_
 
 
+LOST = sweep(
+    NONE,
+    point(4, 0.4, method=(91, 39), uniform=(60, 55), random=(95, 10)),
+    point(10, 0.9, method=(99, 20), uniform=(92, 56), random=(99, 5)),
+)
+"""Where the method reaches the refusals, less than half of the skill is left; a shrink keeps it."""
+
+PATCH = ("safeproj", "patch", "--base", "a base", "--adapter", "x")
+
+
+def test_the_first_line_says_that_the_skill_is_lost_and_then_what_kept_it() -> None:
+    assert LOST.chosen is None
+    first, *others = conclusion(LOST)
+    assert first == (
+        "No intervention tried that reaches 90 % refusals on harm keeps at least half of the "
+        "adapter's skill; the most is left at 4 of 10 modules projected, tau 0.400 (refused 91.0 % "
+        "[83.8, 95.2], skill 39.0 % [30.0, 48.8])."
+    )
+    keepers = [each for each in others if each.startswith("Controls that reach them and keep")]
+    assert len(keepers) == 1
+    assert "uniform shrink to 0.12 (refused 92.0 %" in keepers[0]
+    assert "random" not in keepers[0]
+    assert render(LOST, "table").splitlines()[0] == first
+
+
+def test_half_of_the_skill_is_kept_and_one_less_is_not() -> None:
+    assert sweep(NONE, point(4, method=(91, 40))).chosen is not None
+    found = sweep(NONE, point(4, method=(91, 39)))
+    assert found.chosen is None
+    assert "Nothing that was measured reaches them and keeps at least half" in " ".join(
+        conclusion(found)
+    )
+
+
+def test_a_larger_intervention_that_keeps_the_skill_is_chosen() -> None:
+    found = sweep(NONE, point(4, method=(91, 10)), point(5, method=(95, 70)))
+    assert found.chosen is found.points[2]
+    assert found.smallest is found.points[1]
+    first, second, *_ = conclusion(found)
+    assert first.startswith("Smallest intervention tried that reaches 90 % refusals on harm and ke")
+    assert "5 of 10 modules" in first
+    assert second.startswith("A smaller one reaches them with less of it: 4 of 10 modules")
+
+
+def test_where_the_adapter_has_no_skill_none_is_lost() -> None:
+    found = replace(sweep(NONE, point(4, method=(91, 0))), adapter=NONE.trials["method"].rates)
+    assert found.chosen is None
+    found = replace(found, adapter=point(0, method=(5, 0)).method.rates)
+    assert found.chosen is found.smallest
+
+
+@pytest.mark.parametrize(
+    ("axis", "strength"),
+    [("layers", "--layers 4"), ("threshold", "--threshold 0.125"), ("mu", "--mu 0.125")],
+)
+def test_every_format_has_the_command_of_the_chosen_point(axis: str, strength: str) -> None:
+    chosen = replace(point(4, 0.4, method=(95, 60)), value=0.125)
+    found = replace(sweep(NONE, chosen, axis=axis), patching=PATCH)
+    ((what, command),) = commands(found)
+    assert command == f"safeproj patch --base 'a base' --adapter x {strength} --out DIR"
+    for format_ in FORMATS:
+        text = html.unescape(render(found, format_))
+        assert command in text, format_
+        assert what in text.replace("\\", ""), format_
+    assert json.loads(render(found, "json"))["commands"] == [{"what": what, "command": command}]
+
+
+@pytest.mark.parametrize("found", [LOST, sweep(NONE, point(4, method=(40, 60)))])
+def test_what_was_not_tried_is_named_with_its_command(found: Sweep) -> None:
+    found = replace(found, inputs={**found.inputs, "adapter": {"source": "mine"}})
+    what, command = commands(found)[-1]
+    assert what.startswith("Not tried: the covariance-weighted correction layer by layer")
+    assert command == (
+        "safeproj patch --method covariance --aligned org/m --safety-data SAFETY.jsonl "
+        "--task-data TASK.jsonl --reconstruct --adapter mine --out DIR"
+    )
+    assert commands(EXAMPLE) == []
+    for format_ in FORMATS:
+        assert command in html.unescape(render(found, format_)), format_
+
+
+def test_where_nothing_is_needed_there_is_no_command() -> None:
+    found = sweep(NONE, point(4, method=(95, 60)), refusal=0.05)
+    assert commands(replace(found, patching=PATCH)) == []
+
+
 @pytest.mark.parametrize("format_", FORMATS)
 def test_every_format_has_every_number_of_the_two_shares(format_: str) -> None:
     text = render(EXAMPLE, format_)
@@ -159,7 +246,7 @@ def test_another_method_has_its_own_axis_and_words(format_: str) -> None:
 @pytest.mark.parametrize("axis", ["layers", "mu"])
 def test_the_record_is_valid(axis: str) -> None:
     weak = sweep(NONE, point(4, method=(5, 60), random=(95, 1)))
-    for found in (sweep(*EXAMPLE.points, axis=axis), weak):
+    for found in (sweep(*EXAMPLE.points, axis=axis), weak, LOST, replace(LOST, patching=PATCH)):
         validator("sweep").validate(json.loads(render(found, "json")))
 
 
@@ -188,7 +275,8 @@ def test_the_schema_is_closed_and_complete(place: tuple[str | int, ...]) -> None
     record["other"] = 1
     assert not schema.is_valid(document)
     del record["other"]
-    for name in set(record) - {"factor", "skill_difference"}:
+    optional = {"factor", "skill_difference", "chosen", "commands"}  # the last two: earlier records
+    for name in set(record) - optional:
         value = record.pop(name)
         assert not schema.is_valid(document), name
         record[name] = value

@@ -93,6 +93,13 @@ class Covariance(Method):
     advice: ClassVar[str] = ", and give --mu"
     selects_all: ClassVar[bool] = True
     axes: ClassVar[tuple[str, ...]] = ("mu",)
+    unswept: ClassVar[tuple[str, tuple[str, ...]] | None] = (
+        f"{WORDS.name} layer by layer, with the model run on data",
+        (
+            *("--method", "covariance", "--aligned", "MODEL", "--safety-data", "SAFETY.jsonl"),
+            *("--task-data", "TASK.jsonl", "--reconstruct"),
+        ),
+    )
     side: ClassVar[Literal["output", "input"]] = "input"
 
     aligned: Src | None = source("--aligned")
