@@ -146,8 +146,8 @@ def make_refusals(
         sample_of(row, tokenizer, generator.options)  # what is written can be read as data
     if len(found.rows) < FEW:
         few = (
-            f"{out}: {len(found.rows)} refusals are few: below {FEW} it matters much which ones "
-            "they are; give more prompts"
+            f"{out}: {len(found.rows)} refusals are few, expected {FEW} or more; give more prompts "
+            "(docs/data.md has what was measured)"
         )
         found = replace(found, warnings=(*found.warnings, few))
     _write(out, found.rows, (lambda: check_out(out, True, inputs)) if overwrite else None)
