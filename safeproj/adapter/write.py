@@ -188,9 +188,9 @@ def write_adapter(
     """
     tensors = {**adapter.tensors, **replaced}
     given = {**adapter.documents, **(documents or {})}
-    others = [] if copy_weights else weights_beside(adapter, given)
-    state = [] if keep_training_state else state_beside(adapter, given)
-    left_out = sorted({*others, *state})
+    weights, state = unpatched_beside(adapter, given)
+    left_out = [] if copy_weights else weights
+    left_out = left_out if keep_training_state else sorted([*left_out, *state])
     with appears_at(out, overwrite) as directory:
         for name in _files_beside(adapter):
             if name in given or name in left_out:
@@ -223,11 +223,11 @@ def write_adapter(
         (directory / MANIFEST).write_bytes(text.encode())
 
 
-def weights_beside(adapter: Adapter, given: Collection[str] = ()) -> list[str]:
-    """Return other weights in the folder, which are left out, and what belongs to them alone.
+def unpatched_beside(adapter: Adapter, given: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """Return what is left out of the folder: other weights, and what trainers kept to go on.
 
-    Such as checkpoints, converted copies, and a whole model that the adapter was merged into: they
-    hold the updates as they were.
+    Other weights are checkpoints, converted copies, and a whole model that the adapter was merged
+    into, with what belongs to them alone: they hold the updates as they were.
 
     Args:
         adapter: the adapter.
@@ -237,20 +237,8 @@ def weights_beside(adapter: Adapter, given: Collection[str] = ()) -> list[str]:
         SafeprojError: a file is a link that leads out of the folder, or to none.
     """
     files = {name for name in _files_beside(adapter) if name not in given}
-    return other_weights(adapter, files.difference(training_state(adapter, files)))
-
-
-def state_beside(adapter: Adapter, given: Collection[str] = ()) -> list[str]:
-    """Return what trainers kept in the folder, and other pickles, which are left out as well.
-
-    Args:
-        adapter: the adapter.
-        given: names of files that are dealt with otherwise.
-
-    Raises:
-        SafeprojError: as `weights_beside`.
-    """
-    return training_state(adapter, [name for name in _files_beside(adapter) if name not in given])
+    state = training_state(adapter, files)
+    return other_weights(adapter, files.difference(state)), state
 
 
 def adapters_below(adapter: Adapter) -> tuple[str, ...]:

@@ -17,13 +17,7 @@ from safeproj.adapter.experts import UNSAID, as_today
 from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.portable import portable
 from safeproj.adapter.weightfiles import NAMED
-from safeproj.adapter.write import (
-    Complete,
-    adapters_below,
-    state_beside,
-    weights_beside,
-    write_adapter,
-)
+from safeproj.adapter.write import Complete, adapters_below, unpatched_beside, write_adapter
 from safeproj.checkpoint.hashes import Hash
 from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError, explained
@@ -600,7 +594,7 @@ def _notes(
 ) -> Iterator[str]:
     """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
     folder = adapter.folder
-    others = weights_beside(adapter)
+    others, state = unpatched_beside(adapter)
     if others and copy_weights:
         yield f"other weights are copied as they are, unpatched: {shorten(others, NAMED)}"
     elif others:
@@ -608,7 +602,6 @@ def _notes(
             f"other weights are not patched, and left out: {shorten(others, NAMED)}; "
             "--copy-weights copies them as they are"
         )
-    state = state_beside(adapter)
     if state and keep_training_state:
         yield (
             "what trainers keep is copied as it is, and whoever loads it runs the code in it: "

@@ -18,7 +18,7 @@ from safeproj.adapter.peft import Peft
 from safeproj.adapter.peft_config import ON_SAVING, doubled
 from safeproj.adapter.record import Kind
 from safeproj.adapter.weightfiles import NAMED
-from safeproj.adapter.write import check_out, weights_beside, write_adapter
+from safeproj.adapter.write import check_out, unpatched_beside, write_adapter
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import local_path
 from safeproj.methods.salora.constraint import active_adapter, saved_in
@@ -132,8 +132,8 @@ def _fold(
         text = json.dumps(doubled(adapter.config), indent=2, ensure_ascii=False) + "\n"
         documents[CONFIG] = text.encode()
     ranks = [replaced[item.output.key].shape[1] for item in adapter.modules]
-    others = tuple(weights_beside(adapter, documents))
-    folded = Folded(len(ranks), max(ranks), initial is not None, max(removed), others)
+    others, _ = unpatched_beside(adapter, documents)
+    folded = Folded(len(ranks), max(ranks), initial is not None, max(removed), tuple(others))
     record, section = _record(adapter, module, folded), _section(folded)
     write_adapter(adapter, replaced, record, section, out, documents, overwrite=overwrite)
     return folded
