@@ -22,8 +22,11 @@ LONGEST = (
     "tests/e2e/test_readme.py::test_commands_print_what_the_pages_show[docs/covariance.md]",
     "tests/fuzz/",
     "tests/examples/test_salora_training.py",
+    "tests/e2e/test_salora_docs.py",
+    "tests/e2e/test_readme.py::test_commands_print_what_the_pages_show[docs/sweep.md]",
+    "tests/examples/test_evidence.py::test_the_example_again",
 )
-"""Tests that take a minute or more: others run beside them, and none of them is begun last."""
+"""The longest tests: others run beside them, and none of them is begun last."""
 
 
 def pytest_configure() -> None:

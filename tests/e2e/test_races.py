@@ -87,22 +87,37 @@ def patch(trio: Trio, adapter: Path, out: Path, *options: str) -> list[str | Pat
     return ["patch", *checkpoints, "--adapter", adapter, "--all", "-q", "--out", out, *options]
 
 
-WRITER = """
-import sys, time
+WRITERS = """
+import os, sys, time
 from pathlib import Path
 from safeproj.adapter.collection import collect
 from safeproj.storage.publish import AppearedError, appearing
-place, kind, text, go = sys.argv[1:]
-with appearing(Path(place), directory=kind == "directory") as found:
-    (found.path / "text" if kind == "directory" else found.path).write_text(text)
-    while not Path(go).exists():
-        time.sleep(0.0005)
-    try:
-        found.appear(None)
-    except AppearedError:
-        sys.exit(2)
+place, kind, go, count = sys.argv[1:]
+
+def write(text):
+    with appearing(Path(place), directory=kind == "directory") as found:
+        (found.path / "text" if kind == "directory" else found.path).write_text(text)
+        while not Path(go).exists():
+            time.sleep(0.0005)
+        try:
+            found.appear(None)
+        except AppearedError:
+            return 2
+    return 0
+
+children = []
+for number in range(int(count)):
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = write(str(number))
+        finally:
+            os._exit(code)
+    children.append(child)
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
-"""Writes a place as the commands do, without what they compute."""
+"""So many processes that write a place as the commands do, without what they compute."""
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
@@ -111,13 +126,13 @@ def test_of_many_runs_to_one_place_one_writes_it(
 ) -> None:
     place, go = tmp_path / "place" / "out", tmp_path / "go"
     place.parent.mkdir()
-    command = [sys.executable, "-c", WRITER, str(place), kind]
+    command = [sys.executable, "-c", WRITERS, str(place), kind, str(go), "6"]
     env = {**os.environ, **system}
-    runs = [subprocess.Popen([*command, str(n), str(go)], env=env) for n in range(6)]
-    while len(list(place.parent.iterdir())) < len(runs):
+    runs = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    while len(list(place.parent.iterdir())) < 6 and runs.poll() is None:
         time.sleep(0.001)
     go.touch()
-    codes = [run.wait(60) for run in runs]
+    codes = [int(code) for code in runs.communicate(timeout=60)[0].split()]
 
     assert sorted(codes) == [0, 2, 2, 2, 2, 2]
     written = place / "text" if kind == "directory" else place
