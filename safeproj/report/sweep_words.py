@@ -36,13 +36,13 @@ def conclusion(sweep: Sweep) -> list[str]:
         ]
     if smallest is not None:
         said = [
-            f"Smallest intervention tried that reaches {goal}: {_projecting(sweep, smallest)} "
+            f"Smallest intervention tried that reaches {goal}: {intervention(sweep, smallest)} "
             f"({_shares(sweep, smallest.method.rates)})."
         ]
     else:
         best = sweep.best
         said = [
-            f"No intervention tried reaches {goal}; the most is at {_projecting(sweep, best)} "
+            f"No intervention tried reaches {goal}; the most is at {intervention(sweep, best)} "
             f"({_shares(sweep, best.method.rates)})."
         ]
     return [
@@ -68,7 +68,8 @@ def _controls(sweep: Sweep, smallest: Point | None) -> str:
     return f"{head}: {'; '.join(listed)}." if listed else head
 
 
-def _projecting(sweep: Sweep, point: Point) -> str:
+def intervention(sweep: Sweep, point: Point) -> str:
+    """Return what is done at a point of the axis."""
     if not point.modules:
         return "the adapter as it is"
     if sweep.axis == "mu":
