@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from safeproj.records.rules import RULES, Level
+from safeproj.records.rules import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).parent / "safeproj"
@@ -23,12 +23,6 @@ PAGES = (
     "docs/sweep.md",
 )
 """The pages with console blocks: each `$ safeproj` line is run, in order, in one directory."""
-
-LEVELS = {
-    Level.fail: "fails",
-    Level.undecided: "leaves undecided",
-    Level.note: "is a note",
-}
 
 
 def output(command: list[str], cwd: str) -> str:
@@ -67,8 +61,7 @@ def with_demo(text: str) -> str:
 def rules() -> str:
     """Return the section about every finding."""
     parts = [
-        f"### {rule.id} {rule.name}\n\n{rule.meaning} It {LEVELS[rule.level]}.\n\n"
-        f"*What to do:* {rule.remedy}\n"
+        f"### {rule.id} {rule.name}\n\n{rule.text}\n\n*What to do:* {rule.remedy}\n"
         for rule in RULES.values()
     ]
     return "\n".join(parts)

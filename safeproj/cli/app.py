@@ -20,8 +20,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 NAMES = (
-    "repair", "inspect", "patch", "align", "check", "verify", "data", "stats", "eval", "sweep",
-    "sign", "salora",
+    "repair", "inspect", "patch", "align", "check", "verify", "rule", "data", "stats", "eval",
+    "sweep", "sign", "salora",
 )  # fmt: skip
 """The commands, each in the module of its name."""
 
@@ -58,6 +58,24 @@ class Group(typer.core.TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands: Any = Commands()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[__name__] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; a usage error is an annotation too, where those were asked for."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # Of a class of click, or of what typer has in its place, which differs by its version.
+            message = getattr(error, "format_message", None)
+            given = " ".join(ctx.meta[__name__]).replace("=", " ")
+            if message is not None and "--format github" in given:
+                from safeproj.cli import terminal
+
+                terminal.annotate(message())
+            raise
 
     def list_commands(self, ctx: Any) -> list[str]:
         del ctx

@@ -39,7 +39,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(**given: Any) -> None:
-        with terminal.command(given["verbose"]):
+        formats = [str(each.value) for each in given.get("format_") or ()]
+        with terminal.command(given["verbose"], annotated="github" in formats):
             made = {
                 name: bundle(**{each: given.pop(each) for each in names})
                 for name, (bundle, names) in bundles.items()

@@ -10,7 +10,7 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
-from safeproj.cli.options import GateReporting, Given, Running, Talking
+from safeproj.cli.options import GateReporting, GateTalking, Given, Running
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import POLICY_FILE, SETTINGS, changed, find_policy, write_template
 from safeproj.methods.registry import method_of
@@ -185,7 +185,7 @@ def check_command(
     limits: Limits,
     running: Running,
     reporting: GateReporting,
-    talking: Talking,
+    talking: GateTalking,
 ) -> None:
     """Tell whether adapters pass a policy: the gate before publishing.
 
@@ -215,4 +215,4 @@ def check_command(
         checks = api.check(
             method, adapter, chosen, options, original=original, evaluations=evaluation or ()
         )
-    terminal.finish(checks, outputs, talking.quiet, "", running.shown)
+    terminal.finish(checks, outputs, talking.quiet, "", running.shown, verbose=talking.verbose)

@@ -289,6 +289,20 @@ class Talking:
     ] = False
 
 
+@dataclass(frozen=True)
+class GateTalking(Talking):
+    """The same of a gate."""
+
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="List every finding, not what each rule found; show a traceback on errors.",
+        ),
+    ] = False
+
+
 Adapters = Annotated[
     list[str],
     typer.Option(

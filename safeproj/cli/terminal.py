@@ -37,10 +37,14 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def command(verbose: bool) -> Iterator[None]:
+def command(verbose: bool, *, annotated: bool = False) -> Iterator[None]:
     """End in one line and with the exit code of the contract, whatever happens inside.
 
     A signal ends the process at once until `signals.interruptible` is called.
+
+    Args:
+        verbose: whether an error shows where it came up.
+        annotated: whether it is said as an annotation of a GitHub workflow as well.
     """
     signals.at_once()
     if sys.stdout is not None:
@@ -62,8 +66,18 @@ def command(verbose: bool) -> Iterator[None]:
             traceback.print_exc()
     else:
         return
-    say(f"safeproj: error: {' '.join(message.split())}")
+    message = " ".join(message.split())
+    say(f"safeproj: error: {message}")
+    if annotated:
+        annotate(message)
     raise typer.Exit(2)
+
+
+def annotate(message: str) -> None:
+    """Say an error that ends the command as an annotation of a GitHub workflow, on stderr too."""
+    from safeproj.report.github import error
+
+    say(error(message))
 
 
 def check_outputs(
@@ -102,6 +116,7 @@ def finish(
     result: str,
     profile: Profile | None = None,
     *,
+    verbose: bool = False,
     ending: Sequence[str] = (),
     errors: Sequence[str] = (),
 ) -> None:
@@ -113,6 +128,7 @@ def finish(
         quiet: leave out warnings and result.
         result: what was written, for the last lines and for errors; empty if nothing was.
         profile: where the time went, if that was asked for.
+        verbose: list every finding of a gate in any format.
         ending: what there is to know after it, and what is to be done next.
         errors: why this run failed, although the report could be made.
 
@@ -126,7 +142,7 @@ def finish(
     signals.done()
     for format_, output in outputs:
         try:
-            _send(record, format_, output)
+            _send(record, format_, output, verbose)
         except BrokenPipeError:
             # The reader has gone. Python would report that again when it flushes stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -179,11 +195,11 @@ def closing(
             say(line)
 
 
-def _send(record: Record, format_: str, output: Path | None) -> None:
+def _send(record: Record, format_: str, output: Path | None, verbose: bool) -> None:
     from safeproj.report import render
 
     if output is not None:
-        text = render(record, format_, width=WIDTH)
+        text = render(record, format_, width=WIDTH, verbose=verbose)
         place = output.resolve()
         if place.exists() and not place.is_file():  # such as /dev/null or a pipe
             place.write_bytes(text.encode())
@@ -194,13 +210,14 @@ def _send(record: Record, format_: str, output: Path | None) -> None:
     else:
         terminal = sys.stdout.isatty()
         width = shutil.get_terminal_size().columns if terminal else WIDTH
-        sys.stdout.write(render(record, format_, width=width, color=terminal))
+        text = render(record, format_, width=width, color=terminal, verbose=verbose)
+        sys.stdout.write(text)
         sys.stdout.flush()
     if format_ == "github":
-        _send_summary(record)
+        _send_summary(record, verbose)
 
 
-def _send_summary(record: Record) -> None:
+def _send_summary(record: Record, verbose: bool) -> None:
     """Add the summary of a GitHub Actions step, where one runs this."""
     from safeproj.report import Checks
     from safeproj.report.github import SUMMARY_LIMIT, summary
@@ -209,7 +226,7 @@ def _send_summary(record: Record) -> None:
     if place and isinstance(record, Checks):
         with Path(place).open("a", encoding="utf-8", newline="\n") as file:
             left = SUMMARY_LIMIT - file.tell()  # the limit is that of the whole file
-            file.write(summary(record, left))
+            file.write(summary(record, left, verbose=verbose))
 
 
 @contextmanager

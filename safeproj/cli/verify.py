@@ -10,7 +10,7 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
-from safeproj.cli.options import GateReporting, Given, Running, Talking
+from safeproj.cli.options import GateReporting, GateTalking, Given, Running
 from safeproj.errors import SafeprojError
 from safeproj.methods.registry import inputs_of
 
@@ -34,7 +34,7 @@ def verify_command(
     given: Annotated[Given, Without("method", "reconstruct")],
     running: Running,
     reporting: GateReporting,
-    talking: Talking,
+    talking: GateTalking,
 ) -> None:
     """Compare a patched adapter with its original, or its signature.
 
@@ -60,4 +60,4 @@ def verify_command(
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
         checks = api.verify(patched, original, method, options, public_key=public_key)
-    terminal.finish(checks, outputs, talking.quiet, "", running.shown)
+    terminal.finish(checks, outputs, talking.quiet, "", running.shown, verbose=talking.verbose)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from safeproj.gate.weights import Context, about_weights, found
 from safeproj.methods.interface import Method
 from safeproj.methods.reference import Reference
 from safeproj.records.checks import Check, Evidence, Finding
+from safeproj.records.groups import worst_first
 from safeproj.records.rules import Level
 from safeproj.run.decide import DTYPES
 from safeproj.run.job import Run
@@ -212,17 +212,18 @@ def _check(
 
 
 def _cut(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the first findings of each rule and level, and how many more there are."""
-    kept: list[Finding] = []
-    counts: Counter[tuple[str, Level]] = Counter()
+    """Return the worst findings of each rule and level, and how many more there are."""
+    kinds: dict[tuple[str, Level], list[Finding]] = {}
     for finding in findings:
-        kind = finding.id, finding.level
-        counts[kind] += 1
-        if counts[kind] <= MAX_FINDINGS:
-            kept.append(finding)
-    for (rule, level), count in counts.items():
-        if count > MAX_FINDINGS:
-            kept.append(found(rule, f"and {count - MAX_FINDINGS} more of this kind", level=level))
+        kinds.setdefault((finding.id, finding.level), []).append(finding)
+    kept: list[Finding] = []
+    for (rule, level), listed in kinds.items():
+        more = len(listed) - MAX_FINDINGS
+        if more <= 0:
+            kept += listed
+            continue
+        kept += worst_first(listed)[:MAX_FINDINGS]
+        kept.append(found(rule, f"and {more} more of this kind", level=level, count=more))
     return sorted(kept, key=lambda finding: finding.id)
 
 

@@ -97,6 +97,8 @@ def found(
     module: str | None = None,
     tensor: str | None = None,
     file: str | None = None,
+    value: float | None = None,
+    count: int = 1,
 ) -> Finding:
     """Return a finding at the level of its rule, or as a note if the policy allows it.
 
@@ -110,6 +112,8 @@ def found(
         None if module is None else printable(module),
         None if tensor is None else printable(tensor),
         None if file is None else printable(file),
+        None if value is None or not math.isfinite(value) else value,
+        count,
     )
 
 
@@ -159,13 +163,14 @@ def _low(context: Context) -> Iterator[Finding]:
     allowed = policy.may_be_below(scored)
     for module, threshold in low:
         cast = _least_cast(context, module)
-        text = f"cosine {module.cosine:.4f} is at or below {threshold:g}"
+        counted, served = module.cosine, ""
         if cast is not None:
-            text = f"cosine {cast.least:.4f} as {cast.dtype} is at or below {threshold:g}"
+            counted, served = cast.least, f" as {cast.dtype}"
+        text = f"{module.name}: cosine {counted:.4f}{served} is at or below {threshold:g}"
         if module.scale is not None:
             text += f" (projection would leave {module.scale:.1%} of its factor)"
         level = Level.fail if len(low) > allowed and not context.answered else Level.note
-        yield found("SP001", f"{module.name}: {text}", level=level, module=module.name)
+        yield found("SP001", text, level=level, module=module.name, value=counted)
     for module, threshold in uncertain:
         least, most = module.bounds or (0.0, 1.0)
         beyond = len(low) + len(uncertain) > allowed and not context.answered
@@ -176,6 +181,7 @@ def _low(context: Context) -> Iterator[Finding]:
             f"is {threshold:g}",
             level=level,
             module=module.name,
+            value=least,
         )
     for module, today, threshold in two:
         level = Level.undecided if len(low) + len(uncertain) + len(two) > allowed else Level.note
@@ -186,6 +192,7 @@ def _low(context: Context) -> Iterator[Finding]:
             f"{threshold:g}",
             level=level,
             module=module.name,
+            value=today,
         )
 
 
@@ -384,7 +391,7 @@ def _cancelling(context: Context) -> Iterator[Finding]:
             continue
         times = math.sqrt(settled.core.ratio)
         text = f"{module.name}: the terms of B A cancel; they are {times:.1e} times as large as it"
-        yield found("SP035", text, module=module.name)
+        yield found("SP035", text, module=module.name, value=times)
 
 
 def _cast(context: Context) -> Iterator[Finding]:
@@ -398,7 +405,7 @@ def _cast(context: Context) -> Iterator[Finding]:
             text += f"its norm; expected at most {limit:g}"
             if not cast.finite:
                 text = f"{module.name}: has values beyond the range of {cast.dtype}"
-            yield found("SP036", text, module=module.name)
+            yield found("SP036", text, module=module.name, value=cast.change)
 
 
 def _outside(context: Context) -> Iterator[Finding]:

@@ -77,6 +77,8 @@ class Finding:
         module: the adapted module, where it is about one.
         tensor: the tensor's name in the adapter, where it is about one.
         file: the file below the adapter's directory, where it is about one.
+        value: the number that counts against it, such as the cosine, where there is one.
+        count: how many it stands for: the last of a kind may stand for many that were left out.
     """
 
     id: str
@@ -85,6 +87,8 @@ class Finding:
     module: str | None = None
     tensor: str | None = None
     file: str | None = None
+    value: float | None = None
+    count: int = 1
 
     @property
     def name(self) -> str:
@@ -101,6 +105,7 @@ class Finding:
             "module": self.module,
             "tensor": self.tensor,
             "file": self.file,
+            "value": self.value,
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 
 class Level(str, Enum):
@@ -17,6 +18,18 @@ class Level(str, Enum):
     undecided = "undecided"
     note = "note"
 
+    @property
+    def severity(self) -> int:
+        """0 for the worst."""
+        return list(Level).index(self)
+
+    @property
+    def effect(self) -> str:
+        """The same as a sentence about a rule."""
+        return {"fail": "It fails.", "undecided": "It leaves undecided.", "note": "It is a note."}[
+            self.value
+        ]
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -29,6 +42,7 @@ class Rule:
         meaning: what was found, in general.
         remedy: what to do about it.
         can_be_ignored: whether `--ignore` takes it; what cannot be read is never a pass.
+        worst: which of the numbers of its findings is the worst; None where they have none.
     """
 
     id: str
@@ -37,6 +51,12 @@ class Rule:
     meaning: str
     remedy: str
     can_be_ignored: bool = True
+    worst: Literal["lowest", "highest"] | None = None
+
+    @property
+    def text(self) -> str:
+        """What was found, in general, and what it does."""
+        return f"{self.meaning} {self.level.effect}"
 
 
 UNUSABLE = "SP090"
@@ -51,6 +71,7 @@ _RULES = (
         "nothing shows that the module was projected: the update points away from alignment.",
         "Patch the adapter with `safeproj patch`, train again, or raise `max-below` or lower the "
         "threshold if an evaluation of the adapter justifies it.",
+        worst="lowest",
     ),
     Rule(
         "SP002",
@@ -62,6 +83,7 @@ _RULES = (
         "update.",
         "Check against the two checkpoints, or against an alignment file that keeps more of C; "
         "train stacks of experts again with PEFT 0.19.1 or later.",
+        worst="lowest",
     ),
     Rule(
         "SP003",
@@ -288,6 +310,7 @@ _RULES = (
         "scores here are computed without the cancellation.",
         "Find out what the cancelling rows and columns are for, and save the adapter again from "
         "the model that it was trained on.",
+        worst="highest",
     ),
     Rule(
         "SP036",
@@ -298,6 +321,7 @@ _RULES = (
         "published.",
         "Save the adapter in the dtype that it is served in, and evaluate it so; raise "
         "`max-cast-change` if it is only ever served as it is stored.",
+        worst="highest",
     ),
     Rule(
         "SP037",

@@ -43,13 +43,17 @@ CHECK_FORMATS = (*FORMATS, "sarif", "junit", "github")
 class CheckFormat(Protocol):
     """What every module of a format offers."""
 
-    def render_checks(self, checks: Checks, *, width: int, color: bool) -> str:
+    def render_checks(self, checks: Checks, *, width: int, color: bool, verbose: bool) -> str:
         """Return what a gate found as text, with a newline at its end.
+
+        Formats for people say what each rule found in each adapter (`Group`), those for programs
+        every finding.
 
         Args:
             checks: the run.
             width: columns of the terminal, for formats that care.
             color: whether terminal colours may be used.
+            verbose: whether every finding is listed in any format.
         """
 
 
@@ -72,15 +76,24 @@ class Format(CheckFormat, Protocol):
         """Return what interventions on one adapter do as text."""
 
 
-def render(record: Record, format: str, *, width: int = 100, color: bool = False) -> str:  # noqa: A002
+def render(
+    record: Record,
+    format: str,  # noqa: A002
+    *,
+    width: int = 100,
+    color: bool = False,
+    verbose: bool = False,
+) -> str:
     """Return a record in one of `CHECK_FORMATS`; scores in one of `FORMATS`.
+
+    With `verbose` every finding of a gate is listed, in any format.
 
     Raises:
         SafeprojError: the format needs an extra that is not installed.
     """
     module = cast(Format, import_module(f"safeproj.report.{format}"))
     if isinstance(record, Checks):
-        return module.render_checks(record, width=width, color=color)
+        return module.render_checks(record, width=width, color=color, verbose=verbose)
     if isinstance(record, Evaluation):
         return module.render_evaluation(record, width=width, color=color)
     if isinstance(record, Repair):

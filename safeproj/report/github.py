@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
-from safeproj.records.checks import Checks, Finding, Outcome
+from safeproj.records.checks import Checks, Outcome
+from safeproj.records.groups import Group
 from safeproj.records.rules import Level
-from safeproj.report.text import Subject, by_severity, subjects
+from safeproj.report.text import Subject, subjects
 from safeproj.text import printable
 
 if TYPE_CHECKING:
@@ -22,19 +26,19 @@ MESSAGE_LIMIT = 4096
 SUMMARY_LIMIT = 1 << 20
 """Bytes of UTF-8 in the summary of a step; GitHub refuses one that is longer."""
 
-COMMANDS = {Level.fail: "error", Level.undecided: "warning", Level.note: "notice"}
-"""Commands of annotations. They only look different: what blocks is the exit code of the step."""
+COMMANDS = {Level.fail: "error", Level.undecided: "error", Level.note: "notice"}
+"""Commands of annotations. What is undecided ends the step too, so it is no mere warning."""
 
 
-def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
-    """Return workflow commands, the worst finding first, and a line for the log.
+def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> str:  # noqa: ARG001
+    """Return workflow commands, to adapters in turn and the worst first, and a line for the log.
 
     The last line holds nothing of the adapter's: a name in it could be a command.
     """
-    found = by_severity(subjects(checks))
+    found = _in_turn(subjects(checks), verbose)
     many = len(checks.checks) > 1
     shown = found if len(found) <= MAX_ANNOTATIONS else found[: MAX_ANNOTATIONS - 1]
-    lines = [_annotation(subject, finding, many) for subject, finding in shown]
+    lines = [_annotation(each, many) for each in shown]
     if left := found[len(shown) :]:
         lines.append(_more(left))
     passed, adapters = checks.count(Outcome.passed), len(checks.checks)
@@ -44,26 +48,64 @@ def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: A
     return "\n".join(lines) + "\n"
 
 
-def _annotation(subject: Subject, finding: Finding, many: bool) -> str:
-    text = subject.describe(finding)
+def error(message: str) -> str:
+    """Return an error that ended the command as an annotation."""
+    return _command("error", printable(message), title="safeproj")
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What an annotation says: a group, or one finding of it."""
+
+    subject: Subject
+    group: Group
+    words: str
+
+
+def _in_turn(found: Sequence[Subject], verbose: bool) -> list[_Said]:
+    """Return what each adapter's worst is, then the second of each, and so on; notes come last."""
+    blocking: list[tuple[int, _Said]] = []
+    notes: list[tuple[int, _Said]] = []
+    for subject in found:
+        said = [_Said(subject, *each) for each in subject.groups()]
+        if verbose:
+            said = [
+                _Said(subject, replace(each.group, findings=(one,)), subject.describe(one))
+                for each in said
+                for one in each.group.findings
+            ]
+        first = sum(each.group.level is not Level.note for each in said)
+        blocking += enumerate(said[:first])
+        notes += enumerate(said[first:])
+    # The sort is stable: within a turn adapters keep their order, but what fails comes first.
+    key = lambda each: (each[0], each[1].group.level.severity)  # noqa: E731
+    return [said for turn in (blocking, notes) for _, said in sorted(turn, key=key)]
+
+
+def _annotation(said: _Said, many: bool) -> str:
+    text = said.words
     if many:
-        text = f"{printable(subject.check.name)}: {text}"
+        text = f"{printable(said.subject.check.name)}: {text}"
     return _command(
-        COMMANDS[finding.level],
+        COMMANDS[said.group.level],
         text,
-        title=f"{finding.id} {finding.name}",
-        file=printable(subject.place(finding)),
+        title=f"{said.group.rule.id} {said.group.rule.name}",
+        file=printable(said.subject.place(said.group.findings[0])),
     )
 
 
-def _more(left: list[tuple[Subject, Finding]]) -> str:
+def _more(left: list[_Said]) -> str:
     """Return the annotation that stands for those that do not fit."""
-    levels = [finding.level for _, finding in left]
-    counts = ", ".join(
-        f"{levels.count(level)} {level.value}" for level in COMMANDS if level in levels
+    counts: Counter[Level] = Counter()
+    for each in left:
+        counts[each.group.level] += each.group.count
+    listed = ", ".join(f"{counts[level]} {level.value}" for level in Level if counts[level])
+    text = f"{counts.total()} further findings ({listed}): the report of another format has "
+    return _command(
+        COMMANDS[min(counts, key=lambda level: level.severity)],
+        f"{text}all of them",
+        title="safeproj: more findings",
     )
-    text = f"{len(left)} further findings ({counts}): the report of another format has all of them"
-    return _command(COMMANDS[levels[0]], text, title="safeproj: more findings")
 
 
 def _command(name: str, message: str, **properties: str) -> str:
@@ -88,38 +130,45 @@ def _shortened(text: str) -> str:
     return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"
 
 
-def summary(checks: Checks, limit: int = SUMMARY_LIMIT) -> str:
+def summary(checks: Checks, limit: int = SUMMARY_LIMIT, *, verbose: bool = False) -> str:
     """Return the Markdown for `$GITHUB_STEP_SUMMARY`, cut between lines where it is too long.
 
     Args:
         checks: the run.
         limit: bytes of UTF-8 that the result may have; less than GitHub's where the step has
             written some already.
+        verbose: whether every finding is listed.
     """
     # Imported here: annotations alone need no tables.
     markdown = cast("CheckFormat", import_module("safeproj.report.markdown"))
-    text = markdown.render_checks(checks, width=100, color=False)
+    text = markdown.render_checks(checks, width=100, color=False, verbose=verbose)
     if len(text.encode()) <= limit:
         return text
     lines = [f"{line}\n" for line in text.removesuffix("\n").split("\n")]
     # The note is longest where all lines are left out.
-    budget = limit - len(_note(len(lines), lines).encode())
+    budget = limit - len(_note(len(lines), lines).encode()) - len(_END.encode())
     kept = 0
     while kept < len(lines) and (budget := budget - len(lines[kept].encode())) >= 0:
         kept += 1
     kept = _without_heads(lines, kept)
+    folded = [line for line in lines[:kept] if line.startswith((_BEGIN, _END.strip()))]
+    end = _END if folded and folded[-1].startswith(_BEGIN) else ""
     note = _note(len(lines) - kept, lines)
-    return "".join(lines[:kept]) + note if len(note.encode()) <= limit else ""
+    return "".join(lines[:kept]) + end + note if len(note.encode()) <= limit else ""
+
+
+_BEGIN, _END = "<details>", "\n</details>\n"
+"""Around lines that are folded. What is open where a summary is cut would fold the note as well."""
 
 
 def _without_heads(lines: list[str], kept: int) -> int:
-    """Return how many lines to keep so that the last is no heading or head of a table."""
+    """Return how many lines to keep so that the last is no heading, or head of a table."""
 
     def rules(line: str) -> bool:
         return line.startswith(("|---", "|:--"))
 
     while kept and (
-        lines[kept - 1].startswith("#")
+        lines[kept - 1].startswith(("#", _BEGIN))
         or not lines[kept - 1].strip()
         or rules(lines[kept - 1])
         or (kept < len(lines) and rules(lines[kept]))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safeproj.methods.detail import Column
 from safeproj.methods.registry import detail_of, words_of
-from safeproj.records.checks import Check, Checks, Finding, Outcome
+from safeproj.records.checks import Check, Checks
 from safeproj.records.evaluations import (
     WORDS,
     Evaluation,
@@ -20,7 +18,6 @@ from safeproj.records.evaluations import (
     title_of,
 )
 from safeproj.records.repairs import Repair
-from safeproj.records.rules import RULES, Level
 from safeproj.records.scores import ModuleReport, Report, Reports, doing, spread
 from safeproj.records.sweeps import METHOD, Rates, Sweep, Trial
 from safeproj.report import repair_words
@@ -34,9 +31,11 @@ from safeproj.report.html_page.figures import (
     libraries,
     measure,
 )
-from safeproj.report.html_page.tables import Cell, Row, number, pairs, table
+from safeproj.report.html_page.findings import about, banner, by_rule, every, in_short
+from safeproj.report.html_page.tables import Cell, Row, filled, number, pairs, table
 from safeproj.report.html_page.tradeoff import tradeoff
 from safeproj.report.markdown import LEGEND_SHARES, describe, span
+from safeproj.report.text import Subject, subjects
 from safeproj.text import printable
 
 DEFAULT_TAU = 0.35
@@ -69,8 +68,13 @@ class _Entry:
 
     name: str
     report: Report | None
-    check: Check | None = None
+    subject: Subject | None = None
     error: str | None = None
+
+    @property
+    def check(self) -> Check | None:
+        """What a gate found."""
+        return None if self.subject is None else self.subject.check
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,10 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:  # noqa: A
     return _render(_Page(title, reports.version, _tau(reports.reports.values()), (*good, *bad)))
 
 
-def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001
+def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> str:  # noqa: ARG001
     """Return the page of what a gate found."""
-    entries = tuple(_Entry(each.name, each.report, each) for each in checks.checks)
+    found = subjects(checks)
+    entries = tuple(_Entry(each.check.name, each.check.report, each) for each in found)
     tau = _number(checks.policy.get("threshold"))
     if tau is None:
         tau = _tau(each.report for each in checks.checks if each.report is not None)
@@ -193,8 +198,10 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:  # noqa: ARG0
         f"<header>\n<h1>{text(title)}</h1>\n</header>",
         '<main id="main" tabindex="-1">',
         _NO_SCRIPT,
+        '<div class="beside">',
         _section("What follows", said),
         _section("Refusals and skill", canvas.place(tradeoff(graphs, sweep), "curve", caption)),
+        "</div>",
         _section("Every measurement", _trials(sweep)),
         _section("Controls", pairs(words.meanings(sweep))),
         _section("Inputs", pairs([*sources, *sets, ("judge", _judge(sweep))]), warnings),
@@ -287,7 +294,7 @@ class _Canvas:
 
     def place(self, chart: Chart, key: str, caption: str) -> str:
         """Return the element that a chart is drawn in."""
-        self.figures.append({"id": key, "kind": chart.kind, **chart.figure})
+        self.figures.append({"id": key, "kind": chart.kind, "rows": chart.rows, **chart.figure})
         return _figure(chart, key, caption)
 
 
@@ -300,9 +307,11 @@ def _render(page: _Page) -> str:
         _NO_SCRIPT,
     ]
     if page.checks is not None:
-        parts.append(_banner(page.checks))
+        parts.append(banner(page.checks))
     if len(page.entries) > 1:
         parts.append(_section("Adapters", _overview(page)))
+    elif page.entries and page.entries[0].subject is not None:
+        parts.append(_section("Findings", by_rule(page.entries[0].subject, 0)))
     if page.scored:
         drawn = canvas.place(curve(graphs, page.scored, page.tau), "curve", _CURVE)
         parts.append(_section("Similarity and threshold", _slider(page), drawn))
@@ -328,21 +337,6 @@ def _figure(chart: Chart, key: str, caption: str) -> str:
         f'<figure>\n<div id="{key}" class="plot" role="img" aria-label="{text(chart.alternative)}">'
         f"</div>\n<figcaption>{text(caption)} <span>{text(chart.alternative)}</span></figcaption>\n"
         "</figure>"
-    )
-
-
-def _banner(checks: Checks) -> str:
-    said = {
-        Outcome.passed: "Passed: nothing was found that the policy does not allow.",
-        Outcome.failed: "Failed: the policy does not allow what was found.",
-        Outcome.undecided: "Undecided: it cannot be told, so it is no pass.",
-    }[checks.outcome]
-    counts = ", ".join(f"{checks.count(each)} {each.value}" for each in Outcome)
-    found = Counter(each.id for check in checks.checks for each in check.findings)
-    rules = ", ".join(f"{key} {RULES[key].name} ({found[key]})" for key in sorted(found))
-    return (
-        f'<p class="banner {checks.outcome.value}"><strong>{text(said)}</strong> '
-        f"Adapters: {counts}. Findings: {text(rules or 'none')}.</p>"
     )
 
 
@@ -377,23 +371,34 @@ def _cosines(scored: dict[str, Report]) -> list[dict[str, Any]]:
 
 def _overview(page: _Page) -> str:
     """Return one row per adapter."""
+    if page.checks is not None:
+        headings = ["adapter", "outcome", "findings", "modules", "to project", "cosine min"]
+        headings.append("warnings")
+        rows = [_checked_row(each.subject) for each in page.entries if each.subject is not None]
+        return table("adapters", "The adapters", headings, rows, tools=True, stacked=True)
     method = next((each.method for each in page.scored.values()), None)
     beside = f"{detail_of(method).columns[0].heading} mean"
     chosen = doing(page.scored.values())
     headings = ["adapter", "modules", chosen, "cosine min", "mean", "max", beside, "warnings"]
-    if page.checks is not None:
-        headings[1:1] = ["outcome", "findings"]
-        headings[4] = "to project"
     failed = any(each.error is not None for each in page.entries)
-    rows = [_overview_row(each, failed) for each in page.entries]
+    rows = [_scored_row(each, failed) for each in page.entries]
     return table("adapters", "The adapters", headings + ["error"] * failed, rows, tools=True)
 
 
-def _overview_row(entry: _Entry, failed: bool) -> Row:
+def _checked_row(subject: Subject) -> Row:
+    check = subject.check
+    cells = [Cell(check.name), Cell(check.outcome.value, mark=check.outcome.value)]
+    cells.append(Cell(in_short(subject), mark="wide"))
+    numbers = [number(None)] * 4
+    if check.report is not None:
+        report = check.report
+        numbers = [_count(len(report.modules)), _count(report.projected)]
+        numbers += [number(spread(report.cosines)["min"]), _count(len(report.warnings))]
+    return Row([*cells, *(replace(each, mark="aside") for each in numbers)])
+
+
+def _scored_row(entry: _Entry, failed: bool) -> Row:
     cells = [Cell(entry.name)]
-    if entry.check is not None:
-        outcome = entry.check.outcome.value
-        cells += [Cell(entry.check.words, mark=outcome), _count(len(entry.check.findings))]
     report = entry.report
     if report is None:
         cells += [number(None)] * 7
@@ -426,12 +431,16 @@ def _adapter(page: _Page, i: int, canvas: _Canvas) -> str:
     parts = [f'<section class="adapter" id="adapter-{i}">', f"<h2>{text(entry.name)}</h2>"]
     if entry.error is not None:
         parts.append(f'<p class="banner failed"><strong>Failed:</strong> {text(entry.error)}</p>')
-    if entry.check is not None:
-        parts.append(_found(entry.check, i))
+    if entry.subject is not None:
+        parts.append(about(entry.subject))
+        if len(page.entries) > 1:
+            parts += ["<h3>Findings</h3>", by_rule(entry.subject, i)]
+    if entry.report is not None and entry.report.modules:
+        parts += _charts(entry.report, i, page.tau, canvas)
+    if entry.subject is not None:
+        parts += every(entry.subject, i)
     if entry.report is not None:
         parts.append(_summary(entry.report))
-        if entry.report.modules:
-            parts += _charts(entry.report, i, page.tau, canvas)
         parts += [_modules(entry.report, i, page.tau, entry.check), *_rest(entry.report, i)]
     return "\n".join([*parts, "</section>"])
 
@@ -447,57 +456,6 @@ def _charts(report: Report, i: int, tau: float, canvas: _Canvas) -> list[str]:
         f"<h3>What projection removes: {text(detail_of(report.method).columns[0].heading)}</h3>",
         canvas.place(measure(canvas.graphs, report), f"measure-{i}", f"{legend}."),
     ]
-
-
-def _found(check: Check, i: int) -> str:
-    """Return the outcome of one adapter and its findings."""
-    outcome = check.outcome.value
-    parts = [f'<p class="banner {outcome}"><strong>Outcome: {text(check.words)}.</strong></p>']
-    source = [("checked", check.source), ("weights", check.weights_file or "could not be read")]
-    source += [("remark", remark) for remark in check.remarks]
-    parts += ["<h3>Findings</h3>", pairs(source)]
-    for key, caption, found in (
-        (f"findings-{i}", "What counts", check.findings),
-        (f"ignored-{i}", "What the policy or --ignore left out", check.ignored),
-    ):
-        if found:
-            parts.append(_findings(key, caption, found))
-    if not check.findings:
-        parts.append("<p>Nothing was found.</p>")
-    return "\n".join(parts)
-
-
-def _findings(key: str, caption: str, findings: Iterable[Finding]) -> str:
-    listed = list(findings)
-    mark = {Level.fail: "failed", Level.undecided: "undecided", Level.note: ""}
-    columns = {
-        "id": [Cell(each.id, mark="short") for each in listed],
-        "level": [Cell(each.level.value, mark=mark[each.level]) for each in listed],
-        "name": [Cell(each.name) for each in listed],
-        "message": [Cell(each.message) for each in listed],
-        "module": [Cell(each.module or "") for each in listed],
-        "tensor": [Cell(each.tensor or "") for each in listed],
-        "file": [Cell(each.file or "") for each in listed],
-        "remedy": [Cell(RULES[each.id].remedy) for each in listed],
-    }
-    return _filled(key, caption, columns)
-
-
-def _filled(
-    key: str,
-    caption: str,
-    columns: dict[str, list[Cell]],
-    *keep: str,
-    cosines: Iterable[float | None] = repeat(None),
-) -> str:
-    """Return a table without the columns in which nothing stands, but for those to keep."""
-    used = {
-        name: cells
-        for name, cells in columns.items()
-        if name in keep or any(cell.shown for cell in cells)
-    }
-    rows = (Row(cells, cosine) for *cells, cosine in zip(*used.values(), cosines, strict=False))
-    return table(key, caption, list(used), rows, tools=True)
 
 
 def _summary(report: Report) -> str:
@@ -542,7 +500,7 @@ def _modules(report: Report, i: int, tau: float, check: Check | None) -> str:
     always = ("cosine", own[0].heading, "at or below tau", report.doing, "to project")
     caption = "Every module, with the numbers of the charts"
     cosines = [each.cosine for each in listed]
-    shown = _filled(f"modules-{i}", caption, columns, *always, cosines=cosines)
+    shown = filled(f"modules-{i}", caption, columns, *always, cosines=cosines)
     return f"<h3>Modules</h3>\n{shown}"
 
 

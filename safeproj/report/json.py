@@ -29,7 +29,7 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
     return _text(evaluation.to_dict())
 
 
-def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
+def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> str:  # noqa: ARG001
     """Return what a gate found as one JSON object."""
     return _text(checks.to_dict())
 

@@ -17,7 +17,7 @@ _COUNTERS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 """Children of a test case, and the attributes of a suite that count them."""
 
 
-def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
+def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> str:  # noqa: ARG001
     """Return JUnit XML. It holds no times, so that the same record gives the same text."""
     root = ET.Element("testsuites", name="safeproj")
     total: Counter[str] = Counter()
@@ -85,7 +85,8 @@ def _case(subject: Subject, rule: Rule, unusable: bool) -> ET.Element:
     )
     if blocking:
         ended = "failure" if Level.fail in levels else "error"
-        _child(case, ended, _headline(subject, blocking), _lines(subject, blocking), rule.name)
+        headline = "; ".join(words for _, words in subject.groups(blocking))
+        _child(case, ended, headline, _lines(subject, blocking), rule.name)
     elif not found and ignored:
         _child(case, "skipped", "ignored by the policy", _lines(subject, ignored))
     elif not found and unusable:
@@ -106,11 +107,6 @@ def _child(
     if kind is not None:
         child.set("type", kind)
     child.text = "\n".join(lines) or None
-
-
-def _headline(subject: Subject, findings: list[Finding]) -> str:
-    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-    return subject.describe(findings[0]) + more
 
 
 def _lines(subject: Subject, findings: Iterable[Finding]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from safeproj.methods.registry import detail_of, words_of
 from safeproj.records.checks import Check, Checks, Evidence
@@ -90,21 +90,31 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
     return "\n".join(lines) + "\n"
 
 
-def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001
-    """Return the outcome, the findings with what to do, and the scores below them."""
-    lines = [f"## safeproj check: {checks.words}", ""]
-    if len(checks.checks) > 1:
-        lines += [
-            "| adapter | outcome | findings | projected, with evidence |",
-            "|---|---|---|---|",
-        ]
-        for check in checks.checks:
-            cells = (code(check.name), check.words, tally(check), evidence(check))
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    for subject in subjects(checks):
-        check = subject.check
-        lines += [f"### {code(check.name)}: {check.words}", "", *_check(subject), ""]
+def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> str:  # noqa: ARG001
+    """Return the outcome, the findings by rule with what to do, and the scores folded below."""
+    found = subjects(checks)
+    lines = [
+        f"## safeproj check: {checks.words}",
+        "",
+        "| adapter | outcome | findings | projected, with evidence |",
+        "|---|---|---|---|",
+    ]
+    for check in checks.checks:
+        cells = (code(check.name), check.words, tally(check), evidence(check))
+        lines.append(f"| {' | '.join(cells)} |")
+    remarks = [(check, remark) for check in checks.checks for remark in check.remarks]
+    if remarks:
+        lines += ["", *(f"- {code(check.name)}: {escaped(remark)}" for check, remark in remarks)]
+    rows = [row for subject in found for row in _findings(subject)]
+    if rows:
+        lines += ["", "| adapter | finding | level | what was found |", "|---|---|---|---|", *rows]
+    rules = dict.fromkeys(
+        each.id for check in checks.checks for each in check.at(Level.fail, Level.undecided)
+    )
+    if rules:
+        lines += ["", *(f"- **{id_}** {RULES[id_].remedy}" for id_ in rules)]
+    for subject in found:
+        lines += _folded(subject, verbose)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -173,28 +183,37 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(map(escaped, cells))} |"
 
 
-def _check(subject: Subject) -> list[str]:
-    check = subject.check
-    lines = [f"- projected, with evidence: {evidence(check)}"]
-    lines += [f"- {escaped(remark)}" for remark in check.remarks]
-    if check.findings or check.ignored:
-        lines += ["", "| finding | level | what was found |", "|---|---|---|"]
-    for findings, level in ((check.findings, None), (check.ignored, "ignored")):
-        for each in findings:
-            text = escaped(subject.describe(each))
-            lines.append(f"| {each.id} {each.name} | {level or each.level.value} | {text} |")
-    rules = dict.fromkeys(each.id for each in check.at(Level.fail, Level.undecided))
-    if rules:
-        lines += ["", *(f"- **{id_}** {RULES[id_].remedy}" for id_ in rules)]
+def _findings(subject: Subject) -> list[str]:
+    """Return a row for each rule that found something in an adapter."""
+    name, check = code(subject.check.name), subject.check
+    listed = [(each.level.value, each, words) for each, words in subject.groups()]
+    listed += [("ignored", each, words) for each, words in subject.groups(check.ignored)]
+    return [
+        f"| {name} | {each.rule.id} {each.rule.name} | {level} | {escaped(words)} |"
+        for level, each, words in listed
+    ]
+
+
+def _folded(subject: Subject, verbose: bool) -> list[str]:
+    """Return the scores of an adapter, and every finding, each to be unfolded."""
+    check, lines = subject.check, []
+    every = [*check.findings, *check.ignored] if verbose else []
+    if every:
+        listed = (f"- {each.id} {escaped(subject.describe(each))}" for each in every)
+        lines += _details("Every finding", listed)
     if check.report is not None:
-        lines += ["", *_body(check.report)]
-    return lines
+        lines += _details(f"Scores of {len(check.report.modules)} modules", _body(check.report))
+    return ["", f"### {code(check.name)}: {check.words}", *lines] if lines else []
+
+
+def _details(heading: str, lines: Iterable[str]) -> list[str]:
+    return ["", f"<details><summary>{heading}</summary>", "", *lines, "", "</details>"]
 
 
 def tally(check: Check) -> str:
     """Return how many findings there are of each level in words."""
-    counts = [(len(check.at(level)), level.value) for level in Level]
-    counts.append((len(check.ignored), "ignored"))
+    counts = [(sum(each.count for each in check.at(level)), level.value) for level in Level]
+    counts.append((sum(each.count for each in check.ignored), "ignored"))
     return ", ".join(f"{count} {word}" for count, word in counts if count) or "none"
 
 

@@ -31,7 +31,7 @@ _RULES = sorted(RULES.values(), key=lambda rule: rule.id)
 _INDEX = {rule.id: index for index, rule in enumerate(_RULES)}
 
 
-def render_checks(checks: Checks, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
+def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> str:  # noqa: ARG001
     """Return a SARIF log of one run, with a result for every finding."""
     log = {"$schema": SCHEMA_URI, "version": "2.1.0", "runs": [_run(checks)]}
     return plain(json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"

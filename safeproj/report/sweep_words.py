@@ -73,7 +73,7 @@ def commands(sweep: Sweep) -> list[tuple[str, str]]:
     if point is not None and point.modules and sweep.patching:
         words = [*sweep.patching, *_strength(sweep, point), "--out", "DIR"]
         found.append(
-            (f"To write the adapter with {_projecting(sweep, point)}", command_line(words))
+            (f"To write the adapter with {intervention(sweep, point)}", command_line(words))
         )
     sources = {role: str(each["source"]) for role, each in sweep.inputs.items()}
     forms = [method.unswept for method in METHODS if method.unswept is not None]
@@ -121,10 +121,11 @@ def _controls(sweep: Sweep, smallest: Point | None) -> str:
 
 
 def _point(sweep: Sweep, point: Point) -> str:
-    return f"{_projecting(sweep, point)} ({_shares(sweep, point.method.rates)})"
+    return f"{intervention(sweep, point)} ({_shares(sweep, point.method.rates)})"
 
 
-def _projecting(sweep: Sweep, point: Point) -> str:
+def intervention(sweep: Sweep, point: Point) -> str:
+    """Return what is done at a point of the axis."""
     if not point.modules:
         return "the adapter as it is"
     if sweep.axis == "mu":

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from safeproj.methods.registry import detail_of, words_of
-from safeproj.records.checks import Checks, Finding, Outcome
+from safeproj.records.checks import Check, Checks, Outcome
 from safeproj.records.evaluations import (
     LEGEND,
     WORDS,
@@ -22,8 +24,9 @@ from safeproj.records.evaluations import (
     task_rows,
     title_of,
 )
+from safeproj.records.groups import Group, grouped, message
 from safeproj.records.repairs import Repair
-from safeproj.records.rules import RULES, Level
+from safeproj.records.rules import Level
 from safeproj.records.scores import Failure, ModuleReport, Report, Reports, spread
 from safeproj.records.sweeps import Point, Sweep
 from safeproj.report import repair_words
@@ -116,21 +119,22 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
     return _lines(console)
 
 
-def render_checks(checks: Checks, *, width: int, color: bool) -> str:
-    """Return the findings of each adapter, what to do, and the outcome, as text."""
+def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> str:
+    """Return the findings by rule, what to do, and how each adapter ended, as text."""
     console = Console(
         file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
     )
-    for check in checks.checks:
-        for finding in check.findings:
-            _print_finding(console, finding, check.name if len(checks.checks) > 1 else None)
-        for id_ in dict.fromkeys(each.id for each in check.at(Level.fail, Level.undecided)):
-            console.print(Text(f"{id_}: {RULES[id_].remedy}", style="dim"))
-        if check.findings:
-            console.print()
+    hidden = False
+    for groups in _by_rule(checks):
+        hidden |= _print_rule(console, groups, len(checks.checks), verbose)
+    if hidden:
+        text = "--verbose lists every finding; `safeproj rule ID` explains one"
+        console.print(Text(text, style="dim"))
+    if any(check.findings for check in checks.checks):
+        console.print()
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("adapter", overflow="fold")
-    for heading in ("outcome", "findings", "modules", "cosine min", "projected, with evidence"):
+    for heading in ("outcome", "findings", "modules", "cosine min", "evidence"):
         table.add_column(heading, overflow="fold")
     for check in checks.checks:
         cosines = check.report.cosines if check.report is not None else []
@@ -247,11 +251,45 @@ def _sweep_row(sweep: Sweep, point: Point) -> list[str]:
 _OUTCOMES = {Outcome.passed: "green", Outcome.failed: "red", Outcome.undecided: "yellow"}
 
 
-def _print_finding(console: Console, finding: Finding, adapter: str | None) -> None:
-    where = "" if adapter is None else f"{adapter}: "
-    styles = {Level.fail: "red", Level.undecided: "yellow", Level.note: "dim"}
-    head = (f"{finding.level.value:9s} {finding.id} {finding.name}", styles[finding.level])
-    console.print(Text.assemble(head, printable(f"  {where}{finding.message}")), soft_wrap=True)
+_LEVELS = {Level.fail: "red", Level.undecided: "yellow", Level.note: "dim"}
+
+_NAMED = 3
+"""Adapters that are named where a rule found the same in several."""
+
+
+def _by_rule(checks: Checks) -> list[list[tuple[Check, Group]]]:
+    """Return what each rule found, adapter by adapter, the worst level first."""
+    rules: dict[tuple[Level, str], list[tuple[Check, Group]]] = {}
+    for check in checks.checks:
+        for group in grouped(check):
+            rules.setdefault((group.level, group.rule.id), []).append((check, group))
+    return [rules[key] for key in sorted(rules, key=lambda key: (key[0].severity, key[1]))]
+
+
+def _print_rule(
+    console: Console, groups: list[tuple[Check, Group]], adapters: int, verbose: bool
+) -> bool:
+    """Print what one rule found, and tell whether that is less than all of it."""
+    level, rule = groups[0][1].level, groups[0][1].rule
+    said: dict[str, list[str]] = {}  # what is the same of several adapters is said once
+    for check, group in groups:
+        for text in map(message, group.findings) if verbose else [group.words()]:
+            said.setdefault(text, []).append(check.name)
+    lines = [text if adapters == 1 else f"{_names(of)}: {text}" for text, of in said.items()]
+    head = (f"{level.value:9s} {rule.id} {rule.name}", _LEVELS[level])
+    if len(lines) == 1 and len(head[0]) + 2 + cell_len(lines[0]) <= console.width:
+        console.print(Text.assemble(head, f"  {lines[0]}"))
+    else:
+        console.print(Text(*head))
+        for line in lines:
+            console.print(Text(f"  {line}"), soft_wrap=True)
+    if level is not Level.note:
+        console.print(Padding(Text(rule.remedy, style="dim"), (0, 0, 0, 2)))
+    return not verbose and any(group.count > 1 for _, group in groups)
+
+
+def _names(of: list[str]) -> str:
+    return f"{len(of)} adapters" if len(of) > _NAMED else ", ".join(map(printable, of))
 
 
 def _lines(console: Console) -> str:

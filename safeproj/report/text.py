@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from safeproj.records.checks import Check, Checks, Finding
-from safeproj.records.rules import Level
+from safeproj.records.groups import Group, grouped
 from safeproj.text import printable
-
-_SEVERITY = {Level.fail: 0, Level.undecided: 1, Level.note: 2}
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,14 @@ class Subject:
             text = text.replace(printable(source), printable(_joined(self.parts)))
         return text
 
+    def groups(self, findings: Iterable[Finding] | None = None) -> list[tuple[Group, str]]:
+        """Return what was found by rule, the worst first, each with its words.
+
+        Args:
+            findings: some of it; what counts if None.
+        """
+        return [(each, each.words(self.describe)) for each in grouped(self.check, findings)]
+
     def place(self, finding: Finding) -> str:
         """Return the file that a finding is about, as a relative path with forward slashes."""
         file = finding.file or self.check.weights_file or ""
@@ -61,7 +67,7 @@ def subjects(checks: Checks) -> list[Subject]:
 def by_severity(found: Sequence[Subject]) -> list[tuple[Subject, Finding]]:
     """Return what counts, the worst first, and otherwise in the order in which it was found."""
     pairs = [(subject, finding) for subject in found for finding in subject.check.findings]
-    return sorted(pairs, key=lambda pair: _SEVERITY[pair[1].level])
+    return sorted(pairs, key=lambda pair: pair[1].level.severity)
 
 
 def relative(text: str) -> str:

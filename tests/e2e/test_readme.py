@@ -32,7 +32,7 @@ TOLERANCE = 0.0021
 PAGES = {
     "README.md": 2,
     "docs/scores.md": 8,
-    "docs/gate.md": 4,
+    "docs/gate.md": 7,
     "docs/covariance.md": 5,
     "docs/data.md": 1,
     "docs/evaluation.md": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +321,40 @@ def test_exit_codes_and_several_reports_at_once(trio: Trio, patched: Path, tmp_p
     assert json.loads(out)["outcome"] == "undecided"
     assert err.count("\n") == 1
     assert err.startswith("safeproj: error: broken: adapter_config.json is not JSON")
+
+
+def test_verbose_lists_what_is_said_in_one_line(trio: Trio, tmp_path: Path) -> None:
+    code, short, _ = command(trio, trio.adapter, "--threshold", "1", cwd=tmp_path)
+    verbose = command(trio, trio.adapter, "--threshold", "1", "--verbose", cwd=tmp_path)
+    assert (code, verbose[0], verbose[2]) == (1, 1, "")
+    assert re.search(r"  in (\d+) of \1 modules, lowest \S+ 0\.\d{3}$", short, re.MULTILINE)
+    assert "is at or below 1" not in short
+    assert len(re.findall(r"^  \S+: cosine .* is at or below 1", verbose[1], re.MULTILINE)) > 1
+
+
+ENDS: dict[str, tuple[list[str], str]] = {
+    "nothing given": ([], "no ADAPTER; expected the SRC of one or more"),
+    "policy": (["a", "--policy", "50%.toml"], "50%25.toml"),
+    "option": (["a", "--treshold", "0.5"], "No such option: --treshold"),
+    "input": (["nowhere"], "no such file"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+@pytest.mark.parametrize("wanted", [["--format", "github"], ["--format=github"]], ids=len)
+def test_what_ends_in_2_is_an_annotation(
+    trio: Trio, tmp_path: Path, case: str, wanted: list[str]
+) -> None:
+    arguments, words = ENDS[case]
+    code, out, err = command(trio, *arguments, *wanted, cwd=tmp_path)
+    assert code == 2
+    errors = [line for line in (out + err).splitlines() if line.startswith("::")]
+    assert len(errors) == 1
+    assert errors[0].startswith("::error title=")
+    assert words in errors[0]
+    code, out, err = command(trio, *arguments, cwd=tmp_path)
+    assert code == 2
+    assert "::error" not in out + err
 
 
 USAGE: dict[str, tuple[list[str], str]] = {

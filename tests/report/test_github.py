@@ -61,12 +61,12 @@ def test_the_examples_of_the_docstrings_hold() -> None:
     assert doctest.testmod(github) == (0, 1)
 
 
-def test_levels_are_those_of_github_and_the_worst_comes_first() -> None:
+def test_what_blocks_is_an_error_and_the_worst_comes_first() -> None:
     assert [(level, title[:5]) for level, title, *_ in commands(mixed())] == [
-        ("error", "SP001"),
+        ("error", "SP001"),  # of one adapter
+        ("error", "SP090"),  # of another
         ("error", "SP005"),
-        ("warning", "SP002"),
-        ("warning", "SP090"),
+        ("error", "SP002"),
         ("notice", "SP017"),
     ]
 
@@ -92,7 +92,7 @@ def test_escapes_are_those_of_githubs_toolkit() -> None:
 @pytest.mark.parametrize("count", [10, 11, 100])
 def test_at_most_ten_annotations_and_the_last_counts_the_rest(count: int) -> None:
     notes = [finding("SP017", "a note", file=str(i)) for i in range(count - 1)]
-    lines = render(checks(check(*notes, finding())), "github").splitlines()
+    lines = render(checks(check(*notes, finding())), "github", verbose=True).splitlines()
     annotations = [line for line in lines if line.startswith("::")]
     assert len(annotations) == github.MAX_ANNOTATIONS == 10
     assert annotations[0].startswith("::error title=SP001")
@@ -107,7 +107,7 @@ def test_at_most_ten_annotations_and_the_last_counts_the_rest(count: int) -> Non
 
 def test_what_is_left_out_is_annotated_as_the_worst_of_it() -> None:
     found = [*(finding() for _ in range(11)), finding("SP002"), finding("SP017")]
-    last = render(checks(check(*found)), "github").splitlines()[-2]
+    last = render(checks(check(*found)), "github", verbose=True).splitlines()[-2]
     assert last.startswith("::error ")
     assert "4 further findings (2 fail, 1 undecided, 1 note)" in last
 
@@ -153,14 +153,17 @@ def test_the_summary_is_the_markdown_report() -> None:
 
 def test_the_summary_of_many_findings_keeps_to_githubs_limit() -> None:
     found = check(*(finding(module=f"model.layers.{i}.🧨") for i in range(20_000)))
-    text = github.summary(checks(found))
+    assert len(github.summary(checks(found)).encode()) < 2_000
+    text = github.summary(checks(found), verbose=True)
     assert github.SUMMARY_LIMIT == 1024 * 1024
     assert len(text.encode()) <= 1024 * 1024
     assert "lines are left out" in text.splitlines()[-1]
+    assert text.splitlines()[-4:-1] == ["", "</details>", ""]
 
 
 TABLE = (
-    "# Gate\n\n| module | cosine |\n|---|---:|\n| `a🧨` | 0.1 |\n| `b` | 0.2 |\n\n## More\n\n- c\n"
+    "# Gate\n\n| module | cosine |\n|---|---:|\n| `a🧨` | 0.1 |\n| `b` | 0.2 |\n\n## More\n\n"
+    "- c\n\n<details><summary>All</summary>\n\n- d\n- e\n"
 )
 
 
@@ -186,11 +189,15 @@ def test_a_summary_is_cut_between_lines_and_says_what_is_missing(
         return
     *kept, blank, note = text.removesuffix("\n").split("\n")
     assert blank == ""
+    if kept[-1:] == ["</details>"]:
+        *kept, blank, _ = kept
+        assert blank == ""
+        assert "<details>" in "".join(kept)
     assert whole.split("\n")[: len(kept)] == kept
     found = re.match(r"_(\d+) of (\d+) lines are left out", note)
     assert found
     assert int(found[1]) + len(kept) == int(found[2]) == whole.count("\n")
-    assert not kept or not kept[-1].startswith(("#", "|---", "| module"))
+    assert not kept or not kept[-1].startswith(("#", "|---", "| module", "<details>"))
 
 
 def test_a_summary_keeps_to_every_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,8 @@ def test_the_tables_hold_every_number_without_a_script() -> None:
         assert f">{each.cosine:.4f}</td>" in tables
     for expected in (
         "Failed: the policy does not allow what was found.",
-        "Findings: SP001 module-below-threshold (1), SP090 unusable-input (1).",
+        "2 adapters: 1 failed, 1 undecided.",
+        "self_attn.q_proj: cosine 0.05",
         "module-below-threshold",
         RULES["SP001"].remedy.replace("'", "&#x27;"),
         "no such adapter",

@@ -99,7 +99,7 @@ def test_what_fails_is_a_failure_with_all_of_its_findings() -> None:
     assert failure.tag == "failure"
     assert failure.attrib["type"] == "module-below-threshold"
     assert failure.attrib["message"] == (
-        f"{Q0}: the cosine is 0.21, expected more than 0.35 (and 1 more)"
+        f"in 2 modules, such as {Q0}: the cosine is 0.21, expected more than 0.35"
     )
     assert failure.text == (
         f"fail: {Q0}: the cosine is 0.21, expected more than 0.35\nfail: lm_head: the cosine is 0.3"
@@ -114,7 +114,7 @@ def test_what_fails_counts_for_more_than_what_is_undecided() -> None:
     (failure,) = case(
         check(finding("SP030", "b", level=Level.undecided), finding("SP030", "a")), "SP030"
     )
-    assert (failure.tag, failure.attrib["message"]) == ("failure", "a (and 1 more)")
+    assert (failure.tag, failure.attrib["message"]) == ("failure", "a; b")
     assert failure.text == "fail: a\nundecided: b"
 
 

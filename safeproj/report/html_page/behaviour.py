@@ -20,7 +20,7 @@ def shares(graphs: Any, evaluation: Evaluation, name: str) -> Chart:
     figure = graphs.Figure()
     for i, outcome in enumerate(outcomes):
         rates = [subject.sets[name][outcome] for subject in evaluation.subjects]
-        word = WORDS.get(outcome, outcome)
+        word = plain(WORDS.get(outcome, outcome))
         figure.add_scatter(
             x=[100 * rate.value for rate in rates],
             y=[row + 0.16 * (i - (len(outcomes) - 1) / 2) for row in range(len(rates))],
@@ -59,7 +59,13 @@ def shares(graphs: Any, evaluation: Evaluation, name: str) -> Chart:
         },
         hovermode="closest",
     )
-    return Chart("measure", figure.to_plotly_json(), _words(evaluation, name))
+    rows: list[list[Any]] = [["subject", "outcome", "hits", "total", "share", "from", "to"]]
+    rows += (
+        [subject.name, outcome, rate.hits, rate.total, rate.value, *rate.interval]
+        for subject in evaluation.subjects
+        for outcome, rate in subject.sets[name].items()
+    )
+    return Chart("measure", figure.to_plotly_json(), _words(evaluation, name), rows)
 
 
 def _words(evaluation: Evaluation, name: str) -> str:

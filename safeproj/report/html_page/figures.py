@@ -36,14 +36,16 @@ class Chart:
     """One chart.
 
     Attributes:
-        kind: what page.js does with it: `curve`, `heatmap` or `measure`.
+        kind: what page.js does with it: `curve`, `heatmap`, `measure` or `tradeoff`.
         figure: data and layout for plotly.js.
         alternative: the facts it shows, in words.
+        rows: its numbers, with their headings first, which page.js saves as CSV.
     """
 
     kind: str
     figure: dict[str, Any]
     alternative: str
+    rows: list[list[Any]]
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,12 @@ def curve(graphs: Any, adapters: dict[str, Report], tau: float) -> Chart:
     """Return the cosines of each adapter in ascending order, and tau: the figure of the paper."""
     figure = graphs.Figure()
     told = []
+    rows: list[list[Any]] = [["adapter", "place", "module", "cosine"]]
     for i, (name, report) in enumerate(adapters.items()):
         scored = [(module.cosine, module) for module in report.modules if module.cosine is not None]
         scored.sort(key=lambda item: item[0])
         values = [cosine for cosine, _ in scored]
+        rows += ([name, place, each.name, value] for place, (value, each) in enumerate(scored, 1))
         figure.add_scatter(
             x=list(range(1, len(scored) + 1)),
             y=values,
@@ -112,6 +116,7 @@ def curve(graphs: Any, adapters: dict[str, Report], tau: float) -> Chart:
         "curve",
         figure.to_plotly_json(),
         f"Sorted cosines by adapter, with the threshold tau. {'. '.join(told)}.",
+        rows,
     )
 
 
@@ -173,7 +178,8 @@ def heatmap(graphs: Any, report: Report, tau: float) -> Chart:
         },
         meta=260 + 110 * len(grid.columns),
     )  # fmt: skip
-    return Chart("heatmap", figure.to_plotly_json(), _heatmap_words(report, grid, tau))
+    words = _heatmap_words(report, grid, tau)
+    return Chart("heatmap", figure.to_plotly_json(), words, _rows(grid, "cosine"))
 
 
 def measure(graphs: Any, report: Report) -> Chart:
@@ -211,7 +217,18 @@ def measure(graphs: Any, report: Report) -> Chart:
     )
     told = span(report.values(first.key))
     alternative = f"{first.meaning} of each module by layer and kind: {told}."
-    return Chart("measure", figure.to_plotly_json(), alternative)
+    return Chart("measure", figure.to_plotly_json(), alternative, _rows(grid, first.key))
+
+
+def _rows(grid: Grid, key: str) -> list[list[Any]]:
+    """Return a number of each module, layer by layer, with headings."""
+    rows: list[list[Any]] = [["layer", "kind", "module", key]]
+    for (row, column), modules in sorted(grid.cells.items(), key=lambda cell: cell[0]):
+        where = grid.rows[row], grid.columns[column]
+        for each in modules:
+            value = each.cosine if key == "cosine" else each.value(key)
+            rows.append([*where, each.name, value])
+    return rows
 
 
 def arrange(modules: Iterable[ModuleReport]) -> Grid:

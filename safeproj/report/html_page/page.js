@@ -7,6 +7,7 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const PAPER = 680; // pixels that fit on the width of A4 and of US letter
   const TALL = 880; // and their height, less a caption
+  const FOLLOWS = new Set(["curve", "heatmap"]); // figures that tau changes
   let tau = record.tau;
 
   // --- charts
@@ -70,6 +71,17 @@
     measure(figure, colours) {
       colourLines(figure.data, colours);
     },
+    tradeoff(figure, colours) {
+      colourLines(figure.data.filter(({ meta }) => meta !== undefined), colours);
+      for (const trace of figure.data) {
+        if (trace.meta === undefined) trace.marker.color = trace.marker.line.color = colours.mark;
+      }
+      for (const shape of figure.layout.shapes) shape.line.color = colours.mark;
+      for (const note of figure.layout.annotations) {
+        Object.assign(note, { font: { color: colours.mark }, arrowcolor: colours.mark });
+        if (note.showarrow !== false) note.visible = figure.layout.width > 560; // the page says it
+      }
+    },
   };
 
   function draw({ id, kind, data, layout }) {
@@ -96,6 +108,59 @@
       displayModeBar: false, displaylogo: false, showSendToCloud: false, showEditInChartStudio: false,
       showTips: false, typesetMath: false,
     });
+  }
+
+  // --- figures as files
+
+  function save(name, type, content) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([content], { type }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000); // some browsers read it later
+  }
+
+  function cell(value) {
+    if (typeof value !== "string") return value === null ? "" : String(value);
+    const safe = /^[=+\-@\t\r]/.test(value) ? `'${value}` : value; // no formula of a spreadsheet
+    return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+  }
+
+  // Plotly.toImage decodes entities that are text, so that some names would end in no XML.
+  function drawing(place) {
+    const layers = [...place.querySelectorAll("svg.main-svg")].map((layer) => layer.cloneNode(true));
+    const [whole, ...above] = layers;
+    const paper = document.createElementNS(whole.namespaceURI, "rect");
+    Object.entries({ width: "100%", height: "100%", fill: theme().page })
+      .forEach(([name, value]) => paper.setAttribute(name, value));
+    whole.prepend(paper);
+    whole.append(...above.flatMap((layer) => [...layer.childNodes]));
+    whole.removeAttribute("style");
+    whole.querySelectorAll(".draglayer, .zoomlayer, .hoverlayer").forEach((each) => each.remove());
+    return new XMLSerializer().serializeToString(whole);
+  }
+
+  const SAVE = {
+    SVG({ id }) {
+      save(`safeproj-${id}.svg`, "image/svg+xml", drawing(document.getElementById(id)));
+    },
+    CSV({ id, rows }) {
+      const lines = rows.map((row) => `${row.map(cell).join(",")}\r\n`);
+      save(`safeproj-${id}.csv`, "text/csv", lines.join(""));
+    },
+  };
+
+  function makeSavable(figure) {
+    const bar = document.createElement("p");
+    bar.className = "control";
+    bar.append("Save this figure:", ...Object.keys(SAVE).map((kind) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = kind;
+      button.addEventListener("click", () => SAVE[kind](figure));
+      return button;
+    }));
+    document.getElementById(figure.id).after(bar);
   }
 
   const due = new Set();
@@ -130,7 +195,7 @@
       row.classList.toggle("at-tau", below);
       row.querySelector(".tau").textContent = below ? "yes" : "";
     }
-    drawSoon(record.figures.filter(({ kind }) => kind !== "measure"));
+    drawSoon(record.figures.filter(({ kind }) => FOLLOWS.has(kind)));
   }
 
   // --- adapters
@@ -207,8 +272,10 @@
   document.documentElement.classList.add("script");
   for (const table of document.querySelectorAll("table.tools")) {
     makeSortable(table);
-    if (table.tBodies[0].rows.length > 3) makeFilterable(table);
+    const short = table.tBodies[0].rows.length <= 3 || table.matches(".stacked");
+    if (!short) makeFilterable(table);
   }
+  record.figures.forEach(makeSavable);
   const slider = document.getElementById("tau");
   slider?.addEventListener("input", () => {
     tau = Number(slider.value);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from safeproj.report.html_page.document import text
 
@@ -53,7 +54,13 @@ def number(value: float | None, form: str = ".4f") -> Cell:
 
 
 def table(
-    key: str, caption: str, headings: Sequence[str], rows: Iterable[Row], *, tools: bool = False
+    key: str,
+    caption: str,
+    headings: Sequence[str],
+    rows: Iterable[Row],
+    *,
+    tools: bool = False,
+    stacked: bool = False,
 ) -> str:
     """Return a table.
 
@@ -63,6 +70,8 @@ def table(
         headings: of its columns.
         rows: each with as many cells.
         tools: whether it sorts and filters.
+        stacked: whether cells are below each other on a narrow screen, those with the mark `aside`
+            left out; it does not filter.
     """
     listed = list(rows)
     numeric = [cell.numeric for cell in listed[0].cells] if listed else [False] * len(headings)
@@ -71,13 +80,32 @@ def table(
         for heading, right in zip(headings, numeric, strict=True)
     )
     body = "\n".join(row.html() for row in listed)
-    kind = ' class="tools"' if tools else ""
+    classes = " ".join(["tools"] * tools + ["stacked"] * stacked)
+    kind = f' class="{classes}"' if classes else ""
     # The region can take the focus, so that a keyboard can scroll a wide table.
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{key}-caption">\n'
         f'<table id="{key}"{kind}>\n<caption id="{key}-caption">{text(caption)}</caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>"
     )
+
+
+def filled(
+    key: str,
+    caption: str,
+    columns: dict[str, list[Cell]],
+    *keep: str,
+    cosines: Iterable[float | None] = repeat(None),
+    stacked: bool = False,
+) -> str:
+    """Return a table without the columns in which nothing stands, but for those to keep."""
+    used = {
+        name: cells
+        for name, cells in columns.items()
+        if name in keep or any(cell.shown for cell in cells)
+    }
+    rows = (Row(cells, cosine) for *cells, cosine in zip(*used.values(), cosines, strict=False))
+    return table(key, caption, list(used), rows, tools=True, stacked=stacked)
 
 
 def pairs(items: Iterable[tuple[str, str]]) -> str:
