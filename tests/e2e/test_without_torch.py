@@ -206,9 +206,9 @@ def test_neither_workers_nor_threads_nor_torch_show_in_the_result(
         (bare, 5, 1),
     ):  # fmt: skip
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
-        command = ("patch", *trio.arguments, "--out", out, "--all", *projector)
+        command: Command = ["patch", *trio.arguments, "--out", out, "--all", *projector]
         run(
-            python, out.with_suffix(".probe"), (*command, "--workers", str(workers)),
+            python, out.with_suffix(".probe"), [*command, "--workers", str(workers)],
             OPENBLAS_NUM_THREADS=str(threads), OMP_NUM_THREADS=str(threads),
         )  # fmt: skip
         written.add((out / FACTORS).read_bytes())
