@@ -40,7 +40,10 @@ RECORD = replace(
     modules=(
         replace(
             module("model.layers.0.mlp.up_proj", projected=True),
-            **dict.fromkeys(("name", "stack", "kind", "note"), EVIL),
+            name=EVIL,
+            stack=EVIL,
+            kind=EVIL,
+            note=EVIL,
         ),
         module("lm_head", note=EVIL),
     ),
