@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safeproj.errors import SafeprojError
-from safeproj.lm.models import DTYPES
+from safeproj.records.evaluations import DTYPES
 
 JUDGES = ("keywords", "prefix", "guard", "command", "url")
 """Kinds of judges that a policy may name."""

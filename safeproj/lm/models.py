@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 from safeproj.adapter.interface import CONFIG
 from safeproj.engine import resolve_device
 from safeproj.errors import SafeprojError, missing
+from safeproj.records.evaluations import DTYPES
 from safeproj.storage.published import published
 from safeproj.storage.source import Folder, HubFolder, LocalFolder, file_sha256, identity
 from safeproj.text import first_line, shorten
 
 if TYPE_CHECKING:
     from safeproj.lm.data import Data
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""`--dtype` of a model that is run: `auto` is what it is stored in."""
 
 _NO_ADAPTER = {"subfolder": "no-adapter"}
 """Where transformers is told to look for an adapter beside the model: where there is none."""

@@ -11,6 +11,9 @@ from safeproj.records.rates import Difference, Rate
 from safeproj.records.scores import Failure
 from safeproj.records.verdicts import Marks
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""`--dtype` of a model that is run: `auto` is what it is stored in."""
+
 SCHEMA = "safeproj.eval/1"
 
 WORDS = {"exact": "complied exactly"}
