@@ -29,7 +29,7 @@ TOLERANCE = 0.0021
 
 PAGES = {
     "README.md": 10,
-    "docs/gate.md": 4,
+    "docs/gate.md": 6,
     "docs/covariance.md": 5,
     "docs/evaluation.md": 1,
     "docs/sweep.md": 1,
