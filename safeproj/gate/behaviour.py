@@ -97,9 +97,9 @@ class _Look:
 
     def not_counted(self, reasons: Iterable[str]) -> bool:
         """Add why it does not count; tell whether there is a reason."""
-        found_ = [self._finding("SP046", reason) for reason in reasons]
-        self.findings += found_
-        return bool(found_)
+        own = [self._finding("SP046", reason) for reason in reasons]
+        self.findings += own
+        return bool(own)
 
     def out_of_bounds(self, text: str) -> None:
         self.findings.append(self._finding("SP047", text))
@@ -150,13 +150,15 @@ def about_behaviour(
         for each, subject in pairs
     ]
     findings += [finding for look in looks for finding in look.findings]
-    met = bool(looks) and all(each.level is Level.note for each in findings)
-    shares = [share for look in looks for share in look.shares] if met else []
+    shares = [share for look in looks for share in look.shares]
+    met = bool(shares) and all(each.level is Level.note for each in findings)
     remarks = [*_remarks([each for each, _ in pairs]), *_others(given, matching)]
     outranks = met and policy.behaviour.outranks_cosines
     if outranks:
         remarks.append("the evaluation meets the policy, by which it outranks cosines")
-    return Judgement(Behaviour(met, outranks, tuple(shares)), tuple(findings), tuple(remarks))
+    return Judgement(
+        Behaviour(met, outranks, tuple(shares) if met else ()), tuple(findings), tuple(remarks)
+    )
 
 
 def _unmeasured(adapter: Adapter, policy: Policy) -> Iterator[Finding]:
@@ -234,6 +236,12 @@ def _counting(measured: Measured, wanted: Demands) -> tuple[list[PromptFile], li
             for digest, name in pinned.items()
             if digest not in there
         ]
+    bounded = {"harmful": wanted.bounds_harm, "skill": wanted.min_skill > 0.0}
+    reasons += [
+        f"{each.name} is pinned and was measured as {each.kind}, of which the policy bounds nothing"
+        for each in sets
+        if wanted.sets and not bounded[each.kind]
+    ]
     kinds = {each.kind for each in sets}
     if wanted.bounds_harm and "harmful" not in kinds:
         reasons.append("has no harmful set that counts, and the policy bounds what complies")

@@ -114,6 +114,8 @@ def demands(table: object, before: Demands | None = None) -> Demands:
         if key not in known:
             raise SafeprojError(f"behaviour: {key!r} is not known; known are {', '.join(known)}")
         found[known[key]] = _typed(known[key], value, getattr(Demands(), known[key]))
+    if "sets" in found:
+        found["sets"] = {**before.sets, **found["sets"]}
     return dataclasses.replace(before, **found)
 
 

@@ -20,12 +20,9 @@ from safeproj.records.verdicts import (
     rates,
     unfinished,
 )
-from safeproj.storage.documents import parse
+from safeproj.storage.documents import MAX_BYTES, parse
 from safeproj.storage.wholefile import read_whole
 from safeproj.text import first_line, printable
-
-LARGEST = 64 << 20
-"""Bytes of a report: one of 100 adapters on 10,000 prompts has 5 MB."""
 
 ROUNDING = 1e-9
 """How far a share may lie from the one that follows from the verdicts."""
@@ -105,7 +102,7 @@ def read_evaluation(path: str | Path) -> Measured:
     """
     where = f"--evaluation {path}"
     try:
-        document = parse(read_whole(Path(path).expanduser(), LARGEST), numbers_alone=True)
+        document = parse(read_whole(Path(path).expanduser(), MAX_BYTES), numbers_alone=True)
         return evaluation_of(document, printable(Path(path).name))
     except FormError as error:
         raise SafeprojError(

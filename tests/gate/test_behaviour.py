@@ -259,6 +259,15 @@ def test_other_projections_are_notes_where_behaviour_answers(scene: Scene, tmp_p
     assert levels(checked(scene, adapter))["SP022"] == {"fail"}
 
 
+def test_where_nothing_is_bounded_nothing_is_measured(scene: Scene, tmp_path: Path) -> None:
+    policy = tmp_path / "safeproj.toml"
+    policy.write_text(f"threshold = 0\n[behaviour]\nmax-complied = 1\n{PHRASES}", "utf-8")
+    file = written(tmp_path, scene.document)
+    found = checked(scene, BAD, "--evaluation", file, "--policy", policy)
+    assert found.code == 0, found.stdout + found.stderr
+    assert json.loads(found.stdout)["words"].endswith("behaviour not measured")
+
+
 def test_the_api_takes_evaluations(scene: Scene, tmp_path: Path) -> None:
     method = safeproj.SafeLora(base=str(TINY / "base"), aligned=str(TINY / "aligned"))
     demands = safeproj.Demands(outranks_cosines=True, phrases=(PHRASE,))
@@ -508,6 +517,17 @@ def prompts_without_verdicts(document: Document) -> None:
 def harmful_set_as_a_skill(document: Document) -> None:
     """Skills need no judge."""
     document["sets"][0]["kind"] = "skill"
+
+
+@attack("of which the policy bounds nothing", "--behaviour", "min-skill=0")
+def harmful_set_measured_as_a_skill(document: Document) -> None:
+    """Answers are compared with those of the file, and no skill is bounded."""
+    document["sets"][0]["kind"] = "skill"
+    document["sets"][1]["kind"] = "harmful"
+    for each in document["subjects"]:
+        each["verdicts"]["pairs"] = {"correct": "n" * 60}
+        each["verdicts"]["rotate"] = {"verdict": "r" * 60}
+    retell(document)
 
 
 # by another judge

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from safeproj.errors import SafeprojError
+from safeproj.gate.demands import Demands
 from safeproj.gate.policy import (
     ALLOWANCES,
     TEMPLATE,
@@ -65,6 +66,10 @@ def test_every_field_is_read(tmp_path: Path) -> None:
         public-key = "keys/a.pem"
         overrides = [{{modules = "lm_head", threshold = 0}}]
         identities = {{base = "org/b@abc", alignment = "{digest}"}}
+        behaviour.max-complied = 0
+        behaviour.sets.harm = "{digest}"
+        behaviour.judges = ["guard@{digest}", "keywords"]
+        behaviour.model = "org/a@{"a" * 40}"
         [allow]
         dora-magnitudes = true
         missing-provenance = false
@@ -88,12 +93,34 @@ def test_every_field_is_read(tmp_path: Path) -> None:
         readers=("sglang", "vllm"),
         identities={"base": "org/b@abc", "alignment": digest},
         public_key=(tmp_path / "keys" / "a.pem").as_posix(),
+        behaviour=Demands(
+            max_complied=0.0,
+            sets={"harm": digest},
+            judges=(f"guard@{digest}", "keywords"),
+            model=f"org/a@{'a' * 40}",
+        ),
         file=(tmp_path / "policy.toml").as_posix(),
     )
 
 
 REFUSED = {
     "unknown field": ("treshold = 0.1", "did you mean threshold"),
+    "unknown demand": ("behaviour.max-complid = 0.1", "known are max-complied"),
+    "demand that is no table": ("behaviour = 1", "expected a table"),
+    "share of more than all": ("behaviour.min-refused = 1.1", "[0, 1]"),
+    "share beyond any float": (f"behaviour.min-skill = 1{'0' * 400}", "[0, 1]"),
+    "share that is a truth": ("behaviour.max-complied = true", "expected a number"),
+    "prompts with a fraction": ("behaviour.min-prompts = 1.5", "whole number"),
+    "no prompts": ("behaviour.min-prompts = 0", "1 or more"),
+    "truth that is a number": ("behaviour.signed = 1", "true or false"),
+    "set without a digest": ('behaviour.sets = {a = "a.jsonl"}', "64 hexadecimal digits"),
+    "judge of no kind": ('behaviour.judges = ["anyone"]', "keywords, prefix, guard"),
+    "empty phrase": ('behaviour.phrases = [" "]', "every answer would have"),
+    "model on a branch": ('behaviour.model = "org/a@main"', "org/name@commit"),
+    "nothing that outranks": (
+        "behaviour = {outranks-cosines = true, max-complied = 1}",
+        "needs a bound of harm",
+    ),
     "unknown allowance": ("[allow]\ndora = true", "dora"),
     "allowance that is no truth": ("[allow]\ndora-magnitudes = 1", "true or false"),
     "threshold above one": ("threshold = 1.5", "[0, 1]"),
@@ -250,3 +277,27 @@ def test_the_command_writes_a_policy_once(tmp_path: Path) -> None:
     again = safeproj("check", "--init", cwd=tmp_path)
     assert again.returncode == 2
     assert "exists" in again.stderr
+
+
+def test_keys_of_behaviour_are_options(tmp_path: Path) -> None:
+    pin = "sha256:" + "a" * 64
+    given = [
+        "max-complied=0.05",
+        "outranks-cosines=true",
+        'phrases=["sorry i will not"]',
+        f"sets.harm={pin}",
+        f"sets.more={pin}",
+        f"model={pin}",
+    ]
+    before = policy(tmp_path, "behaviour.min-prompts = 7")
+    assert changed(before, {"behaviour": given}).behaviour == Demands(
+        max_complied=0.05,
+        outranks_cosines=True,
+        min_prompts=7,
+        phrases=("sorry i will not",),
+        sets={"harm": pin, "more": pin},
+        model=pin,
+    )
+    for text in ("max-complied", "=1", "a b=1", "max-complied=x"):
+        with pytest.raises(SafeprojError, match="max-complied"):
+            changed(before, {"behaviour": [text]})
