@@ -267,7 +267,7 @@ def _about_record(
     for name in sorted(result.evidence.keys() - claimed):
         text = f"{name}: is projected, and {MANIFEST} does not say so"
         yield found("SP021", text, module=name, file=MANIFEST)
-    yield from about_history(original.run, patched, result.evidence)
+    yield from about_history(original.run, patched, result.evidence.keys() | (claimed & named))
 
 
 def _claimed(patched: Adapter) -> set[str]:

@@ -111,7 +111,7 @@ def about_history(original: Run, patched: Adapter, projected: Collection[str]) -
     Args:
         original: the run over it, of which every module was scored.
         patched: what was written.
-        projected: the modules that are projected, by what was written.
+        projected: the modules that are projected, by what was written, or were and then changed.
     """
 
     def look() -> None:

@@ -157,6 +157,12 @@ def a_model_as_the_state_of_an_optimizer(adapter: Path, ground: Ground) -> None:
     torch.save({"model": torch.randn(1024, 1024)}, adapter / "optimizer.pt")
 
 
+@attack("hidden", "SP050", says="training_args.bin")
+def code_in_what_a_trainer_kept(adapter: Path, ground: Ground) -> None:
+    """Whoever looks how an adapter was trained loads it, and runs what is in it."""
+    (adapter / "training_args.bin").write_bytes(pickle.dumps(print))
+
+
 @attack("hidden", "SP014")
 def pointer_to_weights(adapter: Path, ground: Ground) -> None:
     """The file is a few lines of text, in whose place LFS puts the weights later."""
