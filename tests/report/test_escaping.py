@@ -38,13 +38,7 @@ RECORD = replace(
         for role in ("base", "aligned", "adapter", "alignment", "data", "safety_module")
     },
     modules=(
-        replace(
-            module("model.layers.0.mlp.up_proj", projected=True),
-            name=EVIL,
-            stack=EVIL,
-            kind=EVIL,
-            note=EVIL,
-        ),
+        replace(module("lm_head", projected=True), name=EVIL, stack=EVIL, kind=EVIL, note=EVIL),
         module("lm_head", note=EVIL),
     ),
     unprojected=(Unprojected(EVIL, EVIL, EVIL, 0.5),),

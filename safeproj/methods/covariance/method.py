@@ -58,6 +58,7 @@ WORDS = Words(
         "swapped": ("swapped H, S", "H of the benign data and S of the safety data"),
         "complement": ("complement", "what the correction removes: ΔW - ΔW'"),
     },
+    changed="corrected",
 )
 """How it is spoken of."""
 
