@@ -31,15 +31,17 @@ def parts_at(
     Args:
         place: the directory.
         inputs: option names and local paths that it must be apart from, None for the Hub.
-        overwrite: replace what an earlier run left there.
+        overwrite: replace what an earlier run left there; it comes back if this one is not kept.
 
     Raises:
         SafeprojError: something else is there, or it cannot be made.
     """
     _require_free(place, inputs, overwrite)
+    before = place.with_name(f".{place.name}.before") if os.path.lexists(place) else None
     try:
-        if os.path.lexists(place):
-            remove(place)
+        if before is not None:
+            remove(before)
+            place.rename(before)
         place.mkdir()
     except OSError as error:
         raise SafeprojError(f"--data-out {place}: cannot be written ({error.strerror})") from error
@@ -49,6 +51,11 @@ def parts_at(
     finally:
         if not parts.is_kept:
             remove(place)
+        if before is not None:
+            if parts.is_kept:
+                remove(before)
+            else:
+                before.rename(place)
 
 
 def _require_free(place: Path, inputs: Sequence[tuple[str, Path | None]], overwrite: bool) -> None:

@@ -180,8 +180,8 @@ def repair(
     folder = open_folder(given.aligned)
     tokenizer = load_tokenizer(folder)
     goal = replace(goal, label=judge.wanted.value)
-    generation = replace(generation, chat=not plain and has_template(tokenizer))
-    generator = generation.generator(tokenizer)
+    generator = replace(generation, chat=not plain and has_template(tokenizer)).generator(tokenizer)
+    generation = replace(generation, chat=False)  # chats are in the files
     require_peft(open_folder(given.adapter))
     host = Host(folder, options.device, generation.dtype)
     sets = {
@@ -190,10 +190,9 @@ def repair(
         for part, prompts in found.items()
         if part != FIT
     }
-    as_read = replace(generation, chat=False).generator(tokenizer)  # chats are in the files
     bench = Bench(
         host,
-        as_read,
+        generation.generator(tokenizer),
         judge,
         goal,
         sets["harmful", VALIDATION],
@@ -206,12 +205,11 @@ def repair(
     with profile.phase("measure"):
         alone = bench.attempt(host.model, "no adapter", None, always=True)
         kept, dropped = _refused(parts["harmful"][FIT], host, generator, judge)
-    files = {"harmful": data / SAFETY, "task": data / TASK}
-    files["harmful"].write_bytes(kept)
+    (data / SAFETY).write_bytes(kept)
     if "task" in parts:
-        files["task"].write_bytes(lines_of(parts["task"][FIT], chat=generator.chat))
+        (data / TASK).write_bytes(lines_of(parts["task"][FIT], chat=generator.chat))
     with ExitStack() as stack:
-        methods = list(_methods(given, files, options, stack, host))
+        methods = list(_methods(given, data, options, stack, host))
         search = _Search(given, bench, methods, options, seed)
         with profile.phase("measure"):
             search.run()
@@ -221,11 +219,11 @@ def repair(
         control = best_control(goal, tuple(each for each, _ in controls))
         with profile.phase("write"), one_thread():
             job, run = way.run()
-        measured = search.replaced_by[best]
-        if not _same(run.decision.replaced, measured):
+        if not _same(run.decision.replaced, search.replaced_by[best]):
             raise SafeprojError(
                 f"{given.adapter}: what is to be written is not what was measured; report this"
             )
+        place = ("--adapter", given.adapter, "--out", str(out))
         record = Repair(
             version=__version__,
             inputs={
@@ -240,49 +238,29 @@ def repair(
             chosen=1 + best,
             test=None,
             out=None,
-            command=(
-                "safeproj",
-                "patch",
-                *way.options,
-                "--adapter",
-                given.adapter,
-                "--out",
-                str(out),
-            ),
+            command=("safeproj", "patch", *way.options, *place),
             warnings=(
                 *run.report.warnings,
                 *search.warnings,
-                *prompt_warnings(as_read, list(sets.values())),
+                *prompt_warnings(bench.generator, list(sets.values())),
                 *_data_warnings(parts, dropped, alone, search, goal),
             ),
         )
-        test = [each for (_, part), each in sets.items() if part == TEST]
-        found: list[Evaluation] = []
+        test = _Test(
+            [each for (_, part), each in sets.items() if part == TEST],
+            bench,
+            Settings(**vars(generation), device=options.device, seed=seed),
+            search.adapter,
+            next(((each.title, made) for each, made in controls if each is control), None),
+        )
 
         def complete(directory: Path) -> Mapping[str, Any]:
-            adapter, after = search.adapter, _opened(AFTER, LocalFolder(directory, str(out)))
-            with ExitStack() as written:
-
-                def opened(title: str, replaced: Replaced) -> Opened:
-                    place = written.enter_context(TemporaryDirectory(prefix="safeproj-"))
-                    return _saved(adapter, title, replaced, Path(place))
-
-                before = (
-                    opened(BEFORE, {}) if adapter.documents else _opened(BEFORE, adapter.folder)
-                )
-                others = [before, after]
-                if control is not None:
-                    made = next(make for each, make in controls if each is control)
-                    others.append(opened(control.title, made()))
-                settings = Settings(
-                    **{**vars(generation), "chat": False}, device=options.device, seed=seed
-                )
-                found.append(evaluate(given.aligned, others, test, judge, settings, host=host))
             nonlocal record
-            record = replace(record, test=found[0])
+            record = replace(record, test=test.of(LocalFolder(directory, str(out))))
             if not (record.is_reached or best_effort):
                 raise _NotReachedError
-            return {"behaviour": embedded(found[0], AFTER, BEFORE)}
+            assert record.test is not None
+            return {"behaviour": embedded(record.test, AFTER, BEFORE)}
 
         try:
             with profile.phase("test"):
@@ -290,6 +268,42 @@ def repair(
         except _NotReachedError:
             return record
         return replace(record, out=str(out))
+
+
+@dataclass(frozen=True)
+class _Test:
+    """The test split, and what is measured on it.
+
+    Attributes:
+        sets: the prompts.
+        bench: the model and the judge.
+        settings: how answers are generated.
+        adapter: as it is.
+        control: title and tensors of the best control, None if there is none.
+    """
+
+    sets: Sequence[PromptSet]
+    bench: Bench
+    settings: Settings
+    adapter: Adapter
+    control: tuple[str, Replaced] | None
+
+    def of(self, written: LocalFolder) -> Evaluation:
+        """Measure the model alone, the adapter before, the one that is written, and the control."""
+        with ExitStack() as places:
+
+            def saved(title: str, replaced: Replaced) -> Opened:
+                place = places.enter_context(TemporaryDirectory(prefix="safeproj-"))
+                return _saved(self.adapter, title, replaced, Path(place))
+
+            folder = self.adapter.folder
+            before = saved(BEFORE, {}) if self.adapter.documents else Opened(BEFORE, folder)
+            measured = [before, Opened(AFTER, written)]
+            if self.control is not None:
+                measured.append(saved(*self.control))
+            host, judge = self.bench.host, self.bench.judge
+            source = host.folder.source
+            return evaluate(source, measured, self.sets, judge, self.settings, host=host)
 
 
 class _NotReachedError(Exception):
@@ -304,13 +318,13 @@ def _written(prompts: PromptSet, place: Path, chat: bool) -> PromptSet:
 
 
 def _methods(
-    given: Given, files: Mapping[str, Path], options: Options, stack: ExitStack, host: Host
+    given: Given, data: Path, options: Options, stack: ExitStack, host: Host
 ) -> Iterator[Method]:
     """Yield what can be done with what is given, prepared."""
     if given.base is not None:
         yield SafeLora(given.base, given.aligned)
-    task = None if given.task is None else str(files["task"])
-    method = Covariance(given.aligned, str(files["harmful"]), task, host=host)
+    task = None if given.task is None else str(data / TASK)
+    method = Covariance(given.aligned, str(data / SAFETY), task, host=host)
     with options.profile.phase("statistics"):
         yield stack.enter_context(method.prepared([given.adapter], options))
 
@@ -402,28 +416,23 @@ class _Search:
 
         return max(range(len(self.attempts)), key=order)
 
-    def controls_of(self, way: Way) -> list[tuple[Attempt, Callable[[], Replaced]]]:
+    def controls_of(self, way: Way) -> list[tuple[Attempt, Replaced]]:
         """Measure what a way is compared with: its own controls, and the adapter turned down."""
         if not way.controls:
             return []
-        found = []
         made = {title: make() for title, make in way.controls.items()}
         with self._options.profile.phase("measure"), self._worn() as subject:
-            for title, replaced in made.items():
-                found.append(self._control(subject, title, replaced))
+            found = [(self._control(subject, *each), each[1]) for each in made.items()]
             for title, replaced in shrinks(self.adapter, self._modules):
-                attempt, make = self._control(subject, title, replaced)
+                attempt = self._control(subject, title, replaced)
                 if self._bench.goal.is_refusing(attempt.refused):
-                    found.append((attempt, make))
+                    found.append((attempt, replaced))
                     break
         return found
 
-    def _control(
-        self, subject: Subject, title: str, replaced: Replaced
-    ) -> tuple[Attempt, Callable[[], Replaced]]:
+    def _control(self, subject: Subject, title: str, replaced: Replaced) -> Attempt:
         subject.put(replaced)
-        change = self._sizes.change(replaced)
-        return self._bench.attempt(subject.model, title, change), lambda: replaced
+        return self._bench.attempt(subject.model, title, self._sizes.change(replaced))
 
     @contextmanager
     def _worn(self) -> Iterator[Subject]:
@@ -447,17 +456,13 @@ def _same(one: Replaced, other: Replaced) -> bool:
     )
 
 
-def _opened(name: str, folder: Any) -> Opened:
-    return Opened(name, folder)
-
-
 def _saved(adapter: Adapter, title: str, replaced: Replaced, place: Path) -> Opened:
     """Write a variant of an adapter where it can be measured, and return it."""
     documents = {CONFIG: adapter.folder.path(CONFIG).read_bytes(), **adapter.documents}
     for name, content in documents.items():
         (place / name).write_bytes(content)
     adapter.format.write(place / adapter.format.output_file, {**adapter.tensors, **replaced})
-    return _opened(title, LocalFolder(place, title))
+    return Opened(title, LocalFolder(place, title))
 
 
 def _data_warnings(

@@ -130,7 +130,7 @@ def _needed(repair: Repair) -> list[str]:
     if min(counts) < 100:
         methods.append(f"more prompts help the correction, which had {min(counts)}")
     if methods:
-        found.append("; ".join(methods).capitalize() + ".")
+        found.append("What may help: " + "; ".join(methods) + ".")
     if repair.out is None:
         found.append("Nothing was written; --best-effort writes what came closest.")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,21 @@ def test_a_directory_of_others_is_not_taken_for_the_parts(
     for options, message in (((), "holds precious.txt"), (("--overwrite",), "holds precious.txt")):
         done = run(*ALIGNED, *adapter("bad"), *data, "--out", tmp_path / "out", *options)
         assert_refused(done, message)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_an_earlier_run_left_stays_where_a_later_one_fails(
+    repaired: tuple[Any, Path], data: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    _, out = repaired
+    for name in (out.name, f"{out.name}.data"):
+        shutil.copytree(out.with_name(name), tmp_path / name)
+    before = snapshot(tmp_path)
+    given = (*ALIGNED, *adapter("mixed"), *data, *ANSWERS, "--include", r"layers\.0\.mlp")
+    done = run(*given, "--out", tmp_path / out.name)
+    assert_refused(done, "exists; give --overwrite")
+    done = run(*given, "--out", tmp_path / out.name, "--overwrite")
+    assert done.returncode == 1
     assert snapshot(tmp_path) == before
 
 
