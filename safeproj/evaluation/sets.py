@@ -43,6 +43,8 @@ class PromptSet:
 
     def first(self, count: int | None) -> PromptSet:
         """Return the set with its first prompts only; all of them for None."""
+        if count is None:
+            return self
         lines = self.lines or len(self.prompts)
         return replace(
             self, prompts=self.prompts[:count], expected=self.expected[:count], lines=lines

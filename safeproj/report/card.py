@@ -12,8 +12,11 @@ from safeproj.report.markdown import code, describe, escaped, measured, span
 
 
 def section(report: Report) -> str:
-    """Return the Markdown that says what was done; nothing where no update was changed."""
-    if not report.changed:
+    """Return the Markdown that says what was done; nothing where no update was changed.
+
+    An adapter of a changed base that was converted is another one than before.
+    """
+    if not (report.changed or "converted_from" in report.inputs.get("adapter", {})):
         return ""
     lines = [
         "## Safety projection",

@@ -120,7 +120,7 @@ def decide(
         selection=selection.to_dict(),
         inputs={
             **{role: dict(identity) for role, identity in inputs.items()},
-            "adapter": identity(adapter.folder),
+            "adapter": _identity(adapter),
         },
         modules=modules,
         pdst=sum(distances) / len(distances) if distances else None,
@@ -336,3 +336,11 @@ def _warnings(
             f"rounding to the written dtype loses over {LOST_IN_ROUNDING:.0%} of {len(lossy)} "
             f"projected tensors ({shorten(lossy)}); use --dtype float32"
         )
+
+
+def _identity(adapter: Adapter) -> dict[str, Any]:
+    """Return what a report says of the adapter that it is about."""
+    found = identity(adapter.folder)
+    if adapter.converted_from is not None:
+        found["converted_from"] = adapter.converted_from
+    return found

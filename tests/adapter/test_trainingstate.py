@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import zlib
@@ -75,6 +76,12 @@ def check(trio: Trio, adapter: Path, *options: str | Path) -> Any:
     return safeproj("check", adapter, *models, "--threshold", "0", *options)
 
 
+def findings(done: Any) -> list[tuple[str, str, str | None]]:
+    """Return level, rule and file of each finding in a JSON report."""
+    (each,) = json.loads(done.stdout)["checks"]
+    return [(found["level"], found["id"], found["file"]) for found in each["findings"]]
+
+
 def files(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
 
@@ -125,11 +132,12 @@ def test_what_is_left_out_may_not_be_another_file(
 
 def test_the_gate_finds_it_and_a_policy_may_allow_it(trio: Trio, trained: Path, ran: Path) -> None:
     (trained / "labels.joblib").unlink()  # which may hold weights as well
-    found = check(trio, trained)
+    found = check(trio, trained, "--format", "json")
     assert found.returncode == 1
-    lines = [line for line in found.stdout.splitlines() if "SP050 training-state" in line]
-    assert len(lines) == len(STATE) - 1
-    assert "SP014" not in found.stdout
+    listed = findings(found)
+    wanted = STATE - {"labels.joblib"}
+    assert {file for _, rule, file in listed if rule == "SP050"} == wanted
+    assert not [rule for _, rule, _ in listed if rule == "SP014"]
     allowed = check(trio, trained, "--allow", "training-state")
     assert allowed.returncode == 0, allowed.stdout
     assert "note      SP050 training-state" in allowed.stdout
@@ -137,15 +145,16 @@ def test_the_gate_finds_it_and_a_policy_may_allow_it(trio: Trio, trained: Path, 
 
 
 def test_a_pickle_of_no_trainer_may_hold_weights_too(trio: Trio, trained: Path) -> None:
-    found = check(trio, trained, "--allow", "training-state")
+    found = check(trio, trained, "--allow", "training-state", "--format", "json")
     assert found.returncode == 1
-    assert "SP050 training-state  labels.joblib" in found.stdout
-    assert "SP014 other-weights  labels.joblib" in found.stdout
+    assert ("note", "SP050", "labels.joblib") in findings(found)
+    assert ("fail", "SP014", "labels.joblib") in findings(found)
 
 
 def test_weights_under_such_a_name_are_weights(trio: Trio, trained: Path, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, trained / "training_args.bin")
-    assert "SP014 other-weights  training_args.bin" in check(trio, trained).stdout
+    found = check(trio, trained, "--format", "json")
+    assert ("fail", "SP014", "training_args.bin") in findings(found)
     out = tmp_path / "out"
     result = patch(trio, trained, out, "--keep-training-state")
     assert not (out / "training_args.bin").exists()

@@ -341,7 +341,7 @@ def test_markdown_says_the_same(trio: Trio, file: Path) -> None:
     result = using("inspect", file, trio.adapter, "--format", "markdown")
     assert result.returncode == 0, result.stderr
     assert "## SaLoRA report" in result.stdout
-    assert "| cosine | share | energy | projected |" in result.stdout
+    assert "| cosine | share | energy | would project |" in result.stdout
     assert f"- safety module: `{file}`" in result.stdout
     assert "- data: `safety.jsonl`" in result.stdout
     assert "by rank, mean over modules: 1: 0." in result.stdout

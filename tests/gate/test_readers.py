@@ -290,7 +290,7 @@ def test_the_option_may_be_repeated_and_adds_to_the_policy(trio: Trio, tmp_path:
     models: list[str | Path] = ["--base", trio.base, "--aligned", trio.aligned]
     done = safeproj(
         *("check", adapter, *models, "--policy", tmp_path / "safeproj.toml"),
-        *("--reader", "sglang", "--reader", "vllm"),
+        *("--reader", "sglang", "--reader", "vllm", "--verbose"),
     )
     assert done.returncode == 1
     for name in ("sglang: SGLang", "openvino: OpenVINO"):

@@ -516,5 +516,7 @@ def test_a_record_of_nothing_that_there_is_is_refused(
 
 
 def test_what_was_corrected_layer_by_layer_is_not_done_again() -> None:
-    with pytest.raises(SafeprojError, match=r"^x: was corrected layer by layer \(--reconstruct\)"):
+    with pytest.raises(
+        SafeprojError, match=r"^x: it was corrected layer by layer \(--reconstruct\)"
+    ):
         Covariance("a", "s.jsonl").recorded("x", {"kind": "reconstruction", "mu": 1.0})

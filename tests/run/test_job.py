@@ -396,7 +396,12 @@ def test_a_dry_run_says_the_same_and_writes_nothing(
 ) -> None:
     dry = api.patch_many(trio.method, adapters, tmp_path / "out", ALL, dry_run=True)
     assert list(tmp_path.iterdir()) == []
-    assert api.patch_many(trio.method, adapters, tmp_path / "out", ALL) == dry
+    wet = api.patch_many(trio.method, adapters, tmp_path / "out", ALL)
+    for each, other in zip(dry, wet, strict=True):
+        assert each.report is not None
+        assert other.report is not None
+        assert (each.report.doing, other.report.doing) == ("would project", "projected")
+        assert replace(each, report=replace(each.report, written=True)) == other
 
 
 def test_no_adapters_are_no_outcomes(trio: Trio, tmp_path: Path) -> None:
