@@ -12,14 +12,12 @@ import typer
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
 from safeproj.cli.eval_options import Answering, Judging
-from safeproj.cli.options import Choosing, Overwrite, Reporting, Running, Talking
+from safeproj.cli.options import Aligned, Choosing, Overwrite, Reporting, Running, Talking
 
 
 @command
 def repair_command(
-    aligned: Annotated[
-        str, typer.Option("--aligned", metavar="SRC", help="The aligned model, which is run.")
-    ],
+    aligned: Aligned,
     adapter: Annotated[
         str, typer.Option("--adapter", metavar="SRC", help="The PEFT LoRA adapter.")
     ],

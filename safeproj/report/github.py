@@ -77,9 +77,13 @@ def _in_turn(found: Sequence[Subject], verbose: bool) -> list[_Said]:
         first = sum(each.group.level is not Level.note for each in said)
         blocking += enumerate(said[:first])
         notes += enumerate(said[first:])
-    # The sort is stable: within a turn adapters keep their order, but what fails comes first.
-    key = lambda each: (each[0], each[1].group.level.severity)  # noqa: E731
-    return [said for turn in (blocking, notes) for _, said in sorted(turn, key=key)]
+    return [said for turn in (blocking, notes) for _, said in sorted(turn, key=_place)]
+
+
+def _place(numbered: tuple[int, _Said]) -> tuple[int, int]:
+    """Return what orders annotations: within a turn what fails comes first, then the adapters."""
+    number, said = numbered
+    return number, said.group.level.severity
 
 
 def _annotation(said: _Said, many: bool) -> str:
