@@ -635,28 +635,27 @@ def _unmeasured(
 ) -> Repair:
     """Do Safe LoRA with its defaults, and say that nothing was measured."""
     from safeproj.records.repairs import Repair
+    from safeproj.sweeping.patching import patching
 
     if base is None:
         raise SafeprojError(
             "--harmful and --base are both missing: without prompts only Safe LoRA can be done, "
             "which needs --base; give --harmful FILE, or --base"
         )
-    report = patch(SafeLora(base, aligned), adapter, out, options, overwrite=overwrite)
+    method = SafeLora(base, aligned)
+    report = patch(method, adapter, out, options, overwrite=overwrite)
     return Repair(
         version=__version__,
         inputs=report.inputs,
         goal=goal,
-        methods=(SafeLora.words.name,),
+        methods=(method.words.name,),
         splits={},
         validation=(),
         controls=(),
         chosen=None,
         test=None,
         out=str(out),
-        command=(
-            *("safeproj", "patch", "--base", base, "--aligned", aligned),
-            *("--adapter", adapter, "--out", str(out)),
-        ),
+        command=(*patching(method, adapter, options), "--out", str(out)),
         warnings=report.warnings,
     )
 

@@ -227,6 +227,7 @@ def repair(
         record = Repair(
             version=__version__,
             inputs={
+                **({} if given.base is None else {"base": {"source": given.base}}),
                 **{role: dict(found) for role, found in run.report.inputs.items()},
                 "model": identity(host.folder),
             },

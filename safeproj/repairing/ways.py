@@ -16,6 +16,7 @@ from safeproj.run.job import Job, Run
 from safeproj.run.options import Options
 from safeproj.sweeping.candidates import Candidates, Place, Replaced
 from safeproj.sweeping.controls import scaled
+from safeproj.sweeping.patching import chosen_as, given_as
 
 POINTS = 5
 """Strengths of a method that are tried, beside none."""
@@ -46,32 +47,9 @@ class Way:
     controls: Mapping[str, Callable[[], Replaced]] = field(default_factory=dict)
 
 
-def options_of(method: Method, options: Options, **settings: str) -> tuple[str, ...]:
-    """Return what `safeproj patch` is given for a method.
-
-    Args:
-        method: its sources and settings.
-        options: which modules are considered, and the maps.
-        settings: further options by name, such as `layers`.
-    """
-    named, selection = method.options(), options.selection
-    found: list[str] = []
-    for name, value in method.given.items():
-        found += [named[name].flag] if value is True else [named[name].flag, _text(value)]
-    for name, text in settings.items():
-        found += [f"--{name}", text]
-    for name, values in (
-        ("include", selection.include),
-        ("exclude", selection.exclude),
-        ("map", options.maps),
-    ):
-        for text in values:
-            found += [f"--{name}", text]
-    return tuple(found)
-
-
-def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def options_of(method: Method, options: Options, *selection: str) -> tuple[str, ...]:
+    """Return what `safeproj patch` is given: the method, which modules, and the strength."""
+    return (*given_as(method), *selection, *chosen_as(options))
 
 
 def ways(method: Method, tried: Candidates, source: str, options: Options) -> Iterator[Way]:
@@ -91,7 +69,7 @@ def ways(method: Method, tried: Candidates, source: str, options: Options) -> It
 def unchanged(method: Method, source: str, options: Options) -> Way:
     """Return what leaves an adapter as it is."""
     run = partial(_patched, method, source, replace(options, selection=Selection(layers=0)))
-    return Way("the adapter as it is", options_of(method, options, layers="0"), dict, run)
+    return Way("the adapter as it is", options_of(method, options, "--layers", "0"), dict, run)
 
 
 def _way(method: Method, tried: Candidates, place: Place, source: str, options: Options) -> Way:
@@ -106,7 +84,7 @@ def _way(method: Method, tried: Candidates, place: Place, source: str, options: 
         title = f"{words.title}, {count} of {len(tried.modules)} modules"
         selection = replace(options.selection, layers=count)
         run = partial(_patched, method, source, replace(options, selection=selection))
-        given = options_of(method, options, layers=str(count))
+        given = options_of(method, options, "--layers", str(count))
     controls = {
         f"{words.controls[name][0]} of it": make
         for name, make in place.controls.items()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-
 from safeproj.records.evaluations import shown
 from safeproj.records.repairs import AFTER, BEFORE, Attempt, Repair, Shares
+from safeproj.text import command_line
 
 NOT_MEASURED = (
     "Behaviour was not measured: give --harmful FILE, prompts that are to be refused, and --task "
@@ -16,7 +15,7 @@ NOT_MEASURED = (
 
 def command(repair: Repair) -> str:
     """Return the `safeproj patch` that writes the same tensors."""
-    return shlex.join(repair.command)
+    return command_line(repair.command)
 
 
 def splits(repair: Repair) -> str:

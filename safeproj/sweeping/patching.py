@@ -1,4 +1,4 @@
-"""The command that writes what a sweep tried, but for its strength and place."""
+"""The command that writes what was tried on an adapter, but for its strength and place."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ def patching(method: Method, adapter: str, options: Options) -> tuple[str, ...]:
     """Return the words of `safeproj patch` on the same adapter with the same method.
 
     Args:
-        method: what was swept, as it was given.
+        method: what was done, as it was given.
         adapter: SRC of the adapter.
         options: how; of the selection only what it leaves out counts.
     """
-    return ("safeproj", "patch", *_given(method), "--adapter", adapter, *_chosen(options))
+    return ("safeproj", "patch", *given_as(method), "--adapter", adapter, *chosen_as(options))
 
 
-def _given(method: Method) -> Iterator[str]:
+def given_as(method: Method) -> Iterator[str]:
+    """Yield the options by which a method is given."""
     known = method.options()
     for name, value in method.given.items():
         yield known[name].flag
         if value is not True:
-            yield str(value)
+            yield str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def _chosen(options: Options) -> Iterator[str]:
+def chosen_as(options: Options) -> Iterator[str]:
+    """Yield those that say which modules are considered, and the maps."""
     selection = options.selection
     for flag, values in (
         ("--include", selection.include),

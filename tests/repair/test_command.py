@@ -185,11 +185,14 @@ def test_the_best_there_is_can_be_written_still(
 
 def test_without_prompts_it_is_safe_lora_and_says_what_is_missing(tmp_path: Path) -> None:
     out, patched = tmp_path / "out", tmp_path / "patched"
-    given = (*BASE, *ALIGNED, *adapter("bad"))
+    given = (*BASE, *ALIGNED, *adapter("bad"), "--exclude", r"layers\.3")
     done = run(*given, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "Behaviour was not measured: give --harmful FILE" in " ".join(done.stdout.split())
-    assert safeproj("patch", *given, "--out", patched).returncode == 0
+    command = next(line for line in done.stdout.splitlines() if line.startswith("$ "))
+    *words, place = shlex.split(command)[2:]
+    assert place == str(out)
+    assert safeproj(*words, patched).returncode == 0
     assert (out / WEIGHTS).read_bytes() == (patched / WEIGHTS).read_bytes()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "patched"]
 
@@ -244,8 +247,9 @@ def test_what_an_earlier_run_left_stays_where_a_later_one_fails(
     given = (*ALIGNED, *adapter("mixed"), *data, *ANSWERS, "--include", r"layers\.0\.mlp")
     done = run(*given, "--out", tmp_path / out.name)
     assert_refused(done, "exists; give --overwrite")
-    done = run(*given, "--out", tmp_path / out.name, "--overwrite")
+    done = run(*given, *BASE, "--out", tmp_path / out.name, "--overwrite")
     assert done.returncode == 1
+    assert "--base lets Safe LoRA be tried" not in " ".join(done.stdout.split())
     assert snapshot(tmp_path) == before
 
 
