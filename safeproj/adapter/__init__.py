@@ -9,9 +9,18 @@ from safeproj.adapter.mlx import Mlx
 from safeproj.adapter.peft import Peft
 from safeproj.adapter.record import AdaptedModule, Adapter, FullChange
 from safeproj.errors import SafeprojError
-from safeproj.storage.source import LocalFolder, open_folder
+from safeproj.storage.instead import held_instead
+from safeproj.storage.source import Folder, LocalFolder, open_folder
 
-__all__ = ["FORMATS", "AdaptedModule", "Adapter", "FullChange", "read_adapter", "stands_for_folder"]
+__all__ = [
+    "FORMATS",
+    "AdaptedModule",
+    "Adapter",
+    "FullChange",
+    "open_adapter",
+    "read_adapter",
+    "stands_for_folder",
+]
 
 FORMATS: tuple[type[Format], ...] = (Mlx, Gguf, LitGpt, Peft)
 """Each looks at the names of a folder's files; PEFT comes last, since MLX has a config of the same
@@ -21,6 +30,18 @@ name and a converted GGUF file may lie beside any of them."""
 def stands_for_folder(name: str | None) -> bool:
     """Tell whether a file of this name, given as a SRC, stands for the folder that it is in."""
     return any(name in kind.stand_ins for kind in FORMATS)
+
+
+def open_adapter(source: str) -> Folder:
+    """Return the folder of an adapter, which its config or its weights may stand for.
+
+    Raises:
+        SafeprojError: there is no such path, and no such repository either.
+    """
+    folder = open_folder(source)
+    if isinstance(folder, LocalFolder) and stands_for_folder(folder.only):
+        return LocalFolder(folder.root, source)
+    return folder
 
 
 def read_adapter(source: str, *, unknown: bool = False) -> Adapter:
@@ -34,9 +55,7 @@ def read_adapter(source: str, *, unknown: bool = False) -> Adapter:
         SafeprojError: it is missing, damaged, has a value that is not finite, or is of a kind
             that is not supported.
     """
-    folder = open_folder(source)
-    if isinstance(folder, LocalFolder) and stands_for_folder(folder.only):
-        folder = LocalFolder(folder.root, source)
+    folder = open_adapter(source)
     for kind in FORMATS:
         adapter = kind.read(folder)
         if adapter is not None:
@@ -44,6 +63,6 @@ def read_adapter(source: str, *, unknown: bool = False) -> Adapter:
                 raise SafeprojError(f"{source}: {message}")
             return adapter
     raise SafeprojError(
-        f"{source}: {CONFIG} not found; expected a PEFT adapter directory, as save_pretrained "
-        "writes it, an adapter directory of MLX or of litgpt, or a GGUF adapter"
+        f"{source}: {CONFIG} not found, {held_instead(folder)}; expected a PEFT adapter directory, "
+        "as save_pretrained writes it, an adapter directory of MLX or of litgpt, or a GGUF adapter"
     )

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from safeproj.adapter import FORMATS, stands_for_folder
 from safeproj.adapter.interface import CONFIG
 from safeproj.errors import SafeprojError
+from safeproj.storage.nearby import read_given_text
 from safeproj.storage.publish import is_leftover
 from safeproj.storage.source import expanded, hub_place, require_no_root
-from safeproj.text import first_line, natural_order
+from safeproj.text import natural_order
 
 LIST = ".txt"
 """How the name of a list ends: one SRC per line; blank lines and those that begin with # are
@@ -124,10 +125,8 @@ def _listed(source: str) -> Iterator[str]:
     if path.suffix != LIST or not path.is_file():
         yield source
         return
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        raise SafeprojError(f"{source}: not a list of adapters ({first_line(error)})") from error
+    text = read_given_text(path, source, "a list of adapters, text in UTF-8")
+    lines = [line.strip() for line in text.splitlines()]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise SafeprojError(f"{source}: an empty list; expected the SRC of an adapter per line")

@@ -13,6 +13,7 @@ import numpy
 from safeproj.errors import SafeprojError
 from safeproj.storage import tensorfile
 from safeproj.storage.arrays import Array, DType, bytes_of, dtype_of, is_finite, is_float
+from safeproj.storage.nearby import nearby
 from safeproj.storage.source import Folder, contents
 from safeproj.storage.wholefile import MAX_WEIGHTS
 
@@ -47,7 +48,7 @@ def read_safetensors(folder: Folder, name: str) -> tuple[dict[str, str] | None, 
         content = contents(folder, name, MAX_WEIGHTS)
         header = tensorfile.parse_header(str(path), content)
     except FileNotFoundError as error:
-        raise SafeprojError(f"{path}: no such file") from error
+        raise SafeprojError(f"{path}: no such file{nearby(path)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise tensorfile.incomplete(path, error) from error
     return header.metadata, {

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from safeproj.errors import SafeprojError
+from safeproj.storage.mistaken import reason, require_real
 from safeproj.storage.tensorfile import MAX_TENSORS, require_printable
 from safeproj.storage.wholefile import MAX_WEIGHTS, read_whole
 
@@ -148,6 +149,7 @@ def read_header(path: Path, content: bytearray) -> Header:
     """
     magic, number = bytes(content[:4]), bytes(content[4:8])
     if magic != MAGIC:
+        require_real(str(path), content, empty=False)
         raise SafeprojError(
             f"{path}: not a GGUF file (it starts with {magic!r}, expected {MAGIC!r}); "
             "fetch it again"
@@ -270,5 +272,4 @@ def _aligned(size: int, alignment: int) -> int:
 
 
 def _damaged(path: Path, error: Exception) -> SafeprojError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return SafeprojError(f"{path}: not a complete GGUF file ({reason}); fetch it again")
+    return SafeprojError(f"{path}: not a complete GGUF file ({reason(error)}); fetch it again")

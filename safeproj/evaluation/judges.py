@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.phrases import ANYWHERE, OPENING
+from safeproj.storage.nearby import read_given_text
 from safeproj.storage.rows import Prompt
-from safeproj.text import first_line
 
 BEGINNING = 200
 """Characters of an answer in which a phrase of `OPENING` counts."""
@@ -131,10 +131,7 @@ def read_phrases(path: Path) -> tuple[str, ...]:
     Raises:
         SafeprojError: it cannot be read, or holds none.
     """
-    try:
-        lines = path.expanduser().read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SafeprojError(f"--phrases {path}: cannot be read ({first_line(error)})") from error
+    lines = read_given_text(path, f"--phrases {path}", "text in UTF-8").splitlines()
     found = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not found:
         raise SafeprojError(f"--phrases {path}: no phrases; expected one in each line")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from safeproj import __version__
+from safeproj.adapter import open_adapter
 from safeproj.adapter.collection import Member
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.generate import Generation, Generator, OnBatch
@@ -292,7 +293,7 @@ def _inputs(generator: Generator, sets: Sequence[PromptSet]) -> dict[Key, str]:
 
 
 def _opened(member: Member) -> Opened:
-    folder = open_folder(member.source)
+    folder = open_adapter(member.source)
     require_peft(folder)
     return Opened(member.name, folder)
 

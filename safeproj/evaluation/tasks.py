@@ -10,6 +10,7 @@ from typing import Any
 
 from safeproj.errors import SafeprojError
 from safeproj.lm.models import quietly
+from safeproj.storage.nearby import nearby
 from safeproj.text import first_line, printable
 
 Results = dict[str, dict[str, dict[str, float | None]]]
@@ -53,7 +54,7 @@ class Tasks:
     ) -> None:
         require_lm_eval()
         if path is not None and not path.is_dir():
-            raise SafeprojError(f"--lm-eval-path {path}: no such directory")
+            raise SafeprojError(f"--lm-eval-path {path}: no such directory{nearby(path)}")
         self.names = tuple(names)
         self.batch_size = batch_size
         self.limit = limit

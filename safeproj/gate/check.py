@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safeproj.adapter import Adapter
+from safeproj.adapter import Adapter, open_adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
 from safeproj.engine import Device
@@ -32,7 +32,7 @@ from safeproj.records.rules import Level
 from safeproj.run.decide import DTYPES
 from safeproj.run.job import Run
 from safeproj.storage.patterns import one_budget
-from safeproj.storage.source import LocalFolder, open_folder, read_json
+from safeproj.storage.source import LocalFolder, read_json
 from safeproj.text import printable
 
 MAX_FINDINGS = 2_000
@@ -137,7 +137,7 @@ def recorded_form(source: str) -> dict[str, Any]:
     The original is put into the same form, so that both can be compared bit for bit.
     """
     try:
-        folder = open_folder(source)
+        folder = open_adapter(source)
         document = read_json(folder, MANIFEST) if MANIFEST in folder.files else {}
     except SafeprojError:  # said where it is looked at
         return {}

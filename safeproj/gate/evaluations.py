@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safeproj.records.verdicts import (
     unfinished,
 )
 from safeproj.storage.documents import MAX_BYTES, parse
+from safeproj.storage.nearby import read_given
 from safeproj.storage.wholefile import read_whole
 from safeproj.text import first_line, printable
 
@@ -101,14 +103,20 @@ def read_evaluation(path: str | Path) -> Measured:
         SafeprojError: it cannot be read, or is no report of `safeproj eval` in JSON.
     """
     where = f"--evaluation {path}"
+    content = read_given(
+        Path(path),
+        where,
+        "what `safeproj eval --format json` writes",
+        partial(read_whole, limit=MAX_BYTES),
+    )
     try:
-        document = parse(read_whole(Path(path).expanduser(), MAX_BYTES), numbers_alone=True)
+        document = parse(content, numbers_alone=True)
         return evaluation_of(document, printable(Path(path).name))
     except FormError as error:
         raise SafeprojError(
             f"{where}: {error}; expected what `safeproj eval --format json` of this version writes"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise SafeprojError(f"{where}: cannot be read as JSON ({first_line(error)})") from error
 
 

@@ -21,6 +21,7 @@ from safeproj.methods.safe_lora.method import PROJECTORS
 from safeproj.plan.select import DEFAULT_THRESHOLD
 from safeproj.records.checks import Evidence
 from safeproj.records.rules import RULES
+from safeproj.storage.nearby import read_given_text
 from safeproj.text import first_line
 
 if sys.version_info >= (3, 11):
@@ -291,9 +292,10 @@ def _directories(source: str) -> Iterator[Path]:
 
 
 def _table(path: Path, *, required: bool) -> dict[str, Any] | None:
+    text = read_given_text(path, str(path), "a policy, TOML in UTF-8")
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        document = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise SafeprojError(f"{path}: cannot be read as a policy ({first_line(error)})") from error
     if path.name != PYPROJECT:
         return document

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from safeproj.adapter import FORMATS
 from safeproj.adapter.interface import CONFIG, SIGNATURE
 from safeproj.errors import SafeprojError
+from safeproj.storage.mistaken import require_real
+from safeproj.storage.nearby import nearby
 from safeproj.storage.publish import AppearedError
 from safeproj.storage.wholefile import write_file
 from safeproj.text import first_line, is_text, printable, shorten
@@ -319,10 +321,11 @@ def _read_key(directory: Path, path: Path, option: str) -> bytes:
     where = f"{option} {path}"
     try:
         if not path.is_file():
-            kind = "no regular file" if path.exists() else "no such file"
+            kind = "no regular file" if path.exists() else f"no such file{nearby(path)}"
             raise SafeprojError(f"{where}: {kind}; {_EXPECTED}")
         with path.open("rb") as file:
             content = file.read(MAX_KEY + 1)
+        require_real(where, content)
     except OSError as error:
         raise SafeprojError(f"{where}: cannot be read ({error.strerror})") from error
     if len(content) > MAX_KEY:

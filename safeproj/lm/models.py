@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,11 @@ from safeproj.adapter.interface import CONFIG
 from safeproj.engine import resolve_device
 from safeproj.errors import SafeprojError, missing
 from safeproj.records.evaluations import DTYPES
+from safeproj.storage.instead import held_instead
+from safeproj.storage.mistaken import mistaken_file
 from safeproj.storage.published import published
 from safeproj.storage.source import Folder, HubFolder, LocalFolder, file_sha256, identity
-from safeproj.text import first_line, shorten
+from safeproj.text import first_line, printable, shorten
 
 if TYPE_CHECKING:
     from safeproj.lm.data import Data
@@ -23,6 +25,9 @@ _NO_ADAPTER = {"subfolder": "no-adapter"}
 
 READ = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 """Ends of the names of files that make up a model and its tokenizer."""
+
+
+TEMPLATE = "chat_template.jinja"
 
 
 def require_extra() -> None:
@@ -47,7 +52,7 @@ def load_tokenizer(folder: Folder) -> Any:
     place, options = _place(folder)
     from transformers import AutoTokenizer
 
-    with quietly(), _errors(folder.source):
+    with quietly(), _errors(folder):
         found = AutoTokenizer.from_pretrained(place, **options)
         found.decode(found("a")["input_ids"])  # settings of odd types are met only in use
         return found
@@ -86,7 +91,7 @@ def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any
 
     if device == "auto" and where.type == "cuda" and _has_accelerate():
         options["device_map"] = "auto"
-    with quietly(), _errors(folder.source):
+    with quietly(), _errors(folder):
         found: Any = _auto_class(place, options).from_pretrained(
             place,
             dtype=dtype,
@@ -119,7 +124,7 @@ def skeleton(folder: Folder) -> Any:
     from transformers import AutoConfig
 
     place, options = _place(folder)
-    with quietly(), _errors(folder.source):
+    with quietly(), _errors(folder):
         config = AutoConfig.from_pretrained(place, **options)
         config.__dict__.pop("quantization_config", None)  # shapes are those before it
         with torch.device("meta"):
@@ -203,7 +208,11 @@ def _place(folder: Folder) -> tuple[str, dict[str, Any]]:
         return folder.repo, {**options, "revision": folder.revision, **inside}
     assert isinstance(folder, LocalFolder)
     if folder.only is not None:
-        raise SafeprojError(f"{folder.source}: is a file, expected the model's directory")
+        raise SafeprojError(
+            f"{folder.source}: is a file, expected the model's directory; give "
+            f"{printable(str(folder.root))}"
+        )
+    _require_real(folder, {TEMPLATE} & folder.files)  # any text would be taken for one
     return str(folder.root), {**options, "local_files_only": True}
 
 
@@ -233,12 +242,22 @@ def quietly() -> Iterator[None]:
 
 
 @contextmanager
-def _errors(source: str) -> Iterator[None]:
+def _errors(folder: Folder) -> Iterator[None]:
     """Turn whatever transformers raises into one line."""
     try:
         yield
     except Exception as error:
+        _require_real(folder, folder.files)
         raise SafeprojError(
-            f"{source}: transformers cannot load it ({type(error).__name__}: "
-            f"{first_line(error)}); expected a causal language model with its tokenizer"
+            f"{folder.source}: transformers cannot load it ({type(error).__name__}: "
+            f"{first_line(error)}); {held_instead(folder)}, expected a causal language model with "
+            "its tokenizer"
         ) from error
+
+
+def _require_real(folder: Folder, names: Collection[str]) -> None:
+    """Refuse a local folder that has, of some files, one that only stands for a model's."""
+    for name in sorted(name for name in names if "/" not in name and name.endswith(READ)):
+        found = mistaken_file(folder.path(name)) if isinstance(folder, LocalFolder) else None
+        if found is not None:
+            raise SafeprojError(f"{printable(str(folder.path(name)))}: {found}")

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from safeproj import __version__
-from safeproj.adapter import Adapter
+from safeproj.adapter import Adapter, open_adapter
 from safeproj.adapter.interface import CONFIG
 from safeproj.engine import one_thread
 from safeproj.errors import SafeprojError
@@ -182,7 +182,7 @@ def repair(
     goal = replace(goal, label=judge.wanted.value)
     generator = replace(generation, chat=not plain and has_template(tokenizer)).generator(tokenizer)
     generation = replace(generation, chat=False)  # chats are in the files
-    require_peft(open_folder(given.adapter))
+    require_peft(open_adapter(given.adapter))
     host = Host(folder, options.device, generation.dtype)
     sets = {
         (kind, part): _written(prompts, data / f"{kind}.{part}.jsonl", generator.chat)

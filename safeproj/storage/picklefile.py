@@ -21,6 +21,7 @@ import numpy
 
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array, dtype_of
+from safeproj.storage.mistaken import HEAD, reason, require_real
 from safeproj.storage.source import Folder, contents
 from safeproj.storage.tensorfile import MAX_DIMENSIONS, require_printable
 from safeproj.storage.wholefile import MAX_WEIGHTS
@@ -189,8 +190,7 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _unreadable(path: Path, error: Exception) -> SafeprojError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return SafeprojError(f"{printable(str(path))}: cannot be read ({reason})")
+    return SafeprojError(f"{printable(str(path))}: cannot be read ({reason(error)})")
 
 
 Read = Callable[[int, int], bytes]
@@ -201,7 +201,9 @@ def _tensors(
     path: Path, read: Read, size: int, inside: str | None = None
 ) -> tuple[dict[str, StoredTensor], bool]:
     """Return where the tensors lie, and whether they are below the name `inside`."""
-    if read(0, len(_LEGACY)) == _LEGACY:
+    head = read(0, HEAD)
+    require_real(str(path), head, empty=False)
+    if head.startswith(_LEGACY):
         raise SafeprojError(
             f"{path}: in the format that torch had before 1.6, which cannot be read in parts; load "
             "it with a current torch and save it again, best as safetensors"

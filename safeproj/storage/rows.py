@@ -13,6 +13,7 @@ from typing import Any
 
 from safeproj.errors import SafeprojError
 from safeproj.storage.documents import parse
+from safeproj.storage.nearby import given_text, read_given
 from safeproj.text import first_line, shorten
 
 CHATS = ("messages", "conversations")
@@ -116,21 +117,14 @@ def read_rows(path: str | Path, option: str, *, responses: bool) -> Rows:
     """
     file = f"{option} {path}"
     place = Path(path).expanduser()
-    try:
-        content = place.read_bytes()
-        if content.startswith(b"PAR1"):
-            raise SafeprojError(
-                f"{file}: is Parquet, which is not read here; write it as JSON lines, such as with "
-                "to_json of datasets"
-            )
-        text = io.StringIO(content.decode("utf-8-sig"), newline=None).read()
-    except FileNotFoundError as error:
-        raise SafeprojError(f"{file}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
+    expected = "JSON lines in UTF-8, or a JSON array, CSV or text"
+    content = read_given(place, file, expected)
+    if content.startswith(b"PAR1"):
         raise SafeprojError(
-            f"{file}: cannot be read ({first_line(error)}); expected JSON lines in UTF-8, or a "
-            "JSON array, CSV or text"
-        ) from error
+            f"{file}: is Parquet, which is not read here; write it as JSON lines, such as with "
+            "to_json of datasets"
+        )
+    text = io.StringIO(given_text(content, file, expected), newline=None).read()
     rows = tuple(
         _Fields.of(where, found, responses).row()
         for where, found in _found(file, place, text, responses)

@@ -16,6 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 from safeproj.errors import SafeprojError
 from safeproj.storage.documents import MAX_BYTES, parse
+from safeproj.storage.mistaken import reason, require_finished, require_real, unfinished
+from safeproj.storage.nearby import near_names, nearby
 from safeproj.storage.tensorfile import Header, TensorEntry, read_header
 from safeproj.storage.wholefile import read_whole
 from safeproj.text import first_line, is_text, printable
@@ -32,6 +34,15 @@ _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 _HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
 """Hosts of the Hub, beside that of HF_ENDPOINT."""
+
+_FILES = frozenset(
+    {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".npz", ".json", ".jsonl", ".csv"}
+    | {".tsv", ".txt", ".toml", ".yaml", ".yml", ".parquet", ".zip"}
+)
+"""Ends of names that are of files and not of repositories."""
+
+_WHOLE = ("config.json", ".index.json")
+"""Ends of names of files of a model that stand for its directory."""
 
 _FORMS = "org/name, org/name/subfolder, org/name@revision or the address of a model on the Hub"
 
@@ -112,6 +123,9 @@ class LocalFolder:
     def advice(self) -> str:
         if self.revision is not None:
             return "it is not in the local Hub cache, unset HF_HUB_OFFLINE to download it"
+        begun = unfinished(self.root)
+        if begun is not None:
+            return f"its download was not finished ({printable(begun)}), run it again"
         return "fetch it again"
 
     def path(self, name: str) -> Path:
@@ -217,10 +231,14 @@ def contents(folder: Folder, name: str, limit: int = MAX_BYTES) -> bytearray:
 
     Raises:
         OSError, ValueError: it cannot be read, or has more than `limit` bytes.
-        SafeprojError: it cannot be had, or is no regular file.
+        SafeprojError: it cannot be had, is no regular file, or is something else than its name
+            says.
     """
     if name not in folder.held:
-        folder.held[name] = read_whole(folder.path(name), limit)
+        path = folder.path(name)
+        content = read_whole(path, limit)
+        require_real(printable(str(path)), content)
+        folder.held[name] = content
     return folder.held[name]
 
 
@@ -293,8 +311,7 @@ def expanded(source: str) -> Path:
     except NotADirectoryError:
         pass
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise SafeprojError(f"{source}: cannot be looked at ({reason})") from error
+        raise SafeprojError(f"{source}: cannot be looked at ({reason(error)})") from error
     return path
 
 
@@ -385,13 +402,41 @@ def open_folder(source: str) -> Folder:
         require_no_root(source, path)
         return LocalFolder(path, source)
     if path.is_file():
-        return LocalFolder(path.parent, source, only=path.name)
+        require_finished(source, path)
+        whole = path.name == _WHOLE[0] or path.name.endswith(_WHOLE[1])
+        return LocalFolder(path.parent, source, only=None if whole else path.name)
     place = hub_place(source)
-    if place is None:
+    if place is None or (local := _why_local(place, source)):
+        why = local if place else _why_no_hub_id(source)
         raise SafeprojError(
-            f"{source}: no such file or directory, and not a Hub id either (expected {_FORMS})"
+            f"{source}: no such file or directory{near_names(path) or why or nearby(path)}"
         )
-    return _open_hub(place, source)
+    try:
+        return _open_hub(place, source)
+    except SafeprojError as error:
+        raise SafeprojError(f"{error}{nearby(path)}") from error.__cause__
+
+
+def _why_local(place: HubPlace, source: str) -> str:
+    """Return why a SRC that could be a place on the Hub is a path nevertheless, empty if it is not.
+
+    With a revision, or as an address, it is never one.
+    """
+    if place.revision is not None or _ADDRESS.match(source):
+        return ""
+    first, end = source.partition("/")[0], Path(source).suffix.lower()
+    if end in _FILES:
+        return f"; the Hub is not asked for what ends in {end} without a revision, such as @main"
+    if place.subfolder and Path(first).is_dir():
+        return f"; {first} is a directory here, so the Hub is not asked without a revision"
+    return ""
+
+
+def _why_no_hub_id(source: str) -> str:
+    """Return that a SRC is no Hub id, where nobody sees that; empty for what looks like a path."""
+    if re.match(r"[.~/\\]|[A-Za-z]:[/\\]", source) or "\\" in source:
+        return ""
+    return f", and not a Hub id either (expected {_FORMS})"
 
 
 def _open_hub(place: HubPlace, source: str) -> Folder:

@@ -20,7 +20,9 @@ from typing import TypeGuard
 from safeproj.errors import SafeprojError
 from safeproj.storage import documents as jsontext
 from safeproj.storage.documents import unique as unique
-from safeproj.text import first_line, printable
+from safeproj.storage.mistaken import mistaken_file, reason
+from safeproj.storage.nearby import nearby
+from safeproj.text import printable
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself, so that a forged length allocates nothing."""
@@ -101,7 +103,7 @@ def read_header(path: Path) -> Header:
             length = _header_length(file.read(PREFIX), size)
             return _header(str(path), file.read(length), size)
     except FileNotFoundError as error:
-        raise SafeprojError(f"{path}: no such file") from error
+        raise SafeprojError(f"{path}: no such file{nearby(path)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise incomplete(path, error) from error
 
@@ -119,13 +121,18 @@ def parse_header(source: str, content: bytearray) -> Header:
 
 def incomplete(path: Path, error: Exception) -> SafeprojError:
     """Return the error for a file that is no complete safetensors file."""
-    reason = getattr(error, "strerror", None) or first_line(error)
+    where = printable(str(path))
+    found = mistaken_file(path)
     return SafeprojError(
-        f"{printable(str(path))}: not a complete safetensors file ({reason}); fetch it again"
+        f"{where}: not a complete safetensors file ({reason(error)}); fetch it again"
+        if found is None
+        else f"{where}: {found}"
     )
 
 
 def _header_length(start: bytes | bytearray, size: int) -> int:
+    if not size:
+        raise ValueError("it is empty")
     length = int.from_bytes(start, "little")
     if len(start) < PREFIX or length > min(MAX_HEADER, size - PREFIX):
         raise ValueError(f"its header would have {length} bytes, of {size} in all")
@@ -156,6 +163,8 @@ def _header(source: str, text: bytes, size: int) -> Header:
         if entry.start != end:
             raise ValueError(f"a tensor begins at byte {entry.start}; expected {end}")
         end += entry.nbytes
+    if end > size:
+        raise ValueError(f"only {size} of its {end} bytes are there, as if a download was cut off")
     if end != size:
         raise ValueError(f"its tensors end at byte {end} of {size}")
     return Header(metadata, tensors)

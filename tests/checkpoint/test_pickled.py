@@ -288,11 +288,7 @@ def truncate(path: Path) -> None:
 
 
 def become_text(path: Path) -> None:
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-
-
-def become_empty(path: Path) -> None:
-    path.write_bytes(b"")
+    path.write_text("PyTorch\n")
 
 
 def become_a_damaged_pickle(path: Path) -> None:
@@ -319,7 +315,7 @@ def shorten_a_storage(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [truncate, become_text, become_empty, become_a_damaged_pickle, compress, shorten_a_storage],
+    [truncate, become_text, become_a_damaged_pickle, compress, shorten_a_storage],
     ids=lambda function: function.__name__,
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
