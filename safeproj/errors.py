@@ -42,7 +42,16 @@ def explained(error: BaseException) -> str | None:
 
 def missing(package: str) -> str:
     """Return what to say where a package that runs models is not installed."""
-    return f"{package} is not installed, which runs the model; install safeproj[train]"
+    return f"{package} is not installed, which runs the model; {install('train')}"
+
+
+def install(extra: str) -> str:
+    """Return how to install safeproj with one of its extras: it is on no package index.
+
+    >>> install("train")
+    "install it with `pip install '.[train]'` in a clone of safeproj"
+    """
+    return f"install it with `pip install '.[{extra}]'` in a clone of safeproj"
 
 
 RUN_MODELS = ("array_api_compat", "torch", "transformers", "peft")

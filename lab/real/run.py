@@ -26,7 +26,7 @@ from lab.real.recipes import Recipe, keys, read_recipe
 from lab.real.sizes import Sizes, sizes_of
 from lab.real.sources import FILE_URL, SOURCES
 from lab.real.train import RANK
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, install
 from safeproj.storage.wholefile import replace_file
 from safeproj.text import first_line, printable, shorten
 
@@ -316,9 +316,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 def _require_trainer() -> None:
     if find_spec("accelerate") is None:
-        raise SafeprojError(
-            "accelerate is not installed, which --train needs; install safeproj[train]"
-        )
+        raise SafeprojError(f"accelerate is not installed, which --train needs; {install('train')}")
 
 
 def _existing(path: Path) -> Path:

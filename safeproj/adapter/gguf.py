@@ -24,7 +24,7 @@ from safeproj.adapter.interface import MANIFEST, Format
 from safeproj.adapter.peft import BIN, SAFETENSORS
 from safeproj.adapter.record import AdaptedModule, Adapter, Factor, FullChange, Kind
 from safeproj.adapter.stacks import stack_modules
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, install
 from safeproj.storage.arrays import Array, bytes_of, dtype_of
 from safeproj.storage.source import Folder
 from safeproj.text import natural_order, printable, shorten
@@ -204,7 +204,7 @@ def _package(source: str) -> Any:
         import gguf
     except ImportError as error:
         raise SafeprojError(
-            f"{source}: to read GGUF the package gguf is needed; install safeproj[gguf]"
+            f"{source}: to read GGUF the package gguf is needed; {install('gguf')}"
         ) from error
     return gguf
 

@@ -17,7 +17,7 @@ from safeproj.adapter.record import Adapter
 from safeproj.adapter.weightfiles import other_weights, training_state
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array
-from safeproj.storage.publish import AppearedError, appearing, unremovable
+from safeproj.storage.publish import appearing, refused_in_one_line, unremovable
 from safeproj.storage.source import LocalFolder
 from safeproj.text import is_text, printable
 
@@ -317,16 +317,7 @@ def appears_at(out: Path, overwrite: bool = False) -> Iterator[Path]:
         SafeprojError: a file cannot be written, or what is copied to it not be read; or something
             is there that may not be replaced.
     """
-    try:
-        with appearing(out.resolve(), directory=True) as found:
-            yield found.path
-            found.appear((lambda: check_place(out, overwrite)) if overwrite else None)
-    except AppearedError as error:
-        raise SafeprojError(
-            f"--out {out}: has appeared while this run went on; it is left as it is, and nothing "
-            "was written: choose another directory, or give --overwrite"
-        ) from error
-    except OSError as error:
-        raise SafeprojError(
-            f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
-        ) from error
+    told = refused_in_one_line(out, "directory")
+    with told, appearing(out.resolve(), directory=True) as found:
+        yield found.path
+        found.appear((lambda: check_place(out, overwrite)) if overwrite else None)

@@ -19,7 +19,7 @@ import numpy
 from threadpoolctl import ThreadpoolController
 
 from safeproj.checkpoint import Reader, Weight
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, install
 from safeproj.storage.arrays import AnyArray, Array
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _absent() -> str | None:
     absent = next((each for each in PACKAGES if find_spec(each) is None), None)
     if absent is None:
         return None
-    return f"{absent} is needed for that, and is not installed: install safeproj[torch]"
+    return f"{absent} is needed for that, and is not installed: {install('torch')}"
 
 
 @contextmanager

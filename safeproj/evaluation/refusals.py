@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,8 @@ from safeproj.evaluation.measure import date_warnings, judged
 from safeproj.evaluation.thoughts import unfinished_words
 from safeproj.lm import models
 from safeproj.lm.data import sample_of
-from safeproj.storage.publish import AppearedError
-from safeproj.storage.rows import Message, Row, read_rows
+from safeproj.storage.publish import refused_in_one_line
+from safeproj.storage.rows import Row, read_rows
 from safeproj.storage.source import open_folder
 from safeproj.storage.wholefile import write_file
 
@@ -80,7 +79,7 @@ def refusals(
     said = [generator.spoken(*pair) for pair in zip(prompts, answers, strict=True)]
     verdicts = judged(judge, prompts, [each.text for each in said])
     kept = tuple(
-        _answered(row, each.text, generator.chat)
+        row.answered(each.text, chat=generator.chat)
         for row, each, verdict in zip(rows, said, verdicts, strict=True)
         if verdict is judge.wanted
     )
@@ -93,20 +92,6 @@ def refusals(
     if unfinished:
         warnings.append(unfinished_words(unfinished, len(rows), "the model"))
     return Refusals(kept, dropped, tuple(warnings))
-
-
-def _answered(row: Row, response: str, chat: bool) -> Row:
-    """Return a row with a response."""
-    before: tuple[Mapping[str, Any], ...]
-    if row.chat is not None:
-        before = row.chat[: len(row.prompt)]
-    elif chat and isinstance(row.prompt, str):
-        before = ({"role": "user", "content": row.prompt},)
-        row = replace(row, prompt=(Message("user", row.prompt),))
-    else:
-        return replace(row, response=response)
-    messages = (*before, {"role": "assistant", "content": response})
-    return replace(row, response=response, chat=messages)
 
 
 def make_refusals(
@@ -150,7 +135,9 @@ def make_refusals(
             "(docs/data.md has what was measured)"
         )
         found = replace(found, warnings=(*found.warnings, few))
-    _write(out, found.rows, (lambda: check_out(out, True, inputs)) if overwrite else None)
+    look = (lambda: check_out(out, True, inputs)) if overwrite else None
+    with refused_in_one_line(out):
+        write_file(out.resolve(), b"".join(row.line() for row in found.rows), look)
     return found
 
 
@@ -179,25 +166,3 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[tuple[str, str]]) -> 
         if out.is_symlink() or not out.is_file():
             raise SafeprojError(f"--out {out}: is no file; choose a name that does not exist")
         read_rows(out, "--out", responses=True)  # nothing else is replaced
-
-
-def _write(out: Path, rows: Sequence[Row], look: Callable[[], None] | None) -> None:
-    """Write rows as JSON lines; the file appears complete or not at all."""
-    content = "".join(json.dumps(_fields(row), ensure_ascii=False) + "\n" for row in rows)
-    try:
-        write_file(out.resolve(), content.encode(), look)
-    except AppearedError as error:
-        raise SafeprojError(
-            f"--out {out}: has appeared while this run went on; it is left as it is, and nothing "
-            "was written: choose another name, or give --overwrite"
-        ) from error
-    except OSError as error:
-        raise SafeprojError(
-            f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
-        ) from error
-
-
-def _fields(row: Row) -> dict[str, Any]:
-    if row.chat is not None:
-        return {"messages": row.chat}
-    return {"prompt": row.prompt, "response": row.response}

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import FORMATS
 from safeproj.adapter.interface import CONFIG, SIGNATURE
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, install
 from safeproj.storage.mistaken import require_real
 from safeproj.storage.nearby import nearby
-from safeproj.storage.publish import AppearedError
+from safeproj.storage.publish import AppearedError, appeared
 from safeproj.storage.wholefile import write_file
 from safeproj.text import first_line, is_text, printable, shorten
 
@@ -60,9 +60,7 @@ def require_library() -> None:
         missing = getattr(error, "name", None) or ""
         # Another module that is missing tells that the extra is there, but not complete.
         why = "" if missing.startswith("model_signing") else f" ({first_line(error)})"
-        raise SafeprojError(
-            f"signatures need model-signing{why}; install safeproj[sign]"
-        ) from error
+        raise SafeprojError(f"signatures need model-signing{why}; {install('sign')}") from error
 
 
 def covered_files(directory: Path) -> list[Path]:
@@ -118,9 +116,7 @@ def sign(
         look = (lambda: _check_signable(directory, place, overwrite)) if overwrite else None
         write_file(place, content, look)
     except AppearedError as error:
-        raise SafeprojError(
-            f"{place}: has appeared while this run went on; it is left as it is"
-        ) from error
+        raise SafeprojError(appeared(str(place))) from error
     except (_InvalidError, ValueError) as error:
         raise SafeprojError(f"{directory}: cannot be signed: {first_line(error)}") from error
     except OSError as error:

@@ -31,7 +31,7 @@ from safeproj.names import Layout, Names
 from safeproj.names.layout import Kind
 from safeproj.storage.arrays import Array, bytes_of
 from safeproj.storage.documents import parse
-from safeproj.storage.publish import AppearedError, appearing
+from safeproj.storage.publish import appearing, refused_in_one_line
 from safeproj.storage.published import without_paths
 from safeproj.storage.source import LocalFolder, open_folder
 from safeproj.storage.tensorfile import Header, read_header, require_printable, write
@@ -587,26 +587,17 @@ def write_recorded(
     """
     place = out.resolve()
     layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    try:
-        with tempfile.TemporaryFile(dir=place.parent) as spool, appearing(place) as found:
-            for name, tensor in tensors:
-                layout[name] = ("F32", tuple(tensor.shape), tensor.nbytes)
-                spool.write(bytes_of(tensor))
-            text = json.dumps(document(), ensure_ascii=False, separators=(",", ":"))
-            spool.seek(0)
-            write(found.path, {"format": "pt", METADATA: text}, layout, _chunks(spool))
-            open_recorded(str(found.path), kind)
-            size = found.path.stat().st_size
-            found.appear((lambda: check_file(out, overwrite, kind)) if overwrite else None)
-    except AppearedError as error:
-        raise SafeprojError(
-            f"--out {out}: has appeared while this run went on; it is left as it is, and nothing "
-            "was written: choose another name, or give --overwrite"
-        ) from error
-    except OSError as error:
-        raise SafeprojError(
-            f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
-        ) from error
+    told = refused_in_one_line(out)
+    with told, tempfile.TemporaryFile(dir=place.parent) as spool, appearing(place) as found:
+        for name, tensor in tensors:
+            layout[name] = ("F32", tuple(tensor.shape), tensor.nbytes)
+            spool.write(bytes_of(tensor))
+        text = json.dumps(document(), ensure_ascii=False, separators=(",", ":"))
+        spool.seek(0)
+        write(found.path, {"format": "pt", METADATA: text}, layout, _chunks(spool))
+        open_recorded(str(found.path), kind)
+        size = found.path.stat().st_size
+        found.appear((lambda: check_file(out, overwrite, kind)) if overwrite else None)
     return size
 
 

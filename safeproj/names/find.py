@@ -17,7 +17,7 @@ from safeproj.checkpoint.expression import (
     stored_names,
 )
 from safeproj.checkpoint.interface import Checkpoint
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, install
 from safeproj.names.layout import DENSE, LINEAR, Layout, known_layout, layout_by_name, model_types
 from safeproj.names.rules import parse_rules, rewrite
 from safeproj.names.suffix import TURNED_ON_DISK, Suffixes, turned_on_disk
@@ -196,7 +196,7 @@ class Names:
         if layout is None or layout.out_first is None:
             raise SafeprojError(
                 f"{self._checkpoint.source}: nothing tells which side of {stack} {list(shape)} is "
-                "the output; install safeproj[train] for transformers, which knows the architecture"
+                f"the output; transformers knows the architecture; {install('train')}"
             )
         item = Item(Stored(stack), index)
         return item if layout.out_first else Swapped(item)
@@ -253,4 +253,4 @@ class Names:
         )
 
 
-_MORE = "; with transformers installed (safeproj[train]) more names are known"
+_MORE = f"; with transformers more names are known; {install('train')}"

@@ -26,7 +26,7 @@ from safeproj.checkpoint.expression import (
     stored_names,
 )
 from safeproj.checkpoint.quantised import leftover_method
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, install
 from safeproj.names import Names
 from safeproj.names.layout import CONV1D_MODELS, model_types
 from safeproj.plan.select import Selection
@@ -287,8 +287,8 @@ def _layout(side: _Side, parameter: str, found: Expression) -> StackLayout:
     if out_first is None:
         raise SafeprojError(
             f"{side.checkpoint.source}: nothing tells which side of {parameter} {list(shape)} is "
-            "the output; install safeproj[train] for transformers, which knows the architecture, "
-            "or take the parameter out of the adapter"
+            "the output; transformers knows the architecture, or take the parameter out of the "
+            f"adapter; {install('train')}"
         )
     marked = known is not None and known.marked_transposed
     return StackLayout(shape, out_first, marked)

@@ -36,7 +36,7 @@ from safeproj.checkpoint.expression import Matrix, Swapped, matrix, stored_names
 from safeproj.engine.blocks import row_width, rows_per_block
 from safeproj.engine.device import Host
 from safeproj.engine.local import MAX_WORKERS
-from safeproj.errors import SafeprojError
+from safeproj.errors import SafeprojError, install
 from safeproj.names import Names
 from safeproj.plan.match import PlannedModule, plan
 from safeproj.plan.select import Selection
@@ -91,8 +91,8 @@ def pissa(W: Array, rank: int, s: float) -> Start:
     """
     if find_spec("torch") is None:
         raise SafeprojError(
-            "init_lora_weights is 'pissa', whose start only torch computes as PEFT does; install "
-            "safeproj[torch]"
+            "init_lora_weights is 'pissa', whose start only torch computes as PEFT does; "
+            + install("torch")
         )
     import torch
 

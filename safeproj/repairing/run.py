@@ -30,7 +30,7 @@ from safeproj.records.evaluations import Evaluation, embedded
 from safeproj.records.rates import Rate
 from safeproj.records.repairs import AFTER, BEFORE, Attempt, Goal, Repair, best_control
 from safeproj.records.scores import Report
-from safeproj.repairing.split import FIT, SAFETY, TASK, TEST, VALIDATION, line, lines_of, split
+from safeproj.repairing.split import FIT, SAFETY, TASK, TEST, VALIDATION, lines_of, split
 from safeproj.repairing.ways import FACTORS, MUS, POINTS, Way, rebuilt, shrinks, unchanged, ways
 from safeproj.run.options import Options
 from safeproj.storage.rows import Row
@@ -133,7 +133,7 @@ def _refused(
             f"({found.describe()}); expected a model that refuses, or a judge that knows how: see "
             "--phrase"
         )
-    lines = (line(row.prompt, row.response, chat=False) for row in found.rows)
+    lines = (row.line() for row in found.rows)
     return b"".join(lines), found.asked - len(found.rows)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.sets import PromptSet
-from safeproj.storage.rows import Prompt
+from safeproj.storage.rows import Prompt, Row
 
 FIT, VALIDATION, TEST = "fit", "validation", "test"
 
@@ -76,30 +74,11 @@ def lines_of(prompts: PromptSet, *, chat: bool) -> bytes:
             answer that complies.
         chat: whether plain prompts are written as a user's message.
     """
-    return b"".join(
-        line(prompt, expected, chat=chat)
-        if prompts.kind == "skill"
-        else line(prompt, None, chat=chat, compliance=expected)
+    is_skill = prompts.kind == "skill"
+    rows = (
+        Row("", prompt, compliance=None if is_skill else expected).answered(
+            expected if is_skill else None, chat=chat
+        )
         for prompt, expected in zip(prompts.prompts, prompts.expected, strict=True)
     )
-
-
-def line(
-    prompt: Prompt, response: str | None, *, chat: bool, compliance: str | None = None
-) -> bytes:
-    """Return a prompt, and what is answered to it, as one line."""
-    row: dict[str, Any]
-    if isinstance(prompt, str) and not chat:
-        row = {"prompt": prompt, "response": response}
-    else:
-        messages = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else [{"role": each.role, "content": each.content} for each in prompt]
-        )
-        if response is not None:
-            messages.append({"role": "assistant", "content": response})
-        row = {"messages": messages}
-    row["compliance"] = compliance
-    given = {name: value for name, value in row.items() if value is not None}
-    return (json.dumps(given, ensure_ascii=False) + "\n").encode()
+    return b"".join(row.line() for row in rows)

@@ -51,6 +51,35 @@ class AppearedError(Exception):
     """Something has appeared under the name that a run was to write, and was left as it is."""
 
 
+def appeared(where: str) -> str:
+    """Return what to say of something that a run was to write, and others wrote meanwhile."""
+    return f"{where}: has appeared while this run went on; it is left as it is"
+
+
+@contextmanager
+def refused_in_one_line(out: Path, what: str = "name") -> Iterator[None]:
+    """Say in one line why an `--out` is not written.
+
+    Args:
+        out: as it was given.
+        what: what the user may choose another of.
+
+    Raises:
+        SafeprojError: it has appeared meanwhile, or cannot be written.
+    """
+    try:
+        yield
+    except AppearedError as error:
+        raise SafeprojError(
+            f"{appeared(f'--out {out}')}, and nothing was written: choose another {what}, or give "
+            "--overwrite"
+        ) from error
+    except OSError as error:
+        raise SafeprojError(
+            f"--out {out}: cannot be written ({error.strerror or error}); nothing was written"
+        ) from error
+
+
 class Appearance:
     """A file or directory that is being written, and is to appear at `place`.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,35 @@ class Row:
     response: str | None = None
     compliance: str | None = None
     chat: tuple[Mapping[str, Any], ...] | None = None
+
+    def answered(self, response: str | None, *, chat: bool) -> Row:
+        """Return the row with another response, or with none.
+
+        Args:
+            response: what follows; the answer that would comply is left out then.
+            chat: whether a plain prompt becomes a user's message; chats are chats anyway.
+        """
+        compliance = self.compliance if response is None else None
+        row = replace(self, response=response, compliance=compliance)
+        if isinstance(self.prompt, str) and not chat:
+            return row
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            prompt = (Message("user", prompt),)
+        before = tuple({"role": each.role, "content": each.content} for each in prompt)
+        messages = before if self.chat is None else self.chat[: len(prompt)]
+        if response is not None:
+            messages = (*messages, {"role": "assistant", "content": response})
+        return replace(row, prompt=prompt, chat=messages)
+
+    def line(self) -> bytes:
+        """Return the row as a line of JSON, which `read_rows` reads as what it is."""
+        fields: dict[str, Any] = {"messages": self.chat}
+        if self.chat is None:
+            fields = {"prompt": self.prompt, "response": self.response}
+        fields["compliance"] = self.compliance
+        given = {name: value for name, value in fields.items() if value is not None}
+        return (json.dumps(given, ensure_ascii=False) + "\n").encode()
 
 
 @dataclass(frozen=True)

@@ -483,7 +483,7 @@ def test_without_the_package(trio: Trio, all_linear: tuple[Path, Path], tmp_path
         "inspect", "--base", trio.base, "--aligned", trio.aligned, "--adapter", all_linear[1],
         env={"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
-    assert_refused(result, str(all_linear[1]), "safeproj[gguf]")
+    assert_refused(result, str(all_linear[1]), "pip install '.[gguf]'")
 
 
 def test_two_files(trio: Trio, all_linear: tuple[Path, Path], tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def test_a_gpu_that_is_not_used_is_told_once(trio: Trio, tmp_path: Path, bare: P
     )
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "GPU" in line] == [
-        "safeproj: there is a GPU; torch is needed for that, and is not installed: install "
-        "safeproj[torch]; the CPU is used"
+        "safeproj: there is a GPU; torch is needed for that, and is not installed: install it with "
+        "`pip install '.[torch]'` in a clone of safeproj; the CPU is used"
     ]
     options = read_json(tmp_path / "out" / MANIFEST)["options"]
     assert (options["device"], options["engine"]) == ("cpu", "numpy")

@@ -703,7 +703,9 @@ def test_without_the_extra_one_line_says_what_to_install(
     ):
         with pytest.raises(SafeprojError, match="signatures need model-signing") as refused:
             call()
-        assert str(refused.value).endswith("; install safeproj[sign]")
+        assert str(refused.value).endswith(
+            "; install it with `pip install '.[sign]'` in a clone of safeproj"
+        )
         assert ("OpenSSL" in str(refused.value)) == (missing == "OpenSSL")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from safeproj.adapter import Adapter
 from safeproj.checkpoint.expression import key_of
 from safeproj.checkpoint.hashes import hash_of, record
+from safeproj.errors import install
 from safeproj.methods.file_reference import FileReference, held, made_of, read_of
 from safeproj.methods.recorded import (
     Content,
@@ -37,8 +38,8 @@ from safeproj.storage.source import identity
 VALUES = "eigenvalues"
 
 _REMEDY = (
-    "make a file with it among --targets, with transformers installed (safeproj[train]), or use "
-    "the checkpoints"
+    "make a file with it among --targets, for which transformers is needed, or use the "
+    f"checkpoints; {install('train')}"
 )
 """What to do about an adapter that has a module otherwise than the file."""
 

@@ -1,3 +1,5 @@
 """What the HTML report is made of: the document around it, its tables and its charts."""
 
-NO_PLOTLY = "plotly is not installed, which draws the html report; install safeproj[report]"
+from safeproj.errors import install
+
+NO_PLOTLY = f"plotly is not installed, which draws the html report; {install('report')}"
