@@ -321,11 +321,11 @@ def _read_key(directory: Path, path: Path, option: str) -> bytes:
             raise SafeprojError(f"{where}: {kind}; {_EXPECTED}")
         with path.open("rb") as file:
             content = file.read(MAX_KEY + 1)
-        require_real(where, content)
     except OSError as error:
         raise SafeprojError(f"{where}: cannot be read ({error.strerror})") from error
     if len(content) > MAX_KEY:
         raise SafeprojError(f"{where}: too large for a key; {_EXPECTED}")
+    require_real(where, content)
     if directory.resolve() in path.resolve().parents:
         private = option == "--private-key"
         why = "it would be published with it" if private else "it says nothing about where it is"

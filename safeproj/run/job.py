@@ -420,34 +420,43 @@ class Job:
         """Score all updates of all adapters weight by weight, then decide adapter by adapter."""
         failed: dict[int, SafeprojError] = {}
         groups: dict[Hashable, _Group] = {}
+        casts: list[dict[str, list[Cast]]] = [{} for _ in loads]
         with self._profile.phase("fetch"):
             for number, loaded in enumerate(loads):
                 try:
                     if isinstance(loaded, SafeprojError):
                         raise loaded
-                    self._group(groups, number, loaded)
+                    casts[number] = self._group(groups, number, loaded)
                 except SafeprojError as error:
                     failed[number] = error
         scores: list[dict[str, Score]] = [{} for _ in loads]
-        casts: list[dict[tuple[str, str], Score]] = [{} for _ in loads]
+        least: list[dict[tuple[str, str], float | None]] = [{} for _ in loads]
         wanted = [group for group in groups.values() if group.updates]
         for (number, name, dtype), score in self._scored(wanted, self._wanted(loads)):
             if isinstance(score, SafeprojError):
                 failed.setdefault(number, score)
             elif dtype is None:
                 scores[number][name] = score
-            else:  # what would be written in its place is of no use
-                score = dataclasses.replace(score, factor=None, bias=None, settled=None)
-                casts[number][name, dtype] = score
+            else:
+                least[number][name, dtype] = (
+                    score.cosine if score.bounds is None else score.bounds[0]
+                )
         for number, loaded in enumerate(loads):
             if number in failed or isinstance(loaded, SafeprojError):
                 yield failed[number]
             else:
                 own, scores[number] = scores[number], {}  # so that each can be let go
-                yield _caught(partial(self._decide, loaded, own, casts[number]))
+                yield _caught(partial(self._decide, loaded, own, casts[number], least[number]))
 
-    def _group(self, groups: dict[Hashable, _Group], number: int, loaded: Loaded) -> None:
-        """Put the updates of one adapter to those of the same weights."""
+    def _group(
+        self, groups: dict[Hashable, _Group], number: int, loaded: Loaded
+    ) -> dict[str, list[Cast]]:
+        """Put the updates of one adapter to those of the same weights.
+
+        Returns:
+            How the update of each module changes where servers cast its factors.
+        """
+        casts: dict[str, list[Cast]] = {}
         own: list[tuple[_Group, _Key, Update]] = []
         scalings = self._scalings(loaded.adapter, loaded.plan)
         for item in loaded.plan.modules:
@@ -459,7 +468,10 @@ class Job:
             replaced = dataclasses.replace(update, replacement=loaded.replacements.get(name))
             own.append((groups[key], (number, name, None), replaced))
             for dtype, cast in self._cast(update, scalings.get(name)).items():
-                if _is_finite(cast):
+                finite = _is_finite(cast)
+                change = _change(update, cast) if finite else math.inf
+                casts.setdefault(name, []).append(Cast(dtype, change, None, finite))
+                if finite:
                     own.append((groups[key], (number, name, dtype), cast))
         for item in loaded.today if self._lenient else ():
             again: _Key = (number, _TODAY + item.module.name, None)
@@ -467,6 +479,7 @@ class Job:
             own.append((groups[self.reference.group(item)], again, update))
         for group, place, update in own:  # only now that all of them are known to be there
             group.updates[place] = update
+        return casts
 
     def _scalings(self, adapter: Adapter, plan: Plan) -> Mapping[str, float]:
         """Return what the config multiplies updates by; nothing where that is not known."""
@@ -512,7 +525,11 @@ class Job:
             yield from zip(group.updates, scores, strict=True)
 
     def _decide(
-        self, loaded: Loaded, scores: dict[str, Score], cast: Mapping[tuple[str, str], Score]
+        self,
+        loaded: Loaded,
+        scores: dict[str, Score],
+        casts: Mapping[str, Sequence[Cast]],
+        least: Mapping[tuple[str, str], float | None],
     ) -> Run:
         today = {
             name.removeprefix(_TODAY): score
@@ -537,12 +554,11 @@ class Job:
                 self._method,
                 self._options.dtype,
             )
-            scalings = self._scalings(loaded.adapter, loaded.plan)
-            casts = {
-                item.module.name: tuple(
-                    self._compared(loaded.adapter, item, cast, scalings.get(item.module.name))
+            scored = {
+                name: tuple(
+                    dataclasses.replace(each, least=least.get((name, each.dtype))) for each in found
                 )
-                for item in loaded.plan.modules
+                for name, found in casts.items()
             }
         return Run(
             loaded.adapter,
@@ -550,27 +566,10 @@ class Job:
             scores,
             decision,
             self._method,
-            casts,
+            scored,
             today,
             loaded.held,
         )
-
-    def _compared(
-        self,
-        adapter: Adapter,
-        item: PlannedModule,
-        scores: Mapping[tuple[str, str], Score],
-        scaling: float | None,
-    ) -> Iterator[Cast]:
-        """Yield how the update of a module changes where servers cast its factors."""
-        update = update_of(adapter, item)
-        for dtype, cast in self._cast(update, scaling).items():
-            score = scores.get((item.module.name, dtype))
-            least = None if score is None else score.cosine
-            if score is not None and score.bounds is not None:
-                least = score.bounds[0]
-            finite = _is_finite(cast)
-            yield Cast(dtype, _change(update, cast) if finite else math.inf, least, finite)
 
 
 def _is_finite(update: Update) -> bool:
