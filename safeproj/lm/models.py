@@ -257,7 +257,10 @@ def _errors(folder: Folder) -> Iterator[None]:
 
 def _require_real(folder: Folder, names: Collection[str]) -> None:
     """Refuse a local folder that has, of some files, one that only stands for a model's."""
+    if not isinstance(folder, LocalFolder):
+        return
     for name in sorted(name for name in names if "/" not in name and name.endswith(READ)):
-        found = mistaken_file(folder.path(name)) if isinstance(folder, LocalFolder) else None
+        path = folder.path(name)
+        found = mistaken_file(path, empty=False)
         if found is not None:
-            raise SafeprojError(f"{printable(str(folder.path(name)))}: {found}")
+            raise SafeprojError(f"{printable(str(path))}: {found}")

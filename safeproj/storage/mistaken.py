@@ -102,17 +102,19 @@ def require_real(where: str, head: bytes | bytearray, *, empty: bool = True) -> 
         raise SafeprojError(f"{where}: {found}")
 
 
-def mistaken_file(path: Path) -> str | None:
-    """Return the same of a file that is not in memory, and whether it is empty.
+def mistaken_file(path: Path, *, empty: bool = True) -> str | None:
+    """Return the same of a file that is not in memory, None also where it cannot be read.
 
-    None also where it cannot be read, which others say.
+    Args:
+        path: the file.
+        empty: whether it may be empty.
     """
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
     except OSError:
         return None
-    return mistaken(head) if head else EMPTY
+    return mistaken(head) if head or empty else EMPTY
 
 
 def require_finished(where: str, path: Path) -> None:

@@ -59,7 +59,7 @@ def test_phrases_come_from_files(tmp_path: Path) -> None:
     path.write_text("# nothing\n", "utf-8")
     with pytest.raises(SafeprojError, match="no phrases"):
         read_phrases(path)
-    with pytest.raises(SafeprojError, match="cannot be read"):
+    with pytest.raises(SafeprojError, match="no such file"):
         read_phrases(tmp_path / "nowhere")
     with pytest.raises(SafeprojError, match="empty phrase"):
         Keywords([" "])

@@ -22,45 +22,53 @@ POINTER = (
 )
 PAGE = b"\n<!DOCTYPE html>\n<html class=''><head><title>Sign in</title></head></html>\n"
 
+
+def known(content: bytes, *words: str) -> tuple[bytes, tuple[str, ...]]:
+    """Return what a file begins with, and words that it is told by."""
+    return content, words
+
+
 KNOWN = {
-    "pointer": (POINTER, "Git LFS pointer", "git lfs pull", "hf download"),
-    "old pointer": (POINTER.replace(b"git-lfs", b"hawser"), "Git LFS pointer"),
-    "pointer of Windows": (POINTER.replace(b"\n", b"\r\n"), "Git LFS pointer"),
-    "pointer with a mark": (b"\xef\xbb\xbf" + POINTER, "Git LFS pointer"),
-    "annex": (b"/annex/objects/SHA256E-s5--abc.safetensors\n", "git-annex", "git annex get"),
-    "linked annex": (b"../../.git/annex/objects/x/y/SHA256E-s5--abc\n", "git-annex"),
-    "page": (PAGE, "a web page", "/resolve/", "hf download"),
-    "page without a type": (b"<HTML><body>404</body></HTML>", "a web page"),
-    "page of XHTML": (b'<?xml version="1.0"?><!DOCTYPE html PUBLIC "-">', "a web page"),
-    "page after a comment": (b"<!-- saved -->\n<html>", "a web page"),
-    "long page": (PAGE + b"x" * 2 * HEAD, "a web page"),
-    "error": (b'{"error":"Repository not found"}', "a server said", "Repository not found"),
-    "error of GitHub": (
-        json.dumps({"message": "Not Found", "documentation_url": "https://…", "status": "404"}),
+    "pointer": known(POINTER, "Git LFS pointer", "git lfs pull", "hf download"),
+    "old pointer": known(POINTER.replace(b"git-lfs", b"hawser"), "Git LFS pointer"),
+    "pointer of Windows": known(POINTER.replace(b"\n", b"\r\n"), "Git LFS pointer"),
+    "pointer with a mark": known(b"\xef\xbb\xbf" + POINTER, "Git LFS pointer"),
+    "annex": known(b"/annex/objects/SHA256E-s5--abc.safetensors\n", "git-annex", "git annex get"),
+    "linked annex": known(b"../../.git/annex/objects/x/y/SHA256E-s5--abc\n", "git-annex"),
+    "page": known(PAGE, "a web page", "/resolve/", "hf download"),
+    "page without a type": known(b"<HTML><body>404</body></HTML>", "a web page"),
+    "page of XHTML": known(b'<?xml version="1.0"?><!DOCTYPE html PUBLIC "-">', "a web page"),
+    "page after a comment": known(b"<!-- saved -->\n<html>", "a web page"),
+    "long page": known(PAGE + b"x" * 2 * HEAD, "a web page"),
+    "error": known(b'{"error":"Repository not found"}', "a server said", "Repository not found"),
+    "error of GitHub": known(
+        json.dumps(
+            {"message": "Not Found", "documentation_url": "https://…", "status": "404"}
+        ).encode(),
         "a server said",
     ),
-    "error of a service": (b'{"detail": "Not authenticated"}', "a server said"),
-    "error in XML": (
+    "error of a service": known(b'{"detail": "Not authenticated"}', "a server said"),
+    "error in XML": known(
         b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code></Error>',
         "a server said",
         "AccessDenied",
     ),
-    "entry": (b"Entry not found", "a server said", "Entry not found"),
-    "404": (b"404: Not Found\n", "a server said"),
-    "password": (b"Invalid username or password.", "a server said"),
-    "gated": (
+    "entry": known(b"Entry not found", "a server said", "Entry not found"),
+    "404": known(b"404: Not Found\n", "a server said"),
+    "password": known(b"Invalid username or password.", "a server said"),
+    "gated": known(
         b"Access to model org/name is restricted. You must be authenticated to access it.",
         "a server said",
         "authenticated",
     ),
-    "zeros": (bytes(HEAD), "nothing but zeros", "unfinished download"),
+    "zeros": known(bytes(HEAD), "nothing but zeros", "unfinished download"),
 }
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_stands_for_a_file_is_told(name: str) -> None:
-    content, *words = KNOWN[name]
-    found = mistaken(content.encode() if isinstance(content, str) else content)
+    content, words = KNOWN[name]
+    found = mistaken(content)
     assert found is not None
     assert found.isprintable()
     for word in words:
@@ -99,7 +107,8 @@ def test_a_file_is_told_as_its_bytes_are_and_an_empty_one_is_said_to_be(tmp_path
     path = tmp_path / "model.safetensors"
     assert mistaken_file(path) is None  # others say that it is not there
     path.write_bytes(b"")
-    assert "is empty" in str(mistaken_file(path))
+    assert mistaken_file(path) is None
+    assert "is empty" in str(mistaken_file(path, empty=False))
     path.write_bytes(POINTER)
     assert mistaken_file(path) == mistaken(POINTER)
     path.write_bytes(b"weights")
