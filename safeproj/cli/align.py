@@ -11,20 +11,41 @@ import typer
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
 from safeproj.cli.options import Running, Talking, names_of
+from safeproj.cli.usage import INPUTS, METHOD, OUTPUT, SELECTION, examples
 
 
+@examples(
+    "docs/alignment.md",
+    "safeproj align --base BASE --aligned MODEL --out model.safealign.safetensors",
+    "safeproj check my-lora --alignment model.safealign.safetensors",
+)
 @command
 def align_command(
     base: Annotated[
-        str, typer.Option("--base", metavar="SRC", help="Checkpoint of the unaligned base model.")
+        str,
+        typer.Option(
+            "--base",
+            metavar="SRC",
+            help="Checkpoint of the unaligned base model.",
+            rich_help_panel=INPUTS,
+        ),
     ],
     aligned: Annotated[
-        str, typer.Option("--aligned", metavar="SRC", help="Checkpoint of the aligned model.")
+        str,
+        typer.Option(
+            "--aligned",
+            metavar="SRC",
+            help="Checkpoint of the aligned model.",
+            rich_help_panel=INPUTS,
+        ),
     ],
     out: Annotated[
         Path,
         typer.Option(
-            "--out", metavar="FILE", help="The file, such as model.safealign.safetensors."
+            "--out",
+            metavar="FILE",
+            help="The file, such as model.safealign.safetensors.",
+            rich_help_panel=OUTPUT,
         ),
     ],
     targets: Annotated[
@@ -33,12 +54,16 @@ def align_command(
             "--targets",
             metavar="NAMES",
             help="Modules to keep, by name or last part of it, separated by commas; or all-linear.",
+            rich_help_panel=SELECTION,
         ),
     ] = "all-linear",
     rank: Annotated[
         int | None,
         typer.Option(
-            "--rank", metavar="K", help="Keep the K leading eigenpairs of each C.  [default: 64]"
+            "--rank",
+            metavar="K",
+            help="Keep the K leading eigenpairs of each C.  [default: 64]",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     energy: Annotated[
@@ -47,13 +72,22 @@ def align_command(
             "--energy",
             metavar="E",
             help="Keep the fewest eigenpairs that hold this share of |V|_F^2, 0 < E <= 1.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Keep all: C or V, whichever is smaller.")
+        bool,
+        typer.Option(
+            "--exact", help="Keep all: C or V, whichever is smaller.", rich_help_panel=METHOD
+        ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an alignment file that is at FILE.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an alignment file that is at FILE.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     *,
     running: Running,
@@ -67,7 +101,7 @@ def align_command(
     with running.profile.phase("import"):
         from safeproj import api
 
-        options = running.options()
+        options = running.options(talking)
     form = None
     if rank is not None or energy is not None or exact:
         form = api.Form(rank, energy, exact)

@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-import typer.core
 import typer.main
 
 from safeproj import __version__
+from safeproj.cli.usage import Command, Group, examples
 
 SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
@@ -40,7 +40,7 @@ class Commands(Mapping[str, Any]):
             app = getattr(module, "app", None)
             if app is None:
                 app = typer.Typer(add_completion=False, **{**SETTINGS, "no_args_is_help": False})
-                app.command(name)(getattr(module, f"{name}_command"))
+                app.command(name, cls=Command)(getattr(module, f"{name}_command"))
             self._made[name] = typer.main.get_command(app)
             self._made[name].name = name
         return self._made[name]
@@ -52,7 +52,7 @@ class Commands(Mapping[str, Any]):
         return len(NAMES)
 
 
-class Group(typer.core.TyperGroup):
+class Root(Group):
     """The group of `Commands`."""
 
     def __init__(self, **settings: Any) -> None:
@@ -84,10 +84,7 @@ class Group(typer.core.TyperGroup):
 
 app = typer.Typer(
     name="safeproj",
-    cls=Group,
-    help="Repair the safety of fine-tuned LoRA adapters after training.",
-    epilog="SRC is a local directory, a local file, or a Hugging Face Hub id "
-    "org/name[/subfolder][@revision].",
+    cls=Root,
     **SETTINGS,
 )
 
@@ -99,6 +96,12 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
+@examples(
+    "README.md, and `safeproj COMMAND --help`",
+    "safeproj repair --aligned MODEL --adapter my-lora --harmful harmful.csv \\\n"
+    "    --task task.jsonl --out my-lora-safe",
+    "safeproj check my-lora-safe --base BASE --aligned MODEL",
+)
 def _common(
     version: Annotated[
         bool,
@@ -107,4 +110,8 @@ def _common(
         ),
     ] = False,
 ) -> None:
-    """Repair the safety of fine-tuned LoRA adapters after training."""
+    """Repair the safety of fine-tuned LoRA adapters after training.
+
+    SRC, BASE and MODEL are each a local directory, a local file, or a Hugging Face Hub id
+    org/name[/subfolder][@revision].
+    """

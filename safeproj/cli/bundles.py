@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import wraps
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -24,23 +26,26 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """Return the command that a function is which takes bundles.
 
     A bundle is a dataclass whose fields are annotated as options. It is made inside
-    `terminal.command`, so that what it raises ends in one line.
+    `terminal.command`, so that what it raises ends in one line. Its `group` is what the help puts
+    its options below, except those that say another (`rich_help_panel`).
     """
     parameters: list[inspect.Parameter] = []
     bundles: dict[str, tuple[Callable[..., Any], list[str]]] = {}
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         bundle, left_out = _bundle(parameter.annotation)
         if bundle is None:
-            parameters.append(parameter.replace(kind=KEYWORD))
+            parameters.append(_shown(parameter.replace(kind=KEYWORD), None))
             continue
-        fields = [each for each in _fields(bundle) if each.name not in left_out]
+        group = getattr(bundle, "group", None)
+        fields = [_shown(each, group) for each in _fields(bundle) if each.name not in left_out]
         bundles[parameter.name] = bundle, [each.name for each in fields]
         parameters += fields
 
     @wraps(function)
     def run(**given: Any) -> None:
         formats = [str(each.value) for each in given.get("format_") or ()]
-        with terminal.command(given["verbose"], annotated="github" in formats):
+        color = given.get("color")
+        with terminal.command(given["verbose"], annotated="github" in formats, color=color):
             made = {
                 name: bundle(**{each: given.pop(each) for each in names})
                 for name, (bundle, names) in bundles.items()
@@ -73,3 +78,24 @@ def _fields(bundle: Any) -> Iterator[inspect.Parameter]:
         if field.default is not dataclasses.MISSING:
             default = field.default
         yield inspect.Parameter(field.name, KEYWORD, default=default, annotation=hints[field.name])
+
+
+def _shown(parameter: inspect.Parameter, group: str | None) -> inspect.Parameter:
+    """Return a parameter with its group, and its choices where its value has no name."""
+    if get_origin(parameter.annotation) is not Annotated:
+        return parameter
+    kind, info, *notes = get_args(parameter.annotation)
+    info = copy.copy(info)  # one declaration may be a field of several bundles
+    info.rich_help_panel = info.rich_help_panel or group
+    if info.metavar is None:
+        choices = _choices(kind)
+        info.metavar = "|".join(str(each.value) for each in choices or ()) or None
+    annotation: Any = Annotated[(kind, info, *notes)]  # type: ignore[valid-type]
+    return parameter.replace(annotation=annotation)
+
+
+def _choices(kind: Any) -> type[Enum] | None:
+    """Return the choices that a type is made of, such as `list[Kind] | None`."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind
+    return next(filter(None, map(_choices, get_args(kind))), None)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
-from safeproj.cli.options import GateReporting, GateTalking, Given, Running
-from safeproj.errors import SafeprojError
+from safeproj.cli.options import Adapters, GateReporting, GateTalking, Given, Running
+from safeproj.cli.usage import INPUTS, POLICY, examples
 from safeproj.gate.policy import POLICY_FILE, SETTINGS, changed, find_policy, write_template
 from safeproj.methods.registry import method_of
 
@@ -19,6 +19,8 @@ from safeproj.methods.registry import method_of
 @dataclass(frozen=True)
 class Limits:
     """What passes: fields of a policy, in place of the file's."""
+
+    group: ClassVar[str] = POLICY
 
     threshold: Annotated[
         float | None,
@@ -141,16 +143,22 @@ class Limits:
         return {each.name.replace("_", "-"): getattr(self, each.name) for each in fields(self)}
 
 
+class Checked(Adapters):
+    """Those that pass, or do not."""
+
+    what = "SRC of an adapter; a directory of adapters stands for all of them."
+
+
+@examples(
+    "docs/gate.md, docs/ci.md",
+    "safeproj check --init",
+    "safeproj check my-lora-safe --base BASE --aligned MODEL",
+    "safeproj check adapters --alignment model.safealign.safetensors --format github",
+    "safeproj check my-lora-safe --base BASE --aligned MODEL --evaluation eval.json",
+)
 @command
 def check_command(
-    adapter: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[ADAPTER]...",
-            help="SRC of the adapters; a directory of adapters stands for all of them.",
-            show_default=False,
-        ),
-    ] = None,
+    adapters: Checked,
     *,
     given: Annotated[Given, Without("method", "reconstruct")],
     original: Annotated[
@@ -159,6 +167,7 @@ def check_command(
             "--original",
             metavar="SRC",
             help="The adapter before patching: its projection is computed again and compared.",
+            rich_help_panel=INPUTS,
         ),
     ] = None,
     evaluation: Annotated[
@@ -168,6 +177,7 @@ def check_command(
             metavar="FILE",
             help="A JSON report of `safeproj eval`, beside one that safeproj.json may hold; it is "
             "of the adapters whose digests it names. Repeatable.",
+            rich_help_panel=INPUTS,
         ),
     ] = None,
     policy: Annotated[
@@ -177,10 +187,16 @@ def check_command(
             metavar="FILE",
             help=f"The policy.  [default: {POLICY_FILE}, or tool.safeproj in pyproject.toml, of "
             "the current directory]",
+            rich_help_panel=POLICY,
         ),
     ] = None,
     init: Annotated[
-        bool, typer.Option("--init", help=f"Write a commented policy to {POLICY_FILE} and end.")
+        bool,
+        typer.Option(
+            "--init",
+            help=f"Write a commented policy to {POLICY_FILE} and end.",
+            rich_help_panel=POLICY,
+        ),
     ] = False,
     limits: Limits,
     running: Running,
@@ -197,8 +213,7 @@ def check_command(
         write_template(place)
         terminal.closing((), talking.quiet, f"wrote {place}")
         return
-    if not adapter:
-        raise SafeprojError("no ADAPTER; expected the SRC of one or more")
+    adapter = adapters.sources
     sources = {name: value for name, value in given.values.items() if name not in SETTINGS}
     settings = {name: value for name, value in given.values.items() if name in SETTINGS}
     method, outputs = method_of(sources), reporting.outputs
@@ -208,11 +223,11 @@ def check_command(
     with running.profile.phase("import"):
         from safeproj import api
 
-        options = running.options()
+        options = running.options(talking)
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
         checks = api.check(
             method, adapter, chosen, options, original=original, evaluations=evaluation or ()
         )
-    terminal.finish(checks, outputs, talking.quiet, "", running.shown, verbose=talking.verbose)
+    terminal.finish(checks, reporting, talking, "", running.shown)

@@ -13,16 +13,26 @@ from safeproj.cli.app import SETTINGS
 from safeproj.cli.bundles import Without, command
 from safeproj.cli.eval_options import Answering, Judging
 from safeproj.cli.options import Aligned, Overwrite, Talking
+from safeproj.cli.usage import INPUTS, OUTPUT, Command, Group, examples
 
-app = typer.Typer(add_completion=False, **SETTINGS)
+app = typer.Typer(add_completion=False, cls=Group, **SETTINGS)
+
+REFUSALS = "safeproj data refusals --aligned MODEL --prompts harmful.csv --out safety.jsonl"
 
 
 @app.callback()
+@examples("docs/data.md", REFUSALS)
 def _group() -> None:  # without it the one command would stand for the group
     """Make the data that corrections need."""
 
 
-@app.command("refusals")
+@app.command("refusals", cls=Command)
+@examples(
+    "docs/data.md",
+    REFUSALS,
+    "safeproj patch my-lora --aligned MODEL --safety-data safety.jsonl \\\n"
+    "    --task-data task.jsonl --reconstruct --out my-lora-safe",
+)
 @command
 def refusals_command(
     aligned: Aligned,
@@ -32,13 +42,23 @@ def refusals_command(
             "--prompts",
             metavar="FILE",
             help="Harmful prompts: JSON lines, a JSON array, CSV, or text with one in each line.",
+            rich_help_panel=INPUTS,
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="The file, such as safety.jsonl.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The file, such as safety.jsonl.",
+            rich_help_panel=OUTPUT,
+        ),
     ],
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Only the first N prompts.")
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", help="Only the first N prompts.", rich_help_panel=INPUTS
+        ),
     ] = None,
     overwrite: Overwrite = False,
     *,

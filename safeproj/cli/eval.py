@@ -11,37 +11,73 @@ import typer
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
 from safeproj.cli.eval_options import Answering, Judging, Prompting
-from safeproj.cli.options import Reporting, Talking, names_of
+from safeproj.cli.options import Adapters, MeasuringTalking, Reporting, names_of
+from safeproj.cli.usage import INPUTS, OUTPUT, RUNNING, examples
 from safeproj.errors import SafeprojError
 
 
+class Measured(Adapters):
+    """Those of which it is measured what the model does with them."""
+
+    what = (
+        "SRC of a PEFT adapter; a directory of adapters or a .txt file with one SRC per line "
+        "stands for many."
+    )
+
+
+@examples(
+    "docs/evaluation.md",
+    "safeproj eval my-lora my-lora-safe --model MODEL --harmful harmful.csv \\\n"
+    "    --skill task.jsonl",
+    "safeproj eval --model MODEL --harmful harmful.csv --judge-guard GUARD \\\n"
+    "    --format json --output eval.json",
+)
 @command
 def eval_command(
+    adapters: Measured,
     model: Annotated[
-        str, typer.Option("--model", metavar="SRC", help="The model that the adapters belong to.")
-    ],
-    adapter: Annotated[
-        list[str] | None,
+        str,
         typer.Option(
-            "--adapter",
+            "--model",
             metavar="SRC",
-            help="PEFT adapter. Repeatable; a directory of adapters or a .txt file with one SRC "
-            "per line stands for many.",
+            help="The model that the adapters belong to.",
+            rich_help_panel=INPUTS,
         ),
-    ] = None,
+    ],
     adapters_only: Annotated[
-        bool, typer.Option("--adapters-only", help="Leave out the model without an adapter.")
+        bool,
+        typer.Option(
+            "--adapters-only",
+            help="Leave out the model without an adapter.",
+            rich_help_panel=INPUTS,
+        ),
     ] = False,
     lm_eval: Annotated[
         str | None,
-        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-eval, separated by commas."),
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Tasks of lm-eval, separated by commas.",
+            rich_help_panel=INPUTS,
+        ),
     ] = None,
     lm_eval_path: Annotated[
         Path | None,
-        typer.Option("--lm-eval-path", metavar="DIR", help="Directory with tasks of your own."),
+        typer.Option(
+            "--lm-eval-path",
+            metavar="DIR",
+            help="Directory with tasks of your own.",
+            rich_help_panel=INPUTS,
+        ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Seed of torch; greedy answers need none.")
+        int,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="Seed of torch; greedy answers need none.",
+            rich_help_panel=RUNNING,
+        ),
     ] = 0,
     responses: Annotated[
         Path | None,
@@ -49,17 +85,23 @@ def eval_command(
             "--responses",
             metavar="DIR",
             help="Keep the answers there; an interrupted run goes on with them.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Forget the answers that are in --responses.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Forget the answers that are in --responses.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     *,
     prompting: Prompting,
     judging: Judging,
     answering: Answering,
     reporting: Reporting,
-    talking: Talking,
+    talking: MeasuringTalking,
 ) -> None:
     """Measure refusals and skills of a model without and with adapters.
 
@@ -71,7 +113,7 @@ def eval_command(
     if lm_eval_path is not None and lm_eval is None:
         raise SafeprojError("--lm-eval-path needs --lm-eval")
     outputs, sets = reporting.outputs, prompting.sets()
-    inputs = [("--model", model), *(("--adapter", each) for each in adapter or ())]
+    inputs = [("--model", model), *(("--adapter", each) for each in adapters.given)]
     files = [(f"--{each.kind}", each.source) for each in sets]
     terminal.check_outputs(outputs, None, [*inputs, *files])
     generation = answering.generation
@@ -82,7 +124,7 @@ def eval_command(
     if lm_eval is not None:
         require_lm_eval()
     signals.interruptible()
-    members = collect(adapter or (), written=False).members
+    members = collect(adapters.given, written=False).members
     terminal.check_outputs(outputs, None, [("--adapter", each.source) for each in members])
     batch_size, device = answering.batch_size, answering.device
     tasks = None
@@ -91,7 +133,7 @@ def eval_command(
     with terminal.steps(talking.quiet, "answers") as step:
         found = api.evaluate(
             model,
-            adapter or (),
+            adapters.given,
             sets,
             partial(judging.build, device, batch_size),
             generation,
@@ -103,4 +145,4 @@ def eval_command(
             overwrite=overwrite,
             on_batch=step,
         )
-    terminal.finish(found, outputs, talking.quiet, "")
+    terminal.finish(found, reporting, talking, "")

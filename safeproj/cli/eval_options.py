@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from safeproj.cli.options import Chatting, Device, ModelDtype
+from safeproj.cli.usage import ANSWERS, INPUTS, JUDGE, RUNNING
 from safeproj.errors import SafeprojError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class JudgeKind(str, Enum):
 @dataclass(frozen=True)
 class Prompting:
     """The prompts."""
+
+    group: ClassVar[str] = INPUTS
 
     harmful: Annotated[
         list[str] | None,
@@ -77,6 +80,8 @@ class Judging:
     Raises:
         SafeprojError: the options do not go together.
     """
+
+    group: ClassVar[str] = JUDGE
 
     judge: Annotated[
         JudgeKind | None,
@@ -184,6 +189,8 @@ class Judging:
 class Answering(Chatting):
     """How the model answers."""
 
+    group: ClassVar[str] = ANSWERS
+
     chat: Annotated[
         bool,
         typer.Option(
@@ -204,7 +211,13 @@ class Answering(Chatting):
         int, typer.Option("--max-new-tokens", metavar="N", help="Tokens of an answer, at most.")
     ] = 128
     batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", help="Prompts that run at a time.")
+        int,
+        typer.Option(
+            "--batch-size",
+            metavar="N",
+            help="Prompts that run at a time.",
+            rich_help_panel=RUNNING,
+        ),
     ] = 16
     device: Device = "auto"
     dtype: ModelDtype = "auto"

@@ -9,16 +9,18 @@ from functools import cached_property
 from importlib.util import find_spec
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
 from safeproj.cli import terminal
+from safeproj.cli.usage import INPUTS, MESSAGES, METHOD, OUTPUT, RUNNING, SELECTION
 from safeproj.errors import SafeprojError
 from safeproj.methods import registry
 from safeproj.methods.interface import Method, Option, having_value
 from safeproj.records.profile import Profile
 from safeproj.report.html_page import NO_PLOTLY
+from safeproj.text import shorten
 
 if TYPE_CHECKING:
     from safeproj.lm.chat import ChatOptions
@@ -48,6 +50,76 @@ class CheckFormat(str, Enum):
     github = "github"
 
 
+class Adapters:
+    """The adapters: by their places, or each with `--adapter`, which means the same.
+
+    Args:
+        adapters: those that no option names.
+        adapter: those of `--adapter`.
+    """
+
+    metavar: ClassVar[str] = "ADAPTER"
+    what: ClassVar[str] = (
+        "SRC of a LoRA adapter: PEFT, MLX, GGUF or litgpt; a directory of adapters or a .txt file "
+        "with one SRC per line stands for many."
+    )
+    many: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        adapters: Sequence[str] | str | None = None,
+        adapter: Sequence[str] | None = None,
+    ) -> None:
+        places = [adapters] if isinstance(adapters, str) else adapters or ()
+        self.given = [*places, *(adapter or ())]
+
+    @classmethod
+    def parameters(cls) -> Iterator[Parameter]:
+        """Yield the argument and the option."""
+        same = "The same; repeatable." if cls.many else "The same."
+        places = typer.Argument(metavar=cls.metavar, help=cls.what, show_default=False)
+        named = typer.Option("--adapter", metavar="SRC", help=same)
+        several: Any = list[str] | None
+        kinds = {"adapters": (several if cls.many else str | None, places)}
+        for name, (kind, info) in {**kinds, "adapter": (several, named)}.items():
+            info.rich_help_panel = INPUTS
+            annotation: Any = Annotated[kind, info]
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+    @property
+    def sources(self) -> list[str]:
+        """The SRC of them, at least one.
+
+        Raises:
+            SafeprojError: there is none.
+        """
+        if not self.given:
+            several = "one or more" if self.many else "an adapter"
+            raise SafeprojError(f"no {self.metavar}; expected the SRC of {several}")
+        return self.given
+
+    @property
+    def source(self) -> str:
+        """The SRC of the only one.
+
+        Raises:
+            SafeprojError: there is none, or there are more.
+        """
+        first, *others = self.sources
+        if others:
+            raise SafeprojError(
+                f"{len(self.given)} adapters: {shorten(self.given)}; expected one {self.metavar}"
+            )
+        return first
+
+
+class OneAdapter(Adapters):
+    """The same of a command that takes one."""
+
+    what = "SRC of the PEFT LoRA adapter."
+    many = False
+
+
 class Given:
     """What is given of a method: the fields of all of them.
 
@@ -70,6 +142,7 @@ class Given:
             "--method",
             help="What is to be done; must fit what is given.  [default: what is given tells]",
         )
+        named.rich_help_panel = METHOD
         kind: Any = Annotated[_choices("Method", tuple(registry.by_name())), named]
         yield Parameter("method", Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         declared = registry.options().items()
@@ -93,7 +166,11 @@ def _annotated(name: str, option: Option, method: type[Method]) -> Any:
     kind = get_type_hints(method)[name]
     if option.choices:
         kind = _choices(name.title(), option.choices)
-    return Annotated[kind, typer.Option(option.flag, metavar=option.metavar, help=option.help)]
+    group = INPUTS if option.is_source else METHOD
+    info = typer.Option(
+        option.flag, metavar=option.metavar, help=option.help, rich_help_panel=group
+    )
+    return Annotated[kind, info]
 
 
 def _choices(name: str, values: Sequence[str]) -> Any:
@@ -104,6 +181,8 @@ def _choices(name: str, values: Sequence[str]) -> Any:
 @dataclass(frozen=True)
 class Choosing:
     """Which modules are changed."""
+
+    group: ClassVar[str] = SELECTION
 
     threshold: Annotated[
         float | None,
@@ -154,6 +233,7 @@ Device = Annotated[
         "--device",
         metavar="DEVICE",
         help="Where the arithmetic runs: auto, cpu, cuda, cuda:N, mps, or torch: the CPU by torch.",
+        rich_help_panel=RUNNING,
     ),
 ]
 
@@ -161,6 +241,8 @@ Device = Annotated[
 @dataclass(frozen=True)
 class Running:
     """How a run is done."""
+
+    group: ClassVar[str] = RUNNING
 
     map_: Annotated[
         list[str] | None,
@@ -195,10 +277,11 @@ class Running:
         """The same, if it is to be shown."""
         return self.profile if self.show_profile else None
 
-    def options(self, **others: Any) -> Options:
+    def options(self, talking: Talking, **others: Any) -> Options:
         """Return how the run is done; imports torch.
 
         Args:
+            talking: whether it is said that there is a GPU which is not used.
             others: fields of `Options` that are not here.
 
         Raises:
@@ -208,7 +291,7 @@ class Running:
         from safeproj.run.options import Options
 
         told = unused_gpu(self.device)
-        if told is not None:
+        if told is not None and not talking.quiet:
             terminal.say(f"safeproj: {told}")
         return Options(
             device=self.device,
@@ -229,6 +312,8 @@ _FORMAT = typer.Option(
 class _Reporting:
     """Which reports go where."""
 
+    group: ClassVar[str] = OUTPUT
+
     format_: Annotated[list[Any] | None, _FORMAT] = None
     output: Annotated[
         list[Path] | None,
@@ -238,6 +323,11 @@ class _Reporting:
             help="Write the report to FILE instead of stdout, which is -; repeatable.",
         ),
     ] = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a report was asked for."""
+        return bool(self.format_ or self.output)
 
     @cached_property
     def outputs(self) -> list[tuple[str, Path | None]]:
@@ -279,20 +369,80 @@ class GateReporting(_Reporting):
     format_: Annotated[list[CheckFormat] | None, _FORMAT] = None
 
 
+class Color(str, Enum):
+    """Choices of `--color`."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+def _quiet(text: str) -> Any:
+    return typer.Option("--quiet", "-q", count=True, help=text, show_default=False)
+
+
 @dataclass(frozen=True)
 class Talking:
-    """What is said on stderr."""
+    """What is said beside a report.
 
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no warnings.")] = False
+    Attributes:
+        reports_until: the number of -q from which a report that nobody asked for is left out.
+    """
+
+    group: ClassVar[str] = MESSAGES
+    reports_until: ClassVar[int] = 1
+
+    quiet: Annotated[int, _quiet("Nothing but errors; -qq: only those of exit code 2.")] = 0
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show a traceback on errors.")
     ] = False
+    color: Annotated[
+        Color,
+        typer.Option(
+            "--color", help="Colours; auto: on a terminal, where NO_COLOR and FORCE_COLOR let it."
+        ),
+    ] = Color.auto
+
+
+@dataclass(frozen=True)
+class WritingTalking(Talking):
+    """The same of a command that writes something beside its report."""
+
+    quiet: Annotated[
+        int,
+        _quiet(
+            "Nothing but errors, and what --format or --output asks for; -qq: only errors of exit "
+            "code 2."
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True)
+class MeasuringTalking(Talking):
+    """The same of one that is run for its report."""
+
+    reports_until: ClassVar[int] = 2
+
+    quiet: Annotated[
+        int,
+        _quiet(
+            "No progress, no warnings; -qq: no report either, unless --format or --output asks for "
+            "it, and only errors of exit code 2."
+        ),
+    ] = 0
 
 
 @dataclass(frozen=True)
 class GateTalking(Talking):
     """The same of a gate."""
 
+    quiet: Annotated[
+        int,
+        _quiet(
+            "Failing findings only, or what --format or --output asks for; -qq: only errors of "
+            "exit code 2."
+        ),
+    ] = 0
     verbose: Annotated[
         bool,
         typer.Option(
@@ -303,24 +453,26 @@ class GateTalking(Talking):
     ] = False
 
 
-Adapters = Annotated[
-    list[str],
-    typer.Option(
-        "--adapter",
-        metavar="SRC",
-        help="LoRA adapter trained on it: PEFT, MLX, GGUF or litgpt. Repeatable; a directory of "
-        "adapters or a .txt file with one SRC per line stands for many.",
-    ),
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what an earlier run wrote.", rich_help_panel=OUTPUT),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")]
 ModelDtype = Annotated[
-    str, typer.Option("--dtype", metavar="DTYPE", help="What the model runs in; auto: as stored.")
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="What the model runs in; auto: as stored.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class Chatting:
     """How chats are put to a model's template."""
+
+    group: ClassVar[str] = RUNNING
 
     date: Annotated[
         str | None,
@@ -357,6 +509,7 @@ Targets = Annotated[
         "--targets",
         metavar="NAMES",
         help="Layers, by name or last part of it, separated by commas; or all-linear.",
+        rich_help_panel=SELECTION,
     ),
 ]
 
@@ -419,13 +572,20 @@ class Reading(Chatting):
 
 
 Aligned = Annotated[
-    str, typer.Option("--aligned", metavar="SRC", help="The aligned model, which is run.")
+    str,
+    typer.Option(
+        "--aligned",
+        metavar="SRC",
+        help="The aligned model, which is run.",
+        rich_help_panel=INPUTS,
+    ),
 ]
 DATA = typer.Option(
     "--data",
     metavar="FILE",
     help="Prompts with responses, or chats for the model's template: JSON lines, a JSON array or "
     "CSV, as docs/data.md says.",
+    rich_help_panel=INPUTS,
 )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
-from safeproj.cli.options import Adapters, Choosing, Given, Reporting, Running, Talking
+from safeproj.cli.options import Adapters, Choosing, Given, Reporting, Running, WritingTalking
+from safeproj.cli.usage import OUTPUT, examples
 
 if TYPE_CHECKING:
     from safeproj.report import Report, Reports
@@ -29,6 +30,8 @@ class Dtype(str, Enum):
 @dataclass(frozen=True)
 class Writing:
     """What is written, and how."""
+
+    group: ClassVar[str] = OUTPUT
 
     out: Annotated[
         Path,
@@ -81,15 +84,22 @@ class Writing:
     ] = False
 
 
+@examples(
+    "docs/scores.md, docs/covariance.md",
+    "safeproj patch my-lora --base BASE --aligned MODEL --layers 12 --out my-lora-safe",
+    "safeproj patch my-lora --aligned MODEL --safety-data safety.jsonl \\\n"
+    "    --task-data task.jsonl --reconstruct --out my-lora-safe",
+    "safeproj patch my-lora --safety-module model.safety.safetensors --out safe --dry-run",
+)
 @command
 def patch_command(
-    adapter: Adapters,
+    adapters: Adapters,
     given: Given,
     choosing: Choosing,
     writing: Writing,
     running: Running,
     reporting: Reporting,
-    talking: Talking,
+    talking: WritingTalking,
 ) -> None:
     """Project selected updates and write the adapter.
 
@@ -97,6 +107,7 @@ def patch_command(
     PEFT adapter directory that loads as before. It appears complete or not at all.
     """
     method, outputs, out = given.method, reporting.outputs, writing.out
+    adapter = adapters.sources
     terminal.check_outputs(outputs, out, method.inputs(adapter))
     selection = choosing.selection
     with running.profile.phase("import"):
@@ -105,12 +116,12 @@ def patch_command(
         from safeproj.cli.patched import Ending
 
         options = running.options(
-            selection=selection, dtype=writing.dtype.value, portable=writing.portable
+            talking, selection=selection, dtype=writing.dtype.value, portable=writing.portable
         )
     signals.interruptible()
     report: Report | Reports
-    adapters = collect(adapter)
-    terminal.check_outputs(outputs, out, [("--adapter", each.source) for each in adapters.members])
+    found = collect(adapter)
+    terminal.check_outputs(outputs, out, [("--adapter", each.source) for each in found.members])
     how = {
         "overwrite": writing.overwrite,
         "dry_run": writing.dry_run,
@@ -120,15 +131,15 @@ def patch_command(
     }
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
-        if adapters.many:
+        if found.many:
             report = api.reports(api.patch_many(method, adapter, out, options, **how))
         else:
             report = api.patch(method, adapter[0], out, options, **how)
     end = Ending(method, adapter, out, report, writing.dry_run)
     terminal.finish(
         report,
-        outputs,
-        talking.quiet,
+        reporting,
+        talking,
         end.result,
         running.shown,
         ending=(end.left, end.next),

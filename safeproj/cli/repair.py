@@ -12,17 +12,37 @@ import typer
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
 from safeproj.cli.eval_options import Answering, Judging
-from safeproj.cli.options import Aligned, Choosing, Overwrite, Reporting, Running, Talking
+from safeproj.cli.options import (
+    Aligned,
+    Choosing,
+    OneAdapter,
+    Overwrite,
+    Reporting,
+    Running,
+    WritingTalking,
+)
+from safeproj.cli.usage import ANSWERS, GOAL, INPUTS, OUTPUT, RUNNING, examples
 
 
+@examples(
+    "docs/repair.md, docs/data.md",
+    "safeproj repair my-lora --aligned MODEL --harmful harmful.csv --task task.jsonl \\\n"
+    "    --out my-lora-safe",
+    "safeproj repair my-lora --aligned MODEL --base BASE --harmful harmful.csv \\\n"
+    "    --task task.jsonl --refusals 0.99 --skill-loss 0.02 --out my-lora-safe",
+)
 @command
 def repair_command(
     aligned: Aligned,
-    adapter: Annotated[
-        str, typer.Option("--adapter", metavar="SRC", help="The PEFT LoRA adapter.")
-    ],
+    adapters: OneAdapter,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Directory of the repaired adapter.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Directory of the repaired adapter.",
+            rich_help_panel=OUTPUT,
+        ),
     ],
     base: Annotated[
         str | None,
@@ -30,12 +50,16 @@ def repair_command(
             "--base",
             metavar="SRC",
             help="Checkpoint of the unaligned base model: Safe LoRA is tried too.",
+            rich_help_panel=INPUTS,
         ),
     ] = None,
     harmful: Annotated[
         str | None,
         typer.Option(
-            "--harmful", metavar="[NAME=]FILE", help="Prompts that are to be refused; about 100."
+            "--harmful",
+            metavar="[NAME=]FILE",
+            help="Prompts that are to be refused; about 100.",
+            rich_help_panel=INPUTS,
         ),
     ] = None,
     task: Annotated[
@@ -44,6 +68,7 @@ def repair_command(
             "--task",
             metavar="[NAME=]FILE",
             help="Prompts of the adapter's skill with the right responses; about 100.",
+            rich_help_panel=INPUTS,
         ),
     ] = None,
     refusals: Annotated[
@@ -52,6 +77,7 @@ def repair_command(
             "--refusals",
             metavar="SHARE",
             help="Share of the harmful prompts that is to be refused, 0 < SHARE <= 1.",
+            rich_help_panel=GOAL,
         ),
     ] = 0.95,
     skill_loss: Annotated[
@@ -60,6 +86,7 @@ def repair_command(
             "--skill-loss",
             metavar="SHARE",
             help="Share of the adapter's skill that may be lost, 0 <= SHARE <= 1.",
+            rich_help_panel=GOAL,
         ),
     ] = 0.05,
     best_effort: Annotated[
@@ -67,6 +94,7 @@ def repair_command(
         typer.Option(
             "--best-effort",
             help="Write what comes closest if the goal is not reached; the exit code is still 1.",
+            rich_help_panel=GOAL,
         ),
     ] = False,
     plain: Annotated[
@@ -74,6 +102,7 @@ def repair_command(
         typer.Option(
             "--plain",
             help="Continue plain prompts as they are, though the model has a chat template.",
+            rich_help_panel=ANSWERS,
         ),
     ] = False,
     data_out: Annotated[
@@ -83,10 +112,17 @@ def repair_command(
             metavar="DIR",
             help="Directory of the parts of the prompts: to correct with, to choose on, to report "
             "on.  [default: DIR of --out with .data behind it]",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Of the parts, and of random controls.")
+        int,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="Of the parts, and of random controls.",
+            rich_help_panel=RUNNING,
+        ),
     ] = 0,
     overwrite: Overwrite = False,
     *,
@@ -95,7 +131,7 @@ def repair_command(
     answering: Annotated[Answering, Without("device", "dtype", "chat")],
     running: Running,
     reporting: Reporting,
-    talking: Talking,
+    talking: WritingTalking,
 ) -> None:
     """Correct an adapter in every way that is given for, and write what does best.
 
@@ -104,13 +140,13 @@ def repair_command(
     second, beside controls; and what it does is reported on the third. Exit code 1, and nothing
     written, if the goal is not reached. Without prompts Safe LoRA is done, and nothing is measured.
     """
-    outputs = reporting.outputs
+    outputs, adapter = reporting.outputs, adapters.source
     read = [("--aligned", aligned), ("--adapter", adapter), ("--base", base)]
     terminal.check_outputs(outputs, out, read)
     with running.profile.phase("import"):
         from safeproj import api
 
-        options = running.options(selection=choosing.selection)
+        options = running.options(talking, selection=choosing.selection)
     signals.interruptible()
     sets, generation = {}, None
     if harmful is not None or task is not None:
@@ -144,4 +180,4 @@ def repair_command(
             on_step=step,
         )
     result = "nothing written" if record.out is None else f"wrote {record.out}"
-    terminal.finish(record, outputs, talking.quiet, result, running.shown)
+    terminal.finish(record, reporting, talking, result, running.shown)

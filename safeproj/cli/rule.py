@@ -10,16 +10,21 @@ from typing import Annotated
 import typer
 
 from safeproj.cli import terminal
+from safeproj.cli.usage import INPUTS, examples
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import ALLOWANCES, ALLOWED
 from safeproj.records.rules import RULES, Rule
 
 
+@examples("docs/gate.md", "safeproj rule", "safeproj rule SP001")
 def rule_command(
     wanted: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ID]", help="Of a finding, such as SP001, or its name.", show_default=False
+            metavar="ID",
+            help="Of a finding, such as SP001, or its name.",
+            show_default=False,
+            rich_help_panel=INPUTS,
         ),
     ] = None,
 ) -> None:

@@ -14,21 +14,40 @@ from safeproj.cli.bundles import command
 from safeproj.cli.options import (
     DATA,
     Aligned,
+    OneAdapter,
     Overwrite,
     Reading,
     Talking,
     Targets,
     require_positive,
 )
+from safeproj.cli.usage import INPUTS, METHOD, OUTPUT, Command, Group, examples
 
-app = typer.Typer(
-    add_completion=False,
-    help="Train adapters that keep clear of safety features (SaLoRA).",
-    **SETTINGS,
+app = typer.Typer(add_completion=False, cls=Group, **SETTINGS)
+
+MODULE, INIT, FOLD = (
+    "safeproj salora module --aligned MODEL --data safety.jsonl \\\n"
+    "    --out model.safety.safetensors",
+    "safeproj salora init --aligned MODEL --module model.safety.safetensors \\\n"
+    "    --data task.jsonl --out start",
+    "safeproj salora fold trained --module model.safety.safetensors --out my-lora-safe",
 )
 
+
+@app.callback()
+@examples("docs/salora.md", MODULE, INIT, FOLD)
+def _group() -> None:
+    """Train adapters that keep clear of safety features (SaLoRA)."""
+
+
 Module = Annotated[
-    str, typer.Option("--module", metavar="SRC", help="Safety module that salora module made.")
+    str,
+    typer.Option(
+        "--module",
+        metavar="SRC",
+        help="Safety module that salora module made.",
+        rich_help_panel=INPUTS,
+    ),
 ]
 Data = Annotated[Path, DATA]
 SafetyRank = Annotated[
@@ -37,6 +56,7 @@ SafetyRank = Annotated[
         "--safety-rank",
         metavar="K",
         help="Use the first K directions of the safety module.  [default: all]",
+        rich_help_panel=METHOD,
     ),
 ]
 
@@ -48,17 +68,29 @@ class Starting(Reading):
     targets: Targets = None
 
 
-@app.command("module")
+@app.command("module", cls=Command)
+@examples("docs/salora.md", MODULE)
 @command
 def module_command(
     aligned: Aligned,
     data: Data,
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="FILE", help="The file, such as model.safety.safetensors."),
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The file, such as model.safety.safetensors.",
+            rich_help_panel=OUTPUT,
+        ),
     ],
     rank: Annotated[
-        int, typer.Option("--rank", metavar="K", help="Directions of each layer that are kept.")
+        int,
+        typer.Option(
+            "--rank",
+            metavar="K",
+            help="Directions of each layer that are kept.",
+            rich_help_panel=METHOD,
+        ),
     ] = 32,
     overwrite: Overwrite = False,
     *,
@@ -82,24 +114,42 @@ def module_command(
     terminal.closing(made.warnings, talking.quiet, f"wrote {out} ({made.describe()})")
 
 
-@app.command("init")
+@app.command("init", cls=Command)
+@examples("docs/salora.md", INIT)
 @command
 def init_command(
     aligned: Aligned,
     module: Module,
     data: Data,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Directory of the adapter to train from.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Directory of the adapter to train from.",
+            rich_help_panel=OUTPUT,
+        ),
     ],
-    rank: Annotated[int, typer.Option("--rank", metavar="R", help="Rank of the adapter.")] = 16,
+    rank: Annotated[
+        int,
+        typer.Option("--rank", metavar="R", help="Rank of the adapter.", rich_help_panel=METHOD),
+    ] = 16,
     alpha: Annotated[
         float | None,
-        typer.Option("--alpha", metavar="A", help="lora_alpha.  [default: the rank]"),
+        typer.Option(
+            "--alpha",
+            metavar="A",
+            help="lora_alpha.  [default: the rank]",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     task_rank: Annotated[
         int,
         typer.Option(
-            "--task-rank", metavar="K", help="Directions of the task's outputs that B starts in."
+            "--task-rank",
+            metavar="K",
+            help="Directions of the task's outputs that B starts in.",
+            rich_help_panel=METHOD,
         ),
     ] = 32,
     safety_rank: SafetyRank = None,
@@ -125,8 +175,8 @@ def init_command(
     given = [("--aligned", aligned), ("--module", module), ("--data", str(data))]
     check_out(out, overwrite, [(option, local_path(source)) for option, source in given])
     found = SafetyModule.load(module).cut(safety_rank)
-    fed = feed.load(aligned, data)
     with quietly(), terminal.steps(talking.quiet, "batches") as step:
+        fed = feed.load(aligned, data)
         initial = write_start(
             fed.model,
             found,
@@ -147,15 +197,26 @@ def init_command(
     terminal.closing(fed.data.warnings, talking.quiet, result)
 
 
-@app.command("fold")
+class Trained(OneAdapter):
+    """The adapter that is folded."""
+
+    what = "PEFT adapter that was trained."
+
+
+@app.command("fold", cls=Command)
+@examples("docs/salora.md", FOLD)
 @command
 def fold_command(
-    adapter: Annotated[
-        str, typer.Option("--adapter", metavar="DIR", help="PEFT adapter that was trained.")
-    ],
+    adapters: Trained,
     module: Module,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Directory of the adapter to serve.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Directory of the adapter to serve.",
+            rich_help_panel=OUTPUT,
+        ),
     ],
     init: Annotated[
         Path | None,
@@ -163,6 +224,7 @@ def fold_command(
             "--init",
             metavar="DIR",
             help="What salora init wrote, where the initial factors are not beside the adapter.",
+            rich_help_panel=INPUTS,
         ),
     ] = None,
     safety_rank: SafetyRank = None,
@@ -180,14 +242,16 @@ def fold_command(
     from safeproj.methods.salora.module import SafetyModule
 
     signals.interruptible()
-    folded = fold(
-        adapter,
-        SafetyModule.load(module),
-        out,
-        rank=safety_rank,
-        initial=None if init is None else Initial.load(init),
-        overwrite=overwrite,
-    )
+    adapter = adapters.source
+    with terminal.steps(talking.quiet, "modules"):
+        folded = fold(
+            adapter,
+            SafetyModule.load(module),
+            out,
+            rank=safety_rank,
+            initial=None if init is None else Initial.load(init),
+            overwrite=overwrite,
+        )
     signals.done()
     result = f"wrote {out} ({folded.describe()})"
     terminal.closing(folded.warnings, talking.quiet, result)

@@ -10,19 +10,33 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
-from safeproj.cli.options import Talking
+from safeproj.cli.options import OneAdapter, Talking
+from safeproj.cli.usage import METHOD, OUTPUT, examples
 from safeproj.errors import SafeprojError
 
 
+class Signed(OneAdapter):
+    """The directory that is signed."""
+
+    metavar = "DIR"
+    what = "The adapter directory."
+
+
+@examples(
+    "docs/signing.md",
+    "safeproj sign my-lora-safe --private-key key.pem",
+    "safeproj check my-lora-safe --base BASE --aligned MODEL --public-key key.pub",
+)
 @command
 def sign_command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The adapter directory.")],
+    adapters: Signed,
     private_key: Annotated[
         Path,
         typer.Option(
             "--private-key",
             metavar="FILE",
             help="PEM file with an elliptic curve key: P-256, P-384 or P-521.",
+            rich_help_panel=METHOD,
         ),
     ],
     password_env: Annotated[
@@ -31,10 +45,14 @@ def sign_command(
             "--password-env",
             metavar="NAME",
             help="Environment variable that holds the password of an encrypted key.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a signature that is there.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace a signature that is there.", rich_help_panel=OUTPUT
+        ),
     ] = False,
     *,
     talking: Talking,
@@ -44,6 +62,7 @@ def sign_command(
     Writes model.sig in it, which covers every file, so that check --public-key can tell whether the
     directory is as whoever holds the key left it.
     """
+    directory = Path(adapters.source)
     password = None if password_env is None else os.environ.get(password_env)
     if password_env is not None and not password:
         raise SafeprojError(

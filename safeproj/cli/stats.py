@@ -11,6 +11,7 @@ import typer
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
 from safeproj.cli.options import DATA, Aligned, Overwrite, Reading, Talking
+from safeproj.cli.usage import INPUTS, OUTPUT, SELECTION, examples
 from safeproj.errors import SafeprojError
 
 
@@ -22,12 +23,22 @@ class Positions(str, Enum):
     response = "response"
 
 
+@examples(
+    "docs/covariance.md",
+    "safeproj stats --aligned MODEL --data safety.jsonl --out safety.stats.safetensors",
+    "safeproj stats --aligned MODEL --random-tokens 256 --out random.stats.safetensors",
+)
 @command
 def stats_command(
     aligned: Aligned,
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="FILE", help="The file, such as safety.stats.safetensors."),
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The file, such as safety.stats.safetensors.",
+            rich_help_panel=OUTPUT,
+        ),
     ],
     data: Annotated[Path | None, DATA] = None,
     random_tokens: Annotated[
@@ -36,10 +47,14 @@ def stats_command(
             "--random-tokens",
             metavar="N",
             help="In place of --data: so many samples of random tokens.",
+            rich_help_panel=INPUTS,
         ),
     ] = None,
     positions: Annotated[
-        Positions, typer.Option("--positions", help="Which positions of the data count.")
+        Positions,
+        typer.Option(
+            "--positions", help="Which positions of the data count.", rich_help_panel=SELECTION
+        ),
     ] = Positions.all,
     overwrite: Overwrite = False,
     *,

@@ -12,7 +12,15 @@ import typer
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
 from safeproj.cli.eval_options import Answering, Judging, Prompting
-from safeproj.cli.options import Choosing, Given, Reporting, Running, Talking
+from safeproj.cli.options import (
+    Choosing,
+    Given,
+    MeasuringTalking,
+    OneAdapter,
+    Reporting,
+    Running,
+)
+from safeproj.cli.usage import GOAL, INPUTS, METHOD, RUNNING, examples
 
 
 class Axis(str, Enum):
@@ -22,11 +30,16 @@ class Axis(str, Enum):
     threshold = "threshold"
 
 
+@examples(
+    "docs/sweep.md",
+    "safeproj sweep my-lora --base BASE --aligned MODEL --harmful harmful.csv \\\n"
+    "    --skill task.jsonl",
+    "safeproj sweep my-lora --aligned MODEL --safety-data safety.jsonl \\\n"
+    "    --harmful harmful.csv --skill task.jsonl --format html --output sweep.html",
+)
 @command
 def sweep_command(
-    adapter: Annotated[
-        str, typer.Option("--adapter", metavar="SRC", help="The PEFT LoRA adapter.")
-    ],
+    adapters: OneAdapter,
     model: Annotated[
         str | None,
         typer.Option(
@@ -34,6 +47,7 @@ def sweep_command(
             metavar="SRC",
             help="The model that is run, where it is not --aligned: needed with --alignment and "
             "--safety-module.",
+            rich_help_panel=INPUTS,
         ),
     ] = None,
     by: Annotated[
@@ -42,12 +56,16 @@ def sweep_command(
             "--by",
             help="What is varied: the number of projected modules, or the threshold; with "
             "--safety-data always mu.  [default: layers]",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     points: Annotated[
         int,
         typer.Option(
-            "--points", metavar="K", help="Interventions that are tried, from none to all."
+            "--points",
+            metavar="K",
+            help="Interventions that are tried, from none to all.",
+            rich_help_panel=METHOD,
         ),
     ] = 9,
     wanted_refusal: Annotated[
@@ -56,6 +74,7 @@ def sweep_command(
             "--wanted-refusal",
             metavar="SHARE",
             help="The share of refusals that is to be reached, 0 < SHARE <= 1.",
+            rich_help_panel=GOAL,
         ),
     ] = 0.9,
     wanted_on: Annotated[
@@ -64,10 +83,14 @@ def sweep_command(
             "--wanted-on",
             metavar="NAME",
             help="The --harmful set on which.  [default: the first]",
+            rich_help_panel=GOAL,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Seed of the random projectors.")
+        int,
+        typer.Option(
+            "--seed", metavar="N", help="Seed of the random projectors.", rich_help_panel=RUNNING
+        ),
     ] = 0,
     *,
     given: Annotated[Given, Without("mu", "reconstruct")],
@@ -77,7 +100,7 @@ def sweep_command(
     answering: Annotated[Answering, Without("device")],
     running: Running,
     reporting: Reporting,
-    talking: Talking,
+    talking: MeasuringTalking,
 ) -> None:
     """Measure refusals and skill for every useful number of projected modules.
 
@@ -87,14 +110,14 @@ def sweep_command(
     varied instead. Says the smallest intervention that reaches a wanted share of refusals, and
     whether a control does as well. Writes no adapter.
     """
-    method, outputs = given.method, reporting.outputs
+    method, outputs, adapter = given.method, reporting.outputs, adapters.source
     read = [*method.inputs([adapter]), *([] if model is None else [("--model", model)])]
     terminal.check_outputs(outputs, None, read)
     with running.profile.phase("import"):
         generation = answering.generation
         from safeproj import api
 
-        options = running.options(selection=choosing.selection)
+        options = running.options(talking, selection=choosing.selection)
     signals.interruptible()
     sets = prompting.sets()
     terminal.check_outputs(outputs, None, [(f"--{each.kind}", each.source) for each in sets])
@@ -114,4 +137,4 @@ def sweep_command(
             seed=seed,
             on_step=step,
         )
-    terminal.finish(record, outputs, talking.quiet, "", running.shown)
+    terminal.finish(record, reporting, talking, "", running.shown)

@@ -7,9 +7,9 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -21,7 +21,7 @@ from safeproj.text import cut, first_line, printable
 
 if TYPE_CHECKING:
     from safeproj.api import Observer
-    from safeproj.engine import Progress
+    from safeproj.cli.options import Color, GateReporting, Reporting, Talking
     from safeproj.records.profile import Profile
     from safeproj.report import Checks, Record
 
@@ -29,15 +29,57 @@ WIDTH = 100
 """Columns of the report where no terminal says otherwise, so that logs look alike everywhere."""
 
 
-def say(text: str) -> None:
-    """Write one line to stderr, if there is one."""
-    if sys.stderr is not None:
-        with suppress(OSError):
-            print(cut(printable(text)), file=sys.stderr, flush=True)
+_STYLES = {"error": "1;31", "warning": "33"}
+"""Bold red, yellow."""
+
+
+def say(text: str, kind: str = "") -> None:
+    """Write one line to stderr, if there is one.
+
+    Args:
+        text: the line.
+        kind: `error` or `warning`, which it then begins with.
+    """
+    if sys.stderr is None:
+        return
+    head = f"safeproj: {kind}: " if kind else ""
+    line = cut(printable(head + text))
+    if kind and is_colored(sys.stderr):
+        line = f"\x1b[{_STYLES[kind]}m{head.rstrip()}\x1b[0m {line[len(head) :]}"
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_colored(stream: TextIO) -> bool:
+    """Tell whether colours are written to a stream: as the environment says, or to a terminal."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return os.environ.get("TERM") != "dumb" and stream.isatty()
 
 
 @contextmanager
-def command(verbose: bool, *, annotated: bool = False) -> Iterator[None]:
+def _coloring(color: Color | None) -> Iterator[None]:
+    """Let `--color` say in the environment what is read there, also by libraries and judges."""
+    wanted = {"always": "FORCE_COLOR", "never": "NO_COLOR"}.get(color.value if color else "")
+    names = ("FORCE_COLOR", "NO_COLOR") if wanted else ()
+    before = {name: os.environ.pop(name, None) for name in names}
+    if wanted:
+        os.environ[wanted] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def command(
+    verbose: bool, *, annotated: bool = False, color: Color | None = None
+) -> Iterator[None]:
     """End in one line and with the exit code of the contract, whatever happens inside.
 
     A signal ends the process at once until `signals.interruptible` is called.
@@ -45,11 +87,18 @@ def command(verbose: bool, *, annotated: bool = False) -> Iterator[None]:
     Args:
         verbose: whether an error shows where it came up.
         annotated: whether it is said as an annotation of a GitHub workflow as well.
+        color: what `--color` says.
     """
     signals.at_once()
     if sys.stdout is not None:
         with suppress(AttributeError, ValueError):
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with _coloring(color), _ending(verbose, annotated):
+        yield
+
+
+@contextmanager
+def _ending(verbose: bool, annotated: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
@@ -67,7 +116,7 @@ def command(verbose: bool, *, annotated: bool = False) -> Iterator[None]:
     else:
         return
     message = " ".join(message.split())
-    say(f"safeproj: error: {message}")
+    say(message, "error")
     if annotated:
         annotate(message)
     raise typer.Exit(2)
@@ -111,12 +160,11 @@ def check_outputs(
 
 def finish(
     record: Record,
-    outputs: Sequence[tuple[str, Path | None]],
-    quiet: bool,
+    reporting: Reporting | GateReporting,
+    talking: Talking,
     result: str,
     profile: Profile | None = None,
     *,
-    verbose: bool = False,
     ending: Sequence[str] = (),
     errors: Sequence[str] = (),
 ) -> None:
@@ -124,11 +172,10 @@ def finish(
 
     Args:
         record: of the run: scores of one adapter or of many, or what a gate found.
-        outputs: formats and the files for them, None for stdout.
-        quiet: leave out warnings and result.
+        reporting: which reports go where.
+        talking: how much is said beside those that were asked for.
         result: what was written, for the last lines and for errors; empty if nothing was.
         profile: where the time went, if that was asked for.
-        verbose: list every finding of a gate in any format.
         ending: what there is to know after it, and what is to be done next.
         errors: why this run failed, although the report could be made.
 
@@ -137,31 +184,25 @@ def finish(
         Exit: with exit code 1, if one of many adapters failed, a gate did, or there are errors;
             with 2, if a gate could not decide.
     """
-    from safeproj.report import Checks, Evaluation, Repair, Reports
+    from safeproj.report import FAILING, Checks, Evaluation, Repair, Reports
 
     signals.done()
-    for format_, output in outputs:
-        try:
-            _send(record, format_, output, verbose)
-        except BrokenPipeError:
-            # The reader has gone. Python would report that again when it flushes stdout at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(141) from None
-        except OSError as error:
-            where = "stdout" if output is None else f"--output {output}"
-            reason = error.strerror or str(error)
-            written = f"; {result}" if result else ""
-            raise SafeprojError(
-                f"{where}: the report cannot be written ({reason}){written}"
-            ) from error
-    closing(record.warnings, quiet, result, profile, ending)
+    is_shown = reporting.asked or talking.quiet < talking.reports_until
+    for format_, output in reporting.outputs if is_shown else ():
+        _send(record, format_, output, talking.verbose, result)
+    if isinstance(record, Checks) and not is_shown and talking.quiet == 1:
+        _send(record, FAILING, None, talking.verbose, result)
+    closing(record.warnings, talking.quiet, result, profile, ending)
     failures = record.failures if isinstance(record, Reports | Evaluation) else {}
     why = [f"{name}: {' '.join(each.error.split())}" for name, each in failures.items()]
-    for line in (*why, *errors):
-        say(f"safeproj: error: {line}")
-    if why or errors:
-        raise typer.Exit(1)
+    why += errors
     if isinstance(record, Repair) and record.is_reached is False:
+        from safeproj.report.repair_words import conclusion
+
+        why += [] if is_shown else conclusion(record)[:1]
+    for line in why if talking.quiet < 2 else ():
+        say(line, "error")
+    if why or (isinstance(record, Repair) and record.is_reached is False):
         raise typer.Exit(1)
     if isinstance(record, Checks):
         _end(record)
@@ -172,14 +213,14 @@ def _end(checks: Checks) -> None:
     for check in checks.checks:
         for finding in check.findings:
             if finding.id == UNUSABLE:
-                say(f"safeproj: error: {finding.message}")
+                say(finding.message, "error")
     if checks.outcome.exit_code:
         raise typer.Exit(checks.outcome.exit_code)
 
 
 def closing(
     warnings: Iterable[str],
-    quiet: bool,
+    quiet: int,
     result: str,
     profile: Profile | None = None,
     ending: Sequence[str] = (),
@@ -187,7 +228,7 @@ def closing(
     """Say the warnings, what was written, what there is to know then, and where the time went."""
     if not quiet:
         for warning in warnings:
-            say(f"safeproj: warning: {warning}")
+            say(warning, "warning")
         for line in filter(None, (result, *ending)):
             say(line)
     if profile is not None:
@@ -195,7 +236,27 @@ def closing(
             say(line)
 
 
-def _send(record: Record, format_: str, output: Path | None, verbose: bool) -> None:
+def _send(
+    record: Record,
+    format_: str,
+    output: Path | None,
+    verbose: bool,
+    result: str,
+) -> None:
+    try:
+        _write(record, format_, output, verbose)
+    except BrokenPipeError:
+        # The reader has gone. Python would report that again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
+    except OSError as error:
+        where = "stdout" if output is None else f"--output {output}"
+        reason = error.strerror or str(error)
+        written = f"; {result}" if result else ""
+        raise SafeprojError(f"{where}: the report cannot be written ({reason}){written}") from error
+
+
+def _write(record: Record, format_: str, output: Path | None, verbose: bool) -> None:
     from safeproj.report import render
 
     if output is not None:
@@ -208,10 +269,9 @@ def _send(record: Record, format_: str, output: Path | None, verbose: bool) -> N
     elif sys.stdout is None:
         raise OSError("it is closed")
     else:
-        terminal = sys.stdout.isatty()
-        width = shutil.get_terminal_size().columns if terminal else WIDTH
-        text = render(record, format_, width=width, color=terminal, verbose=verbose)
-        sys.stdout.write(text)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+        color = is_colored(sys.stdout)
+        sys.stdout.write(render(record, format_, width=width, color=color, verbose=verbose))
         sys.stdout.flush()
     if format_ == "github":
         _send_summary(record, verbose)
@@ -230,94 +290,99 @@ def _send_summary(record: Record, verbose: bool) -> None:
 
 
 @contextmanager
-def observer(quiet: bool) -> Iterator[Observer | None]:
-    """Show a progress bar on stderr, if that is a terminal."""
+def observer(quiet: int, interval: float | None = None) -> Iterator[Observer | None]:
+    """Show how far a run is on stderr: a progress bar on a terminal, else lines now and then.
+
+    Args:
+        quiet: show nothing.
+        interval: seconds between two lines.
+    """
+    from safeproj.cli.progress import Lines, Run
+
     # Settings of the Hub client, which is imported only if an input is on the Hub.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its hints would come between our lines
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or not _is_terminal():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if quiet:
         yield None
-        return
-    from rich import progress
-    from rich.console import Console
+    elif not _is_terminal():
+        run = Run()
+        with Lines(run, say, interval):
+            yield run
+    else:
+        from rich import progress
 
-    with progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bars:
-        yield _Bar(bars)
+        sizes = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+        with _bars(progress.TextColumn("{task.description}"), *sizes) as bars:
+            task = bars.add_task("", total=None, visible=False)
+            yield Run(lambda run: bars.update(task, **run.bar))
 
 
 @contextmanager
-def steps(quiet: bool, what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a progress bar over steps on stderr, if that is a terminal.
+def steps(
+    quiet: int, what: str, interval: float | None = None
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Show likewise how many steps are done.
 
     Yields what is told how many steps are done and how many there are.
-    """
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    from rich import progress
-    from rich.console import Console
 
-    with progress.Progress(
-        progress.TextColumn(what),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bars:
-        bar = bars.add_task("", total=None)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
+    Args:
+        quiet: show nothing.
+        what: is counted, such as `answers`.
+        interval: seconds between two lines.
+    """
+    from safeproj.cli.progress import Lines, Steps
+
+    if quiet:
+        yield None
+    elif not _is_terminal():
+        counted = Steps(what)
+        with Lines(counted, say, interval):
+            yield counted.told
+    else:
+        from rich import progress
+
+        with _bars(progress.TextColumn(what), progress.MofNCompleteColumn()) as bars:
+            bar = bars.add_task("", total=None)
+            yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
 @contextmanager
 def observed_steps(
-    quiet: bool, what: str
+    quiet: int, what: str, interval: float | None = None
 ) -> Iterator[tuple[Observer | None, Callable[[int, int], None]]]:
-    """Show a bar over the bytes to read and, from the first of some steps on, one over the steps.
+    """Show the bytes to read and, from the first of some steps on, the steps.
 
     Yields what is told of the one and of the other.
     """
     with ExitStack() as shown:
-        first = shown.enter_context(observer(quiet))
+        first = shown.enter_context(observer(quiet, interval))
         second: list[Callable[[int, int], None] | None] = []
 
         def step(done: int, total: int) -> None:
             if not second:
                 shown.close()  # two at a time would draw over each other
-                second.append(shown.enter_context(steps(quiet, what)))
+                second.append(shown.enter_context(steps(quiet, what, interval)))
             if second[0] is not None:
                 second[0](done, total)
 
         yield first, step
 
 
-class _Bar:
-    """One bar over the bytes to read."""
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
-    def __init__(self, bars: Any) -> None:
-        self._bars = bars
-        self._finished = self._modules = self._nbytes = 0
-        self._task = bars.add_task("", total=None, visible=False)
 
-    def start(self, modules: int, nbytes: int) -> None:
-        self._modules += modules
-        self._nbytes += nbytes
-        text = f"{self._finished}/{self._modules} weights"
-        self._bars.update(self._task, total=self._nbytes, description=text, visible=True)
+def _bars(first: Any, *others: Any) -> AbstractContextManager[Any]:
+    """Return bars on stderr, with a column before and others behind them."""
+    from rich import progress
+    from rich.console import Console
 
-    def ran(self, done: int, total: int) -> None:
-        text = f"batch {done}/{total} of the data"
-        self._bars.update(self._task, description=text, visible=done < total)
-
-    def progress(self, event: Progress) -> None:
-        self._finished += event.finished
-        text = f"{self._finished}/{self._modules} weights"
-        self._bars.update(self._task, advance=event.nbytes, description=text)
+    return progress.Progress(
+        first,
+        progress.BarColumn(),
+        *others,
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

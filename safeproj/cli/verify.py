@@ -10,24 +10,43 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
-from safeproj.cli.options import GateReporting, GateTalking, Given, Running
+from safeproj.cli.options import GateReporting, GateTalking, Given, OneAdapter, Running
+from safeproj.cli.usage import INPUTS, POLICY, examples
 from safeproj.errors import SafeprojError
 from safeproj.methods.registry import inputs_of
 
 
+class Patched(OneAdapter):
+    """The adapter that is compared with its original."""
+
+    metavar = "PATCHED"
+    what = "SRC of the adapter that patch wrote."
+
+
+@examples(
+    "docs/gate.md, docs/signing.md",
+    "safeproj verify my-lora-safe --original my-lora --base BASE --aligned MODEL",
+    "safeproj verify my-lora-safe --public-key key.pub",
+)
 @command
 def verify_command(
-    patched: Annotated[
-        str, typer.Argument(metavar="PATCHED", help="SRC of the adapter that patch wrote.")
-    ],
+    adapters: Patched,
     original: Annotated[
         str | None,
-        typer.Option("--original", metavar="SRC", help="The adapter that was patched."),
+        typer.Option(
+            "--original",
+            metavar="SRC",
+            help="The adapter that was patched.",
+            rich_help_panel=INPUTS,
+        ),
     ] = None,
     public_key: Annotated[
         Path | None,
         typer.Option(
-            "--public-key", metavar="FILE", help="The key that the directory must be signed by."
+            "--public-key",
+            metavar="FILE",
+            help="The key that the directory must be signed by.",
+            rich_help_panel=POLICY,
         ),
     ] = None,
     *,
@@ -44,7 +63,7 @@ def verify_command(
     --public-key alone the files are compared with the signature and safeproj.json, and no model is
     read. Exit code 0: it is. 1: it is not. 2: that could not be decided.
     """
-    outputs = reporting.outputs
+    outputs, patched = reporting.outputs, adapters.source
     read = [*inputs_of(given.values), ("--original", original), ("--adapter", patched)]
     terminal.check_outputs(outputs, None, read)
     if original is None and given.values:
@@ -55,9 +74,9 @@ def verify_command(
     with running.profile.phase("import"):
         from safeproj import api
 
-        options = running.options()
+        options = running.options(talking)
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
         checks = api.verify(patched, original, method, options, public_key=public_key)
-    terminal.finish(checks, outputs, talking.quiet, "", running.shown, verbose=talking.verbose)
+    terminal.finish(checks, reporting, talking, "", running.shown)

@@ -13,6 +13,7 @@ from safeproj.records.sweeps import Sweep
 
 __all__ = [
     "CHECK_FORMATS",
+    "FAILING",
     "FORMATS",
     "Check",
     "Checks",
@@ -38,6 +39,10 @@ FORMATS = ("table", "json", "markdown", "html")
 
 CHECK_FORMATS = (*FORMATS, "sarif", "junit", "github")
 """Formats of what a gate found: the last three know only findings."""
+
+
+FAILING = "failing"
+"""What `-q` leaves of a gate's table; not a choice of `--format`."""
 
 
 class CheckFormat(Protocol):

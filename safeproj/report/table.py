@@ -40,9 +40,7 @@ CELL = 13
 
 def render(report: Report, *, width: int, color: bool) -> str:
     """Return the tables as text."""
-    console = Console(
-        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
-    )
+    console = console_of(width, color)
     key = detail_of(report.method).columns[0].key
     for stack, modules in _by_stack(report):
         columns = _columns(modules)
@@ -51,14 +49,12 @@ def render(report: Report, *, width: int, color: bool) -> str:
             console.print(_grid(stack, modules, columns, chunk, key))
     console.print(_legend(report))
     console.print(_summary(report))
-    return _lines(console)
+    return text_of(console)
 
 
 def render_many(reports: Reports, *, width: int, color: bool) -> str:
     """Return one line per adapter as text."""
-    console = Console(
-        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
-    )
+    console = console_of(width, color)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("adapter", overflow="fold")
     first = detail_of(reports.method).columns[0]
@@ -74,7 +70,19 @@ def render_many(reports: Reports, *, width: int, color: bool) -> str:
     console.print(table)
     for name, failure in reports.failures.items():
         _print_failed(console, name, failure)
-    return _lines(console)
+    return text_of(console)
+
+
+def console_of(width: int, color: bool) -> Console:
+    """Return what text is printed to, which `text_of` returns."""
+    return Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=color,
+        no_color=not color,
+        color_system="standard" if color else None,
+        highlight=False,
+    )
 
 
 def _print_failed(console: Console, name: str, failure: Failure) -> None:
@@ -84,9 +92,7 @@ def _print_failed(console: Console, name: str, failure: Failure) -> None:
 
 def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str:
     """Return a table of each set, subjects below each other."""
-    console = Console(
-        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
-    )
+    console = console_of(width, color)
     for each in evaluation.sets:
         outcomes = evaluation.outcomes(each["name"])
         console.print(Text(printable(title_of(each)), style="bold"))
@@ -116,20 +122,13 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
     if evaluation.sets:
         legend = f"{LEGEND}\njudge: {printable(judge_words(evaluation.judge))}"
         console.print(Text(legend, style="dim"))
-    return _lines(console)
+    return text_of(console)
 
 
 def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> str:
     """Return the findings by rule, what to do, and how each adapter ended, as text."""
-    console = Console(
-        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
-    )
-    hidden = False
-    for groups in _by_rule(checks):
-        hidden |= _print_rule(console, groups, len(checks.checks), verbose)
-    if hidden:
-        text = "--verbose lists every finding; `safeproj rule ID` explains one"
-        console.print(Text(text, style="dim"))
+    console = console_of(width, color)
+    print_findings(console, checks, verbose)
     if any(check.findings for check in checks.checks):
         console.print()
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -155,14 +154,22 @@ def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> 
     for check in checks.checks:
         for remark in check.remarks:
             console.print(Text(printable(f"{check.name}: {remark}"), style="dim"))
-    return _lines(console)
+    return text_of(console)
+
+
+def print_findings(console: Console, checks: Checks, verbose: bool) -> None:
+    """Print the findings by rule, and how to see more of them."""
+    hidden = False
+    for groups in _by_rule(checks):
+        hidden |= _print_rule(console, groups, len(checks.checks), verbose)
+    if hidden:
+        text = "--verbose lists every finding; `safeproj rule ID` explains one"
+        console.print(Text(text, style="dim"))
 
 
 def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:
     """Return a line for each intervention with what its controls do, and what follows, as text."""
-    console = Console(
-        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
-    )
+    console = console_of(width, color)
     first, *sentences = words.conclusion(sweep)
     console.print(Text(printable(first)), soft_wrap=True)
     console.print()
@@ -191,14 +198,12 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:
     sentences += [f"{what}: {line}" for what, line in words.commands(sweep)]
     for sentence in sentences:
         console.print(Text(printable(sentence)), soft_wrap=True)
-    return _lines(console)
+    return text_of(console)
 
 
 def render_repair(repair: Repair, *, width: int, color: bool) -> str:
     """Return what was tried, what was reached, and how to do it again, as text."""
-    console = Console(
-        file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False
-    )
+    console = console_of(width, color)
     if repair.test is not None:
         rows = repair_words.tried(repair)
         bold = [number == repair.chosen for number in range(len(rows))]
@@ -214,7 +219,7 @@ def render_repair(repair: Repair, *, width: int, color: bool) -> str:
     for sentence in repair_words.conclusion(repair):
         console.print(Text(printable(sentence)), soft_wrap=True)
     console.print(Text(printable(f"$ {repair_words.command(repair)}")), soft_wrap=True)
-    return _lines(console)
+    return text_of(console)
 
 
 def _print_shares(
@@ -292,7 +297,8 @@ def _names(of: list[str]) -> str:
     return f"{len(of)} adapters" if len(of) > _NAMED else ", ".join(map(printable, of))
 
 
-def _lines(console: Console) -> str:
+def text_of(console: Console) -> str:
+    """Return what was printed to it, without spaces at the ends of lines."""
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from safeproj.cli.app import app as commands
 from safeproj.cli.bundles import Without, command
 from safeproj.cli.inspect import inspect_command
-from safeproj.cli.options import Choosing, Given, Reporting, Running, Talking
+from safeproj.cli.options import Choosing, Color, Given, Reporting, Running, Talking
 from safeproj.cli.patch import patch_command
 from safeproj.errors import SafeprojError
 from tests.support import assert_refused, safeproj
@@ -133,8 +133,9 @@ def test_each_field_is_an_option_with_its_default() -> None:
         "over": True,
         "first": None,
         "second": None,
-        "quiet": False,
+        "quiet": 0,
         "verbose": False,
+        "color": Color.auto,
         "colour": "red",
     }
     assert list(options_of(draw))[:3] == ["what", "width", "height"]  # where the bundle stands
@@ -144,7 +145,7 @@ def test_each_field_is_an_option_with_its_default() -> None:
 
 
 def test_fields_that_a_command_does_not_take_are_no_options() -> None:
-    assert list(options_of(sketch)) == ["width", "whole", "out", "first", "verbose"]
+    assert list(options_of(sketch)) == ["width", "whole", "out", "first", "verbose", "color"]
     for option in ("--height=1", "--name=a", "--under", "--second=b", "--quiet"):
         result = run(sketch, "--out", "x", option)
         assert result.exit_code == 2
@@ -183,7 +184,7 @@ def test_bundles_are_made_of_what_is_given() -> None:
     assert result.exit_code == 0, result.stderr
     size = Size(7, 0.0, True, ["a", "b"])
     loose = {"first": None, "second": ""}
-    assert [("box", size, Place(Path("x"), False), loose, Talking(True, True), "blue")] == MADE
+    assert [("box", size, Place(Path("x"), False), loose, Talking(1, True), "blue")] == MADE
 
 
 def test_what_is_left_out_has_its_default_in_the_bundle() -> None:
@@ -224,7 +225,7 @@ def test_an_error_of_the_command_itself_ends_so() -> None:
         raise SafeprojError(f"quiet is {talking.quiet}")
 
     result = run(fail, "--quiet")
-    assert (result.exit_code, result.stderr) == (2, "safeproj: error: quiet is True\n")
+    assert (result.exit_code, result.stderr) == (2, "safeproj: error: quiet is 1\n")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_help_lists_every_field() -> None:
         ("--over / --under", "On top of it."),
         ("--first", "The first."),
         ("--second", "The second."),
-        ("-q, --quiet", "No progress, no warnings."),
+        ("-q, --quiet", "Nothing but errors;"),
         ("--colour", "Which one.", "[default: red]"),
     ):
         _, _, text = text.partition(f" {option} ")  # in the order of the bundles

@@ -163,7 +163,7 @@ def test_signing_imports_no_torch(trio: Trio, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="drivers are files on Linux alone")
 def test_a_gpu_that_is_not_used_is_told_once(trio: Trio, tmp_path: Path, bare: Path) -> None:
     driver = "from safeproj.engine import device\ndevice.DRIVERS = ('/dev/null',)\n"
-    given = ("patch", *trio.arguments, "--out", str(tmp_path / "out"), "--quiet")
+    given = ("patch", *trio.arguments, "--out", str(tmp_path / "out"))
     done = subprocess.run(
         [bare, "-c", driver + PROBE, told(given)],
         capture_output=True,
