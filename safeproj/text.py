@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import textwrap
 from collections.abc import Iterable, Sequence
 
 MAX_MESSAGE = 2_000
@@ -32,6 +33,28 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Return the text with what could steer a terminal or break an encoding written as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+_COMMAND = re.compile(r"(^|: )(\$ )?safeproj [a-z]+ (?=[^ ])|^\$ ")
+_STYLE = re.compile(r"\x1b\[[\d;]*m")
+
+
+def fitted(line: str, width: int) -> str:
+    r"""Return a line for a terminal of so many columns, broken between words.
+
+    A command stays one line, so that it can be copied.
+
+    >>> fitted("  a cosine is a proxy", 16)
+    '  a cosine is a\n  proxy'
+    >>> fitted("next: safeproj eval --model MODEL", 16)
+    'next: safeproj eval --model MODEL'
+    """
+    if len(_STYLE.sub("", line)) <= width or _COMMAND.search(line):
+        return line
+    indent = " " * (len(line) - len(line.lstrip(" ")))
+    return textwrap.fill(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def is_text(name: str) -> bool:

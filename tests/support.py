@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,31 @@ def started(
         cwd=cwd,
         preexec_fn=None if largest_file is None else limit,
     )
+
+
+def on_terminal(*arguments: str | Path, columns: int = 80, **variables: str) -> tuple[int, str]:
+    """Run the installed command on a pseudo-terminal; return its exit code and what was shown."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    place, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    kept = {name: os.environ[name] for name in os.environ.keys() - {"COLUMNS", "NO_COLOR"}}
+    process = subprocess.Popen(
+        [COMMAND, *map(str, arguments)],
+        stdout=child,
+        stderr=child,
+        env={**kept, "TERM": "xterm-256color", **variables},
+    )
+    os.close(child)
+    shown = b""
+    with suppress(OSError):  # Linux reports the end of a pseudo-terminal as an error
+        while chunk := os.read(place, 4096):
+            shown += chunk
+    os.close(place)
+    return process.wait(timeout=SECONDS), shown.decode().replace("\r\n", "\n")
 
 
 def _opened(command: list[str], **options: Any) -> subprocess.Popen[str]:

@@ -98,8 +98,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 @examples(
     "README.md, and `safeproj COMMAND --help`",
-    "safeproj repair --aligned MODEL --adapter my-lora --harmful harmful.csv \\\n"
-    "    --task task.jsonl --out my-lora-safe",
+    "safeproj repair --aligned MODEL --adapter my-lora --harmful harmful.csv "
+    "--task task.jsonl --out my-lora-safe",
     "safeproj check my-lora-safe --base BASE --aligned MODEL",
 )
 def _common(

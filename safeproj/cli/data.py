@@ -30,8 +30,8 @@ def _group() -> None:  # without it the one command would stand for the group
 @examples(
     "docs/data.md",
     REFUSALS,
-    "safeproj patch my-lora --aligned MODEL --safety-data safety.jsonl \\\n"
-    "    --task-data task.jsonl --reconstruct --out my-lora-safe",
+    "safeproj patch my-lora --aligned MODEL --safety-data safety.jsonl "
+    "--task-data task.jsonl --reconstruct --out my-lora-safe",
 )
 @command
 def refusals_command(

@@ -27,10 +27,9 @@ class Measured(Adapters):
 
 @examples(
     "docs/evaluation.md",
-    "safeproj eval my-lora my-lora-safe --model MODEL --harmful harmful.csv \\\n"
-    "    --skill task.jsonl",
-    "safeproj eval --model MODEL --harmful harmful.csv --judge-guard GUARD \\\n"
-    "    --format json --output eval.json",
+    "safeproj eval my-lora my-lora-safe --model MODEL --harmful harmful.csv --skill task.jsonl",
+    "safeproj eval --model MODEL --harmful harmful.csv --judge-guard GUARD "
+    "--format json --output eval.json",
 )
 @command
 def eval_command(

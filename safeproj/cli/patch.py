@@ -87,8 +87,8 @@ class Writing:
 @examples(
     "docs/scores.md, docs/covariance.md",
     "safeproj patch my-lora --base BASE --aligned MODEL --layers 12 --out my-lora-safe",
-    "safeproj patch my-lora --aligned MODEL --safety-data safety.jsonl \\\n"
-    "    --task-data task.jsonl --reconstruct --out my-lora-safe",
+    "safeproj patch my-lora --aligned MODEL --safety-data safety.jsonl "
+    "--task-data task.jsonl --reconstruct --out my-lora-safe",
     "safeproj patch my-lora --safety-module model.safety.safetensors --out safe --dry-run",
 )
 @command

@@ -26,10 +26,10 @@ from safeproj.cli.usage import ANSWERS, GOAL, INPUTS, OUTPUT, RUNNING, examples
 
 @examples(
     "docs/repair.md, docs/data.md",
-    "safeproj repair my-lora --aligned MODEL --harmful harmful.csv --task task.jsonl \\\n"
-    "    --out my-lora-safe",
-    "safeproj repair my-lora --aligned MODEL --base BASE --harmful harmful.csv \\\n"
-    "    --task task.jsonl --refusals 0.99 --skill-loss 0.02 --out my-lora-safe",
+    "safeproj repair my-lora --aligned MODEL --harmful harmful.csv --task task.jsonl "
+    "--out my-lora-safe",
+    "safeproj repair my-lora --aligned MODEL --base BASE --harmful harmful.csv "
+    "--task task.jsonl --refusals 0.99 --skill-loss 0.02 --out my-lora-safe",
 )
 @command
 def repair_command(

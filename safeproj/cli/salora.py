@@ -26,10 +26,9 @@ from safeproj.cli.usage import INPUTS, METHOD, OUTPUT, Command, Group, examples
 app = typer.Typer(add_completion=False, cls=Group, **SETTINGS)
 
 MODULE, INIT, FOLD = (
-    "safeproj salora module --aligned MODEL --data safety.jsonl \\\n"
-    "    --out model.safety.safetensors",
-    "safeproj salora init --aligned MODEL --module model.safety.safetensors \\\n"
-    "    --data task.jsonl --out start",
+    "safeproj salora module --aligned MODEL --data safety.jsonl --out model.safety.safetensors",
+    "safeproj salora init --aligned MODEL --module model.safety.safetensors "
+    "--data task.jsonl --out start",
     "safeproj salora fold trained --module model.safety.safetensors --out my-lora-safe",
 )
 

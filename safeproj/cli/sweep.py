@@ -32,10 +32,9 @@ class Axis(str, Enum):
 
 @examples(
     "docs/sweep.md",
-    "safeproj sweep my-lora --base BASE --aligned MODEL --harmful harmful.csv \\\n"
-    "    --skill task.jsonl",
-    "safeproj sweep my-lora --aligned MODEL --safety-data safety.jsonl \\\n"
-    "    --harmful harmful.csv --skill task.jsonl --format html --output sweep.html",
+    "safeproj sweep my-lora --base BASE --aligned MODEL --harmful harmful.csv --skill task.jsonl",
+    "safeproj sweep my-lora --aligned MODEL --safety-data safety.jsonl "
+    "--harmful harmful.csv --skill task.jsonl --format html --output sweep.html",
 )
 @command
 def sweep_command(

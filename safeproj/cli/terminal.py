@@ -17,7 +17,7 @@ from safeproj.cli import signals
 from safeproj.errors import SafeprojError, explained
 from safeproj.records.rules import UNUSABLE
 from safeproj.storage.wholefile import replace_file
-from safeproj.text import cut, first_line, printable
+from safeproj.text import cut, first_line, fitted, printable
 
 if TYPE_CHECKING:
     from safeproj.api import Observer
@@ -44,6 +44,8 @@ def say(text: str, kind: str = "") -> None:
         return
     head = f"safeproj: {kind}: " if kind else ""
     line = cut(printable(head + text))
+    if sys.stderr.isatty():
+        line = fitted(line, shutil.get_terminal_size().columns)
     if kind and is_colored(sys.stderr):
         line = f"\x1b[{_STYLES[kind]}m{head.rstrip()}\x1b[0m {line[len(head) :]}"
     with suppress(OSError):
@@ -257,7 +259,7 @@ def _send(
 
 
 def _write(record: Record, format_: str, output: Path | None, verbose: bool) -> None:
-    from safeproj.report import render
+    from safeproj.report import FAILING, render
 
     if output is not None:
         text = render(record, format_, width=WIDTH, verbose=verbose)
@@ -269,9 +271,12 @@ def _write(record: Record, format_: str, output: Path | None, verbose: bool) -> 
     elif sys.stdout is None:
         raise OSError("it is closed")
     else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
-        color = is_colored(sys.stdout)
-        sys.stdout.write(render(record, format_, width=width, color=color, verbose=verbose))
+        is_terminal, color = sys.stdout.isatty(), is_colored(sys.stdout)
+        width = shutil.get_terminal_size().columns if is_terminal else WIDTH
+        text = render(record, format_, width=width, color=color, verbose=verbose)
+        if is_terminal and format_ in ("table", FAILING):
+            text = "".join(f"{fitted(line, width)}\n" for line in text.splitlines())
+        sys.stdout.write(text)
         sys.stdout.flush()
     if format_ == "github":
         _send_summary(record, verbose)

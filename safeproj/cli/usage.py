@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ _LIKENESS = 0.75
 _SENTENCE = 1000
 """Characters of the first sentence about a command, which is not cut."""
 
-_SYNONYMS = (
+SYNONYMS = (
     ("--threshold", "--tau --cutoff --similarity-threshold --cosine-threshold -t"),
     ("--layers", "--num-proj-layers --num-layers --n-layers --top-layers"),
     ("--mu", "--lambda --ridge --regularization"),
@@ -96,7 +97,7 @@ def examples(page: str, *lines: str) -> Callable[[_Function], _Function]:
 
     Args:
         page: such as `docs/gate.md`.
-        lines: commands as they are typed; one may go on in a further line.
+        lines: commands as they are typed.
     """
 
     def given(function: _Function) -> _Function:
@@ -148,7 +149,7 @@ class _Usage:
         page, lines = self.callback.shown
         formatter.write("\nExamples:\n")
         for line in lines:
-            formatter.write(textwrap.indent(line, "  ") + "\n")
+            formatter.write(_command(line, formatter.width))
         formatter.write(f"\nMore: {page}\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -220,7 +221,7 @@ def suggestions(given: str, params: Sequence[Any]) -> list[str]:
     if name in flags:
         return [name]
     known: dict[str, list[str]] = {flag: [flag] for flag in flags}
-    for meant, others in _SYNONYMS:
+    for meant, others in SYNONYMS:
         for other in others.split():
             known.setdefault(other, []).extend([meant] if _has(flags, meant) else [])
     if name not in known:
@@ -284,6 +285,15 @@ def _write(formatter: Any, title: str, records: Sequence[tuple[str, str]]) -> No
         formatter.write(f"{head:{first}}{lines[0]}\n" if lines else f"{head}\n")
         for line in lines[1:]:
             formatter.write(f"{'':{first}}{line}\n")
+
+
+def _command(line: str, width: int) -> str:
+    """Return a command as it is typed, in lines that break before an option."""
+    joined = re.sub(r"(--\S+) (?!-)", "\\1\xa0", line)  # an option and its value
+    lines = textwrap.wrap(
+        joined, width - 4, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return textwrap.indent(" \\\n".join(lines), "  ").replace("\xa0", " ") + "\n"
 
 
 def _filled(text: str, width: int, indent: str = "") -> str:

@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -55,19 +56,18 @@ def render(report: Report, *, width: int, color: bool) -> str:
 def render_many(reports: Reports, *, width: int, color: bool) -> str:
     """Return one line per adapter as text."""
     console = console_of(width, color)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("adapter", overflow="fold")
     first = detail_of(reports.method).columns[0]
     beside = f"{first.heading} mean"
-    for heading in ("modules", reports.doing, "cosine min", "mean", "max", beside, "warnings"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    heads = ("adapter", "modules", reports.doing, "cosine min", "mean", "max", beside, "warnings")
+    rows = []
     for name, report in reports.reports.items():
         cosine, found = spread(report.cosines), spread(report.values(first.key))
         values = (cosine["min"], cosine["mean"], cosine["max"], found["mean"])
         numbers = ("n/a" if value is None else f"{value:.3f}" for value in values)
         counts = (str(len(report.modules)), str(report.projected))
-        table.add_row(Text(printable(name)), *counts, *numbers, str(len(report.warnings)))
-    console.print(table)
+        cells = (*counts, *numbers, str(len(report.warnings)))
+        rows.append([Text(printable(name)), *map(Text, cells)])
+    _print_adapters(console, heads, rows, "right")
     for name, failure in reports.failures.items():
         _print_failed(console, name, failure)
     return text_of(console)
@@ -83,6 +83,30 @@ def console_of(width: int, color: bool) -> Console:
         color_system="standard" if color else None,
         highlight=False,
     )
+
+
+def _print_adapters(
+    console: Console,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Text]],
+    justify: Literal["left", "right"],
+) -> None:
+    """Print a row for each adapter: where that is too wide, headings take more than one line."""
+    widest = [max((row[i].cell_len for row in rows), default=0) for i in range(len(heads))]
+    full = sum(max(cell_len(head), cells) + 2 for head, cells in zip(heads, widest, strict=True))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(heads[0], overflow="fold")
+    for head, cells in zip(heads[1:], widest[1:], strict=True):
+        narrow = max(cells, *map(cell_len, head.split()))
+        table.add_column(
+            head,
+            justify=justify,
+            overflow="fold",
+            max_width=narrow if full > console.width else None,
+        )
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _print_failed(console: Console, name: str, failure: Failure) -> None:
@@ -131,21 +155,19 @@ def render_checks(checks: Checks, *, width: int, color: bool, verbose: bool) -> 
     print_findings(console, checks, verbose)
     if any(check.findings for check in checks.checks):
         console.print()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("adapter", overflow="fold")
-    for heading in ("outcome", "findings", "modules", "cosine min", "evidence"):
-        table.add_column(heading, overflow="fold")
+    rows = []
     for check in checks.checks:
         cosines = check.report.cosines if check.report is not None else []
-        table.add_row(
-            Text(printable(check.name)),
-            Text(check.outcome.value, style=_OUTCOMES[check.outcome]),
+        cells = (
             tally(check),
             str(len(check.report.modules)) if check.report is not None else "n/a",
             f"{min(cosines):.3f}" if cosines else "n/a",
             evidence(check),
         )
-    console.print(table)
+        outcome = Text(check.outcome.value, style=_OUTCOMES[check.outcome])
+        rows.append([Text(printable(check.name)), outcome, *map(Text, cells)])
+    heads = ("adapter", "outcome", "findings", "modules", "cosine min", "evidence")
+    _print_adapters(console, heads, rows, "left")
     for said, names in checks.passes.items():
         if said == Outcome.passed.value:  # the table has as much
             continue

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from safeproj import __version__
 from tests.conftest import Trio
 from tests.support import (
-    COMMAND,
     assert_refused,
     blake3_of,
     change_json,
     installed,
+    on_terminal,
     read_json,
     safeproj,
     save_adapter,
@@ -309,26 +309,10 @@ def test_verbose_shows_a_traceback(trio: Trio) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_shows_progress_and_colours(trio: Trio) -> None:
-    import os
-    import pty
-
-    terminal, child = pty.openpty()
-    process = subprocess.Popen(
-        [COMMAND, "inspect", *trio.arguments],
-        stdout=child,
-        stderr=child,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"},
-    )
-    os.close(child)
-    shown = b""
-    try:
-        while chunk := os.read(terminal, 4096):
-            shown += chunk
-    except OSError:  # Linux reports the end of a pseudo-terminal as an error
-        pass
-    assert process.wait() == 0
-    assert b"modules" in shown
-    assert b"\x1b[" in shown
+    code, shown = on_terminal("inspect", *trio.arguments, columns=120)
+    assert code == 0
+    assert "modules" in shown
+    assert "\x1b[" in shown
 
 
 def renamed(folder: Path, out: Path, *names: tuple[str, str]) -> Path:

@@ -38,7 +38,7 @@ STATISTICS = ".safetensors"
 
 WORDS = Words(
     name="the covariance-weighted correction",
-    legend=("then how much\nstronger the update acts on safety data than on benign data (E‖ΔWx‖²)"),
+    legend=("then how much stronger the update acts on safety data than on benign data (E‖ΔWx‖²)"),
     done=(
         "corrected the updates of {changed} of {all} adapted modules so that they do least to what "
         "{aligned} computes on the safety data {safety_data} and stay closest to what they were on "

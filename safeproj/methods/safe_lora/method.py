@@ -37,7 +37,7 @@ PROJECTORS = ("approx", "exact")
 WORDS = Words(
     name="Safe LoRA",
     legend=(
-        "then scale = ‖CB‖/‖B‖, the share of the\n"
+        "then scale = ‖CB‖/‖B‖, the share of the "
         "factor that projection leaves (near 0: it all but removes the update)"
     ),
     done=(

@@ -36,7 +36,7 @@ FOLDED = "safeproj.fold/1"
 WORDS = Words(
     name="SaLoRA",
     legend=(
-        "then share = ‖UᵀΔW‖²/‖ΔW‖², how\n"
+        "then share = ‖UᵀΔW‖²/‖ΔW‖², how "
         "much of the update lies in the safety subspace (near 1: all of it)"
     ),
     done=(
