@@ -78,6 +78,7 @@ def console_of(width: int, color: bool) -> Console:
     return Console(
         file=io.StringIO(),
         width=width,
+        height=25,  # without one the width is not believed where TERM is dumb
         force_terminal=color,
         no_color=not color,
         color_system="standard" if color else None,
