@@ -127,7 +127,12 @@ def started(
     )
 
 
-def on_terminal(*arguments: str | Path, columns: int = 80, **variables: str) -> tuple[int, str]:
+needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
+
+def on_terminal(
+    *arguments: str | Path, columns: int = 80, env: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     """Run the installed command on a pseudo-terminal; return its exit code and what was shown."""
     import fcntl
     import pty
@@ -141,7 +146,7 @@ def on_terminal(*arguments: str | Path, columns: int = 80, **variables: str) -> 
         [COMMAND, *map(str, arguments)],
         stdout=child,
         stderr=child,
-        env={**kept, "TERM": "xterm-256color", **variables},
+        env={**kept, "TERM": "xterm-256color", **(env or {})},
     )
     os.close(child)
     shown = b""

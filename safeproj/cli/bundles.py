@@ -84,14 +84,13 @@ def _shown(parameter: inspect.Parameter, group: str | None) -> inspect.Parameter
     """Return a parameter with its group, and its choices where its value has no name."""
     if get_origin(parameter.annotation) is not Annotated:
         return parameter
-    kind, info, *notes = get_args(parameter.annotation)
+    kind, info = get_args(parameter.annotation)
     info = copy.copy(info)  # one declaration may be a field of several bundles
     info.rich_help_panel = info.rich_help_panel or group
     if info.metavar is None:
         choices = _choices(kind)
         info.metavar = "|".join(str(each.value) for each in choices or ()) or None
-    annotation: Any = Annotated[(kind, info, *notes)]  # type: ignore[valid-type]
-    return parameter.replace(annotation=annotation)
+    return parameter.replace(annotation=Annotated[kind, info])
 
 
 def _choices(kind: Any) -> type[Enum] | None:

@@ -21,10 +21,11 @@ from safeproj.cli.progress import INTERVAL, Lines, Run, Steps
 from safeproj.engine import Progress
 from tests.conftest import Trio
 from tests.report.test_columns import REPAIR
-from tests.support import assert_refused, on_terminal, safeproj
+from tests.support import assert_refused, needs_terminal, on_terminal, safeproj
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
 ESCAPE = "\x1b["
+Words = tuple[str | Path, ...]
 
 
 def ended(code: int, stdout: str, stderr: str, *words: str | Path) -> None:
@@ -38,14 +39,22 @@ def ended(code: int, stdout: str, stderr: str, *words: str | Path) -> None:
 
 @pytest.mark.parametrize("quiet", ["-q", "-qq"])
 def test_a_command_that_writes_says_nothing(trio: Trio, tmp_path: Path, quiet: str) -> None:
-    pair = ("--base", trio.base, "--aligned", trio.aligned)
+    pair: Words = ("--base", trio.base, "--aligned", trio.aligned)
     out = tmp_path / "out"
     ended(0, "", "", "patch", *trio.arguments, "--out", out, "--layers", "9", quiet)
     assert (out / "adapter_model.safetensors").is_file()
     alignment = tmp_path / "model.safealign.safetensors"
     ended(0, "", "", "align", *pair, "--out", alignment, quiet)
     assert alignment.is_file()
-    stats = ("stats", "--aligned", TINY / "aligned", "--random-tokens", "4", "--max-length", "8")
+    stats: Words = (
+        "stats",
+        "--aligned",
+        TINY / "aligned",
+        "--random-tokens",
+        "4",
+        "--max-length",
+        "8",
+    )
     ended(0, "", "", *stats, "--out", tmp_path / "x.safetensors", quiet)
     policy = tmp_path / "policy.toml"
     ended(0, "", "", "check", "--init", "--policy", policy, quiet)
@@ -55,7 +64,15 @@ def test_a_command_that_writes_says_nothing(trio: Trio, tmp_path: Path, quiet: s
 @pytest.mark.parametrize("quiet", ["-q", "-qq"])
 def test_what_is_asked_for_is_given_however_quiet(trio: Trio, tmp_path: Path, quiet: str) -> None:
     place = tmp_path / "report.json"
-    given = ("patch", *trio.arguments, "--dry-run", "--out", tmp_path / "out", "--layers", "9")
+    given: Words = (
+        "patch",
+        *trio.arguments,
+        "--dry-run",
+        "--out",
+        tmp_path / "out",
+        "--layers",
+        "9",
+    )
     loud = safeproj(*given, "--format", "json")
     assert loud.stderr
     ended(0, loud.stdout, "", *given, "--format", "json", quiet)
@@ -63,24 +80,24 @@ def test_what_is_asked_for_is_given_however_quiet(trio: Trio, tmp_path: Path, qu
     assert place.read_text() == loud.stdout
     ended(0, "", "", *given, "--output", tmp_path / "table.txt", quiet)
     assert "cosine" in (tmp_path / "table.txt").read_text()
-    inspected = ("inspect", *trio.arguments, "--format", "markdown")
+    inspected: Words = ("inspect", *trio.arguments, "--format", "markdown")
     ended(0, safeproj(*inspected).stdout, "", *inspected, quiet)
 
 
 def test_a_report_that_is_what_a_command_is_for_is_left_out_last(trio: Trio) -> None:
-    given = ("inspect", *trio.arguments, "--layers", "9")
+    given: Words = ("inspect", *trio.arguments, "--layers", "9")
     loud = safeproj(*given)
     assert "warning" in loud.stderr
     ended(0, loud.stdout, "", *given, "-q")
     ended(0, "", "", *given, "-qq")
-    model = ("eval", "--model", TINY / "aligned", "--max-new-tokens", "1", "--limit", "1")
-    measured = (*model, "--harmful", TINY / "data" / "safety.jsonl")
+    model: Words = ("eval", "--model", TINY / "aligned", "--max-new-tokens", "1", "--limit", "1")
+    measured: Words = (*model, "--harmful", TINY / "data" / "safety.jsonl")
     ended(0, safeproj(*measured).stdout, "", *measured, "-q")
     ended(0, "", "", *measured, "-qq")
 
 
 def test_a_gate_says_failing_findings_then_nothing(trio: Trio) -> None:
-    given = ("check", *trio.arguments, "--threshold", "1")
+    given: Words = ("check", *trio.arguments, "--threshold", "1")
     loud = safeproj(*given).stdout
     assert "SP020" in loud
     assert "outcome" in loud
@@ -97,7 +114,7 @@ def test_a_gate_says_failing_findings_then_nothing(trio: Trio) -> None:
 
 
 def test_a_gate_that_passes_says_nothing(trio: Trio) -> None:
-    given = ("check", *trio.arguments, "--threshold", "0")
+    given: Words = ("check", *trio.arguments, "--threshold", "0")
     ended(0, "", "", *given, "-q")
     ended(0, "", "", *given, "-qq")
 
@@ -108,7 +125,7 @@ def test_errors_of_exit_code_2_are_always_said(trio: Trio, tmp_path: Path, quiet
     broken = tmp_path / "broken"
     shutil.copytree(trio.adapter, broken)
     (broken / "adapter_config.json").write_text("{")
-    pair = ("--base", trio.base, "--aligned", trio.aligned)
+    pair: Words = ("--base", trio.base, "--aligned", trio.aligned)
     found = safeproj("check", broken, *pair, quiet)
     assert_refused(found, "adapter_config.json")
     assert ("SP090" in found.stdout) is (quiet == "-q")
@@ -120,8 +137,8 @@ def test_what_failed_of_many_is_said_unless_the_exit_code_is_to_say_it(
     for name in ("good", "broken"):
         shutil.copytree(trio.adapter, tmp_path / "adapters" / name)
     (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text("{")
-    pair = ("--base", trio.base, "--aligned", trio.aligned)
-    given = ("patch", tmp_path / "adapters", *pair, "--overwrite", "--out", tmp_path / "out")
+    pair: Words = ("--base", trio.base, "--aligned", trio.aligned)
+    given: Words = ("patch", tmp_path / "adapters", *pair, "--overwrite", "--out", tmp_path / "out")
     said = safeproj(*given, "-q")
     assert (said.returncode, said.stdout) == (1, "")
     assert re.fullmatch(r"safeproj: error: broken: .*\n", said.stderr)
@@ -165,7 +182,7 @@ def test_colours_on_a_pipe(
     trio: Trio, options: list[str], variables: dict[str, str], colored: bool
 ) -> None:
     clean = {"NO_COLOR": "", "FORCE_COLOR": "", "TERM": "xterm", **variables}
-    given = ("check", *trio.arguments, "--threshold", "1", *options)
+    given: Words = ("check", *trio.arguments, "--threshold", "1", *options)
     result = safeproj(*given, env=clean)
     assert (ESCAPE in result.stdout) is colored
     plain = re.sub(r"\x1b\[[\d;]*m", "", result.stdout)
@@ -181,11 +198,12 @@ def test_colours_on_a_pipe(
 
 def test_a_file_has_no_colours(trio: Trio, tmp_path: Path) -> None:
     place = tmp_path / "table.txt"
-    given = ("inspect", *trio.arguments, "--color", "always", "--output", place)
+    given: Words = ("inspect", *trio.arguments, "--color", "always", "--output", place)
     assert safeproj(*given, env={"FORCE_COLOR": "1"}).returncode == 0
     assert ESCAPE not in place.read_text()
 
 
+@needs_terminal
 @pytest.mark.parametrize(
     ("options", "variables", "colored"),
     [
@@ -199,7 +217,7 @@ def test_a_file_has_no_colours(trio: Trio, tmp_path: Path) -> None:
 def test_colours_on_a_terminal(
     trio: Trio, options: list[str], variables: dict[str, str], colored: bool
 ) -> None:
-    code, shown = on_terminal("inspect", *trio.arguments, "-q", *options, **variables)
+    code, shown = on_terminal("inspect", *trio.arguments, "-q", *options, env=variables)
     assert code == 0
     assert (ESCAPE in shown) is colored
 
@@ -221,6 +239,7 @@ def test_an_option_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPa
 # --- what a terminal shows is not broken inside words
 
 
+@needs_terminal
 @pytest.mark.parametrize("columns", [80, 120])
 def test_long_lines_are_broken_between_words(trio: Trio, tmp_path: Path, columns: int) -> None:
     code, shown = on_terminal(

@@ -20,6 +20,7 @@ from tests.support import (
     blake3_of,
     change_json,
     installed,
+    needs_terminal,
     on_terminal,
     read_json,
     safeproj,
@@ -307,7 +308,7 @@ def test_verbose_shows_a_traceback(trio: Trio) -> None:
     assert "same model" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@needs_terminal
 def test_a_terminal_shows_progress_and_colours(trio: Trio) -> None:
     code, shown = on_terminal("inspect", *trio.arguments, columns=120)
     assert code == 0
