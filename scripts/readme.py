@@ -25,6 +25,10 @@ PAGES = (
 """The pages with console blocks: each `$ safeproj` line is run, in order, in one directory."""
 
 
+PROGRESS = re.compile(r"^safeproj: .*, [\d:]+ so far(?:, about [\d:]+ left)?\n", re.MULTILINE)
+"""What a slow machine says besides: a run of more than 30 seconds shows that it goes on."""
+
+
 def output(command: list[str], cwd: str) -> str:
     """Return what a command prints on both streams; gates end with 1 where they fail."""
     done = subprocess.run(
@@ -32,7 +36,7 @@ def output(command: list[str], cwd: str) -> str:
     )
     if done.returncode not in (0, 1):
         raise SystemExit(done.stdout)
-    return done.stdout
+    return PROGRESS.sub("", done.stdout)
 
 
 def with_consoles(text: str) -> str:

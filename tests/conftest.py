@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -30,8 +31,13 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
-    """Look for no garbage among what imports leave: that takes seconds and finds little."""
+    """Look for no garbage among what imports leave: that takes seconds and finds little.
+
+    What a developer's environment says of colours says nothing here.
+    """
     gc.disable()
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        os.environ.pop(name, None)
 
 
 def pytest_collection_finish() -> None:

@@ -18,6 +18,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from safeproj.storage.arrays import AnyArray, Array, from_torch, to_host, to_torch
+from scripts.readme import PROGRESS
 from tests.forks import SECONDS, Fork, begun
 
 COMMAND = str(Path(sys.executable).parent / "safeproj")
@@ -174,7 +175,10 @@ def _completed(process: Process) -> subprocess.CompletedProcess[str]:
         process.communicate() if isinstance(process, Fork) else process.communicate(timeout=SECONDS)
     )
     assert process.returncode is not None
-    return subprocess.CompletedProcess(process.args, process.returncode, *texts)
+    stdout, stderr = texts
+    # However slow the machine is, tests compare the same.
+    said = PROGRESS.sub("", stderr)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, said)
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -73,8 +73,9 @@ def sign_command(
 
     signing.require_library()
     signals.interruptible()
-    place = signing.sign(directory, private_key, password, overwrite)
-    number = len(signing.covered_files(directory))
+    with terminal.steps(talking.quiet, "files"):
+        place = signing.sign(directory, private_key, password, overwrite)
+        number = len(signing.covered_files(directory))
     signals.done()
     files = "1 file" if number == 1 else f"{number} files"
     terminal.closing((), talking.quiet, f"signed {directory} ({files}, {place.name})")

@@ -19,6 +19,7 @@ from safeproj.cli import terminal
 from safeproj.cli.options import Reporting, WritingTalking
 from safeproj.cli.progress import INTERVAL, Lines, Run, Steps
 from safeproj.engine import Progress
+from scripts.readme import PROGRESS
 from tests.conftest import Trio
 from tests.report.test_columns import REPAIR
 from tests.support import assert_refused, needs_terminal, on_terminal, safeproj
@@ -259,6 +260,17 @@ def test_long_lines_are_broken_between_words(trio: Trio, tmp_path: Path, columns
 
 
 # --- lines of a log
+
+
+def test_comparisons_leave_out_what_a_slow_machine_says() -> None:
+    counted = Steps("answers")
+    lines = Lines(counted, print)
+    for share in (0, 3, 9):
+        counted.told(share, 9)
+        for seconds in (0.0, 40.0, 4000.0):
+            line = f"safeproj: {lines.line(time.monotonic() + seconds)}\n"
+            assert PROGRESS.sub("", f"{line}wrote out\n{line}") == "wrote out\n"
+    assert PROGRESS.sub("", "safeproj: warning: so far, 3 left\n") != ""
 
 
 class Told:
