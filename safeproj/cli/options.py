@@ -95,7 +95,9 @@ class Adapters:
         """
         if not self.given:
             several = "one or more" if self.many else "an adapter"
-            raise SafeprojError(f"no {self.metavar}; expected the SRC of {several}")
+            raise SafeprojError(
+                f"no {self.metavar}; expected the SRC of {several}, as it is or with --adapter"
+            )
         return self.given
 
     @property
