@@ -1,0 +1,57 @@
+"""What safeproj offers: type checkers read this file, and `safeproj.exports` at run time."""
+
+from safeproj.api import Observer as Observer
+from safeproj.api import Options as Options
+from safeproj.api import Outcome as Outcome
+from safeproj.api import align as align
+from safeproj.api import check as check
+from safeproj.api import evaluate as evaluate
+from safeproj.api import inspect as inspect
+from safeproj.api import inspect_many as inspect_many
+from safeproj.api import patch as patch
+from safeproj.api import patch_many as patch_many
+from safeproj.api import refusals as refusals
+from safeproj.api import repair as repair
+from safeproj.api import reports as reports
+from safeproj.api import sweep as sweep
+from safeproj.api import verify as verify
+from safeproj.errors import SafeprojError as SafeprojError
+from safeproj.evaluation.ask import Command as Command
+from safeproj.evaluation.ask import Endpoint as Endpoint
+from safeproj.evaluation.ask import load_guard as load_guard
+from safeproj.evaluation.generate import Generation as Generation
+from safeproj.evaluation.judges import Judge as Judge
+from safeproj.evaluation.judges import Keywords as Keywords
+from safeproj.evaluation.judges import Prefix as Prefix
+from safeproj.evaluation.judges import Verdict as Verdict
+from safeproj.evaluation.judges import read_phrases as read_phrases
+from safeproj.evaluation.refusals import Refusals as Refusals
+from safeproj.evaluation.sets import PromptSet as PromptSet
+from safeproj.evaluation.sets import read_prompts as read_prompts
+from safeproj.evaluation.tasks import Tasks as Tasks
+from safeproj.gate.demands import Demands as Demands
+from safeproj.gate.policy import Override as Override
+from safeproj.gate.policy import Policy as Policy
+from safeproj.lm.chat import ChatOptions as ChatOptions
+from safeproj.lm.feed import Feed as Feed
+from safeproj.methods import salora as salora
+from safeproj.methods.covariance.method import Covariance as Covariance
+from safeproj.methods.interface import Method as Method
+from safeproj.methods.recorded import Made as Made
+from safeproj.methods.safe_lora.make import Form as Form
+from safeproj.methods.safe_lora.method import SafeLora as SafeLora
+from safeproj.methods.salora.method import Salora as Salora
+from safeproj.plan.select import Selection as Selection
+from safeproj.records.checks import Check as Check
+from safeproj.records.checks import Checks as Checks
+from safeproj.records.checks import Evidence as Evidence
+from safeproj.records.checks import Finding as Finding
+from safeproj.records.evaluations import Evaluation as Evaluation
+from safeproj.records.rates import Rate as Rate
+from safeproj.records.repairs import Repair as Repair
+from safeproj.records.scores import ModuleReport as ModuleReport
+from safeproj.records.scores import Report as Report
+from safeproj.records.scores import Reports as Reports
+from safeproj.records.sweeps import Sweep as Sweep
+
+__version__: str
