@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import safeproj as api
 from lab.tiny_language import write_jsonl
 from lab.tiny_lm import (
     EXAMPLE,
@@ -24,7 +25,7 @@ from lab.tiny_lm import (
     load_tokenizer,
     read_jsonl,
 )
-from safeproj import Covariance, Options, api
+from safeproj import Covariance, Options
 
 ADAPTER = EXAMPLE / "adapters" / "mixed"
 SIZES = (10, 20, 50, 100, 200)

@@ -1,7 +1,5 @@
 """What safeproj offers: type checkers read this file, and `safeproj.exports` at run time."""
 
-from safeproj.api import Observer as Observer
-from safeproj.api import Options as Options
 from safeproj.api import Outcome as Outcome
 from safeproj.api import align as align
 from safeproj.api import check as check
@@ -53,5 +51,7 @@ from safeproj.records.scores import ModuleReport as ModuleReport
 from safeproj.records.scores import Report as Report
 from safeproj.records.scores import Reports as Reports
 from safeproj.records.sweeps import Sweep as Sweep
+from safeproj.run.options import Observer as Observer
+from safeproj.run.options import Options as Options
 
 __version__: str

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from safeproj import __version__, engine
 from safeproj.adapter import read_adapter
-from safeproj.adapter.collection import Member, collect
+from safeproj.adapter.collection import Member, all_of, collect
 from safeproj.adapter.write import (
     check_apart,
     check_inside,
@@ -32,7 +32,8 @@ from safeproj.records.scores import Failure, Report, Reports
 from safeproj.report.card import section
 from safeproj.run.job import Job, Run
 from safeproj.run.manifest import wanted_hashes
-from safeproj.run.options import Observer, Options
+from safeproj.run.options import Options
+from safeproj.storage.source import Src, StrPath, src
 
 if TYPE_CHECKING:
     from safeproj.evaluation.generate import Generation
@@ -45,26 +46,6 @@ if TYPE_CHECKING:
     from safeproj.records.evaluations import Evaluation
     from safeproj.records.repairs import Repair
     from safeproj.records.sweeps import Sweep
-
-__all__ = [
-    "Form",
-    "Made",
-    "Observer",
-    "Options",
-    "Outcome",
-    "align",
-    "check",
-    "evaluate",
-    "inspect",
-    "inspect_many",
-    "patch",
-    "patch_many",
-    "refusals",
-    "repair",
-    "reports",
-    "sweep",
-    "verify",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +65,7 @@ class Outcome:
     error: SafeprojError | None
 
 
-def inspect(method: Method, adapter: str, options: Options | None = None) -> Report:
+def inspect(method: Method, adapter: Src, options: Options | None = None) -> Report:
     """Score each adapted module by its similarity to its projection.
 
     Args:
@@ -95,14 +76,15 @@ def inspect(method: Method, adapter: str, options: Options | None = None) -> Rep
     Raises:
         SafeprojError: an input cannot be used.
     """
+    adapter = src(adapter)
     with _job(method, [adapter], options) as job:
         return job.inspected(job.one(adapter))
 
 
 def patch(
     method: Method,
-    adapter: str,
-    out: str | Path,
+    adapter: Src,
+    out: StrPath,
     options: Options | None = None,
     *,
     overwrite: bool = False,
@@ -128,7 +110,7 @@ def patch(
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
     """
-    out = Path(out)
+    adapter, out = src(adapter), Path(out)
     check_out(out, overwrite, method.local_paths([adapter]))
     with _job(method, [adapter], options, () if dry_run else (NEW,)) as job:
         done = job.one(adapter)
@@ -144,7 +126,7 @@ def patch(
 
 
 def inspect_many(
-    method: Method, adapters: Iterable[str], options: Options | None = None
+    method: Method, adapters: Iterable[Src], options: Options | None = None
 ) -> list[Outcome]:
     """Score many adapters of one model, reading its checkpoints once for all of them.
 
@@ -168,8 +150,8 @@ def inspect_many(
 
 def patch_many(
     method: Method,
-    adapters: Iterable[str],
-    out: str | Path,
+    adapters: Iterable[Src],
+    out: StrPath,
     options: Options | None = None,
     *,
     overwrite: bool = False,
@@ -197,7 +179,7 @@ def patch_many(
     Raises:
         SafeprojError: something that all of them need cannot be used.
     """
-    out, given = Path(out), list(adapters)
+    out, given = Path(out), all_of(adapters)
     members = collect(given).members
     sources = [*given, *(member.source for member in members)]
     check_apart(out, method.local_paths(sources))
@@ -231,19 +213,20 @@ def patch_many(
 @engine.one_thread()
 def check(
     method: Method,
-    adapters: Iterable[str],
-    policy: Policy | None = None,
+    adapters: Iterable[Src],
+    policy: Policy | StrPath | None = None,
     options: Options | None = None,
     *,
-    original: str | None = None,
-    evaluations: Iterable[str | Path] = (),
+    original: Src | None = None,
+    evaluations: Iterable[StrPath] = (),
 ) -> Checks:
     """Tell which adapters pass a policy; nothing is changed or written.
 
     Args:
         method: as for `inspect`; what a policy says of it counts before that.
         adapters: as for `inspect_many`.
-        policy: what passes; the default is that of `safeproj check --init`.
+        policy: what passes, or the file that says it; the default is that of `safeproj check
+            --init`.
         options: device, workers and maps; the selection is the policy's.
         original: SRC of the adapter before patching, where one adapter is checked: its projection
             is computed again.
@@ -256,10 +239,12 @@ def check(
     """
     from safeproj.gate.behaviour import evaluations as read_evaluations
     from safeproj.gate.check import judged, recorded_form, unusable
-    from safeproj.gate.policy import Policy
+    from safeproj.gate.policy import Policy, find_policy
     from safeproj.gate.signing import require_library
 
-    policy, options = policy or Policy(), options or Options()
+    options = options or Options()
+    if not isinstance(policy, Policy):
+        policy = Policy() if policy is None else find_policy(policy)
     if policy.public_key is not None:
         require_library()
     members = collect(adapters, written=False).members
@@ -272,7 +257,7 @@ def check(
     before = None
     if original is not None:
         form = recorded_form(members[0].source)
-        before = _original(method, original, dataclasses.replace(options, **form))
+        before = _original(method, src(original), dataclasses.replace(options, **form))
 
     def use(run: Run, number: int) -> Check:
         return judged(members[number], run, method, job.reference, policy, before, measured)
@@ -287,12 +272,12 @@ def check(
 
 @engine.one_thread()
 def verify(
-    patched: str,
-    original: str | None = None,
+    patched: Src,
+    original: Src | None = None,
     method: Method | None = None,
     options: Options | None = None,
     *,
-    public_key: Path | None = None,
+    public_key: StrPath | None = None,
 ) -> Checks:
     """Tell whether an adapter is what patching another one gives, or as it was signed, or both.
 
@@ -321,14 +306,15 @@ def verify(
         )
     if public_key is not None:
         require_library()
+    patched = src(patched)
     (member,) = collect([patched], written=False).members
     adapter, before = read_adapter(patched, unknown=True), None
     if original is not None and method is not None:
         options = dataclasses.replace(options or Options(), **recorded_form(patched))
         method = recorded_method(adapter, method)
-        before = _original(method, original, options, wanted_hashes(adapter))
+        before = _original(method, src(original), options, wanted_hashes(adapter))
         adapter = adapter.fitted(before.reference.names, before.reference.config)
-    found = verified(member, adapter, before, public_key)
+    found = verified(member, adapter, before, None if public_key is None else Path(public_key))
     return Checks(__version__, Policy().to_dict(), (found,))
 
 
@@ -348,9 +334,9 @@ def _original(
 
 
 def align(
-    base: str,
-    aligned: str,
-    out: str | Path,
+    base: Src,
+    aligned: Src,
+    out: StrPath,
     form: Form | None = None,
     targets: Sequence[str] = (ALL_LINEAR,),
     options: Options | None = None,
@@ -388,8 +374,8 @@ def align(
 
 
 def evaluate(
-    model: str,
-    adapters: Iterable[str],
+    model: Src,
+    adapters: Iterable[Src],
     sets: Sequence[PromptSet],
     judge: Judge | Callable[[], Judge],
     generation: Generation | None = None,
@@ -398,7 +384,7 @@ def evaluate(
     alone: bool = True,
     tasks: Tasks | None = None,
     seed: int = 0,
-    responses: str | Path | None = None,
+    responses: StrPath | None = None,
     overwrite: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -432,6 +418,7 @@ def evaluate(
     from safeproj.lm.models import require_extra
 
     require_extra()
+    model = src(model)
     members = collect(adapters, written=False).members
     place = None if responses is None else Path(responses)
     if place is not None:
@@ -447,12 +434,12 @@ def evaluate(
 
 def sweep(
     method: Method,
-    adapter: str,
+    adapter: Src,
     sets: Sequence[PromptSet],
     judge: Judge | Callable[[], Judge],
     options: Options | None = None,
     *,
-    model: str | None = None,
+    model: Src | None = None,
     generation: Generation | None = None,
     axis: str | None = None,
     points: int = 9,
@@ -495,7 +482,8 @@ def sweep(
     from safeproj.sweeping.run import sweep as measured
 
     require_axis(method, axis)
-    source = model or method.sources.get("aligned")
+    adapter = src(adapter)
+    source = method.sources.get("aligned") if model is None else src(model)
     if source is None:
         raise SafeprojError(
             "--model is missing: a sweep runs the aligned model, which is not known from "
@@ -532,20 +520,20 @@ def sweep(
 
 
 def repair(
-    aligned: str,
-    adapter: str,
-    out: str | Path,
+    aligned: Src,
+    adapter: Src,
+    out: StrPath,
     harmful: PromptSet | None = None,
     task: PromptSet | None = None,
     judge: Judge | Callable[[], Judge] | None = None,
     options: Options | None = None,
     *,
-    base: str | None = None,
+    base: Src | None = None,
     refusals: float = 0.95,
     skill_loss: float = 0.05,
     generation: Generation | None = None,
     plain: bool = False,
-    data: str | Path | None = None,
+    data: StrPath | None = None,
     seed: int = 0,
     best_effort: bool = False,
     overwrite: bool = False,
@@ -584,6 +572,7 @@ def repair(
         SafeprojError: an input cannot be used; nothing is written.
     """
     options, out = options or Options(), Path(out)
+    aligned, adapter, base = src(aligned), src(adapter), None if base is None else src(base)
     inputs = [("--aligned", aligned), ("--adapter", adapter), ("--base", base)]
     paths = [(name, None if src is None else local_path(src)) for name, src in inputs]
     check_out(out, overwrite, paths)
@@ -640,7 +629,7 @@ def _unmeasured(
     if base is None:
         raise SafeprojError(
             "--harmful and --base are both missing: without prompts only Safe LoRA can be done, "
-            "which needs --base; give --harmful FILE, or --base"
+            "which needs --base; give --harmful, or --base"
         )
     method = SafeLora(base, aligned)
     report = patch(method, adapter, out, options, overwrite=overwrite)
@@ -661,9 +650,9 @@ def _unmeasured(
 
 
 def refusals(
-    aligned: str,
-    prompts: str | Path,
-    out: str | Path,
+    aligned: Src,
+    prompts: StrPath,
+    out: StrPath,
     judge: Judge | Callable[[], Judge] | None = None,
     generation: Generation | None = None,
     *,
@@ -703,7 +692,7 @@ def refusals(
     return make_refusals(
         aligned,
         prompts,
-        Path(out),
+        out,
         judge,
         generation,
         device=device,
@@ -730,7 +719,7 @@ def reports(outcomes: Sequence[Outcome]) -> Reports:
     """Return many outcomes as the record that the output formats show."""
     good = {each.name: each.report for each in outcomes if each.report is not None}
     bad = {
-        each.name: Failure(each.source, str(each.error))
+        each.name: Failure(each.source, each.error.message)
         for each in outcomes
         if each.error is not None
     }
@@ -740,7 +729,7 @@ def reports(outcomes: Sequence[Outcome]) -> Reports:
 def _outcomes(members: Sequence[Member], found: Sequence[Report | SafeprojError]) -> list[Outcome]:
     """Return the outcomes; what stopped all of them in the same way is raised instead."""
     errors = [each for each in found if isinstance(each, SafeprojError)]
-    if len(errors) == len(found) > 1 and len({str(error) for error in errors}) == 1:
+    if len(errors) == len(found) > 1 and len({error.message for error in errors}) == 1:
         raise errors[0]
     return [
         Outcome(member.source, member.name, None, each)

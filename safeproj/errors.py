@@ -2,18 +2,75 @@
 
 from __future__ import annotations
 
+import re
+
 from safeproj.text import cut, first_line, printable
+
+ARGUMENTS = {
+    "--adapters-only": "alone",
+    "--by": "axis",
+    "--chat-template-arg": "arguments",
+    "--data-out": "data",
+    "--evaluation": "evaluations",
+    "--fail-if-unchanged": "only_if_changed",
+    "--init": "initial",
+    "--judge-command": "command",
+    "--judge-guard": "source",
+    "--judge-model": "model",
+    "--judge-timeout": "timeout",
+    "--judge-url": "url",
+    "--lm-eval": "tasks",
+    "--lm-eval-path": "path",
+    "--map": "maps",
+    "--override": "overrides",
+    "--phrase": "phrases",
+    "--pin": "identities",
+    "--random-tokens": "data",
+    "--reader": "readers",
+    "--safety-rank": "rank",
+    "--thought-tag": "tags",
+}
+"""Options, and the arguments in Python that are not called the same, with underscores."""
+
+_NAMED = re.compile(r"`[^`]*`|(?<![^\s(])--[a-z][a-z-]*(?:/--[a-z][a-z-]*)*")
+"""What a message may have: a command in backticks, which stays, or the names of options."""
 
 
 class SafeprojError(Exception):
-    """An input or option that cannot be used.
+    """An input or argument that cannot be used.
 
-    The message is one line that says what was found, what was expected and what to do. The command
-    prints it and exits with code 2.
+    The message is one line that says what was found, what was expected and what to do. In Python
+    it names arguments.
+
+    Attributes:
+        message: the same as it was written, with options, for the command, which prints it and
+            exits with code 2, and for records, which are the same whoever makes them.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(cut(message))
+        self.message = cut(message)
+        super().__init__(in_python(self.message))
+
+
+def in_python(message: str) -> str:
+    """Return a message with the names of arguments in the place of options.
+
+    Commands are in backticks: they are typed into a shell, and stay what they are.
+
+    >>> in_python("--safety-data is missing; `safeproj stats --aligned` makes statistics")
+    'safety_data is missing; `safeproj stats --aligned` makes statistics'
+    """
+
+    def named(found: re.Match[str]) -> str:
+        options = found[0].split("/")
+        return found[0] if found[0].startswith("`") else "/".join(map(argument, options))
+
+    return _NAMED.sub(named, message)
+
+
+def argument(option: str) -> str:
+    """Return what an option is called in Python."""
+    return ARGUMENTS.get(option, option.removeprefix("--").replace("-", "_"))
 
 
 def explained(error: BaseException) -> str | None:
@@ -23,7 +80,7 @@ def explained(error: BaseException) -> str | None:
     themselves, disks and memory that are full.
     """
     if isinstance(error, SafeprojError):
-        return str(error)
+        return error.message
     if isinstance(error, ModuleNotFoundError) and error.name in RUN_MODELS:
         return missing(error.name)
     text = cut(printable(first_line(error)))

@@ -25,16 +25,19 @@ def prompts(name: str, kind: Any, count: int = 4) -> Any:
     return safeproj.read_prompts(str(DATA / name), kind).first(count)
 
 
-def test_importing_it_imports_no_torch() -> None:
+def test_all_is_listed_and_importing_it_imports_no_torch() -> None:
     program = (
         "import sys, safeproj\n"
-        "names = set(safeproj.__all__) <= set(dir(safeproj)) | set(safeproj._HOME) | {'salora'}\n"
-        "print(names, 'torch' in sys.modules)\n"
+        "print(dir(safeproj) == safeproj.__all__, 'torch' in sys.modules)\n"
         "import safeproj.sweeping.run, safeproj.evaluation.run\n"
-        "print(callable(safeproj.sweep), callable(safeproj.evaluate))"
+        "from safeproj import *\n"
+        "print(callable(sweep), callable(evaluate), salora.attach.__name__, 'exports' in vars())\n"
+        "print(set(safeproj.__all__) - set(vars()), dir(salora) == salora.__all__)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
-    assert done.stdout == "True False\nTrue True\n", done.stderr
+    assert done.stdout == "True False\nTrue True attach False\nset() True\n", done.stderr
+    with pytest.raises(AttributeError, match="module 'safeproj' has no attribute 'nothing'"):
+        _ = safeproj.nothing  # type: ignore[attr-defined]
 
 
 def test_an_alignment_file_stands_for_two_checkpoints(tmp_path: Path) -> None:
@@ -47,7 +50,7 @@ def test_an_alignment_file_stands_for_two_checkpoints(tmp_path: Path) -> None:
     expected = safeproj.inspect(safeproj.SafeLora(BASE, ALIGNED), BAD)
     for ours, theirs in zip(found.modules, expected.modules, strict=True):
         assert ours.cosine == pytest.approx(theirs.cosine, abs=1e-5)
-    with pytest.raises(SafeprojError, match="--overwrite"):
+    with pytest.raises(SafeprojError, match="give overwrite"):
         safeproj.SafeLora.make(out, BASE, ALIGNED)
 
 
@@ -66,7 +69,7 @@ def test_a_safety_module_is_made_of_a_model_and_data(tmp_path: Path) -> None:
         safeproj.Options(safeproj.Selection(include=("q_proj", "v_proj"))),
     )
     assert report.method == "salora"
-    with pytest.raises(SafeprojError, match="--rank"):
+    with pytest.raises(SafeprojError, match="rank must"):
         safeproj.Salora.make(tmp_path / "b.safetensors", ALIGNED, DATA / "safety.jsonl", 0)
 
 
@@ -96,7 +99,7 @@ def test_a_model_is_measured_with_and_without_an_adapter(tmp_path: Path) -> None
     assert found.subjects[1].sets["held_out_pairs"]["complied"].value == 1.0
     assert asked == ["judge"]
     assert len(list((tmp_path / "answers").iterdir())) == 2
-    with pytest.raises(SafeprojError, match="batch-size"):
+    with pytest.raises(SafeprojError, match="batch_size"):
         safeproj.evaluate(ALIGNED, [BAD], [pairs], JUDGE, safeproj.Generation(0))
 
 
@@ -118,13 +121,13 @@ def test_an_adapter_is_swept() -> None:
     assert found.axis == "layers"
     assert steps == [(count, 7) for count in range(8)]
     refused: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"axis": "mu"}, "--by does not go with"),
-        ({"points": 1}, "--points"),
-        ({"wanted_refusal": 2.0}, "--wanted-refusal"),
-        ({"wanted_on": "other"}, "--wanted-on other"),
+        ({"axis": "mu"}, "axis does not go with"),
+        ({"points": 1}, "points must"),
+        ({"wanted_refusal": 2.0}, "wanted_refusal must"),
+        ({"wanted_on": "other"}, "wanted_on other"),
     )
     for given, words in refused:
         with pytest.raises(SafeprojError, match=words):
             safeproj.sweep(method, BAD, sets, JUDGE, **given)
-    with pytest.raises(SafeprojError, match="--model is missing"):
+    with pytest.raises(SafeprojError, match=r"model is missing: .* from alignment, safety_module"):
         safeproj.sweep(safeproj.Salora("module.safetensors"), BAD, sets, JUDGE)

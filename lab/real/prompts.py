@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             count, answers = pairs(options.responses, options.out, options.fewest)
             print(f"kept {count} of {answers} answers")
     except SafeprojError as error:
-        parser.exit(2, f"{parser.prog}: error: {printable(str(error))}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(error.message)}\n")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not options.dry_run:
                 carry_out(settings.out, steps)
     except SafeprojError as error:
-        parser.exit(2, f"{parser.prog}: error: {printable(str(error))}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(error.message)}\n")
 
 
 def examine(

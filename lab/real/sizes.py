@@ -234,5 +234,5 @@ def _layers(recipe: Recipe, model: Any, targets: tuple[str, ...]) -> tuple[Layer
     try:
         found: Mapping[str, Any] = find_layers(model, targets)
     except SafeprojError as error:
-        raise SafeprojError(f"recipe {recipe.key}: {error}") from error
+        raise SafeprojError(f"recipe {recipe.key}: {error.message}") from error
     return tuple(Layer(name, out_features(each), in_features(each)) for name, each in found.items())

@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {printable(first_line(error))}\n")
     except SafeprojError as error:
-        parser.exit(2, f"{parser.prog}: error: {printable(str(error))}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(error.message)}\n")
     print(f"wrote {options.out}")
 
 

@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         train(options.model, options.data, options.targets.split(","), options.out, options.dtype)
     except SafeprojError as error:
-        parser.exit(2, f"{parser.prog}: error: {printable(str(error))}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(error.message)}\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from safeproj.adapter.interface import CONFIG
 from safeproj.errors import SafeprojError
 from safeproj.storage.nearby import read_given_text
 from safeproj.storage.publish import is_leftover
-from safeproj.storage.source import expanded, hub_place, require_no_root
+from safeproj.storage.source import Src, expanded, hub_place, require_no_root, src
 from safeproj.text import natural_order
 
 LIST = ".txt"
@@ -53,7 +53,18 @@ class Collection:
     many: bool
 
 
-def collect(sources: Iterable[str], *, written: bool = True) -> Collection:
+def all_of(sources: Iterable[Src]) -> list[str]:
+    """Return the SRC of several adapters as text.
+
+    Raises:
+        TypeError: it is one SRC, whose letters would be taken for several.
+    """
+    if isinstance(sources, str | os.PathLike):
+        raise TypeError(f"expected the SRC of several adapters, found one: {sources!r}")
+    return [src(each) for each in sources]
+
+
+def collect(sources: Iterable[Src], *, written: bool = True) -> Collection:
     """Return the adapters that the values of `--adapter` name, without reading any.
 
     Args:
@@ -65,10 +76,8 @@ def collect(sources: Iterable[str], *, written: bool = True) -> Collection:
     Raises:
         SafeprojError: a list cannot be read, names nothing, or two adapters would get one place.
     """
-    if isinstance(sources, str):
-        raise TypeError("expected the SRC of several adapters, found one string")
+    sources = all_of(sources)
     members: list[Member] = []
-    sources = list(sources)
     many = len(sources) > 1
     for source in sources:
         for each in _listed(source):

@@ -195,7 +195,7 @@ def _require_floats(source: str, header: ggufile.Header) -> None:
         kind = f"number {other.type}"
     raise SafeprojError(
         f"{source}: {printable(other.name)} has the type {kind}; expected F32, F16 or BF16: "
-        "convert the adapter again, with --outtype f32"
+        "convert the adapter again, with `--outtype f32`"
     )
 
 

@@ -158,7 +158,7 @@ def read_header(path: Path, content: bytearray) -> Header:
     if int.from_bytes(number, "big") in VERSIONS:
         raise SafeprojError(
             f"{path}: a big-endian GGUF file, which is not supported; convert the adapter "
-            "again, without --bigendian"
+            "again, without `--bigendian`"
         )
     if version not in VERSIONS and len(number) == 4:
         raise SafeprojError(

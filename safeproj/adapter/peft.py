@@ -436,7 +436,7 @@ class _Classifier:
         try:
             allowed = allowed_ranks(self._config)
         except SafeprojError as error:
-            raise SafeprojError(f"{self._source}: {CONFIG}: {error}") from error
+            raise SafeprojError(f"{self._source}: {CONFIG}: {error.message}") from error
         ranks = set(allowed)
         for module in self.modules:
             if module.rank not in ranks:

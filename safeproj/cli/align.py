@@ -99,12 +99,12 @@ def align_command(
     with --alignment, without downloading two models.
     """
     with running.profile.phase("import"):
-        from safeproj import api
+        from safeproj import Form, api
 
         options = running.options(talking)
     form = None
     if rank is not None or energy is not None or exact:
-        form = api.Form(rank, energy, exact)
+        form = Form(rank, energy, exact)
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)

@@ -165,7 +165,7 @@ class Given:
 
 def _annotated(name: str, option: Option, method: type[Method]) -> Any:
     """Return the annotation of a method's field as a command has it."""
-    kind = get_type_hints(method)[name]
+    kind = str | None if option.is_source else get_type_hints(method)[name]
     if option.choices:
         kind = _choices(name.title(), option.choices)
     group = INPUTS if option.is_source else METHOD

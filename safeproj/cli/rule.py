@@ -14,6 +14,7 @@ from safeproj.cli.usage import INPUTS, examples
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import ALLOWANCES, ALLOWED
 from safeproj.records.rules import RULES, Rule
+from safeproj.report import WIDTH
 
 
 @examples("docs/gate.md", "safeproj rule", "safeproj rule SP001")
@@ -50,7 +51,7 @@ def explained(rule: Rule) -> str:
         paragraphs.append(text)
     if rule.can_be_ignored:
         paragraphs.append(f"`--ignore {rule.id}` leaves it out.")
-    width = min(shutil.get_terminal_size().columns, terminal.WIDTH)
+    width = min(shutil.get_terminal_size().columns, WIDTH)
     return "\n\n".join(
         textwrap.fill(each, width, break_long_words=False, break_on_hyphens=False)
         for each in paragraphs

@@ -16,17 +16,13 @@ import typer
 from safeproj.cli import signals
 from safeproj.errors import SafeprojError, explained
 from safeproj.records.rules import UNUSABLE
-from safeproj.storage.wholefile import replace_file
 from safeproj.text import cut, first_line, fitted, printable
 
 if TYPE_CHECKING:
-    from safeproj.api import Observer
     from safeproj.cli.options import Color, GateReporting, Reporting, Talking
     from safeproj.records.profile import Profile
     from safeproj.report import Checks, Record
-
-WIDTH = 100
-"""Columns of the report where no terminal says otherwise, so that logs look alike everywhere."""
+    from safeproj.run.options import Observer
 
 
 _STYLES = {"error": "1;31", "warning": "33"}
@@ -259,15 +255,10 @@ def _send(
 
 
 def _write(record: Record, format_: str, output: Path | None, verbose: bool) -> None:
-    from safeproj.report import FAILING, render
+    from safeproj.report import FAILING, WIDTH, render, write
 
     if output is not None:
-        text = render(record, format_, width=WIDTH, verbose=verbose)
-        place = output.resolve()
-        if place.exists() and not place.is_file():  # such as /dev/null or a pipe
-            place.write_bytes(text.encode())
-        else:
-            replace_file(place, text.encode())
+        write(record, format_, output, verbose=verbose)
     elif sys.stdout is None:
         raise OSError("it is closed")
     else:

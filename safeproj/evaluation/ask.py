@@ -18,6 +18,7 @@ from safeproj.evaluation.generate import BATCH_SIZE, Generator, has_template
 from safeproj.evaluation.judges import RefusalJudge, Verdict
 from safeproj.evaluation.thoughts import Thoughts
 from safeproj.storage.rows import Message, Prompt
+from safeproj.storage.source import Src, src
 from safeproj.text import first_line, printable
 
 TIMEOUT = 600.0
@@ -315,7 +316,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
-def load_guard(source: str, device: str = "auto", batch_size: int = BATCH_SIZE) -> Guard:
+def load_guard(source: Src, device: str = "auto", batch_size: int = BATCH_SIZE) -> Guard:
     """Return the guard model that SRC names, in the dtype that it is stored in.
 
     Raises:
@@ -325,6 +326,7 @@ def load_guard(source: str, device: str = "auto", batch_size: int = BATCH_SIZE) 
     from safeproj.storage.source import open_folder
 
     require_extra()
+    source = src(source)
     folder = open_folder(source)
     tokenizer = load_tokenizer(folder)
     if not has_template(tokenizer):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from pathlib import Path
 from typing import Any, Protocol
 
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.phrases import ANYWHERE, OPENING
 from safeproj.storage.nearby import read_given_text
 from safeproj.storage.rows import Prompt
+from safeproj.storage.source import StrPath
 
 BEGINNING = 200
 """Characters of an answer in which a phrase of `OPENING` counts."""
@@ -125,7 +125,7 @@ def normal(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def read_phrases(path: Path) -> tuple[str, ...]:
+def read_phrases(path: StrPath) -> tuple[str, ...]:
     """Return the lines of a file; blank ones and those that begin with # are left out.
 
     Raises:

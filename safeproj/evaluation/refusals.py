@@ -17,7 +17,7 @@ from safeproj.lm import models
 from safeproj.lm.data import sample_of
 from safeproj.storage.publish import refused_in_one_line
 from safeproj.storage.rows import Row, read_rows
-from safeproj.storage.source import open_folder
+from safeproj.storage.source import Src, StrPath, open_folder, src
 from safeproj.storage.wholefile import write_file
 
 FEW = 20
@@ -95,9 +95,9 @@ def refusals(
 
 
 def make_refusals(
-    aligned: str,
-    prompts: str | Path,
-    out: Path,
+    aligned: Src,
+    prompts: StrPath,
+    out: StrPath,
     judge: Judge | Callable[[], Judge] | None = None,
     generation: Generation | None = None,
     *,
@@ -107,7 +107,8 @@ def make_refusals(
     on_batch: OnBatch | None = None,
 ) -> Refusals:
     """Write the refusals of a model; see `safeproj.api.refusals`."""
-    inputs = [("--aligned", aligned), ("--prompts", str(prompts))]
+    aligned, out = src(aligned), Path(out)
+    inputs = [("--aligned", aligned), ("--prompts", os.fspath(prompts))]
     check_out(out, overwrite, inputs)
     if limit is not None and limit < 1:
         raise SafeprojError(f"--limit must be 1 or more, found {limit}")

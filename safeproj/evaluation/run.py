@@ -127,7 +127,7 @@ def evaluate(
         total=sum(len(each.prompts) for each in sets) * (len(found) + alone),
         on_batch=on_batch,
         failures={
-            given[position].name: Failure(given[position].folder.source, str(error))
+            given[position].name: Failure(given[position].folder.source, error.message)
             for position, error in misfits.items()
         },
     )
@@ -177,7 +177,7 @@ class _Run:
             try:
                 subject = self._measured(adapter, file, reference)[0]
             except UnfitError as error:
-                self.failures[adapter.name] = Failure(adapter.folder.source, str(error))
+                self.failures[adapter.name] = Failure(adapter.folder.source, error.message)
                 if len(adapters) == 1:
                     raise
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 from safeproj.errors import SafeprojError
 from safeproj.storage.rows import Prompt, read_rows
+from safeproj.storage.source import StrPath
 from safeproj.text import is_plain
 
 Kind = Literal["harmful", "skill"]
@@ -51,7 +53,7 @@ class PromptSet:
         )
 
 
-def read_prompts(spec: str, kind: Kind, option: str | None = None) -> PromptSet:
+def read_prompts(spec: StrPath, kind: Kind, option: str | None = None) -> PromptSet:
     """Return the prompts of `[NAME=]FILE`; the name is the file's stem if none is given.
 
     Formats are those of `storage/rows.py`. Skills need the right answer: a response, or the
@@ -59,7 +61,7 @@ def read_prompts(spec: str, kind: Kind, option: str | None = None) -> PromptSet:
     would comply.
 
     Args:
-        spec: `[NAME=]FILE`.
+        spec: `[NAME=]FILE`, or the path of a file, which is no `NAME=`.
         kind: how answers are measured.
         option: what messages call the option that named the file; `--` and the kind if None.
 
@@ -67,7 +69,7 @@ def read_prompts(spec: str, kind: Kind, option: str | None = None) -> PromptSet:
         SafeprojError: the file cannot be read, or a row cannot be used; it is named.
     """
     option = option or f"--{kind}"
-    name, path = _named(spec, option)
+    name, path = _named(os.fspath(spec), option, is_path=not isinstance(spec, str))
     found = read_rows(path, option, responses=kind == "skill")
     prompts = tuple(row.prompt for row in found.rows)
     expected = tuple(row.response or row.compliance for row in found.rows)
@@ -90,10 +92,10 @@ def require_apart(sets: Iterable[PromptSet]) -> None:
         taken[each.name] = each
 
 
-def _named(spec: str, option: str) -> tuple[str, Path]:
+def _named(spec: str, option: str, *, is_path: bool) -> tuple[str, Path]:
     """Return the name and the file; a file that has an `=` in its own name is found as it is."""
     name, separator, rest = spec.partition("=")
-    if not separator or Path(spec).expanduser().is_file():
+    if is_path or not separator or Path(spec).expanduser().is_file():
         rest = spec
         name = "".join(each if is_plain(each) else "_" for each in Path(spec).stem)[:NAME]
     if not name.strip() or not rest.strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from typing import Any
 from safeproj.errors import SafeprojError
 from safeproj.lm.models import quietly
 from safeproj.storage.nearby import nearby
+from safeproj.storage.source import StrPath
 from safeproj.text import first_line, printable
 
 Results = dict[str, dict[str, dict[str, float | None]]]
@@ -47,20 +49,20 @@ class Tasks:
     def __init__(
         self,
         names: Sequence[str],
-        path: Path | None = None,
+        path: StrPath | None = None,
         batch_size: int = 16,
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
         require_lm_eval()
-        if path is not None and not path.is_dir():
-            raise SafeprojError(f"--lm-eval-path {path}: no such directory{nearby(path)}")
+        if path is not None and not Path(path).is_dir():
+            raise SafeprojError(f"--lm-eval-path {path}: no such directory{nearby(Path(path))}")
         self.names = tuple(names)
         self.batch_size = batch_size
         self.limit = limit
         self.seed = seed
         manager = import_module("lm_eval.tasks").TaskManager
-        self._manager = manager(include_path=None if path is None else str(path))
+        self._manager = manager(include_path=None if path is None else os.fspath(path))
         unknown = [name for name in self.names if not self._manager.match_tasks([name])]
         if unknown or not self.names:
             raise SafeprojError(

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from safeproj.adapter import Adapter
@@ -34,7 +33,7 @@ from safeproj.records.evaluations import judge_words, percent
 from safeproj.records.rates import Rate
 from safeproj.records.rules import Level
 from safeproj.records.verdicts import UNFINISHED, VERDICTS
-from safeproj.storage.source import open_folder, read_json
+from safeproj.storage.source import StrPath, open_folder, read_json
 from safeproj.text import printable, shorten
 
 
@@ -60,7 +59,7 @@ class Evaluations:
         return None if self.aligned is None else model_identity(open_folder(self.aligned))
 
 
-def evaluations(given: Iterable[str | Path], method: Method) -> Evaluations:
+def evaluations(given: Iterable[StrPath], method: Method) -> Evaluations:
     """Return the evaluations in files.
 
     Raises:

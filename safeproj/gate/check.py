@@ -115,7 +115,7 @@ def judged(
 
 def unusable(member: Member, error: SafeprojError) -> Check:
     """Return the check of an adapter of which nothing can be said."""
-    finding = found("SP090", " ".join(str(error).split()))
+    finding = found("SP090", " ".join(error.message.split()))
     return Check(printable(member.name), printable(member.source), None, (finding,))
 
 

@@ -23,6 +23,7 @@ from safeproj.records.verdicts import (
 )
 from safeproj.storage.documents import MAX_BYTES, parse
 from safeproj.storage.nearby import read_given
+from safeproj.storage.source import StrPath
 from safeproj.storage.wholefile import read_whole
 from safeproj.text import first_line, printable
 
@@ -96,7 +97,7 @@ class Measured:
         ]
 
 
-def read_evaluation(path: str | Path) -> Measured:
+def read_evaluation(path: StrPath) -> Measured:
     """Return the evaluation in a file.
 
     Raises:

@@ -141,7 +141,7 @@ def _mismatches(look: Callable[[], None]) -> list[Finding]:
     except _MismatchError as error:
         return [found(error.rule, str(error), file=MANIFEST)]
     except SafeprojError as error:
-        return [found("SP021", str(error), file=MANIFEST)]
+        return [found("SP021", error.message, file=MANIFEST)]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         text = f"{MANIFEST} is not as `safeproj patch` writes it ({type(error).__name__}: {error})"
         return [found("SP021", text, file=MANIFEST)]

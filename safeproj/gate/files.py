@@ -247,7 +247,7 @@ def _about_content(
             return
         document = _json_of(files, name, kind, size)
     except SafeprojError as error:
-        yield found("SP041", str(error), file=name)
+        yield found("SP041", error.message, file=name)
         return
     own = name in adapter.format.documents
     if "weight_map" in document:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from safeproj.plan.select import DEFAULT_THRESHOLD
 from safeproj.records.checks import Evidence
 from safeproj.records.rules import RULES
 from safeproj.storage.nearby import read_given_text
+from safeproj.storage.source import Src, StrPath
 from safeproj.text import first_line
 
 if sys.version_info >= (3, 11):
@@ -144,11 +146,13 @@ class Policy:
     ignore: frozenset[str] = frozenset()
     readers: tuple[str, ...] = ()
     identities: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    public_key: str | None = None
+    public_key: StrPath | None = None
     behaviour: Demands = dataclasses.field(default_factory=Demands)
     file: str | None = None
 
     def __post_init__(self) -> None:
+        if self.public_key is not None:
+            object.__setattr__(self, "public_key", os.fspath(self.public_key))
         _require_share("threshold", self.threshold)
         _require_share("coverage", self.coverage)
         for name in LIMITS:
@@ -228,7 +232,7 @@ class Policy:
         }
 
 
-def find_policy(given: Path | None, checked: Iterable[str] = ()) -> Policy:
+def find_policy(given: StrPath | None, checked: Iterable[Src] = ()) -> Policy:
     """Return the policy of a file, or of the current directory's, or the default.
 
     Args:
@@ -239,7 +243,7 @@ def find_policy(given: Path | None, checked: Iterable[str] = ()) -> Policy:
         SafeprojError: it cannot be read, has a field or value that is none of a policy, or lies in
             a directory of adapters without having been given.
     """
-    for path in [Path(POLICY_FILE), Path(PYPROJECT)] if given is None else [given]:
+    for path in [Path(POLICY_FILE), Path(PYPROJECT)] if given is None else [Path(given)]:
         if given is None and not path.is_file():
             continue
         table = _table(path, required=given is not None)
@@ -250,7 +254,7 @@ def find_policy(given: Path | None, checked: Iterable[str] = ()) -> Policy:
     return Policy()
 
 
-def _require_outside(path: Path, checked: Iterable[str]) -> None:
+def _require_outside(path: Path, checked: Iterable[Src]) -> None:
     """Refuse a policy that what is checked brings along: it would let itself pass, or others."""
     from safeproj.adapter import FORMATS
     from safeproj.adapter.interface import CONFIG
@@ -274,11 +278,11 @@ def _require_outside(path: Path, checked: Iterable[str]) -> None:
         )
 
 
-def _all_sources(checked: Iterable[str]) -> Iterator[str]:
+def _all_sources(checked: Iterable[Src]) -> Iterator[str]:
     """Yield directories that are checked, and every adapter in them or in lists."""
-    from safeproj.adapter.collection import collect
+    from safeproj.adapter.collection import all_of, collect
 
-    given = list(checked)
+    given = all_of(checked)
     yield from (source for source in given if Path(source).expanduser().is_dir())
     yield from (member.source for member in collect(given, written=False).members)
 
@@ -339,7 +343,7 @@ def _parsed(path: Path, table: Mapping[str, Any]) -> Policy:
             found["public_key"] = (path.parent / found["public_key"]).as_posix()
         return Policy(**found, file=path.as_posix())
     except SafeprojError as error:
-        raise SafeprojError(f"{path}: {error}") from error
+        raise SafeprojError(f"{path}: {error.message}") from error
 
 
 def _allowed(table: object, allowed: frozenset[str]) -> frozenset[str]:

@@ -140,7 +140,7 @@ def about_readers(context: Context) -> Iterator[Finding]:
             for text in _differences(TABLE[name], adapted):
                 yield found("SP042", f"{name}: {TABLE[name].title} {text}", policy=context.policy)
         except SafeprojError as error:
-            yield found("SP042", f"{name}: {error}", policy=context.policy)
+            yield found("SP042", f"{name}: {error.message}", policy=context.policy)
 
 
 def _differences(reader: Reader, adapted: Adapted) -> Iterator[str]:

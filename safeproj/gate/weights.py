@@ -137,7 +137,7 @@ def _unknown(context: Context) -> Iterator[Finding]:
 
 def _unmatched(context: Context) -> Iterator[Finding]:
     for module, error in context.run.plan.unmatched:
-        yield found("SP006", str(error), policy=context.policy, module=module.name)
+        yield found("SP006", error.message, policy=context.policy, module=module.name)
 
 
 def _low(context: Context) -> Iterator[Finding]:
@@ -327,7 +327,7 @@ def _config(context: Context) -> Iterator[Finding]:
             for message in look():
                 yield found("SP011", message)
         except SafeprojError as error:
-            yield found("SP011", str(error))
+            yield found("SP011", error.message)
 
 
 def _strength(context: Context) -> Iterator[Finding]:

@@ -194,7 +194,7 @@ def attach(model: Any, adapter: Folder) -> Any:
             found: Any = PeftModelForCausalLM(model, config)
             loaded = found.load_adapter(place, "default", is_trainable=False, **options)
         except SafeprojError as error:
-            raise UnfitError(str(error)) from error
+            raise UnfitError(error.message) from error
         except Exception as error:  # whatever PEFT raises
             raise UnfitError(
                 f"{adapter.source}: PEFT cannot put it on the model ({type(error).__name__}: "

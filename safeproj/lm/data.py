@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from safeproj.lm.chat import (
     without_end,
 )
 from safeproj.storage.rows import Row, read_rows
+from safeproj.storage.source import StrPath
 
 IGNORED = -100
 """Label of positions that do not count, as in transformers' loss."""
@@ -133,7 +133,7 @@ class Data:
 
 
 def read_data(
-    path: str | Path,
+    path: StrPath,
     tokenizer: Any,
     *,
     max_length: int = MAX_LENGTH,

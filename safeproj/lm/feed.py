@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from safeproj.lm import models
 from safeproj.lm.chat import ChatOptions
 from safeproj.lm.data import BATCH_SIZE, MAX_LENGTH, Batch, Data, random_data, read_data
 from safeproj.lm.layers import ALL_LINEAR, MEMORY
-from safeproj.storage.source import open_folder
+from safeproj.storage.source import Src, StrPath, open_folder, src
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Feed:
     dtype: str = "auto"
     chat: ChatOptions = field(default_factory=ChatOptions)
 
-    def load(self, aligned: str, data: str | Path | int) -> Fed:
+    def load(self, aligned: Src, data: StrPath | int) -> Fed:
         """Load a model, and the data for it.
 
         Args:
@@ -48,7 +47,7 @@ class Feed:
             SafeprojError: one of them cannot be used.
         """
         models.require_extra()
-        folder = open_folder(aligned)
+        folder = open_folder(src(aligned))
         tokenizer = models.load_tokenizer(folder)
         if isinstance(data, int):
             samples = random_data(tokenizer, data)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from safeproj.errors import SafeprojError
 from safeproj.methods.detail import Detail
 from safeproj.methods.words import Words
+from safeproj.storage.source import src
 
 if TYPE_CHECKING:
     from safeproj.checkpoint.hashes import Hash
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
     from safeproj.run.options import Options
-
-Src = str
-"""What a SRC argument names: a directory, a file, or `org/name[/subfolder][@revision]`."""
 
 Scorer = Callable[["Buffers", "Task"], "tuple[Score | SafeprojError, ...]"]
 """Scores all updates of one weight; an error in place of a score is about that update alone."""
@@ -107,6 +105,9 @@ class Method(ABC):
     is_idempotent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        for name, option in self.options().items():
+            if option.is_source and (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, src(given))  # paths are text from here on
         if frozenset(self.sources) not in self.ways:
             raise SafeprojError(f"{self.words.name} needs {self.needs}")
 
@@ -125,7 +126,7 @@ class Method(ABC):
         return having_value({name: getattr(self, name) for name in self.options()})
 
     @property
-    def sources(self) -> dict[str, Src]:
+    def sources(self) -> dict[str, str]:
         """Those of them that are a SRC."""
         options = self.options()
         return {name: value for name, value in self.given.items() if options[name].is_source}
@@ -213,7 +214,7 @@ class Method(ABC):
         return nullcontext(self)
 
     @abstractmethod
-    def recorded(self: Self, source: Src, projector: Mapping[str, Any]) -> Self:
+    def recorded(self: Self, source: str, projector: Mapping[str, Any]) -> Self:
         """Return this method with the settings that a record says; `describe` is the inverse.
 
         Args:
@@ -230,7 +231,7 @@ class Method(ABC):
         del projector
         return None
 
-    def with_recorded(self: Self, source: Src, **settings: Any) -> Self:
+    def with_recorded(self: Self, source: str, **settings: Any) -> Self:
         """Return this method with settings of a record, for `recorded`.
 
         Raises:
@@ -249,13 +250,13 @@ def having_value(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def local_path(source: Src) -> Path | None:
+def local_path(source: str) -> Path | None:
     """Return the place of a SRC on this machine, None where it is on the Hub."""
     path = Path(source).expanduser()
     return path if path.exists() else None
 
 
-def unrecorded(source: Src) -> SafeprojError:
+def unrecorded(source: str) -> SafeprojError:
     """Return the error of a record without a projector."""
     return SafeprojError(
         f"{source}: safeproj.json names no projector that there is; give --projector"

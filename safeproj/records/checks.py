@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from safeproj.records.rendered import Rendered
 from safeproj.records.rules import RULES, Level
 from safeproj.records.scores import Report
 
@@ -173,7 +174,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Checks:
+class Checks(Rendered):
     """One run of `check` or `verify`, on one adapter or on many.
 
     Attributes:

@@ -8,6 +8,7 @@ from typing import Any
 
 from safeproj.errors import SafeprojError
 from safeproj.records.rates import Difference, Rate
+from safeproj.records.rendered import Rendered
 from safeproj.records.scores import Failure
 from safeproj.records.verdicts import Marks
 
@@ -69,7 +70,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Rendered):
     """One run of `safeproj eval`.
 
     Attributes:

@@ -9,6 +9,7 @@ from typing import Any
 from safeproj.errors import SafeprojError
 from safeproj.records.evaluations import Evaluation
 from safeproj.records.rates import Rate
+from safeproj.records.rendered import Rendered
 
 SCHEMA = "safeproj.repair/1"
 
@@ -93,7 +94,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Repair:
+class Repair(Rendered):
     """One run of `safeproj repair`.
 
     Attributes:

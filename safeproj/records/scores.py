@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from safeproj.records.rendered import Rendered
 from safeproj.text import printable
 
 SCHEMA = "safeproj.report/1"
@@ -124,7 +125,7 @@ class Unprojected:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Rendered):
     """One run on one adapter.
 
     Attributes:
@@ -228,7 +229,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Reports:
+class Reports(Rendered):
     """One run on many adapters.
 
     Attributes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safeproj.records.rates import Rate
+from safeproj.records.rendered import Rendered
 
 SCHEMA = "safeproj.sweep/1"
 
@@ -113,7 +114,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Rendered):
     """What every useful intervention on one adapter does, beside controls.
 
     Attributes:

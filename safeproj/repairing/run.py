@@ -349,7 +349,7 @@ class _Search:
                     tried = interventions(method, given.adapter, options, seed=seed)
             except SafeprojError as error:
                 errors.append(error)
-                self.warnings.append(f"{name} was not tried: {error}")
+                self.warnings.append(f"{name} was not tried: {error.message}")
                 continue
             self._tried.append((method, tried))
             self.names.append(name)
@@ -380,7 +380,7 @@ class _Search:
                 try:
                     way = rebuilt(method, mu, source, options)
                 except SafeprojError as error:
-                    self.warnings.append(f"{name} was not tried: {error}")
+                    self.warnings.append(f"{name} was not tried: {error.message}")
                     return
                 if name not in self.names:
                     self.names.append(name)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
+from pathlib import Path
 from typing import Protocol, cast
 
+from safeproj.errors import SafeprojError
 from safeproj.records.checks import Check, Checks, Evidence, Finding, Outcome
 from safeproj.records.evaluations import Evaluation
 from safeproj.records.repairs import Repair
 from safeproj.records.scores import Failure, ModuleReport, Report, Reports
 from safeproj.records.sweeps import Sweep
+from safeproj.storage.source import StrPath
+from safeproj.storage.wholefile import replace_file
+from safeproj.text import first_line
 
 __all__ = [
     "CHECK_FORMATS",
     "FAILING",
     "FORMATS",
+    "WIDTH",
     "Check",
     "Checks",
     "Evaluation",
@@ -29,7 +36,12 @@ __all__ = [
     "Reports",
     "Sweep",
     "render",
+    "save",
+    "write",
 ]
+
+WIDTH = 100
+"""Columns of a table where no terminal says otherwise, so that logs look alike everywhere."""
 
 Record = Report | Reports | Checks | Sweep | Evaluation | Repair
 """What can be rendered: the scores of one adapter or of many, or what a gate found."""
@@ -39,6 +51,17 @@ FORMATS = ("table", "json", "markdown", "html")
 
 CHECK_FORMATS = (*FORMATS, "sarif", "junit", "github")
 """Formats of what a gate found: the last three know only findings."""
+
+SUFFIXES = {
+    ".txt": "table",
+    ".json": "json",
+    ".md": "markdown",
+    ".html": "html",
+    ".htm": "html",
+    ".sarif": "sarif",
+    ".xml": "junit",
+}
+"""Ends of a file's name, and the format that each stands for."""
 
 
 FAILING = "failing"
@@ -85,17 +108,20 @@ def render(
     record: Record,
     format: str,  # noqa: A002
     *,
-    width: int = 100,
+    width: int = WIDTH,
     color: bool = False,
     verbose: bool = False,
 ) -> str:
-    """Return a record in one of `CHECK_FORMATS`; scores in one of `FORMATS`.
+    """Return what a gate found in one of `CHECK_FORMATS`, other records in one of `FORMATS`.
 
     With `verbose` every finding of a gate is listed, in any format.
 
     Raises:
-        SafeprojError: the format needs an extra that is not installed.
+        SafeprojError: there is no such format of it, or it needs an extra that is not installed.
     """
+    known = CHECK_FORMATS if isinstance(record, Checks) else FORMATS
+    if format not in known:
+        raise SafeprojError(f"--format {format}: expected {', '.join(known[:-1])} or {known[-1]}")
     module = cast(Format, import_module(f"safeproj.report.{format}"))
     if isinstance(record, Checks):
         return module.render_checks(record, width=width, color=color, verbose=verbose)
@@ -108,3 +134,43 @@ def render(
     if isinstance(record, Reports):
         return module.render_many(record, width=width, color=color)
     return module.render(record, width=width, color=color)
+
+
+def write(record: Record, format: str, path: Path, *, verbose: bool = False) -> None:  # noqa: A002
+    """Write a record to a file: it is complete, or as it was.
+
+    Raises:
+        OSError: it cannot be written.
+        SafeprojError: as for `render`.
+    """
+    content = render(record, format, verbose=verbose).encode()
+    place = path.resolve()
+    if place.exists() and not place.is_file():  # such as /dev/null or a pipe
+        place.write_bytes(content)
+    else:
+        replace_file(place, content)
+
+
+def save(
+    record: Record,
+    path: StrPath,
+    format: str | None = None,  # noqa: A002
+    *,
+    verbose: bool = False,
+) -> None:
+    """Write a record to a file, in the format that its name tells if none is given.
+
+    Raises:
+        SafeprojError: as for `render`, the name tells no format, or the file cannot be written.
+    """
+    name = os.fspath(path)
+    found = format or SUFFIXES.get(Path(name).suffix.lower())
+    if found is None:
+        raise SafeprojError(
+            f"path {name}: its end tells no format; expected {', '.join(SUFFIXES)}, or give format"
+        )
+    try:
+        write(record, found, Path(name), verbose=verbose)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise SafeprojError(f"path {name}: the report cannot be written ({reason})") from error

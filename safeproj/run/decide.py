@@ -33,7 +33,7 @@ from safeproj.storage.arrays import (
 from safeproj.storage.source import identity
 from safeproj.text import natural_order, shorten
 
-DTYPES = {
+DTYPES: dict[str, DType | None] = {
     "keep": None,
     **{name: dtype_of(name) for name in ("float32", "bfloat16", "float16")},
 }

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 from safeproj.errors import SafeprojError
 from safeproj.storage.documents import parse
 from safeproj.storage.nearby import given_text, read_given
+from safeproj.storage.source import StrPath
 from safeproj.text import first_line, shorten
 
 CHATS = ("messages", "conversations")
@@ -130,7 +132,7 @@ class Rows:
     rows: tuple[Row, ...]
 
 
-def read_rows(path: str | Path, option: str, *, responses: bool) -> Rows:
+def read_rows(path: StrPath, option: str, *, responses: bool) -> Rows:
     """Return the rows of a file.
 
     What begins as JSON does is an object in each line, or one array of objects; else a name that
@@ -161,7 +163,7 @@ def read_rows(path: str | Path, option: str, *, responses: bool) -> Rows:
     )
     if not rows:
         raise SafeprojError(f"{file}: no lines; expected {EXPECTED[responses]} in each")
-    return Rows(str(path), hashlib.sha256(content).hexdigest(), rows)
+    return Rows(os.fspath(path), hashlib.sha256(content).hexdigest(), rows)
 
 
 def _found(file: str, place: Path, text: str, responses: bool) -> Iterator[tuple[str, Any]]:

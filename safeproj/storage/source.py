@@ -22,6 +22,12 @@ from safeproj.storage.tensorfile import Header, TensorEntry, read_header
 from safeproj.storage.wholefile import read_whole
 from safeproj.text import first_line, is_text, printable
 
+StrPath = str | os.PathLike[str]
+"""What names a file or directory of this machine."""
+
+Src = StrPath
+"""A SRC: text, which may name a repository of the Hub as well, or a path, which never does."""
+
 MAX_FILES = 200_000
 """Files below a directory that is given as a SRC; far more than a training run leaves there."""
 
@@ -383,6 +389,17 @@ def _place_of_address(source: str) -> HubPlace | None:
     if match is None or match["revision"]:
         return None
     return HubPlace(match["repo"], "/".join(inside), rest[1] if rest else None)
+
+
+def src(given: Src) -> str:
+    """Return a SRC as text.
+
+    A relative path that is not there gets `./` in front: as text it might be an id of the Hub.
+    """
+    text = os.fspath(given)
+    if isinstance(given, str) or hub_place(text) is None or expanded(text).exists():
+        return text
+    return os.path.join(os.curdir, text)  # noqa: PTH118 - pathlib drops the dot
 
 
 def open_folder(source: str) -> Folder:

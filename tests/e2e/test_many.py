@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safeproj import api
+import safeproj as api
 from safeproj.plan.select import Selection
 from tests.conformance import oracle
 from tests.conformance.architectures import Built

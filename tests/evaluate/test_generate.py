@@ -107,7 +107,7 @@ def test_chats_go_through_the_template() -> None:
 
 def test_what_cannot_be_generated_is_named() -> None:
     tokens, chat = tokenizer(), (Message("user", "w1"),)
-    with pytest.raises(SafeprojError, match=r"--chat.*no chat template"):
+    with pytest.raises(SafeprojError, match=r"chat.*no chat template"):
         Generator(tokens, chat=True)
     with pytest.raises(SafeprojError, match=r"'w1'.*no chat template"):
         Generator(tokens).tokens(chat)

@@ -100,7 +100,7 @@ def test_another_tag_can_be_given() -> None:
         "Sure"
     )
     for text in ("", ",", "a,", ",b", "a b", "x,x"):
-        with pytest.raises(SafeprojError, match=r"--thought-tag .*expected NAME"):
+        with pytest.raises(SafeprojError, match=r"tags .*expected NAME"):
             parse_tags([text])
 
 

@@ -131,8 +131,8 @@ def test_commands_of_each_method_parse_with_the_installed_command(method: str) -
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("safeproj", "patch", "--adapter", "a", "--out", "b", "--mux", "1"), "--mux"),
-        (("safeproj", "patch", "--adapter", "a"), "--out"),
+        (("safeproj", "patch", "--adapter", "a", "--out", "b", "--mux", "1"), "mux"),
+        (("safeproj", "patch", "--adapter", "a"), "out is"),
         (("safeproj", "mend"), "no command mend"),
         (("python", "-m", "lab.real.none"), "no such script"),
     ],

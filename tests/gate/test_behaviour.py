@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import safeproj
-from safeproj import api
+import safeproj as api
 from safeproj.evaluation.phrases import ANYWHERE, OPENING
 from safeproj.records.evaluations import embedded
 from safeproj.records.verdicts import differences, outcomes, rates, unfinished

@@ -153,9 +153,9 @@ REFUSED = {
 def test_what_is_no_policy_is_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(SafeprojError) as caught:
         policy(tmp_path, text)
-    assert words in str(caught.value)
-    assert "policy.toml" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert words in caught.value.message
+    assert "policy.toml" in caught.value.message
+    assert "\n" not in caught.value.message
 
 
 def test_the_current_directory_is_looked_at(
@@ -252,7 +252,7 @@ def test_options_add_to_the_lists_of_a_file() -> None:
 def test_options_that_say_nothing_are_refused(option: str, value: Any, words: str) -> None:
     with pytest.raises(SafeprojError, match=r"^[^\n]*$") as caught:
         changed(Policy(), {option: value})
-    assert words in str(caught.value)
+    assert words in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def assert_refused(path: Path, tokenizer: Any, *words: str, **options: Any) -> N
     """Check that the file is refused, in one line with these words."""
     with pytest.raises(SafeprojError) as caught:
         read_data(path, tokenizer, **options)
-    message = str(caught.value)
+    message = caught.value.message
     assert message.startswith(f"--data {path}")
     assert len(message.splitlines()) == 1
     for word in words:
@@ -514,5 +514,5 @@ def test_samples_of_equal_length_keep_their_order(tmp_path: Path, plain: Any) ->
 
 @pytest.mark.parametrize("size", [0, -1], ids=lambda value: str(value))
 def test_a_batch_of_nothing_is_refused(data: Data, size: int) -> None:
-    with pytest.raises(SafeprojError, match=rf"--batch-size must be 1 or more, found {size}"):
+    with pytest.raises(SafeprojError, match=rf"batch_size must be 1 or more, found {size}"):
         data.batches(size)

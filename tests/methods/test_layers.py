@@ -20,7 +20,6 @@ NAMES |= {"Approx", "Exact", "Complement", "Correction", "Reconstruction"}
 NAMES |= {"Pair", "AlignmentFile", "SafetyModuleFile", "Statistics"}
 
 EXCEPTIONS = {
-    "__init__.py": "exports the methods",
     "api.py": "`align` makes the file of one method",
     "cli/app.py": "has the commands of one method's training",
     "cli/salora.py": "the commands of one method's training",

@@ -42,7 +42,7 @@ def test_what_only_looks_alike_is_not_taken(tmp_path: Path, parameter: str, othe
     names = plain(tmp_path, {other: (4, 4)}, model_type="bert")
     with pytest.raises(SafeprojError, match=f"closest is {other}") as error:
         names.find(parameter, anything)
-    assert "--map" in str(error.value)
+    assert "--map" in error.value.message
 
 
 def test_the_closer_tower_is_taken(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_two_that_fit_are_refused(tmp_path: Path) -> None:
     names = plain(tmp_path, {f"model.{Q}": (4, 2), f"language_model.model.{Q}": (4, 2)})
     with pytest.raises(SafeprojError) as error:
         names.find(f"model.language_model.{Q}", exactly((4, 2)))
-    message = str(error.value)
+    message = error.value.message
     assert f"may be language_model.model.{Q} [4, 2] or model.{Q} [4, 2]" in message
     assert f"--map 'model.language_model.{Q}=language_model.model.{Q}'" in message
 

@@ -55,9 +55,9 @@ def test_a_rule_leaves_other_names_alone(rule: str, parameter: str) -> None:
     ],
 )
 def test_a_malformed_rule_is_refused(tmp_path: Path, rule: str, words: str) -> None:
-    with pytest.raises(SafeprojError, match="--map") as error:
+    with pytest.raises(SafeprojError, match="maps") as error:
         Names(checkpoint(tmp_path, {"a": (1,)}), [rule])
-    assert words in str(error.value)
+    assert words in error.value.message
 
 
 def test_many_stars_cost_little() -> None:
@@ -94,7 +94,7 @@ def test_a_rule_that_finds_nothing_is_refused(tmp_path: Path) -> None:
     given = checkpoint(tmp_path, {"layers.0.query.weight": (2, 3), "a.weight": (2, 3)})
     with pytest.raises(SafeprojError) as error:
         Names(given, ["a=layers.0.querry"]).find("a.weight", anything)
-    message = str(error.value)
+    message = error.value.message
     assert "'a=layers.0.querry' makes layers.0.querry.weight of a.weight" in message
     assert "closest is layers.0.query.weight" in message
 

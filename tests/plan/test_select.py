@@ -79,7 +79,7 @@ def test_include_and_exclude_match_anywhere_in_the_name() -> None:
 def test_refusals_name_the_option(settings: dict[str, object], words: str) -> None:
     with pytest.raises(SafeprojError) as caught:
         Selection(**settings)  # type: ignore[arg-type]
-    assert words in str(caught.value)
+    assert words in caught.value.message
 
 
 def test_natural_order_puts_layer_2_before_layer_10() -> None:

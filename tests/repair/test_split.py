@@ -50,9 +50,7 @@ def test_another_seed_gives_other_parts(numbered: PromptSet) -> None:
 
 def test_too_few_different_prompts_are_refused(tmp_path: Path) -> None:
     few = prompts([{"prompt": "a"}, {"prompt": " a"}] * 20, tmp_path / "few.jsonl", "harmful")
-    with pytest.raises(
-        SafeprojError, match=r"--harmful .*few.jsonl: 1 different prompts; expected"
-    ):
+    with pytest.raises(SafeprojError, match=r"harmful .*few.jsonl: 1 different prompts; expected"):
         split(few, "--harmful")
 
 

@@ -30,7 +30,7 @@ def refused(path: Path, content: str | bytes, *words: str, responses: bool = Fal
     """Check that a file is refused in one line with these words, and return the line."""
     with pytest.raises(SafeprojError) as caught:
         read(path, content, responses=responses)
-    message = str(caught.value)
+    message = caught.value.message
     assert message.startswith(f"--data {path}")
     assert message.isprintable()
     for word in words:

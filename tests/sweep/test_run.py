@@ -128,10 +128,10 @@ def test_points_that_change_nothing_are_not_measured_again(
 @pytest.mark.parametrize(
     ("settings", "kinds", "words"),
     [
-        pytest.param(Settings(), ("harmful",), "--skill is missing", id="no skill"),
-        pytest.param(Settings(), ("skill",), "--harmful is missing", id="no harmful"),
+        pytest.param(Settings(), ("harmful",), "skill is missing", id="no skill"),
+        pytest.param(Settings(), ("skill",), "harmful is missing", id="no harmful"),
         pytest.param(
-            Settings(on="new_skill"), ("harmful", "skill"), "--wanted-on new_skill", id="a skill"
+            Settings(on="new_skill"), ("harmful", "skill"), "wanted_on new_skill", id="a skill"
         ),
     ],
 )

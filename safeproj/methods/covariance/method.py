@@ -14,13 +14,13 @@ from safeproj.methods.covariance.detail import Acting
 from safeproj.methods.detail import Detail
 from safeproj.methods.interface import (
     Method,
-    Src,
     is_number,
     option,
     source,
     unrecorded,
 )
 from safeproj.methods.words import Words
+from safeproj.storage.source import Src, StrPath
 
 if TYPE_CHECKING:
     from safeproj.lm.chat import ChatOptions
@@ -168,8 +168,7 @@ class Covariance(Method):
         if self.statistics is not None:
             return False
         return not all(
-            source is not None and source.endswith(STATISTICS)
-            for source in (self.safety_data, self.task_data)
+            self.sources.get(data, "").endswith(STATISTICS) for data in ("safety_data", "task_data")
         )
 
     def open(self, maps: Sequence[str] = ()) -> Reference:
@@ -195,7 +194,7 @@ class Covariance(Method):
             "it was corrected layer by layer (--reconstruct), by running the model with the adapter"
         )
 
-    def recorded(self, source: Src, projector: Mapping[str, Any]) -> Covariance:
+    def recorded(self, source: str, projector: Mapping[str, Any]) -> Covariance:
         found = dict(projector)
         kind, mu = found.pop("kind", None), found.pop("mu", None)
         if (why := self.unrepeatable(projector)) is not None:
@@ -210,9 +209,9 @@ class Covariance(Method):
     @classmethod
     def make(
         cls,
-        out: str | Path,
+        out: StrPath,
         aligned: Src,
-        data: str | Path | int,
+        data: StrPath | int,
         positions: Literal["all", "prompt", "response"] = "all",
         feed: Feed | None = None,
         *,

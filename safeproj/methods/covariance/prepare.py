@@ -71,9 +71,8 @@ class Rebuilding(Statistics):
         assert method is not None
         formulas = method.formulas
         assert isinstance(formulas, Reconstruction)
-        assert method.aligned is not None
         require_peft(adapter.folder)
-        folder = open_folder(method.aligned)
+        folder = open_folder(method.sources["aligned"])
         tokenizer = models.load_tokenizer(folder)
         safety, benign = (
             read_data(str(source), tokenizer, option=option).batches(BATCH_SIZE)
@@ -92,7 +91,8 @@ class Rebuilding(Statistics):
 
 
 def _data(method: Covariance) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
-    return ("--safety-data", method.safety_data), ("--task-data", method.task_data)
+    given = method.sources
+    return ("--safety-data", given.get("safety_data")), ("--task-data", given.get("task_data"))
 
 
 def require_data(method: Covariance, adapters: Sequence[str], options: Options) -> None:
@@ -130,18 +130,17 @@ def statistics_of(method: Covariance, maps: Sequence[str]) -> Statistics:
     Raises:
         SafeprojError: they cannot be used, or are still to be made.
     """
-    assert method.safety_data is not None
+    given = method.sources
     if method.statistics is not None:
-        names = (method.safety_data, method.task_data or RANDOM)
-        found = open_statistics(*method.statistics, maps, method.aligned, names)
+        names = (given["safety_data"], given.get("task_data", RANDOM))
+        found = open_statistics(*method.statistics, maps, given.get("aligned"), names)
         return Rebuilding(**vars(found), method=method) if method.reconstruct else found
     if method.runs_model:
         raise SafeprojError(
             "statistics are needed here, not data; make them with `safeproj stats`, and give them "
             "as --safety-data and --task-data"
         )
-    assert method.task_data is not None
-    return open_statistics(method.safety_data, method.task_data, maps, method.aligned)
+    return open_statistics(given["safety_data"], given["task_data"], maps, given.get("aligned"))
 
 
 def _made(
@@ -156,10 +155,9 @@ def _made(
     from safeproj.lm import models
 
     models.require_extra()
-    assert method.aligned is not None
-    folder = open_folder(method.aligned)
+    folder = open_folder(method.sources["aligned"])
     tokenizer = models.load_tokenizer(folder)
-    given = {"safety": method.safety_data, "task": method.task_data}
+    given = {role: method.sources.get(f"{role}_data") for role in ("safety", "task")}
     data: dict[str, Data] = {}
     for role, source in given.items():
         if source is None:

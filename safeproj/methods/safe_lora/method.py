@@ -11,7 +11,6 @@ from safeproj.errors import SafeprojError
 from safeproj.methods.detail import Detail
 from safeproj.methods.interface import (
     Method,
-    Src,
     is_count,
     is_number,
     option,
@@ -21,6 +20,7 @@ from safeproj.methods.interface import (
 )
 from safeproj.methods.safe_lora.detail import Alignment
 from safeproj.methods.words import PROJECTION_CONTROLS, Words
+from safeproj.storage.source import Src, StrPath, src
 
 if TYPE_CHECKING:
     from safeproj.methods.reference import Reference
@@ -141,11 +141,10 @@ class SafeLora(Method):
         from safeproj.methods.safe_lora.file import open_file
         from safeproj.methods.safe_lora.pair import Pair
 
-        if self.alignment is None:
-            assert self.aligned is not None
-            assert self.base is not None
-            return Pair(self.aligned, self.base, maps)
-        file = open_file(self.alignment, maps)
+        given = self.sources
+        if "alignment" not in given:
+            return Pair(given["aligned"], given["base"], maps)
+        file = open_file(given["alignment"], maps)
         if file.is_truncated and self.projector == "exact":
             raise SafeprojError(
                 f"{self.alignment}: holds the leading part of C alone, and --projector exact needs "
@@ -153,7 +152,7 @@ class SafeLora(Method):
             )
         return file
 
-    def recorded(self, source: Src, projector: Mapping[str, Any]) -> SafeLora:
+    def recorded(self, source: str, projector: Mapping[str, Any]) -> SafeLora:
         found = dict(projector)
         kind, rank, energy = (found.pop(name, None) for name in ("kind", "rank", "energy"))
         if found or kind not in PROJECTORS or not (is_count(rank) and is_number(energy)):
@@ -163,7 +162,7 @@ class SafeLora(Method):
     @classmethod
     def make(
         cls,
-        out: str | Path,
+        out: StrPath,
         base: Src,
         aligned: Src,
         form: Form | None = None,
@@ -199,8 +198,8 @@ class SafeLora(Method):
 
         return make_alignment(
             Path(out),
-            base,
-            aligned,
+            src(base),
+            src(aligned),
             form or Form(rank=64),
             targets,
             device=device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from safeproj.methods.salora.initialisation import INITIAL, METHOD, Initial
 from safeproj.methods.salora.method import FOLDED
 from safeproj.methods.salora.module import SafetyModule
 from safeproj.storage.arrays import Array, cast, double, from_torch, joined, norm
-from safeproj.storage.source import identity
+from safeproj.storage.source import StrPath, identity, src
 from safeproj.text import shorten
 from safeproj.versions import versions
 
@@ -84,7 +85,7 @@ class Folded:
 def fold(
     adapter: Any,
     module: SafetyModule,
-    out: str | Path,
+    out: StrPath,
     *,
     rank: int | None = None,
     initial: Initial | None = None,
@@ -107,9 +108,10 @@ def fold(
     Raises:
         SafeprojError: it cannot be folded, or `out` cannot be written; nothing is written.
     """
-    if isinstance(adapter, str | Path):
-        check_out(Path(out), overwrite, [("--adapter", local_path(str(adapter)))])
-        return _fold(str(adapter), module.cut(rank), Path(out), initial, overwrite)
+    if isinstance(adapter, str | os.PathLike):
+        source = src(adapter)
+        check_out(Path(out), overwrite, [("--adapter", local_path(source))])
+        return _fold(source, module.cut(rank), Path(out), initial, overwrite)
     check_out(Path(out), overwrite, [])
     with tempfile.TemporaryDirectory() as directory:
         name = active_adapter(adapter)

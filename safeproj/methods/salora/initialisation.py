@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from safeproj.methods.salora.directions import output_directions
 from safeproj.methods.salora.formulas import initial_factors, without
 from safeproj.methods.salora.module import RANK, SafetyModule
 from safeproj.storage.arrays import from_torch, to_torch
-from safeproj.storage.source import LocalFolder
+from safeproj.storage.source import LocalFolder, StrPath
 
 INITIAL = "salora_init.safetensors"
 """The file beside an adapter that keeps its initial factors, named as in the adapter."""
@@ -60,20 +61,20 @@ class Initial:
             found[f"{PREFIX}{name}{LORA_B}"] = self.B[name]
         return found
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: StrPath) -> None:
         """Write them beside an adapter, as `salora_init.safetensors`."""
         tensors = {name: from_torch(tensor) for name, tensor in self.tensors().items()}
         write_safetensors(Path(directory) / INITIAL, {"format": "pt"}, tensors)
 
     @staticmethod
-    def load(place: str | Path) -> Initial:
+    def load(place: StrPath) -> Initial:
         """Return what `save` wrote to a directory, or to the file itself.
 
         Raises:
             SafeprojError: it cannot be read, or holds something else.
         """
         path = Path(place) / INITIAL if Path(place).is_dir() else Path(place)
-        _, tensors = read_safetensors(LocalFolder(path.parent, str(place)), path.name)
+        _, tensors = read_safetensors(LocalFolder(path.parent, os.fspath(place)), path.name)
         check_values(str(path), tensors)
         factors: dict[str, dict[str, Tensor]] = {LORA_A: {}, LORA_B: {}}
         for key, tensor in tensors.items():
@@ -157,7 +158,7 @@ def initialise(
 
 def attach(
     model: Any,
-    directory: str | Path,
+    directory: StrPath,
     module: SafetyModule,
     *,
     rank: int | None = None,
@@ -181,7 +182,7 @@ def attach(
     """
     from peft import PeftConfig, PeftModel
 
-    config: Any = PeftConfig.from_pretrained(str(directory))
+    config: Any = PeftConfig.from_pretrained(os.fspath(directory))
     if getattr(config, "init_lora_weights", None) != METHOD:
         raise SafeprojError(
             f"{directory}: its config does not have init_lora_weights {METHOD!r}; expected an "
@@ -190,7 +191,7 @@ def attach(
     initial = initial or Initial.load(directory)
     config.init_lora_weights = True  # PEFT knows how to do that; the factors are loaded anyway
     peft_model: Any = PeftModel.from_pretrained(
-        model, str(directory), config=config, is_trainable=trainable
+        model, os.fspath(directory), config=config, is_trainable=trainable
     )
     config.init_lora_weights = METHOD
     shift(peft_model, initial, active_adapter(peft_model))

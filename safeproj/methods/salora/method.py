@@ -11,7 +11,6 @@ from safeproj.errors import SafeprojError
 from safeproj.methods.detail import Detail
 from safeproj.methods.interface import (
     Method,
-    Src,
     is_count,
     option,
     require_rank,
@@ -20,6 +19,7 @@ from safeproj.methods.interface import (
 )
 from safeproj.methods.salora.detail import Safety
 from safeproj.methods.words import PROJECTION_CONTROLS, Words
+from safeproj.storage.source import Src, StrPath
 
 if TYPE_CHECKING:
     from safeproj.lm.feed import Feed
@@ -101,10 +101,9 @@ class Salora(Method):
     def open(self, maps: Sequence[str] = ()) -> Reference:
         from safeproj.methods.salora.file import open_safety_module
 
-        assert self.safety_module is not None
-        return open_safety_module(self.safety_module, maps, self.rank)
+        return open_safety_module(self.sources["safety_module"], maps, self.rank)
 
-    def recorded(self, source: Src, projector: Mapping[str, Any]) -> Salora:
+    def recorded(self, source: str, projector: Mapping[str, Any]) -> Salora:
         found = dict(projector)
         kind, rank = found.pop("kind", None), found.pop("rank", None)
         if found or kind != "safety-module" or not is_count(rank):
@@ -114,9 +113,9 @@ class Salora(Method):
     @classmethod
     def make(
         cls,
-        out: str | Path,
+        out: StrPath,
         aligned: Src,
-        data: str | Path,
+        data: StrPath,
         rank: int = 32,
         feed: Feed | None = None,
         *,

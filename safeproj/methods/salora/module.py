@@ -26,7 +26,7 @@ from safeproj.methods.salora.formulas import NotOrthonormalError, require_orthon
 from safeproj.names.layout import CONV1D, LINEAR, Layout
 from safeproj.storage.arrays import Array, from_torch, to_torch
 from safeproj.storage.published import published
-from safeproj.storage.source import LocalFolder
+from safeproj.storage.source import LocalFolder, Src, StrPath, src
 from safeproj.text import shorten
 
 RANK = 32
@@ -108,7 +108,7 @@ class SafetyModule:
             for name, each in self.directions.items()
         }
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> int:
+    def save(self, path: StrPath, *, overwrite: bool = False) -> int:
         """Write it to a file, which appears complete or not at all, and return its size.
 
         Raises:
@@ -146,15 +146,16 @@ class SafetyModule:
         )
 
     @staticmethod
-    def load(source: str | Path) -> SafetyModule:
+    def load(source: Src) -> SafetyModule:
         """Return the safety module of a file, or of a directory or Hub repository that holds one.
 
         Raises:
             SafeprojError: there is none, or it is damaged.
         """
-        file = open_safety_module(str(source)).file
-        _, tensors = read_safetensors(LocalFolder(file.path.parent, str(source)), file.path.name)
-        check_values(str(source), tensors)
+        source = src(source)
+        file = open_safety_module(source).file
+        _, tensors = read_safetensors(LocalFolder(file.path.parent, source), file.path.name)
+        check_values(source, tensors)
         positions = int(file.document["inputs"]["data"]["positions"])
         directions, layouts, columns = {}, {}, {}
         for key, recorded in file.weights.items():

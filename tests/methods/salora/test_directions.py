@@ -181,7 +181,7 @@ def test_a_layer_that_sees_other_rows_than_positions_is_refused() -> None:
     model = build("llama")
     model.model.layers[0].self_attn = Twice()
     with pytest.raises(
-        SafeprojError, match=r"inner: sees \[4, 24\] rows .*\[4, 12\] positions.*--targets"
+        SafeprojError, match=r"inner: sees \[4, 24\] rows .*\[4, 12\] positions.*targets"
     ):
         directions(model, find_layers(model, ["inner"]), 4)
 
@@ -235,7 +235,7 @@ def test_hooks_are_gone_after_an_error() -> None:
 
 def test_a_target_that_names_nothing_is_refused() -> None:
     model = build("llama")
-    with pytest.raises(SafeprojError, match=r"--targets nothing: .*it has down_proj, gate_proj"):
+    with pytest.raises(SafeprojError, match=r"targets nothing: .*it has down_proj, gate_proj"):
         find_layers(model, ["q_proj", "nothing"])
     with pytest.raises(SafeprojError, match="names nothing"):
         find_layers(model, [])

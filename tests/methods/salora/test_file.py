@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from safeproj import Salora, api
+import safeproj as api
+from safeproj import Salora
 from safeproj.errors import SafeprojError
 from safeproj.methods.registry import method_of
 from safeproj.methods.salora.file import open_safety_module
@@ -71,7 +72,7 @@ def test_layers_may_have_different_ranks(sound: tuple[Path, Path], tmp_path: Pat
     assert by_rank[str(RANK)] == pytest.approx(sum(found.values("safety_energy")) / 4)
     cut = inspect(mixed, adapter, rank=3)
     assert cut.values("projector_rank") == [2, 3, 3, 3]  # all that there are
-    with pytest.raises(SafeprojError, match=f"--rank {RANK + 1}: .* holds {RANK} directions"):
+    with pytest.raises(SafeprojError, match=f"rank {RANK + 1}: .* holds {RANK} directions"):
         inspect(mixed, adapter, rank=RANK + 1)
 
 
@@ -92,10 +93,10 @@ def test_the_projectors_of_safe_lora_do_not_go_with_it(
     sound: tuple[Path, Path], projector: str
 ) -> None:
     given = {"safety_module": str(sound[0]), "projector": projector, "rank": 2}
-    with pytest.raises(SafeprojError, match=r"--projector goes with .*, and not with --safety-mod"):
+    with pytest.raises(SafeprojError, match=r"projector goes with .*, and not with safety_mod"):
         method_of(given)
 
 
 def test_its_projector_goes_with_nothing_else() -> None:
-    with pytest.raises(SafeprojError, match="--rank and --energy need --projector exact"):
+    with pytest.raises(SafeprojError, match="rank and energy need projector exact"):
         method_of({"base": "base", "aligned": "aligned", "rank": 3})

@@ -202,7 +202,7 @@ def test_an_initialised_adapter_without_its_initial_factors_is_refused(
 ) -> None:
     peft_model = trained(llama, module, ["q_proj"], tmp_path / "start")
     peft_model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(SafeprojError, match="give --init DIR"):
+    with pytest.raises(SafeprojError, match="give initial DIR"):
         fold(tmp_path / "trained", module, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     initial = salora.Initial.load(tmp_path / "start")
@@ -277,9 +277,9 @@ def test_the_output_must_be_a_new_directory_outside_of_the_adapter(
 ) -> None:
     trained(llama, module, ["q_proj"]).save_pretrained(tmp_path / "a")
     before = snapshot(tmp_path / "a")
-    with pytest.raises(SafeprojError, match="overlaps with --adapter"):
+    with pytest.raises(SafeprojError, match="overlaps with adapter"):
         fold(tmp_path / "a", module, tmp_path / "a", overwrite=True)
     (tmp_path / "out").mkdir()
-    with pytest.raises(SafeprojError, match="exists; give --overwrite"):
+    with pytest.raises(SafeprojError, match="exists; give overwrite"):
         fold(tmp_path / "a", module, tmp_path / "out")
     assert snapshot(tmp_path / "a") == before

@@ -74,7 +74,7 @@ def test_a_file_is_replaced_only_when_that_is_wanted(made: SafetyModule, tmp_pat
     path = tmp_path / "m.safetensors"
     made.save(path)
     before = path.read_bytes()
-    with pytest.raises(SafeprojError, match="exists; give --overwrite"):
+    with pytest.raises(SafeprojError, match="exists; give overwrite"):
         made.cut(2).save(path)
     assert path.read_bytes() == before
     made.cut(2).save(path, overwrite=True)
