@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
 
 from safeproj.errors import SafeprojError
@@ -131,6 +132,7 @@ def read_phrases(path: StrPath) -> tuple[str, ...]:
     Raises:
         SafeprojError: it cannot be read, or holds none.
     """
+    path = Path(path)
     lines = read_given_text(path, f"--phrases {path}", "text in UTF-8").splitlines()
     found = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not found:

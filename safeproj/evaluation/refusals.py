@@ -107,8 +107,8 @@ def make_refusals(
     on_batch: OnBatch | None = None,
 ) -> Refusals:
     """Write the refusals of a model; see `safeproj.api.refusals`."""
-    aligned, out = src(aligned), Path(out)
-    inputs = [("--aligned", aligned), ("--prompts", os.fspath(prompts))]
+    aligned, prompts, out = src(aligned), os.fspath(prompts), Path(out)
+    inputs = [("--aligned", aligned), ("--prompts", prompts)]
     check_out(out, overwrite, inputs)
     if limit is not None and limit < 1:
         raise SafeprojError(f"--limit must be 1 or more, found {limit}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -55,14 +54,15 @@ class Tasks:
         seed: int = 0,
     ) -> None:
         require_lm_eval()
-        if path is not None and not Path(path).is_dir():
-            raise SafeprojError(f"--lm-eval-path {path}: no such directory{nearby(Path(path))}")
+        path = None if path is None else Path(path)
+        if path is not None and not path.is_dir():
+            raise SafeprojError(f"--lm-eval-path {path}: no such directory{nearby(path)}")
         self.names = tuple(names)
         self.batch_size = batch_size
         self.limit = limit
         self.seed = seed
         manager = import_module("lm_eval.tasks").TaskManager
-        self._manager = manager(include_path=None if path is None else os.fspath(path))
+        self._manager = manager(include_path=None if path is None else str(path))
         unknown = [name for name in self.names if not self._manager.match_tasks([name])]
         if unknown or not self.names:
             raise SafeprojError(

@@ -103,16 +103,17 @@ def read_evaluation(path: StrPath) -> Measured:
     Raises:
         SafeprojError: it cannot be read, or is no report of `safeproj eval` in JSON.
     """
-    where = f"--evaluation {path}"
+    place = Path(path)
+    where = f"--evaluation {place}"
     content = read_given(
-        Path(path),
+        place,
         where,
         "what `safeproj eval --format json` writes",
         partial(read_whole, limit=MAX_BYTES),
     )
     try:
         document = parse(content, numbers_alone=True)
-        return evaluation_of(document, printable(Path(path).name))
+        return evaluation_of(document, printable(place.name))
     except FormError as error:
         raise SafeprojError(
             f"{where}: {error}; expected what `safeproj eval --format json` of this version writes"

@@ -147,8 +147,9 @@ def read_rows(path: StrPath, option: str, *, responses: bool) -> Rows:
     Raises:
         SafeprojError: the file cannot be read, or a row cannot be used; it is named.
     """
-    file = f"{option} {path}"
-    place = Path(path).expanduser()
+    source = os.fspath(path)
+    file = f"{option} {source}"
+    place = Path(source).expanduser()
     expected = "JSON lines in UTF-8, or a JSON array, CSV or text"
     content = read_given(place, file, expected)
     if content.startswith(b"PAR1"):
@@ -163,7 +164,7 @@ def read_rows(path: StrPath, option: str, *, responses: bool) -> Rows:
     )
     if not rows:
         raise SafeprojError(f"{file}: no lines; expected {EXPECTED[responses]} in each")
-    return Rows(os.fspath(path), hashlib.sha256(content).hexdigest(), rows)
+    return Rows(source, hashlib.sha256(content).hexdigest(), rows)
 
 
 def _found(file: str, place: Path, text: str, responses: bool) -> Iterator[tuple[str, Any]]:

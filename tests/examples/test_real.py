@@ -132,7 +132,7 @@ def test_commands_of_each_method_parse_with_the_installed_command(method: str) -
     ("words", "said"),
     [
         (("safeproj", "patch", "--adapter", "a", "--out", "b", "--mux", "1"), "mux"),
-        (("safeproj", "patch", "--adapter", "a"), "out is"),
+        (("safeproj", "patch", "--adapter", "a"), "'--out'"),
         (("safeproj", "mend"), "no command mend"),
         (("python", "-m", "lab.real.none"), "no such script"),
     ],

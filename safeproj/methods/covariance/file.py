@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from safeproj.adapter import Adapter
@@ -34,7 +33,7 @@ from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedModule
 from safeproj.plan.match import plan as matched
 from safeproj.plan.select import Selection
-from safeproj.storage.source import file_sha256, identity, open_folder
+from safeproj.storage.source import Src, file_sha256, identity, open_folder, src
 
 SUFFIX = ".stats.safetensors"
 
@@ -118,8 +117,8 @@ class Statistics(FileReference[Recorded]):
 
 
 def open_statistics(
-    safety: Path | str,
-    benign: Path | str,
+    safety: Src,
+    benign: Src,
     maps: Sequence[str] = (),
     aligned: str | None = None,
     names: tuple[str, str] | None = None,
@@ -137,10 +136,10 @@ def open_statistics(
     Raises:
         SafeprojError: one of them is missing or damaged, or they are of different models.
     """
-    files = [open_recorded(str(source), KIND, maps) for source in (safety, benign)]
+    sources = src(safety), src(benign)
+    files = [open_recorded(source, KIND, maps) for source in sources]
     first, second = (
-        replace(file, source=name)
-        for file, name in zip(files, names or (str(safety), str(benign)), strict=True)
+        replace(file, source=name) for file, name in zip(files, names or sources, strict=True)
     )
     made = [file.document["inputs"]["aligned"] for file in (first, second)]
     models = [each.get("revision", each["sha256"]["files"]) for each in made]

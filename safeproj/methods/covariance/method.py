@@ -128,7 +128,7 @@ class Covariance(Method):
         "task data: slower, and better where that was measured.",
         default=False,
     )
-    statistics: tuple[Path, Path] | None = field(default=None, repr=False)
+    statistics: tuple[StrPath, StrPath] | None = field(default=None, repr=False)
     host: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -182,7 +182,8 @@ def attach(
     """
     from peft import PeftConfig, PeftModel
 
-    config: Any = PeftConfig.from_pretrained(os.fspath(directory))
+    directory = os.fspath(directory)
+    config: Any = PeftConfig.from_pretrained(directory)
     if getattr(config, "init_lora_weights", None) != METHOD:
         raise SafeprojError(
             f"{directory}: its config does not have init_lora_weights {METHOD!r}; expected an "
@@ -191,7 +192,7 @@ def attach(
     initial = initial or Initial.load(directory)
     config.init_lora_weights = True  # PEFT knows how to do that; the factors are loaded anyway
     peft_model: Any = PeftModel.from_pretrained(
-        model, os.fspath(directory), config=config, is_trainable=trainable
+        model, directory, config=config, is_trainable=trainable
     )
     config.init_lora_weights = METHOD
     shift(peft_model, initial, active_adapter(peft_model))
