@@ -70,8 +70,14 @@ def inspect(method: Method, adapter: Src, options: Options | None = None) -> Rep
 
     Args:
         method: what the adapter is scored by, and against.
-        adapter: SRC of the LoRA adapter: a directory, a file, or `org/name[@revision]`.
+        adapter: SRC of the LoRA adapter: a path, or `org/name[@revision]`.
         options: selection, device, and who is told about the progress.
+
+    Returns:
+        Of each module, with a weight (m, n): the cosine of its update `ΔW` (m, n) and what the
+        method makes of it, in [-1, 1], by the inner product of Frobenius; and what the method says
+        beside that. For Safe LoRA that is `C ΔW` (arXiv 2405.16833, equations 1 and 2), for SaLoRA
+        `C_S ΔW` (arXiv 2501.01765, section 3.2), else the covariance-weighted correction.
 
     Raises:
         SafeprojError: an input cannot be used.
@@ -106,6 +112,9 @@ def patch(
             out otherwise.
         keep_training_state: copy what trainers kept beside it, pickles: left out otherwise.
         only_if_changed: write nothing where no update would be changed: `report.changed` is 0.
+
+    Returns:
+        The scores as of `inspect`, with what was done to each module.
 
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
@@ -233,6 +242,9 @@ def check(
         evaluations: JSON reports of `safeproj eval`, of these adapters or of others; each adapter
             finds its own by the digests of its tensors.
 
+    Returns:
+        Of each adapter what was found, at which level, and whether it passes.
+
     Raises:
         SafeprojError: something that all of them need cannot be used. An adapter that cannot be
             used is undecided instead.
@@ -288,6 +300,9 @@ def verify(
             safeproj.json. None without an original.
         options: device, workers and maps.
         public_key: file with the key that the directory must be signed by.
+
+    Returns:
+        What was found about the one adapter, and whether it passes.
 
     Raises:
         SafeprojError: an input cannot be used, or there is nothing to compare with.
@@ -346,13 +361,16 @@ def align(
     """Write an alignment file, which takes the place of two checkpoints.
 
     Args:
-        base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
+        base: SRC of the unaligned checkpoint: a path, or `org/name[@revision]`.
         aligned: SRC of the aligned checkpoint.
         out: the file to create; it appears complete or not at all.
-        form: how much of `C` is kept; default 64 eigenpairs.
+        form: how much of `C` (m, m) is kept of each weight (m, n); default 64 eigenpairs.
         targets: names of modules or their last parts, or `all-linear`.
         options: device, workers, maps, and who is told about the progress.
         overwrite: replace an alignment file that is at `out`.
+
+    Returns:
+        Its size in bytes, and what it holds, in words.
 
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.

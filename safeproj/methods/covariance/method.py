@@ -230,6 +230,9 @@ class Covariance(Method):
             on_batch: told how many batches are done and how many there are.
             overwrite: replace statistics that are at `out`.
 
+        Returns:
+            Its size in bytes, and what it holds, in words.
+
         Raises:
             SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
         """

@@ -179,7 +179,7 @@ class SafeLora(Method):
 
         Args:
             out: the file to create; it appears complete or not at all.
-            base: SRC of the unaligned checkpoint: a directory, a file, or `org/name[@revision]`.
+            base: SRC of the unaligned checkpoint: a path, or `org/name[@revision]`.
             aligned: SRC of the aligned checkpoint.
             form: how much of `C` (m, m) is kept of each weight (m, n); default 64 eigenpairs.
             targets: names of modules or their last parts, or `all-linear`.
@@ -189,6 +189,9 @@ class SafeLora(Method):
             observer: told about the progress, in bytes.
             profile: filled in with where the time went.
             overwrite: replace an alignment file that is at `out`.
+
+        Returns:
+            Its size in bytes, and what it holds, in words.
 
         Raises:
             SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.

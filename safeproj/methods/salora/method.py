@@ -133,6 +133,9 @@ class Salora(Method):
             on_batch: told how many batches are done and how many there are.
             overwrite: replace a safety module that is at `out`.
 
+        Returns:
+            Its size in bytes, and what it holds, in words.
+
         Raises:
             SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
         """
