@@ -734,7 +734,11 @@ def _job(
 
 
 def reports(outcomes: Sequence[Outcome]) -> Reports:
-    """Return many outcomes as the record that the output formats show."""
+    """Return many outcomes as the record that the output formats show.
+
+    Args:
+        outcomes: what `inspect_many` or `patch_many` returned.
+    """
     good = {each.name: each.report for each in outcomes if each.report is not None}
     bad = {
         each.name: Failure(each.source, each.error.message)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from inspect import getdoc, isclass, signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -38,6 +40,19 @@ def test_all_is_listed_and_importing_it_imports_no_torch() -> None:
     assert done.stdout == "True False\nTrue True attach False\nset() True\n", done.stderr
     with pytest.raises(AttributeError, match="module 'safeproj' has no attribute 'nothing'"):
         _ = safeproj.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("package", [safeproj, safeproj.salora])
+def test_docstrings_say_what_is_given_returned_and_raised(package: ModuleType) -> None:
+    public = {name: getattr(package, name) for name in dir(package)}
+    made = {f"{name}.make": each.make for name, each in public.items() if hasattr(each, "make")}
+    functions = {name: each for name, each in {**public, **made}.items() if not isclass(each)}
+    for name, function in functions.items():
+        if not callable(function):
+            continue
+        said = getdoc(function) or ""
+        assert [each for each in signature(function).parameters if f"{each}:" not in said] == []
+        assert said.startswith("Return ") or "Returns:" in said, name
 
 
 def test_an_alignment_file_stands_for_two_checkpoints(tmp_path: Path) -> None:

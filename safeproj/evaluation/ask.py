@@ -319,6 +319,11 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 def load_guard(source: Src, device: str = "auto", batch_size: int = BATCH_SIZE) -> Guard:
     """Return the guard model that SRC names, in the dtype that it is stored in.
 
+    Args:
+        source: SRC of a model such as Llama Guard, with its chat template.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        batch_size: answers that are judged at a time.
+
     Raises:
         SafeprojError: it cannot be loaded, or has no chat template.
     """

@@ -129,6 +129,9 @@ def normal(text: str) -> str:
 def read_phrases(path: StrPath) -> tuple[str, ...]:
     """Return the lines of a file; blank ones and those that begin with # are left out.
 
+    Args:
+        path: the file, in UTF-8.
+
     Raises:
         SafeprojError: it cannot be read, or holds none.
     """

@@ -92,6 +92,9 @@ def constrain(
         rank: use the first directions of each layer alone.
         adapter_name: which adapter; the active one if None.
 
+    Returns:
+        What ends it: `remove()`, or the end of the `with` block.
+
     Raises:
         SafeprojError: the adapter changes a layer that the module does not hold, or of another
             shape or kind.

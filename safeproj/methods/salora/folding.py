@@ -105,6 +105,9 @@ def fold(
         initial: the initial factors; those beside the adapter if None.
         overwrite: replace an adapter that is at `out`.
 
+    Returns:
+        How many layers were folded, their rank, and what they lost.
+
     Raises:
         SafeprojError: it cannot be folded, or `out` cannot be written; nothing is written.
     """

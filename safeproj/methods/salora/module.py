@@ -199,6 +199,9 @@ def safety_module(
         on_batch: told the number of batches that are done and that there are.
         inputs: identities of `aligned` and `data` for the file.
 
+    Returns:
+        `U_C` of each layer, which `save` writes to a file.
+
     Raises:
         SafeprojError: a target names nothing or cannot be used, or the data has no responses.
     """
