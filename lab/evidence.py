@@ -1,8 +1,8 @@
 """Measure whether methods restore refusals, what that costs, and whether simpler things do as well.
 
-    python -m lab.evidence --write docs/evidence.md            # under an hour on two cores
-    python -m lab.evidence --example --write docs/evidence.md  # the shipped models, a minute
-    python -m lab.evidence --quick                             # one seed, under four minutes
+    python -m lab.evidence --write docs/evidence-tables.md            # under an hour on two cores
+    python -m lab.evidence --example --write docs/evidence-tables.md  # the shipped models, a minute
+    python -m lab.evidence --quick                                    # one seed, under four minutes
 
 For each seed a base and an aligned model and plain LoRA adapters on ``bad``, ``skill`` and
 ``mixed`` data are made, or found in the cache (``pairs.py``); ``evidence_ways.py`` says what is
@@ -513,7 +513,7 @@ def told(arguments: argparse.Namespace) -> str:
     if not arguments.example:
         parts += ["--family", arguments.family, "--seeds", *map(str, arguments.seeds)]
     if arguments.write:
-        parts += ["--write", "docs/evidence.md"]
+        parts += ["--write", "docs/evidence-tables.md"]
     return shlex.join(parts)
 
 

@@ -1,4 +1,4 @@
-"""docs/evidence.md holds tables that its commands make: a part of them is made again here."""
+"""docs/evidence-tables.md holds tables that its commands make: a part of them is made again here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safeproj.sweeping.controls import COMPLEMENT, SHRINK
 from tests.support import python_m
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "evidence.md"
+PAGE = ROOT / "docs" / "evidence-tables.md"
 
 CELL = re.compile(r"(\d+)(?: \((\d+)–(\d+)\))?")
 
