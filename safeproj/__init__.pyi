@@ -51,6 +51,7 @@ from safeproj.records.scores import ModuleReport as ModuleReport
 from safeproj.records.scores import Report as Report
 from safeproj.records.scores import Reports as Reports
 from safeproj.records.sweeps import Sweep as Sweep
+from safeproj.report import Record as Record
 from safeproj.run.options import Observer as Observer
 from safeproj.run.options import Options as Options
 

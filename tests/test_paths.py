@@ -102,8 +102,8 @@ def runs(c: As, out: Path) -> Iterator[tuple[str, Any]]:
     found = safeproj.inspect(safeproj.Covariance(c(ALIGNED), *data), c(BAD))
     yield "Covariance", [each.cosine for each in found.modules]
     sets = [
-        safeproj.read_prompts(c(TINY / "data" / f"{name}.jsonl"), kind).first(3)
-        for name, kind in (("held_out_pairs", "harmful"), ("new_skill", "skill"))
+        safeproj.read_prompts(c(TINY / "data" / "held_out_pairs.jsonl"), "harmful").first(3),
+        safeproj.read_prompts(c(TINY / "data" / "new_skill.jsonl"), "skill").first(3),
     ]
     yield "read_prompts", sets
     (out / "phrases.txt").write_text("no\n", "utf-8")
@@ -124,6 +124,13 @@ def runs(c: As, out: Path) -> Iterator[tuple[str, Any]]:
     with pytest.raises(SafeprojError, match=r"^source .*/aligned: its tokenizer has no chat temp"):
         safeproj.load_guard(c(ALIGNED), "cpu")
     yield "load_guard", None
+
+
+def test_all_functions_are_gone_through() -> None:
+    gone_through = inspect.getsource(scores) + inspect.getsource(runs)
+    functions = [name for name in dir(safeproj) if inspect.isfunction(getattr(safeproj, name))]
+    assert len(functions) > 12
+    assert [name for name in functions if f"safeproj.{name}(" not in gone_through] == []
 
 
 @pytest.mark.parametrize("kind", ["Path", "PathLike"])

@@ -1,4 +1,4 @@
-"""docs/evidence-tables.md holds tables that its commands make: a part of them is made again here."""
+"""docs/evidence-tables.md holds what its commands make: a part of them is made again here."""
 
 from __future__ import annotations
 
