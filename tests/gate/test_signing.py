@@ -556,9 +556,9 @@ def assert_not_signed(directory: Path, keys: Keys, *words: str, **options: Any) 
     before = snapshot(directory) if directory.is_dir() else None
     with pytest.raises(SafeprojError) as refused:
         sign(directory, keys.private, **options)
-    assert len(str(refused.value).splitlines()) == 1
+    assert len(refused.value.message.splitlines()) == 1
     for word in words:
-        assert word in str(refused.value)
+        assert word in refused.value.message
     if before is not None:
         assert snapshot(directory) == before
 
@@ -663,8 +663,8 @@ def test_a_key_that_cannot_be_used_is_refused(signed: Path, tmp_path: Path, kind
 
     with pytest.raises(SafeprojError) as refused:
         verify_signature(signed, bad.public)
-    assert str(refused.value).startswith(f"--public-key {bad.public}: ")
-    assert words in str(refused.value)
+    assert refused.value.message.startswith(f"--public-key {bad.public}: ")
+    assert words in refused.value.message
 
 
 def test_a_wrong_password_is_refused(adapter: Path, keys: Keys, tmp_path: Path) -> None:
@@ -703,10 +703,10 @@ def test_without_the_extra_one_line_says_what_to_install(
     ):
         with pytest.raises(SafeprojError, match="signatures need model-signing") as refused:
             call()
-        assert str(refused.value).endswith(
+        assert refused.value.message.endswith(
             "; install it with `pip install '.[sign]'` in a clone of safeproj"
         )
-        assert ("OpenSSL" in str(refused.value)) == (missing == "OpenSSL")
+        assert ("OpenSSL" in refused.value.message) == (missing == "OpenSSL")
 
 
 def model_signing(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
