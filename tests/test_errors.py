@@ -89,7 +89,7 @@ SAID: list[tuple[Callable[[], Any], tuple[str | Path, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("call", "words", "message"), SAID, ids=lambda each: str(each)[:30])
+@pytest.mark.parametrize(("call", "words", "message"), SAID, ids=range(len(SAID)))
 def test_the_same_error_names_what_was_called(
     call: Callable[[], Any], words: tuple[str | Path, ...], message: str
 ) -> None:
