@@ -464,7 +464,7 @@ ModelDtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="DTYPE",
-        help="What the model runs in; auto: as stored.",
+        help="What the model runs in; auto: as stored, on the CPU float32 for half precision.",
         rich_help_panel=RUNNING,
     ),
 ]

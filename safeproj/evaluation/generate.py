@@ -36,7 +36,7 @@ class Generation:
         batch_size: prompts that run at a time.
         max_new_tokens: of an answer.
         chat: whether plain prompts go through the chat template.
-        dtype: what the model runs in; `auto` is as stored.
+        dtype: what the model runs in; for `auto` see `lm.models.load_model`.
         options: how chats are put to the model.
         tags: of thoughts, beside those that are always known.
     """

@@ -102,7 +102,7 @@ class Host:
     Args:
         folder: of the model's SRC.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: what the model runs in; `auto` is as stored.
+        dtype: what the model runs in; for `auto` see `lm.models.load_model`.
     """
 
     def __init__(self, folder: Folder, device: str = "auto", dtype: str = "auto") -> None:

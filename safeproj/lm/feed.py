@@ -24,7 +24,8 @@ class Feed:
         memory: bytes of sums that are held at a time: the model runs over the data once for each
             group of layers that fits.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: what the model runs in: `auto`, as it is stored, `float32`, `bfloat16` or `float16`.
+        dtype: what the model runs in: `auto`, see `lm.models.load_model`, `float32`, `bfloat16` or
+            `float16`.
         chat: how chats in the data are put.
     """
 

@@ -183,3 +183,32 @@ def rows_at(name: str, tensor: Tensor, mask: Tensor) -> Tensor:
             "--targets"
         )
     return tensor.detach().reshape(-1, tensor.shape[-1])[mask.flatten().to(tensor.device)]
+
+
+COLUMNS = 256
+"""Rows of a product of which nothing below the diagonal is needed that are computed at a time."""
+
+ROWS = 1024
+"""Rows whose products are summed in their own precision."""
+
+
+def add_squares(total: Tensor, rows: Tensor) -> None:
+    """Add `rowsᵀ rows` (n, n) to a total in float64: what is above its diagonal, see `mirrored`.
+
+    Of `ROWS` rows at a time the products are summed in the rows' precision, and those sums in that
+    of the total.
+
+    Args:
+        total: (n, n), changed in place.
+        rows: (N, n), float32 or float64.
+    """
+    for begin in range(0, len(rows), ROWS):
+        some = rows[begin : begin + ROWS]
+        for first in range(0, len(total), COLUMNS):
+            part = some[:, first : first + COLUMNS]
+            total[first : first + COLUMNS, first:] += part.T @ some[:, first:]
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """Return a symmetric matrix of which only what is above the diagonal is given."""
+    return total.triu() + total.triu(1).T

@@ -79,7 +79,8 @@ def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any
     Args:
         folder: of SRC, a directory or a Hub repository.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: one of `DTYPES`.
+        dtype: one of `DTYPES`; `auto` is as stored, and on the CPU float32 for half precision,
+            in which most CPUs compute several times as slowly.
 
     Raises:
         SafeprojError: it cannot be loaded.
@@ -111,7 +112,21 @@ def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any
             f"{folder.source}: has no weights for {shorten(missing)}; expected a complete causal "
             "language model"
         )
-    return model if "device_map" in options else model.to(where)
+    if "device_map" in options:
+        return model
+    if dtype == "auto" and where.type == "cpu":
+        model = _single(model)
+    return model.to(where)
+
+
+def _single(model: Any) -> Any:
+    """Return a model in float32 in place of half precision, in which few CPUs compute."""
+    import torch
+
+    stored = {each.dtype for each in model.parameters()}
+    if getattr(model, "is_quantized", False) or not stored & {torch.bfloat16, torch.float16}:
+        return model
+    return model.float()
 
 
 def skeleton(folder: Folder) -> Any:

@@ -13,7 +13,8 @@ from safeproj.records.scores import Failure
 from safeproj.records.verdicts import Marks
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""`--dtype` of a model that is run: `auto` is what it is stored in."""
+"""`--dtype` of a model that is run: `auto` is what it is stored in, on the CPU float32 for half
+precision."""
 
 SCHEMA = "safeproj.eval/1"
 

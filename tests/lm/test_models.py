@@ -52,6 +52,15 @@ def loaded(path: Path) -> Any:
     return load_model(open_folder(str(path)), "cpu")
 
 
+@pytest.mark.parametrize(("asked", "found"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_half_precision_runs_in_float32_on_the_cpu(asked: str, found: str) -> None:
+    folder = open_folder(str(ALIGNED))
+    model = load_model(folder, "cpu", asked)
+    stored = load_model(folder, "cpu", "bfloat16").state_dict()
+    assert {str(each.dtype) for each in model.parameters()} == {f"torch.{found}"}
+    assert all(each.equal(stored[name].to(each.dtype)) for name, each in model.state_dict().items())
+
+
 def test_an_adapter_beside_the_weights_is_not_put_on_the_model(beside: Path) -> None:
     clean, found = loaded(ALIGNED).state_dict(), loaded(beside).state_dict()
     assert found.keys() == clean.keys()

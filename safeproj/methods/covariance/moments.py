@@ -16,8 +16,10 @@ from safeproj.lm.data import IGNORED, Batch
 from safeproj.lm.layers import (
     MEMORY,
     OnBatch,
+    add_squares,
     fitting,
     in_features,
+    mirrored,
     rows_at,
     running,
     sharing_inputs,
@@ -121,8 +123,7 @@ class _Sum:
             wide = torch.float32 if rows.device.type == "mps" or not self.whole else torch.float64
             self.matrix = torch.zeros(shape, dtype=wide, device=rows.device)
         if self.whole:
-            rows = rows.to(self.matrix.dtype)
-            self.matrix.addmm_(rows.T, rows)
+            add_squares(self.matrix, rows.float() if rows.element_size() < 4 else rows)
         else:
             self.matrix[self.seen : self.seen + len(rows)] = rows
         self.seen += len(rows)
@@ -130,7 +131,7 @@ class _Sum:
     def moment(self) -> InputMoment:
         assert self.matrix is not None
         if self.whole:
-            found = self.matrix.div_(self.positions)
+            found = mirrored(self.matrix).div_(self.positions)
             trace = float(found.diagonal().sum())
         else:
             found = self.matrix.div_(math.sqrt(self.positions))

@@ -65,7 +65,7 @@ class Rebuilding(Statistics):
     ) -> dict[str, Array]:
         from safeproj.lm import models
         from safeproj.lm.adapters import Host, attach_read, moves, require_peft
-        from safeproj.methods.covariance.reconstruct import reconstructed
+        from safeproj.methods.covariance.reconstruct import batch_size, reconstructed
 
         method = self.method
         assert method is not None
@@ -74,10 +74,8 @@ class Rebuilding(Statistics):
         require_peft(adapter.folder)
         folder = open_folder(method.sources["aligned"])
         tokenizer = models.load_tokenizer(folder)
-        safety, benign = (
-            read_data(str(source), tokenizer, option=option).batches(BATCH_SIZE)
-            for option, source in _data(method)
-        )
+        data = [read_data(str(source), tokenizer, option=name) for name, source in _data(method)]
+        safety, benign = (each.batches(batch_size(len(each.samples))) for each in data)
         is_mps = resolve_device(device).name == "mps"  # which has no float64
         host = method.host
         if host is None or is_mps:

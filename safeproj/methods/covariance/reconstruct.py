@@ -3,15 +3,14 @@
 A layer's inputs are not what the statistics of the aligned model say once the layers before it
 have an adapter. Here each layer is corrected for the inputs that it gets in the model that is
 corrected up to it, towards the outputs that the aligned model has on the safety data, and the
-adapted model on the benign data. The model runs over each data twice: once for the targets, and
-once stopping wherever layers are corrected. Where that takes too much memory, the targets are taken
-for some layers at a time, and what cannot wait runs up to every layer anew. No gradient is taken.
+adapted model on the benign data. The model runs over each data twice, side by side: for the targets
+and as it is corrected so far, both stopping wherever layers are. Where that takes too much memory,
+what cannot wait runs up to every layer anew. No gradient is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from safeproj.errors import SafeprojError
-from safeproj.lm.data import Batch
+from safeproj.lm.data import BATCH_SIZE, Batch
 from safeproj.lm.layers import (
     MEMORY,
     OnBatch,
-    fitting,
+    add_squares,
     in_features,
     is_linear,
+    mirrored,
     plain_weight,
     running,
     sharing_inputs,
@@ -36,14 +36,14 @@ from safeproj.methods.covariance.formulas import RIDGE, Reconstruction
 Factors = dict[str, Tensor]
 """Path of a layer to its `A` (r, n)."""
 
-STATES = 2
-"""What each input is looked at in: the model of the targets, and the one corrected so far."""
-
 WAITING = 3
 """What a pass that waits holds, in copies of its widest input: that, the residual, queries, …"""
 
-THREADS = 512
+THREADS = 2048
 """Bound on the threads that passes wait in, together with those that torch starts for each."""
+
+MOST_BATCHES = 24
+"""Of one of the data, so that their passes can wait in as many threads."""
 
 
 def reconstructed(
@@ -64,8 +64,7 @@ def reconstructed(
         benign: the benign data.
         projector: μ.
         on_batch: told about the progress.
-        memory: bound in bytes on what is kept so that it need not be computed again, half of it for
-            targets, on the CPU; those of a single input may be larger.
+        memory: bound in bytes on what waits so that it need not be computed again.
 
     Raises:
         SafeprojError: a layer is no plain LoRA on a linear layer, has no weight in memory, or does
@@ -78,120 +77,112 @@ def reconstructed(
     try:
         with running(model, layers) as run:
             groups = sharing_inputs(layers, run, safety[0])
-            inputs = [_input(group, layers[group[0]], [*safety, *benign]) for group in groups]
-            with stopping(run, {each.layer: layers[each.layer] for each in inputs}) as begin:
-                room = memory // 2 // max(each.waiting for each in inputs)
-                runs = _Runs(model, safety, benign, begin, room, len(inputs), on_batch)
-                for chunk in fitting(inputs, memory // 2):
+            waiting = max(_waiting(layers[group[0]], [*safety, *benign]) for group in groups)
+            with stopping(run, {group[0]: layers[group[0]] for group in groups}) as begin:
+                runs = _Runs(begin, _room(model, memory // waiting), len(groups), on_batch)
+                aligned, before = (_Line(runs, data) for data in (safety, benign))
+                now, now_benign = (_Line(runs, data) for data in (safety, benign))
+                for group in groups:
+                    with model.disable_adapter():
+                        wanted = aligned.at(group[0])
                     _put(adapted, trained)
-                    targets = runs.targets([each.layer for each in chunk])
+                    wanted_benign = before.at(group[0])
                     _put(adapted, current)
-                    for each in chunk:
-                        sums = runs.sums(each.layer, [seen.pop(each.layer) for seen in targets])
-                        for name in each.sharing:
-                            A = _solved(adapted[name], trained[name], *sums, projector.mu)
-                            if not bool(A.isfinite().all()):
-                                raise SafeprojError(
-                                    f"{name}: the corrected factor has a value that is not finite"
-                                )
+                    goals = {name: _goals(adapted[name], trained[name]) for name in group}
+                    safe, kept = (
+                        _equations(
+                            seen,
+                            line.each(group[0]),
+                            {name: each[i] for name, each in goals.items()},
+                        )
+                        for i, (seen, line) in enumerate(
+                            ((wanted, now), (wanted_benign, now_benign))
+                        )
+                    )
+                    solved = _solved(goals, safe, kept, projector.mu)
+                    for name, A in solved.items():
+                        if not bool(A.isfinite().all()):
+                            raise SafeprojError(
+                                f"{name}: the corrected factor has a value that is not finite"
+                            )
+                        if bool(adapted[name].B.any()):
                             current[name] = A.to(trained[name].dtype)
-                        _put(adapted, {name: current[name] for name in each.sharing})
     finally:
         _put(adapted, trained)
     return {name: factor.float().cpu() for name, factor in current.items()}
 
 
-@dataclass(frozen=True)
-class _Input:
-    """What some layers read.
-
-    Attributes:
-        layer: the first of them.
-        sharing: all of them.
-        nbytes: of it, over both data.
-        waiting: bytes that a pass over the largest batch holds where it waits.
-    """
-
-    layer: str
-    sharing: Sequence[str]
-    nbytes: int
-    waiting: int
+def batch_size(rows: int) -> int:
+    """Return how many samples of a data set run at a time."""
+    return max(BATCH_SIZE, -(-rows // MOST_BATCHES))
 
 
-def _input(group: Sequence[str], layer: nn.Module, batches: Sequence[Batch]) -> _Input:
+def _waiting(layer: nn.Module, batches: Sequence[Batch]) -> int:
+    """Return the bytes that a pass over the largest batch holds where it waits."""
     weight = plain_weight(layer)
     assert weight is not None
     row = in_features(layer) * weight.element_size()
-    sizes = [batch["attention_mask"].numel() for batch in batches]
-    return _Input(group[0], group, row * sum(sizes), WAITING * row * max(sizes))
+    return WAITING * row * max(batch["attention_mask"].numel() for batch in batches)
 
 
+def _room(model: Any, room: int) -> int:
+    """Return how many passes may wait, of which memory has room for so many."""
+    threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+    return min(room, THREADS // threads)
+
+
+@dataclass
 class _Runs:
-    """The runs of the model over both data, with the factors that it has at the time.
+    """The passes over both data in both states.
 
-    Args:
-        model: a `PeftModel`.
-        safety: the safety data.
-        benign: the benign data.
+    Attributes:
         begin: begins a pass.
-        room: bound on the passes that wait.
+        room: how many more may wait.
         inputs: how many inputs there are to be looked at.
         on_batch: told about the progress.
+        batches: how many there are in all.
+        done: how often one has come to an input.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        safety: Sequence[Batch],
-        benign: Sequence[Batch],
-        begin: Callable[[Batch], Pass],
-        room: int,
-        inputs: int,
-        on_batch: OnBatch | None,
-    ) -> None:
-        self._model, self._begin, self._on_batch = model, begin, on_batch
-        self._safety, self._benign = safety, benign
-        threads = torch.get_num_threads() if model.device.type == "cpu" else 1
-        self._room = min(room, THREADS // threads)
+    begin: Callable[[Batch], Pass]
+    room: int
+    inputs: int
+    on_batch: OnBatch | None
+    batches: int = 0
+    done: int = 0
+
+    def tell(self) -> None:
+        self.done += 1
+        if self.on_batch is not None:
+            self.on_batch(self.done, self.inputs * self.batches)
+
+
+class _Line:
+    """The passes over one data in one state, which go on from input to input.
+
+    Whoever looks at an input has given the model that state before.
+    """
+
+    def __init__(self, runs: _Runs, batches: Sequence[Batch]) -> None:
+        self._runs, self._batches = runs, batches
         self._waiting: dict[int, Pass] = {}
-        self._done, self._total = 0, inputs * STATES * (len(safety) + len(benign))
+        runs.batches += len(batches)
 
-    def targets(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return what layers read, for each batch of the safety data and then of the benign data.
+    def at(self, name: str) -> list[Tensor]:
+        """Return what a layer reads, batch by batch, on the CPU."""
+        return [found.cpu() for found in self.each(name)]
 
-        For the former it is without the adapter.
-        """
-        found = []
-        for data, state in (
-            (self._safety, self._model.disable_adapter()),
-            (self._benign, nullcontext()),
-        ):
-            with state:
-                for batch in data:
-                    each = self._begin(batch)
-                    found.append({name: each.until(name).cpu() for name in names})
-                    each.end()
-                    self._tell(len(names))
-        return found
-
-    def sums(self, name: str, targets: Sequence[Tensor]) -> tuple[_Sums, _Sums]:
-        """Return those of the safety and of the benign data for what a layer reads now."""
-        found = _Sums(), _Sums()
-        for number, batch in enumerate((*self._safety, *self._benign)):
-            each = self._waiting.pop(number, None) or self._begin(batch)
-            now = each.until(name)
-            if number < self._room:
-                self._waiting[number] = each
-            else:
-                each.end()
-            found[number >= len(self._safety)].add(targets[number].to(now.device), now)
-            self._tell(1)
-        return found
-
-    def _tell(self, count: int) -> None:
-        self._done += count
-        if self._on_batch is not None:
-            self._on_batch(self._done, self._total)
+    def each(self, name: str) -> Iterator[Tensor]:
+        """Yield what a layer reads, batch by batch."""
+        for number, batch in enumerate(self._batches):
+            if number not in self._waiting and self._runs.room > 0:
+                self._runs.room -= 1
+                self._waiting[number] = self._runs.begin(batch)
+            own = self._waiting.get(number) or self._runs.begin(batch)
+            yield own.until(name)
+            if number not in self._waiting:
+                own.end()
+            self._runs.tell()
 
 
 @dataclass(frozen=True)
@@ -211,29 +202,48 @@ class _Adapted:
     B: Tensor
 
 
-@dataclass
-class _Sums:
-    """`Σ x xᵀ` and `Σ x* xᵀ` (n, n), of the inputs now and those that are the target."""
+@dataclass(frozen=True)
+class _Goal:
+    """What a layer's correction is to add to its output: `change (x* - x) + target x*`.
 
-    own: Tensor | None = None
-    target: Tensor | None = None
-    count: int = 0
+    Attributes:
+        change: (r, n), float64, in the coordinates of the columns of `s B`.
+        target: (r, n), likewise.
+    """
 
-    def add(self, wanted: Tensor, now: Tensor) -> None:
-        wanted, now = wanted.double(), now.double()
-        if self.own is None or self.target is None:
-            self.own = now.new_zeros(now.shape[1], now.shape[1])
-            self.target = torch.zeros_like(self.own)
-        self.own.addmm_(now.T, now)
-        self.target.addmm_(wanted.T, now)
-        self.count += len(now)
+    change: Tensor
+    target: Tensor
 
-    @property
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """`E x xᵀ` and `E x* xᵀ`."""
-        assert self.own is not None
-        assert self.target is not None
-        return self.own / self.count, self.target / self.count
+
+def _equations(
+    wanted: Sequence[Tensor], now: Iterator[Tensor], goals: Mapping[str, _Goal]
+) -> tuple[Tensor, Factors]:
+    """Return the normal equations of layers that read one input, means over the rows of a data set.
+
+    Only the first is a sum of products of whole rows.
+
+    Args:
+        wanted: the inputs `x*` that are the target, batch by batch.
+        now: the inputs `x`, likewise.
+        goals: by the layers' names.
+
+    Returns:
+        `E x xᵀ` (n, n), and of each layer `E g xᵀ` (r, n), with `g` its goal.
+    """
+    own = torch.zeros(0)
+    found: Factors = {}
+    count = 0
+    for target, x in zip(wanted, now, strict=True):
+        x, target = x.double(), target.to(x.device).double()
+        if not count:
+            own = x.new_zeros(x.shape[1], x.shape[1])
+            found = {name: torch.zeros_like(goal.change) for name, goal in goals.items()}
+        add_squares(own, x)
+        change = target - x
+        for name, goal in goals.items():
+            found[name].addmm_((change @ goal.change.T + target @ goal.target.T).T, x)
+        count += len(x)
+    return mirrored(own).div_(count), {name: each.div_(count) for name, each in found.items()}
 
 
 def _adapted(model: Any, name: str) -> _Adapted:
@@ -264,8 +274,22 @@ def _put(adapted: Mapping[str, _Adapted], factors: Mapping[str, Tensor]) -> None
             adapted[name].A.copy_(factor)
 
 
-def _solved(layer: _Adapted, A: Tensor, safety: _Sums, benign: _Sums, mu: float) -> Tensor:
-    """Return `A'` (r, n), float64.
+def _goals(layer: _Adapted, A: Tensor) -> tuple[_Goal, _Goal]:
+    """Return those of a layer with its trained `A` on the safety and on the benign data."""
+    weight = plain_weight(layer.base)
+    assert weight is not None
+    inverse = torch.linalg.pinv(layer.B)
+    change, own = inverse @ weight.double(), inverse @ layer.B @ A.double()
+    return _Goal(change, torch.zeros_like(own)), _Goal(change, own)
+
+
+def _solved(
+    goals: Mapping[str, tuple[_Goal, _Goal]],
+    safety: tuple[Tensor, Factors],
+    benign: tuple[Tensor, Factors],
+    mu: float,
+) -> Factors:
+    """Return `A'` (r, n), float64, of layers that read one input.
 
     It is that of the least
 
@@ -273,25 +297,25 @@ def _solved(layer: _Adapted, A: Tensor, safety: _Sums, benign: _Sums, mu: float)
 
     with `x`, `s` the inputs now, `x₀` in the aligned and `s₀` in the adapted model, and `ρ` the
     ridge of `E s sᵀ`. Where `x = x₀` and `s = s₀` that is `A μS (H + μS)⁻¹`.
+
+    Args:
+        goals: of the layers, on both data.
+        safety: what `_equations` returns of the safety data.
+        benign: the same of the benign data.
+        mu: μ.
     """
-    B = layer.B
-    if not bool(B.any()):
-        return A.double()
-    weight = plain_weight(layer.base)
-    assert weight is not None
-    W, update = weight.double(), B @ A.double()
-    H, aligned = safety.moments
-    S, adapted = benign.moments
+    (H, refused), (S, kept) = safety, benign
     ridge = RIDGE * float(S.diagonal().mean())
-    wanted = W @ (aligned - H)
-    wanted += mu * ((W + update) @ adapted - W @ S + ridge * update)
     K = H + mu * S
     K.diagonal().add_(mu * ridge)
     factor, info = torch.linalg.cholesky_ex(K)
     if int(info) != 0:
         raise SafeprojError(
-            f"{layer.name}: what it reads on the benign data is zero; expected data that reaches "
-            "every layer"
+            f"{next(iter(goals))}: what it reads on the benign data is zero; expected data that "
+            "reaches every layer"
         )
-    found: Tensor = torch.cholesky_solve((torch.linalg.pinv(B) @ wanted).T, factor).T
+    found: Factors = {}
+    for name, (_, own) in goals.items():
+        wanted = refused[name] + mu * (kept[name] + ridge * own.target)
+        found[name] = torch.cholesky_solve(wanted.T, factor).T
     return found
