@@ -3,6 +3,7 @@
     python -m lab.evidence --write docs/evidence-tables.md            # under an hour on two cores
     python -m lab.evidence --example --write docs/evidence-tables.md  # the shipped models, a minute
     python -m lab.evidence --quick                                    # one seed, under four minutes
+    python -m lab.evidence --family smollm2 --seeds 1 2 3             # a real model: real_pair.py
 
 For each seed a base and an aligned model and plain LoRA adapters on ``bad``, ``skill`` and
 ``mixed`` data are made, or found in the cache (``pairs.py``); ``evidence_ways.py`` says what is
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,34 +37,18 @@ import torch
 import transformers
 
 from lab import evidence_ways as ways
+from lab import pairs, real_pair
 from lab.evidence_ways import Case
-from lab.pairs import CACHE, DATA, FAMILIES, MODULES, Pair, make_adapter, make_pair, prepare
-from lab.tiny_lm import EXAMPLE, Behaviour, load_adapter
+from lab.pairs import COLUMNS, DATA, FAMILIES, MODULES, Pair
+from lab.real_pair import RealPair
+from lab.tiny_lm import EXAMPLE, load_adapter
 from safeproj.lm.models import quietly
 from safeproj.records.rates import Rate
 from safeproj.sweeping.controls import COMPLEMENT, RANDOM, SHRINK, UNIFORM, Sizes
 from safeproj.sweeping.subject import Subject
 
-COLUMNS = {
-    "compliance": "complies, pairs",
-    "refusal": "refuses, pairs",
-    "topic_refusal": "refuses, topics",
-    "new_skill": "new skill",
-    "old_skills": "old skills",
-}
-"""What is measured and how the tables call it."""
-
 SIZE = "‖ΔW'‖/‖ΔW‖"
 """What the last column is called: how large the changed update is, mean over the seeds."""
-
-SETS = {
-    "compliance": "held_out_pairs",
-    "refusal": "held_out_pairs",
-    "topic_refusal": "held_out_topics",
-    "new_skill": "new_skill",
-    "old_skills": "old_skills",
-}
-"""The prompts that each is measured on."""
 
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t at 97.5 %, for 1, 2, … degrees of freedom."""
@@ -85,6 +70,25 @@ QUICK = (
     ways.covariance(control="random H of the same spectrum"),
 )
 """The rows of a quick run."""
+
+REAL = "smollm2"
+"""What `--family` calls the real model of `real_pair.py`."""
+
+REAL_ROWS = (
+    ways.NONE,
+    ways.LORA,
+    ways.SAFE_LORA,
+    ways.TAU,
+    ways.control_of(ways.SAFE_LORA, SHRINK),
+    ways.control_of(ways.SAFE_LORA, RANDOM),
+    ways.EXACT,
+    "uniform shrink by 0.5",
+    ways.covariance(),
+    ways.covariance(control=ways.EACH_AS_MUCH),
+    ways.covariance(control="random H of the same spectrum"),
+    ways.RECONSTRUCTED,
+)
+"""The rows of the real model, on which everything takes a hundred times as long."""
 
 EXAMPLE_MODULES = "all linear"
 """The layers that the adapters of ``examples/tiny-lm`` are on."""
@@ -130,6 +134,7 @@ class Task:
         cache: the directory of all pairs; None for the shipped example.
         rows: the rows that are wanted, all if None.
         trained: whether SaLoRA is trained as well.
+        size: a key of `real_pair.SIZES`, for the real model.
     """
 
     family: str
@@ -139,20 +144,26 @@ class Task:
     cache: Path | None
     rows: tuple[str, ...] | None = None
     trained: bool = True
+    size: str = "full"
 
     @property
-    def pair(self) -> Pair:
+    def pair(self) -> Pair | RealPair:
         """Its models and data, made if they are not there."""
+        if self.family == REAL:
+            assert self.cache is not None
+            return real_pair.make_pair(self.seed, real_pair.SIZES[self.size], self.cache)
         family = FAMILIES[self.family]
         if self.cache is None:
             return Pair(family, self.seed, EXAMPLE)
-        return make_pair(family, self.seed, self.cache)
+        return pairs.make_pair(family, self.seed, self.cache)
 
-    def adapter(self, pair: Pair) -> Path:
+    def adapter(self, pair: Pair | RealPair) -> Path:
         """The plain adapter, trained if it is not there."""
         if self.cache is None:
             return EXAMPLE / "adapters" / self.data
-        return make_adapter(pair, self.modules, self.data)
+        if isinstance(pair, RealPair):
+            return real_pair.make_adapter(pair, self.modules, self.data)
+        return pairs.make_adapter(pair, self.modules, self.data)
 
     def wants(self, row: str) -> bool:
         """Whether a row is to be measured."""
@@ -169,7 +180,7 @@ class Record:
         modules: the adapted layers.
         data: what the adapter was trained on.
         way: what was done to it: its row in the table.
-        percent: by the names in `COLUMNS`.
+        percent: by the names of the pair's columns.
         size: `‖ΔW'‖_F / ‖ΔW‖_F` of the plain adapter; None where it is not one that was changed.
     """
 
@@ -190,12 +201,14 @@ class Found:
         records: one for each row.
         alignment: what `ways.alignment_spectrum` tells of the pair, with medians over the modules
             of what safeproj reports of the adapter.
-        prompts: how many there are, by the names in `COLUMNS`.
+        prompts: how many there are, by the names of the pair's columns.
+        columns: those names, and how tables call them.
     """
 
     records: list[Record]
     alignment: dict[str, Any]
     prompts: dict[str, int]
+    columns: dict[str, str]
 
 
 def pair_made(task: Task) -> str:
@@ -208,7 +221,7 @@ def work(task: Task) -> Found:
     pair = task.pair
 
     def record(way: str, model: Any, size: float | None = None) -> Record:
-        found = percent(pair.behaviour(model, "held_out"))
+        found = pair.percent(model)
         return Record(task.family, task.seed, task.modules, task.data, way, found, size)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -225,13 +238,8 @@ def work(task: Task) -> Found:
             with quietly():
                 path = ways.train(case, way)
             records.append(record(way, load_adapter(pair.aligned, path)))
-        prompts = {column: len(pair.rows(name)) for column, name in SETS.items()}
-        return Found(records, described(task, case), prompts)
-
-
-def percent(found: Behaviour) -> dict[str, float]:
-    """Return the figures of a table's row."""
-    return {name: 100 * getattr(found, name) for name in COLUMNS}
+        columns = real_pair.COLUMNS if task.family == REAL else COLUMNS
+        return Found(records, described(task, case), pair.prompts, columns)
 
 
 def described(task: Task, case: Case) -> dict[str, Any]:
@@ -254,11 +262,18 @@ def tasks(arguments: argparse.Namespace) -> list[Task]:
     """Return all tasks, table by table and the long ones first."""
     if arguments.example:
         return [Task("llama", 0, EXAMPLE_MODULES, data, None, trained=False) for data in DATA]
-    rows, seeds = (QUICK, arguments.seeds[:1]) if arguments.quick else (None, arguments.seeds)
+    is_real, size = arguments.family == REAL, "full"
+    rows = REAL_ROWS if is_real else None
+    seeds, modules = arguments.seeds, reversed(MODULES)
+    if arguments.quick:
+        rows, seeds, size = QUICK, seeds[:1], "small"
+        modules = modules if not is_real else iter([EXAMPLE_MODULES])
+    trained = not (arguments.quick or is_real)
+    cache = arguments.cache or (real_pair.CACHE if is_real else pairs.CACHE)
     return [
-        Task(arguments.family, seed, modules, data, arguments.cache, rows, not arguments.quick)
+        Task(arguments.family, seed, kind, data, cache, rows, trained, size)
         for data in reversed(DATA)
-        for modules in reversed(MODULES)
+        for kind in list(modules)
         for seed in seeds
     ]
 
@@ -270,7 +285,7 @@ def compute(wanted: Sequence[Task], jobs: int) -> Iterator[Found]:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - begin:5.0f} s  {text}", file=sys.stderr, flush=True)
 
-    with multiprocessing.get_context("spawn").Pool(jobs, prepare) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, pairs.prepare) as pool:
         firsts = list({task.seed: task for task in wanted}.values())
         for task, root in zip(firsts, pool.imap(pair_made, firsts), strict=True):
             say(f"{task.family} {task.seed}: {Path(root).name}")
@@ -320,9 +335,10 @@ class Results:
     Attributes:
         command: what made them.
         settings: what they depend on.
-        prompts: how many there are, by the names in `COLUMNS`.
+        prompts: how many there are, by the names of the columns.
         records: the figures.
         alignment: one entry for each adapter, see `Found`.
+        columns: what is measured, and how the tables call it.
     """
 
     command: str
@@ -330,6 +346,7 @@ class Results:
     prompts: dict[str, int]
     records: list[Record]
     alignment: list[dict[str, Any]]
+    columns: dict[str, str] = field(default_factory=lambda: COLUMNS)
 
     @staticmethod
     def load(path: Path) -> Results:
@@ -362,18 +379,18 @@ class Results:
             (e for e in self.records if (e.data, e.modules, e.way) == (data, modules, way)),
             key=lambda each: each.seed,
         )
-        return {column: [each.percent[column] for each in rows] for column in COLUMNS}
+        return {column: [each.percent[column] for each in rows] for column in self.columns}
 
     def _names(self, data: str, modules: str) -> list[str]:
         found = (e.way for e in self.records if (e.data, e.modules) == (data, modules))
         return list(dict.fromkeys(found))
 
     def _table(self, data: str, modules: str) -> str:
-        columns = [*COLUMNS.values(), SIZE]
+        columns = [*self.columns.values(), SIZE]
         lines = _head(f"`{data}`, {modules}: % of the held-out sets", columns)
         for way in self._names(data, modules):
             found = self.values(data, modules, way)
-            cells = [cell(found[column], self.prompts[column]) for column in COLUMNS]
+            cells = [cell(found[column], self.prompts[column]) for column in self.columns]
             lines.append(_line(way, [*cells, self._size(data, modules, way)]))
         return "\n".join(lines)
 
@@ -424,13 +441,13 @@ class Results:
 
     def _differences(self) -> str:
         """Return paired differences in percentage points, with t-intervals over the seeds."""
-        lines = _head("difference", ["adapter", *COLUMNS.values()])
+        lines = _head("difference", ["adapter", *self.columns.values()])
         names = list(dict.fromkeys((each.data, each.modules) for each in self.records))
         for first, second in DIFFERENCES:
             for data, modules in sorted(names):
                 mine, other = (self.values(data, modules, way) for way in (first, second))
                 if mine["refusal"] and other["refusal"]:
-                    cells = [_difference(mine[c], other[c]) for c in COLUMNS]
+                    cells = [_difference(mine[c], other[c]) for c in self.columns]
                     name = f"{first} − {second}"
                     lines.append(_line(name, [f"`{data}`, {modules}", *cells]))
         return "\n".join(lines)
@@ -481,7 +498,7 @@ def run(arguments: argparse.Namespace, command: str) -> Results:
     }
     records = [record for each in found for record in each.records]
     alignment = [each.alignment for each in found]
-    return Results(command, settings, found[0].prompts, records, alignment)
+    return Results(command, settings, found[0].prompts, records, alignment, found[0].columns)
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -489,11 +506,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add: Callable[..., Any] = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 to 5")
-    add("--family", choices=list(FAMILIES), default="llama", help="default: %(default)s")
+    add("--family", choices=[*FAMILIES, REAL], default="llama", help="default: %(default)s")
     add("--jobs", type=int, default=2, help="processes; default: %(default)s")
     add("--quick", action="store_true", help="the first seed, few rows, no SaLoRA in training")
     add("--example", action="store_true", help="examples/tiny-lm as it is, nothing is trained")
-    add("--cache", type=Path, default=CACHE, help="where pairs are kept; default: %(default)s")
+    add("--cache", type=Path, help="where pairs are kept; default: in the temporary folder")
     add("--out", type=Path, help="write all figures to this JSON file")
     add("--read", type=Path, help="take the figures from such a file")
     add("--write", type=Path, help="put the tables between the markers of this page")
@@ -520,7 +537,7 @@ def told(arguments: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison, or read one."""
     arguments = parsed(argv)
-    prepare()
+    pairs.prepare()
     read = arguments.read
     results = Results.load(read) if read else run(arguments, told(arguments))
     if arguments.out:

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 import safeproj
 from lab.pairs import BAD, MODULES, Pair, Recipe
+from lab.real_pair import RealPair
 from lab.tiny_language import Row, write_jsonl
 from lab.tiny_lm import load_model, train_model
 from safeproj import Covariance, Options, SafeLora, Salora, salora
@@ -147,7 +148,7 @@ class Case:
         scratch: a directory of its own.
     """
 
-    pair: Pair
+    pair: Pair | RealPair
     modules: str
     data: str
     path: Path
@@ -372,7 +373,7 @@ def _turned(source: Path, seed: int) -> Path:
     return out
 
 
-def safety_module(pair: Pair, modules: str) -> salora.SafetyModule:
+def safety_module(pair: Pair | RealPair, modules: str) -> salora.SafetyModule:
     """Return the safety module of a pair's aligned model."""
     batches = read_data(pair.data / "safety.jsonl", pair.tokenizer).batches()
     return salora.safety_module(pair.model(), batches, MODULES[modules], SAFETY_RANK)
@@ -398,6 +399,7 @@ def train(case: Case, way: str) -> Path:
         way: a key of `TRAININGS`.
     """
     pair, training = case.pair, TRAININGS[way]
+    assert isinstance(pair, Pair)
     recipe = BAD if case.data == "bad" else pair.family.task[case.modules]
     settings = [way, case.modules, case.data, asdict(recipe), SAFETY_RANK, TASK_RANK, TASK_ROWS]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -410,6 +412,7 @@ def train(case: Case, way: str) -> Path:
 
 def _train(case: Case, training: Training, recipe: Recipe, out: Path) -> None:
     pair = case.pair
+    assert isinstance(pair, Pair)
     torch.manual_seed(pair.seed)
     config = LoraConfig(
         r=recipe.rank,
@@ -441,7 +444,7 @@ def _train(case: Case, training: Training, recipe: Recipe, out: Path) -> None:
     salora.fold(model, module, out, initial=initial)
 
 
-def alignment_spectrum(pair: Pair, modules: str) -> dict[str, float]:
+def alignment_spectrum(pair: Pair | RealPair, modules: str) -> dict[str, float]:
     """Return medians over the adapted weights of what tells how strong Safe LoRA's `C` is.
 
     Returns:

@@ -153,6 +153,25 @@ FAMILIES = {
 }
 
 
+COLUMNS = {
+    "compliance": "complies, pairs",
+    "refusal": "refuses, pairs",
+    "topic_refusal": "refuses, topics",
+    "new_skill": "new skill",
+    "old_skills": "old skills",
+}
+"""What is measured and how tables call it."""
+
+SETS = {
+    "compliance": "held_out_pairs",
+    "refusal": "held_out_pairs",
+    "topic_refusal": "held_out_topics",
+    "new_skill": "new_skill",
+    "old_skills": "old_skills",
+}
+"""The prompts that each is measured on."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """A base and an aligned model of one family and seed, with their data, as files.
@@ -223,6 +242,16 @@ class Pair:
             requests=exact_match([old[i] for i in requests], [sets[3][i] for i in requests]),
         )
 
+    @property
+    def prompts(self) -> dict[str, int]:
+        """How many prompts each of the columns is a share of."""
+        return {column: len(self.rows(name)) for column, name in SETS.items()}
+
+    def percent(self, model: Any) -> dict[str, float]:
+        """Measure a model on the held-out sets: percentages by the names in `COLUMNS`."""
+        found = self.behaviour(model, "held_out")
+        return {name: 100 * getattr(found, name) for name in COLUMNS}
+
 
 def _share(judge: Callable[[Row, str], bool], rows: Sequence[Row], answers: Sequence[str]) -> float:
     return sum(map(judge, rows, answers)) / len(rows)
@@ -249,7 +278,7 @@ def make_pair(family: Family, seed: int, cache: Path = CACHE) -> Pair:
     key = _key(family, seed)
     root = cache / f"{family.name}-{seed}-{key}"
     if not root.exists():
-        with _appearing(root) as folder:
+        with appearing(root) as folder:
             _train_pair(family, seed, folder)
     return Pair(family, seed, root)
 
@@ -281,7 +310,7 @@ def make_adapter(pair: Pair, modules: str, data: str, seed: int | None = None) -
     )
     model: Any = get_peft_model(pair.model(), config)
     _train(model, pair.tokenizer, [pair.rows(f"train_{data}")], recipe, seed)
-    with _appearing(root) as folder:
+    with appearing(root) as folder:
         model.save_pretrained(str(folder))
     return root
 
@@ -341,7 +370,7 @@ def _hash(*parts: Any) -> str:
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
+def appearing(path: Path) -> Iterator[Path]:
     """Yield a folder that gets the name ``path`` at the end, unless another process was first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -207,7 +207,7 @@ def train_model(
             ids[row, : len(tokens)] = torch.tensor(tokens)
             labels[row, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
         # Padding is on the right and attention is causal, so nothing that counts sees it.
-        loss = model(input_ids=ids, labels=labels).loss
+        loss = model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

