@@ -124,6 +124,7 @@ class Size:
 SIZES = {
     "small": Size("small", 4, 512, 8, 2, 1408, 4000, 8),
     "1.1b": Size("1.1B", 22, 2048, 32, 4, 5632, 32000, 500),
+    "8b": Size("8B", 32, 4096, 32, 8, 14336, 128256, 4000),  # Llama 3.1
 }
 
 
@@ -233,8 +234,8 @@ def make_all(root: Path, size: Size) -> None:
         make_adapter(root, size, adapter)
 
 
-def make_pair(root: Path, size: Size) -> None:
-    """Write both checkpoints, shard by shard. The same size always gives the same bytes."""
+def make_pair(root: Path, size: Size, device: str = "cpu") -> None:
+    """Write both checkpoints, shard by shard. The same size and device give the same bytes."""
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -256,16 +257,16 @@ def make_pair(root: Path, size: Size) -> None:
         if len(shape) == 1:
             ones = torch.ones(shape, dtype=torch.bfloat16)
             return ones, ones.clone()
-        generator = torch.Generator().manual_seed(SEED + index)
-        weight = torch.randn(shape, generator=generator).mul_(0.02)
+        generator = torch.Generator(device).manual_seed(SEED + index)
+        weight = torch.randn(shape, generator=generator, device=device).mul_(0.02)
         base = weight.to(torch.bfloat16)
         # Rows of the difference get unequal sizes, more so for some tensors than for others, so
         # that cosines differ from module to module and a mix-up of modules would show.
         spread = 2.0 * ((index * 7) % 16) / 15
-        rows = torch.exp(torch.linspace(-spread, spread, shape[0]))
+        rows = torch.exp(torch.linspace(-spread, spread, shape[0], device=device))
         rows *= 0.001 / rows.square().mean().sqrt()
-        change = torch.randn(shape, generator=generator).mul_(rows[:, None])
-        return base, base.float().add_(change).to(torch.bfloat16)
+        change = torch.randn(shape, generator=generator, device=device).mul_(rows[:, None])
+        return base.cpu(), base.float().add_(change).to(torch.bfloat16).cpu()
 
     folders = (root / "base", root / "aligned")
     for folder in folders:

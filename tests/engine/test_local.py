@@ -237,12 +237,7 @@ def test_unknown_devices_are_refused(device: str) -> None:
         engine.resolve_device(device)
 
 
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device; there is none"
-)
-
-
-@pytest.mark.parametrize("device", ["torch", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("device", ["torch", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("projector", [Approx(), Exact(rank=4), Exact(energy=0.5)], ids=repr)
 def test_torch_agrees_with_numpy(
@@ -255,7 +250,7 @@ def test_torch_agrees_with_numpy(
     assert other.cosine == pytest.approx(cpu.cosine, abs=2e-6)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_cuda_overlaps_blocks_without_mixing_them(tmp_path: Path) -> None:
     W_aligned, W_base = pair(9000, 9000)  # several blocks in both staging buffers
     task = task_of(tmp_path, W_aligned, W_base)

@@ -556,7 +556,7 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     assert found.failed == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none")
+@pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
 @pytest.mark.parametrize("K", [4, 40], ids=["sketch", "eigenvectors"])
 def test_cuda_agrees_with_the_cpu(shape: tuple[int, int], K: int) -> None:
