@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from safeproj import api
+from safeproj import Options, api
 from safeproj.cli import terminal
 from safeproj.cli.options import Reporting, WritingTalking
 from safeproj.cli.progress import INTERVAL, Lines, Run, Steps
@@ -339,7 +339,7 @@ def test_a_run_over_checkpoints_says_so_in_a_log(
 ) -> None:
     with terminal.observer(0, interval=0.001) as observer:
         assert observer is not None
-        options = api.Options(observer=observer)
+        options = Options(observer=observer)
         for _ in range(20):
             api.inspect(trio.method, str(trio.adapter), options)
             lines = capsys.readouterr().err.splitlines()

@@ -12,7 +12,7 @@ import torch
 
 from lab import evidence
 from lab import evidence_ways as ways
-from lab.pairs import MODULES
+from lab.pairs import COLUMNS, MODULES
 from safeproj.sweeping.controls import COMPLEMENT, SHRINK
 from tests.support import python_m
 
@@ -55,11 +55,11 @@ def figures(block: str) -> dict[str, Row]:
     """Return the figures of a table of percentages."""
     found: dict[str, Row] = {}
     for name, cells in table(block).items():
-        if cells != [*evidence.COLUMNS.values(), evidence.SIZE]:
+        if cells != [*COLUMNS.values(), evidence.SIZE]:
             parsed = [CELL.fullmatch(cell) for cell in cells[:-1]]
             found[name] = {
                 column: (float(m[1]), float(m[2] or m[1]), float(m[3] or m[1]))
-                for column, m in zip(evidence.COLUMNS, parsed, strict=True)
+                for column, m in zip(COLUMNS, parsed, strict=True)
                 if m is not None
             }
     return found
@@ -110,7 +110,7 @@ def test_every_table_is_whole_and_has_its_command_above_it(shown: dict[str, str]
         found = figures(text)
         assert found, name
         for way, row in found.items():
-            assert row.keys() == evidence.COLUMNS.keys(), (name, way)
+            assert row.keys() == COLUMNS.keys(), (name, way)
             assert all(0 <= low <= mean <= high <= 100 for mean, low, high in row.values())
 
 
@@ -139,7 +139,7 @@ def results(seeds: int) -> evidence.Results:
         ways.control_of(ways.SAFE_LORA, SHRINK): [4.0, 6.0, 8.0],
     }
     records = [
-        evidence.Record("llama", seed, "q+v", "mixed", way, dict.fromkeys(evidence.COLUMNS, value))
+        evidence.Record("llama", seed, "q+v", "mixed", way, dict.fromkeys(COLUMNS, value))
         for way, values in figures.items()
         for seed, value in enumerate(values[:seeds])
     ]
@@ -147,7 +147,7 @@ def results(seeds: int) -> evidence.Results:
     for kind in ("approx", "exact"):
         alignment |= {f"{kind}_scale": 0.05, f"{kind}_cosine": 0.4}
     settings = {"pairs": "llama", "seeds": list(range(seeds))}
-    prompts = dict.fromkeys(evidence.COLUMNS, 150)
+    prompts = dict.fromkeys(COLUMNS, 150)
     return evidence.Results("python -m lab.evidence", settings, prompts, records, [alignment])
 
 
@@ -155,7 +155,7 @@ def test_differences_are_paired_by_seed_and_their_intervals_those_of_students_t(
     found = table(results(3).tables["llama, differences"])
     row = found[f"{ways.SAFE_LORA} − {ways.control_of(ways.SAFE_LORA, SHRINK)}"]
     # Of -4, -6 and -6: mean -5.33, standard error 0.667, t = 4.303 with 2 degrees of freedom.
-    assert row == ["`mixed`, q+v", *["**-5 (-8 to -2)**"] * len(evidence.COLUMNS)]
+    assert row == ["`mixed`, q+v", *["**-5 (-8 to -2)**"] * len(COLUMNS)]
 
 
 def test_one_seed_has_the_intervals_of_the_prompts_and_no_differences() -> None:
