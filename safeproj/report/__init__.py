@@ -120,7 +120,7 @@ def render(
         SafeprojError: there is no such format of it, or it needs an extra that is not installed.
     """
     known = CHECK_FORMATS if isinstance(record, Checks) else FORMATS
-    if format not in known:
+    if format not in known and not (format == FAILING and isinstance(record, Checks)):
         raise SafeprojError(f"--format {format}: expected {', '.join(known[:-1])} or {known[-1]}")
     module = cast(Format, import_module(f"safeproj.report.{format}"))
     if isinstance(record, Checks):

@@ -431,7 +431,7 @@ def open_folder(source: str) -> Folder:
     try:
         return _open_hub(place, source)
     except SafeprojError as error:
-        raise SafeprojError(f"{error}{nearby(path)}") from error.__cause__
+        raise SafeprojError(f"{error.message}{nearby(path)}") from error.__cause__
 
 
 def _why_local(place: HubPlace, source: str) -> str:
