@@ -26,6 +26,7 @@ LONGEST = (
     "tests/e2e/test_salora_docs.py",
     "tests/e2e/test_readme.py::test_commands_print_what_the_pages_show[docs/sweep.md]",
     "tests/examples/test_evidence.py::test_the_example_again",
+    "tests/examples/test_real_pair.py",
 )
 """The longest tests: others run beside them, and none of them is begun last."""
 

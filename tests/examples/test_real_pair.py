@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 
 from lab import evidence, real_pair, real_texts
+from lab import evidence_ways as ways
 
+ROWS = (ways.NONE, ways.LORA, ways.SAFE_LORA, ways.covariance(), ways.RECONSTRUCTED)
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_small_pair_is_made_and_measured(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     task = evidence.Task(
-        evidence.REAL, 7, "all linear", "mixed", cache, evidence.REAL_ROWS, trained=False,
-        size="small",
+        evidence.REAL, 7, "all linear", "mixed", cache, ROWS, trained=False, size="small",
     )  # fmt: skip
     found = evidence.work(task)
-    assert {each.way for each in found.records} == set(evidence.REAL_ROWS)
+    assert {each.way for each in found.records} == set(ROWS)
     for record in found.records:
         assert record.percent.keys() == real_pair.COLUMNS.keys() == found.prompts.keys()
         assert all(0.0 <= value <= 100.0 for value in record.percent.values())
@@ -39,7 +40,7 @@ def test_a_small_pair_is_made_and_measured(tmp_path: Path) -> None:
     )  # fmt: skip
     table = results.tables["smollm2, mixed, all linear"]
     assert "complies, HarmBench" in table
-    assert table.count("\n| ") == 1 + len(evidence.REAL_ROWS)
+    assert table.count("\n| ") == 1 + len(ROWS)
 
 
 def test_nothing_that_is_reported_on_is_trained_on() -> None:
