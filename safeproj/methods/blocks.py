@@ -22,12 +22,15 @@ class Projected:
         alignment_norm: `‖V‖_F`; None for SaLoRA, which has no `V`.
         rank: k of a truncated projector, None where the projector is not truncated.
         UB: `Uᵀ B`, shape (k, r), where `C` is known by orthonormal columns `U`.
+        is_determined: whether the gap after the k leading singular values is wide enough to tell
+            which they are, where the projector is truncated.
     """
 
     CB: AnyArray | None
     alignment_norm: float | None
     rank: int | None = None
     UB: AnyArray | None = None
+    is_determined: bool = True
 
 
 def with_rows(blocks: Blocks) -> Iterable[tuple[slice, AnyArray]]:

@@ -122,12 +122,15 @@ class Detail:
         return ()
 
     @classmethod
-    def warnings(cls, projected: Mapping[str, Detail], uncertain: Collection[str]) -> Iterator[str]:
-        """Yield what the user should know of the modules that were chosen.
+    def warnings(
+        cls, details: Mapping[str, Detail], chosen: Collection[str], uncertain: Collection[str]
+    ) -> Iterator[str]:
+        """Yield what the user should know of the modules that were scored.
 
         Args:
-            projected: those, by name.
+            details: of those, by name.
+            chosen: those that are projected.
             uncertain: those that might be chosen otherwise within the bounds of their cosines.
         """
-        del projected, uncertain
+        del details, chosen, uncertain
         yield from ()

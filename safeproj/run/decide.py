@@ -131,7 +131,7 @@ def decide(
             *adapter.warnings,
             *plan.warnings,
             *_warnings(scores, selection, chosen, lossy, unprojected, method),
-            *method.detail.warnings({name: details[name] for name in chosen}, uncertain),
+            *method.detail.warnings(details, chosen, uncertain),
         ),
     )
     converted = {}

@@ -20,6 +20,7 @@ class Alignment(Detail):
         rank: k of a truncated projector, None where it is not truncated.
         truncation: upper bound of `‖C - C_K‖_F / ‖C‖_F` where a file holds part of `C`.
         residual: upper bound of `‖C - C_K‖₂`.
+        is_determined: whether it is certain which directions a projector of rank k keeps.
     """
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -45,6 +46,7 @@ class Alignment(Detail):
     rank: int | None = None
     truncation: float | None = None
     residual: float = 0.0
+    is_determined: bool = True
 
     @property
     def length(self) -> float:
@@ -79,7 +81,21 @@ class Alignment(Detail):
         )
 
     @classmethod
-    def warnings(cls, projected: Mapping[str, Detail], uncertain: Collection[str]) -> Iterator[str]:
+    def warnings(
+        cls, details: Mapping[str, Detail], chosen: Collection[str], uncertain: Collection[str]
+    ) -> Iterator[str]:
+        unsure = [
+            name
+            for name, each in details.items()
+            if isinstance(each, Alignment) and not each.is_determined
+        ]
+        if unsure:
+            yield (
+                f"{len(unsure)} modules have singular values of V that are as good as equal before "
+                "and after the cut, so that rounding decides which directions the exact projector "
+                f"keeps there: {shorten(sorted(unsure, key=natural_order))}; choose another --rank "
+                "or --energy"
+            )
         if uncertain:
             yield (
                 f"{len(uncertain)} decisions are not certain: the alignment file keeps part of C, "
@@ -89,7 +105,7 @@ class Alignment(Detail):
             )
         errors = [
             each.truncation
-            for each in projected.values()
+            for each in map(details.__getitem__, chosen)
             if isinstance(each, Alignment) and each.truncation
         ]
         if errors:

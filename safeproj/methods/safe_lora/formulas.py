@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy
 
 from safeproj.methods.blocks import Blocks, Projected, with_rows
-from safeproj.methods.eigenpairs import largest_first, wide_dtype
+from safeproj.methods.eigenpairs import wide_dtype
+from safeproj.methods.safe_lora.subspace import Gram, Known, Leading, leading
 from safeproj.storage.arrays import AnyArray, namespace, sum_of_squares
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 
 
 EPS64, EPS32 = (float(numpy.finfo(dtype).eps) for dtype in (numpy.float64, numpy.float32))
+
+TINY = float(numpy.finfo(numpy.float64).tiny)
+
+DETERMINED = 1e-5
+"""Bound of `‖C - Ĉ‖₂` up to which `V` determines the exact projector."""
 
 
 def alignment(W_aligned: AnyArray, W_base: AnyArray, V: AnyArray) -> None:
@@ -141,39 +148,56 @@ class Exact:
             raise ValueError(f"energy must lie in (0, 1], found {self.energy}")
 
     def from_V(self, blocks: Blocks, B: AnyArray) -> Projected:
-        """Return `C B` for `B` (m, r), float32, from the eigenvectors of the smaller Gram matrix.
+        """Return `C B` for `B` (m, r), float32, from the leading eigenvectors of a Gram matrix.
 
-        In float64: a Gram matrix squares the condition of `V`. Holds `V` (m, n) and a Gram matrix
-        of side min(m, n).
+        In float64: a Gram matrix squares the condition of `V`. Holds `V` (m, n), and as many
+        vectors as it takes, or a Gram matrix of side min(m, n).
 
         Raises:
             FloatingPointError: `V` has a value that is not finite.
         """
         xp = namespace(B)
         V = _gathered(blocks, B)
-        norm = 0.0 if V is None else _norm(xp.sum(V * V))
+        square = 0.0 if V is None else float(xp.sum(V * V))
+        norm = _norm(square)
         if norm == 0.0 or V is None:
             return Projected(None, norm)
         wide = V.shape[0] <= V.shape[1]
-        eigenvalues, vectors = largest_first(V @ V.T if wide else V.T @ V)
-        k = self._truncate(eigenvalues, max(V.shape) * EPS64)
-        basis = vectors[:, :k]
+        X, noise = V if wide else V.T, max(V.shape) * EPS64
+        # A sum of l products x·y is off by √l u ‖x‖ ‖y‖ at most, u the unit roundoff, but for rare
+        # inputs (Higham and Mary, SIAM J. Sci. Comput. 2019).
+        rounding = math.sqrt(X.shape[1]) * EPS64 / 2 * square
+        found = leading(Gram(X), partial(self._count, square, noise), self.rank or 1, rounding)
+        basis = found.rows.T
         if not wide:  # right singular vectors: U_k = V W_k Σ_k⁻¹
-            basis = (V @ basis) / xp.sqrt(eigenvalues[:k])
-        return Projected(_onto(basis, B), norm, k)
+            basis = (V @ basis) / xp.sqrt(found.values)
+        return self._projected(basis, B, norm, found, 0.0)
 
     def from_C(self, blocks: Blocks, norm: float, B: AnyArray) -> Projected:
         """Return the same from row blocks of `C = V Vᵀ / ‖V‖_F` (m, m), rounded to float32."""
         C = _gathered(blocks, B)
         assert C is not None
-        eigenvalues, vectors = largest_first(C)
-        k = self._truncate(eigenvalues, len(C) * EPS32)
-        return Projected(_onto(vectors[:, :k], B), norm, k)
+        count = partial(self._count, float(namespace(B).linalg.trace(C)), len(C) * EPS32)
+        size = float(namespace(B).linalg.matrix_norm(C))
+        found = leading(Known(C), count, self.rank or 1, EPS64 * size)
+        # The rounding to float32 is spread over all directions, so that two mix by so much of it.
+        return self._projected(found.rows.T, B, norm, found, EPS32 / 2 * size / len(C))
 
-    def _truncate(self, eigenvalues: AnyArray, rounding: float) -> int:
-        """Return k for the eigenvalues in descending order, which are `σ²` times a constant.
+    def _projected(
+        self, basis: AnyArray, B: AnyArray, norm: float, found: Leading, rounding: float
+    ) -> Projected:
+        k = basis.shape[1]
+        error = 0.0 if k == len(B) else found.error + rounding / max(found.gap, TINY)
+        return Projected(_onto(basis, B), norm, k, is_determined=error <= DETERMINED)
 
-        Those below `rounding`, relative to the first, are noise: k is at most the numerical rank.
+    def _count(self, total: float, rounding: float, eigenvalues: AnyArray) -> int:
+        """Return k for the leading eigenvalues, which are `σ²` times a constant; all if too few.
+
+        Args:
+            total: the sum of all eigenvalues.
+            rounding: those below it, relative to the first, are noise: k is at most the numerical
+                rank.
+            eigenvalues: some of them, in descending order.
         """
         xp, noise = namespace(eigenvalues), rounding * eigenvalues[0]
         numerical_rank = int((eigenvalues > noise).sum())
@@ -181,8 +205,7 @@ class Exact:
             return min(self.rank, numerical_rank)
         share = xp.cumulative_sum(xp.clip(eigenvalues, min=0.0))
         assert self.energy is not None
-        wanted = self.energy * share[-1]
-        return min(int((share < wanted).sum()) + 1, numerical_rank)
+        return min(int((share < self.energy * total).sum()) + 1, numerical_rank)
 
 
 def _gathered(blocks: Blocks, like: AnyArray) -> AnyArray | None:

@@ -53,7 +53,8 @@ def score(
             return Score(None, None, Alignment(norm, found.rank))
         cosine = similarity(A, B, CB)
         if not isinstance(source, Kept) or UB is None:
-            return Score(CB, cosine, Alignment(norm, found.rank))
+            detail = Alignment(norm, found.rank, is_determined=found.is_determined)
+            return Score(CB, cosine, detail)
         bounds = cosine_bounds(A, B, CB, UB, source.residual, source.leak)
         error = None if bounds is None else source.error
         detail = Alignment(norm, found.rank, error, source.residual)
