@@ -17,38 +17,51 @@ bounds of a cosine rest on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import numpy
 
-from safeproj.methods.eigenpairs import largest_first
+from safeproj.methods.eigenpairs import (
+    FAILURE,
+    PROBES,
+    Product,
+    gaussian,
+    krylov,
+    largest_first,
+    upper_bounds,
+)
 from safeproj.methods.factors import settled
-from safeproj.storage.arrays import AnyArray, double, namespace, on_device, quiet, to_host
+from safeproj.storage.arrays import AnyArray, Array, double, namespace, to_host
 
-OVERSAMPLING = 10
-"""Columns of a sketch beyond the K that are wanted (Halko et al. 2011, section 4.2)."""
+STEPS = 4
+"""Blocks of the Krylov space of a sketch: it is three times as large as K."""
 
-ITERATIONS = 4
-"""Multiplications of a sketch with the Gram matrix."""
+WHOLE = 512
+"""Rows up to which the whole matrix is decomposed: that takes a twentieth of a second."""
 
-START = 64
-"""Columns of the first sketch where K follows from an energy."""
+SHARE = 6
+"""How many times as many rows as wanted eigenpairs a matrix has that is not decomposed whole."""
 
-PROBES = 16
-"""Gaussian vectors of a norm bound."""
+DEGREE = 5
+"""Products for the bound of a norm, which is then a tenth too large."""
 
-FAILURE = 1e-10
-"""Probability that a norm bound is too small."""
+SMALL = 0.8
+"""Of the norm of what is left out, that of a part where a closer bound would not show."""
 
-POWER = 32
-"""Power of the matrix in a norm bound."""
+HALVINGS = 8
+"""Of the interval in which a norm lies."""
 
 BLOCK = 512
-"""Rows that are multiplied at a time."""
+"""Rows that are computed with in float64 at a time."""
 
-EPS = float(numpy.finfo(numpy.float32).eps)
+START = 64
+"""K that a sketch is made for where it follows from an energy."""
+
+EPS, EPS64 = (float(numpy.finfo(dtype).eps) for dtype in (numpy.float32, numpy.float64))
 
 TINY = float(numpy.finfo(numpy.float32).tiny)
 
@@ -75,21 +88,27 @@ class Eigenpairs:
     leak: float
 
 
-def eigenpairs(V: AnyArray, rank: int | None = None, energy: float | None = None) -> Eigenpairs:
+Count = Callable[[AnyArray], tuple[int, int]]
+"""Returns K for eigenvalues in descending order, and K before the cut at the values at hand."""
+
+
+def eigenpairs(
+    V: AnyArray, norm: float, rank: int | None = None, energy: float | None = None
+) -> Eigenpairs:
     """Return the leading eigenpairs of `C = V Vᵀ / ‖V‖_F`, with bounds on what they leave out.
 
-    Subspace iteration on the smaller Gram matrix of `V` (Halko, Martinsson, Tropp, SIAM Review
-    2011, algorithm 4.4), from a fixed seed, so that the result follows from `V` alone. With `Q` the
-    basis found and `W` an orthonormal basis of the range of `Vᵀ Q` (m <= n; this is the Nyström
-    approximation, Tropp et al., NeurIPS 2017) or `Q` itself (m > n), the eigenpairs are the leading
-    ones of `F Fᵀ`, `F = V W / √‖V‖_F`, in float64. Where K is a large share of min(m, n), `Q` is
-    made of eigenvectors of a float64 Gram matrix instead.
+    From a block Krylov space of the smaller Gram matrix of `V`, in float32 and from a fixed seed,
+    so that the result follows from `V` alone. With its Ritz vectors `Q` and `W` an orthonormal
+    basis of the range of `Vᵀ Q` (m <= n; this is the Nyström approximation, Tropp et al., NeurIPS
+    2017) or `Q` itself (m > n), the eigenpairs are the leading ones of `F Fᵀ`, `F = V W / √‖V‖_F`,
+    in float64. Where `V` is small, or K a large share of min(m, n), the Gram matrix is decomposed
+    instead, in float64.
 
-    The bounds allow for the rounding of the Gram matrix and of `U`. The residual's is
-    wrong with probability `FAILURE` over the seed.
+    The bounds allow for rounding. Each of them is wrong with probability `FAILURE` over the seed.
 
     Args:
         V: (m, n), float32, finite, not zero, on any device that has float64.
+        norm: `‖V‖_F`.
         rank: K. Fewer are returned where the others are rounding noise in float32.
         energy: choose the smallest K with `σ₁² + … + σ_K² >= energy · ‖V‖_F²`, 0 < energy <= 1, up
             to the numerical rank.
@@ -104,64 +123,165 @@ def eigenpairs(V: AnyArray, rank: int | None = None, energy: float | None = None
     if energy is not None and not 0.0 < energy <= 1.0:
         raise ValueError(f"energy must lie in (0, 1], found {energy}")
 
-    xp = namespace(V)
-    norm = _frobenius(V)
-    generator = numpy.random.default_rng(0)
-    width = (rank or START) + OVERSAMPLING
-    G = _gram(V, norm, xp.float32 if 2 * width < min(V.shape) else xp.float64)
-    while 2 * width < min(V.shape):
-        values, F, W = _ritz(V, norm, _sketch(G, width, generator))
-        K, wanted = _count(values, rank, energy, norm)
-        if wanted <= width - OVERSAMPLING:
-            break
-        width *= 2
-    else:
-        if G.dtype == xp.float32:
-            del G
-            G = _gram(V, norm, xp.float64)
-        values, Q = largest_first(G)
-        K, _ = _count(values, rank, energy, norm)
-        values, F, W = _ritz(V, norm, Q[:, :K])
-        K, _ = _count(values, rank, energy, norm)
+    count = partial(_count, rank, energy, norm)
+    found = None
+    if min(V.shape) > WHOLE and SHARE * (rank or 1) < min(V.shape):
+        found = _sketch(V, norm, count, rank or START)
+    return found or _whole(V, norm, count)
 
-    values, W = values[:K], W[:, :K]
-    U = xp.astype(F[:, :K] / xp.sqrt(values), xp.float32)
-    stored = xp.astype(values, xp.float32)
-    # A sum of n products x·y is off by √n u ‖x‖ ‖y‖ at most, u the unit roundoff, but for rare
-    # inputs (Higham and Mary, SIAM J. Sci. Comput. 2019); and the trace of `C` is `‖V‖_F`.
-    rounding = float(xp.finfo(G.dtype).eps) / 2 * math.sqrt(max(V.shape)) * norm
-    rounding += 4 * EPS * float(values[0])  # of `U` and the eigenvalues
-    whole = _frobenius(G)
-    rest = _rest(G, U, stored, W)  # in the memory of G
-    size = _frobenius(rest)
-    wide = xp.astype(U, xp.float64)
-    Z = _product(V.T, wide) / math.sqrt(norm)
-    overlap = wide.T @ wide
-    leaking = Z.T @ Z - (overlap * xp.astype(stored, xp.float64)) @ overlap
+
+def _whole(V: AnyArray, norm: float, count: Count) -> Eigenpairs:
+    """Return the eigenpairs by way of all of them."""
+    xp = namespace(V)
+    X = V if V.shape[0] <= V.shape[1] else V.T
+    G = _gram(V, norm, xp.float64)
+    values, vectors = largest_first(G)
+    K, _ = count(values)
+    U = vectors[:, :K]
+    if X is not V:
+        U = _product(V, U) / xp.sqrt(values[:K] * norm)
+    rest = xp.clip(values[K:], min=0.0)
+    stored = 4 * EPS * float(values[0])  # of `U` and the eigenvalues
+    rounding = EPS64 / 2 * math.sqrt(X.shape[1]) * norm + stored
+    size, whole = (math.sqrt(float(xp.sum(xp.square(each)))) for each in (rest, values))
     return Eigenpairs(
-        U=to_host(U),
-        eigenvalues=to_host(stored),
+        U=to_host(xp.astype(U, xp.float32)),
+        eigenvalues=to_host(xp.astype(values[:K], xp.float32)),
         error=(size + 2 * rounding) / whole,
-        residual=min(_norm_bound(rest, generator), size) + rounding,
-        leak=float(xp.max(xp.abs(xp.linalg.eigvalsh(leaking)))) + 4 * EPS * float(values[0]),
+        residual=(float(rest[0]) if len(rest) else 0.0) + rounding,
+        leak=rounding,
     )
 
 
-def smaller_form(V: AnyArray) -> tuple[Literal["C", "V"], AnyArray]:
+def _sketch(V: AnyArray, norm: float, count: Count, rank: int) -> Eigenpairs | None:
+    """Return the eigenpairs by way of a Krylov space, None if that is not faster."""
+    xp, (m, n) = namespace(V), V.shape
+    found = _krylov(V, norm, count, rank)
+    if found is None:
+        return None
+    Q, QC, W = found
+    W = xp.linalg.qr(xp.astype(W, xp.float64).T)[0]
+    F = _product(V, W) / math.sqrt(norm)
+    values, R = largest_first(F.T @ F)
+    K, _ = count(values)
+    values, W = values[:K], xp.astype((W @ R[:, :K]).T, V.dtype)
+    U = xp.astype(F @ R[:, :K] / xp.sqrt(values), V.dtype)
+
+    def outside(Y: AnyArray) -> AnyArray:
+        return Y - (Y @ W.T) @ W
+
+    def left_out(Y: AnyArray) -> AnyArray:  # has the nonzero spectrum of `E` where m > n
+        return outside(Y @ V) / norm @ V.T if m <= n else outside(outside(Y) @ V.T / norm @ V)
+
+    if m <= n:
+        QE = QC - ((Q @ U) * xp.astype(values, V.dtype)) @ U.T
+    else:
+        QW = Q @ W.T
+        QE = outside(QC - QW @ (QW.T @ QC))
+    residual, size = _norm_bounds(left_out, Q, QE)
+    leaking = xp.astype(outside(U.T @ V), xp.float64)
+    stored = 4 * EPS * float(values[0])  # of `U` and the eigenvalues
+    # A sum of n products x·y is off by √n u ‖x‖ ‖y‖ at most, u the unit roundoff, but for rare
+    # inputs (Higham and Mary, SIAM J. Sci. Comput. 2019); and the trace of `C` is `‖V‖_F`.
+    rounding = EPS / 2 * math.sqrt(max(V.shape)) * norm + stored
+    size += 2 * rounding
+    return Eigenpairs(
+        U=to_host(U),
+        eigenvalues=to_host(xp.astype(values, V.dtype)),
+        error=size / math.hypot(size, math.sqrt(float(xp.sum(values * values)))),
+        residual=residual + rounding,
+        leak=float(xp.max(xp.linalg.eigvalsh(leaking @ leaking.T))) / norm + stored,
+    )
+
+
+def _krylov(
+    V: AnyArray, norm: float, count: Count, rank: int
+) -> tuple[AnyArray, AnyArray, AnyArray] | None:
+    """Return a basis `Q` (d, s) on the smaller side of `V`, what it is multiplied to, and `W`."""
+    xp, (m, n) = namespace(V), V.shape
+    X, size = (V, m) if m <= n else (V.T, n)
+    width = -(-(STEPS - 1) * rank // STEPS // 8) * 8
+    halves: list[AnyArray] = []
+    products: list[AnyArray] = []
+
+    def product(Q: AnyArray) -> AnyArray:
+        halves.append(Q @ X)
+        products.append(halves[-1] / norm @ X.T)
+        return products[-1]
+
+    for space in krylov(product, size, V, size // 2, width):
+        if len(space.basis) < STEPS * width:
+            continue
+        found = space.ritz()
+        _, wanted = count(found.values)
+        if (STEPS - 1) * wanted <= len(space.basis):
+            rows = space.basis if m > n else xp.concat(halves)
+            return space.basis, xp.concat(products), found.vectors[:, :wanted].T @ rows
+        if SHARE * wanted >= size:
+            break
+    return None
+
+
+def _norm_bounds(E: Product, Q: AnyArray, QE: AnyArray) -> tuple[float, float]:
+    """Return upper bounds of `‖E‖₂` and `‖E‖_F`, given what a basis is multiplied to.
+
+        E ≅ ⎡ A  Nᵀ ⎤ ,  A = Q E Qᵀ,  and M is known by its products with random vectors.
+            ⎣ N  M  ⎦
+
+    `E <= t` where `‖M‖₂ <= μ < t` and `A + NᵀN / (t - μ) <= t`.
+    """
+    xp = namespace(Q)
+
+    def outside(Y: AnyArray) -> AnyArray:
+        return Y - (Y @ Q.T) @ Q
+
+    A = QE @ Q.T
+    N = xp.astype(QE - A @ Q, xp.float64)
+    A, NN = to_host(xp.astype(A + A.T, xp.float64) / 2), to_host(N @ N.T)
+    top = max(_largest(A), TINY)
+    probes = outside(gaussian(PROBES, Q.shape[1], Q, numpy.random.default_rng(1)))
+    for found in islice(upper_bounds(lambda Y: outside(E(Y)), probes, top), DEGREE):
+        if found[0] < SMALL * top:
+            break
+    bound, first = found
+    low = max(top, bound)
+    high = low + math.sqrt(_largest(NN))  # that of the norms of the four parts, at most
+    for _ in range(HALVINGS):
+        t = (low + high) / 2
+        if _largest(A + NN / (t - bound)) <= t:
+            high = t
+        else:
+            low = t
+    first = xp.astype(first, xp.float64)
+    square = float(xp.sum(first * first)) / PROBES
+    # That is a sum of squares of Gaussian numbers, and rarely much less than it is on average,
+    # `‖M‖_F²` (Laurent and Massart, Annals of Statistics 2000, lemma 1).
+    slack = bound * math.sqrt(-math.log(FAILURE) / PROBES)
+    inner = (A * A).sum() + 2 * NN.trace()
+    return high, math.sqrt(inner + (slack + math.hypot(slack, math.sqrt(square))) ** 2)
+
+
+def _largest(symmetric: Array) -> float:
+    """Return the largest eigenvalue."""
+    return float(numpy.linalg.eigvalsh(symmetric)[-1])
+
+
+def smaller_form(V: AnyArray, norm: float) -> tuple[Literal["C", "V"], AnyArray]:
     """Return the smaller exact form of `C = V Vᵀ / ‖V‖_F`: `C` itself (m, m) or `V` (m, n).
 
     Args:
         V: (m, n), float32, finite, not zero.
+        norm: `‖V‖_F`.
 
     Returns:
         `"C"` and the symmetric matrix where m <= n, else `"V"` and `V`; on the device of `V`.
 
-    >>> smaller_form(numpy.array([[0.0, 4.0]], numpy.float32))
+    >>> smaller_form(numpy.array([[0.0, 4.0]], numpy.float32), 4.0)
     ('C', array([[4.]], dtype=float32))
     """
     if V.shape[0] > V.shape[1]:
         return "V", V
-    return "C", _gram(V, _frobenius(V), namespace(V).float32)
+    return "C", _gram(V, norm, namespace(V).float32)
 
 
 def cosine_bounds(
@@ -232,18 +352,6 @@ def _magnitude(A: AnyArray, X: AnyArray) -> float:
     return math.sqrt(float(numpy.abs((X.T @ X) * (A @ A.T)).sum()))
 
 
-def _blocks(V: AnyArray) -> Iterator[AnyArray]:
-    """Yield the rows in float64, so many at a time."""
-    xp = namespace(V)
-    for start in range(0, V.shape[0], BLOCK):
-        yield xp.astype(V[start : start + BLOCK, :], xp.float64)
-
-
-def _frobenius(V: AnyArray) -> float:
-    xp = namespace(V)
-    return math.sqrt(sum(float(xp.sum(block * block)) for block in _blocks(V)))
-
-
 def _gram(V: AnyArray, norm: float, dtype: Any) -> AnyArray:
     """Return `V Vᵀ / ‖V‖_F` or `Vᵀ V / ‖V‖_F`, whichever is smaller, symmetric."""
     xp = namespace(V)
@@ -263,36 +371,13 @@ def _gram(V: AnyArray, norm: float, dtype: Any) -> AnyArray:
 
 def _product(V: AnyArray, X: AnyArray) -> AnyArray:
     """Return `V X` in float64 for `V` in float32."""
-    return namespace(V).concat([block @ X for block in _blocks(V)])
-
-
-def _sketch(G: AnyArray, width: int, generator: numpy.random.Generator) -> AnyArray:
-    """Return an orthonormal float64 basis (s, width) close to the leading eigenvectors of `G`."""
-    xp = namespace(G)
-    start = generator.standard_normal((G.shape[0], width), numpy.float32)
-    Q = xp.astype(on_device(start, G), G.dtype)
-    for _ in range(ITERATIONS):
-        Q = xp.linalg.qr(G @ Q)[0]
-    basis: AnyArray = xp.linalg.qr(xp.astype(Q, xp.float64))[0]
-    return basis
-
-
-def _ritz(V: AnyArray, norm: float, Q: AnyArray) -> tuple[AnyArray, AnyArray, AnyArray]:
-    """Return eigenvalues, `F = V W / √‖V‖_F` with orthogonal columns, and `W` orthonormal.
-
-    `Q` (s, k) is an orthonormal basis on the smaller side of `V`, `W` (n, k) one on the right side.
-    """
     xp = namespace(V)
-    W = Q
-    if V.shape[0] <= V.shape[1]:
-        W = xp.linalg.qr(xp.astype(V.T @ xp.astype(Q, xp.float32), xp.float64))[0]
-    F = _product(V, W) / math.sqrt(norm)
-    values, R = largest_first(F.T @ F)
-    return values, F @ R, W @ R
+    rows = (V[start : start + BLOCK, :] for start in range(0, len(V), BLOCK))
+    return xp.concat([xp.astype(each, xp.float64) @ X for each in rows])
 
 
 def _count(
-    values: AnyArray, rank: int | None, energy: float | None, trace: float
+    rank: int | None, energy: float | None, trace: float, values: AnyArray
 ) -> tuple[int, int]:
     """Return K for eigenvalues in descending order, and K before the cut at the values at hand."""
     signal = int((values > EPS * values[0]).sum())
@@ -303,44 +388,3 @@ def _count(
     wanted = int((held < energy * trace * (1.0 - 1e-12)).sum()) + 1
     # Once noise is among the values, more of them would be noise too.
     return min(wanted, signal), min(wanted, signal) if signal < len(values) else wanted
-
-
-def _rest(G: AnyArray, U: AnyArray, eigenvalues: AnyArray, W: AnyArray) -> AnyArray:
-    """Turn `G` (s, s), in place, into a matrix with the nonzero spectrum of `E`."""
-    xp = namespace(G)
-    if U.shape[0] == G.shape[0]:  # m <= n
-        U = xp.astype(U, G.dtype)
-        return _less(G, U * xp.astype(eigenvalues, G.dtype), U)
-    W = xp.astype(W, G.dtype)  # (I - W Wᵀ) G (I - W Wᵀ)
-    GW = G @ W
-    H = GW - W @ (W.T @ GW) / 2
-    return _less(_less(G, H, W), W, H)
-
-
-def _less(G: AnyArray, left: AnyArray, right: AnyArray) -> AnyArray:
-    """Subtract `L Rᵀ` from `G`, in place."""
-    for start in range(0, G.shape[0], BLOCK):
-        rows = slice(start, start + BLOCK)
-        G[rows, :] -= left[rows, :] @ right.T
-    return G
-
-
-@quiet
-def _norm_bound(M: AnyArray, generator: numpy.random.Generator) -> float:
-    """Return an upper bound of `‖M‖₂` for a symmetric `M`.
-
-    `‖N‖₂ <= α √(2/π) max ‖N ω‖` over `PROBES` Gaussian `ω`, except with probability `α^-PROBES`
-    (Halko, Martinsson, Tropp 2011, lemma 4.1), for `N` a power of `M`.
-    """
-    xp = namespace(M)
-    start = generator.standard_normal((M.shape[0], PROBES), numpy.float32)
-    omega = xp.astype(on_device(start, M), M.dtype)
-    log = xp.zeros(PROBES, dtype=xp.float64, device=M.device)
-    for _ in range(POWER):
-        omega = M @ omega
-        lengths = xp.sqrt(xp.sum(xp.square(xp.astype(omega, xp.float64)), axis=0))
-        log += xp.log(lengths)
-        omega /= xp.astype(xp.clip(lengths, min=TINY), M.dtype)
-    alpha = FAILURE ** (-1.0 / PROBES)
-    power = float(xp.max(log)) + math.log(alpha * math.sqrt(2.0 / math.pi))
-    return math.exp(power / POWER)

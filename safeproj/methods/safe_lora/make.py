@@ -18,15 +18,12 @@ from safeproj.methods.safe_lora.pair import Pair
 from safeproj.methods.safe_lora.score import differences
 from safeproj.methods.safe_lora.targets import Target, find_targets
 from safeproj.plan.match import quantised_dtypes, quantised_warning
-from safeproj.storage.arrays import AnyArray, namespace, to_host
+from safeproj.storage.arrays import AnyArray, sum_of_squares, to_host
 from safeproj.storage.published import published
 
 if TYPE_CHECKING:
     from safeproj.records.profile import Profile
     from safeproj.run.options import Observer
-
-SQUARES = 1 << 22
-"""Numbers whose squares are summed in float32, before float64 takes over."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +62,15 @@ class Form:
             FloatingPointError: `V` is too large for float32.
         """
         m, n = V.shape
-        rows = max(1, SQUARES // max(n, 1))
-        xp = namespace(V)
-        parts = (V[start : start + rows, :] for start in range(0, m, rows))
-        norm = math.sqrt(sum(float(xp.sum(part * part)) for part in parts))
+        norm = math.sqrt(float(sum_of_squares(V)))
         if not math.isfinite(norm):
             raise FloatingPointError("the alignment matrix has a norm that is not finite")
         if norm == 0.0:
             return Recorded(ZERO, (m, n), 0.0), {}
         if self.exact:
-            form, tensor = smaller_form(V)
+            form, tensor = smaller_form(V, norm)
             return Recorded(form, (m, n), norm), {form: to_host(tensor).copy()}
-        found = eigenpairs(V, self.rank, self.energy)
+        found = eigenpairs(V, norm, self.rank, self.energy)
         record = Recorded(EIGENPAIRS, (m, n), norm, found.error, found.residual, found.leak)
         return record, {EIGENPAIRS: found.U, VALUES: found.eigenvalues}
 

@@ -21,7 +21,7 @@ from safeproj.methods.safe_lora.decomposition import (
     Eigenpairs,
     smaller_form,
 )
-from safeproj.storage.arrays import AnyArray, from_torch, namespace, to_torch
+from safeproj.storage.arrays import AnyArray, from_torch, to_torch
 from tests.support import Put, both_engines, hosts, tensor_of
 
 EPS = torch.finfo(torch.float32).eps
@@ -82,7 +82,7 @@ def case(spectrum: str, m: int, n: int, seed: int, size: float = 1.0) -> Tensor:
 
 def eigenpairs(put: Put, V: Tensor, **options: Any) -> Eigenpairs:
     """Return what is found of `V`, in tensors."""
-    found = decomposition.eigenpairs(put(V), **options)
+    found = decomposition.eigenpairs(put(V), float(V.double().norm()), **options)
     assert isinstance(found.U, numpy.ndarray)
     return replace(found, U=to_torch(found.U), eigenvalues=to_torch(found.eigenvalues))
 
@@ -101,7 +101,7 @@ def cosine_bounds(
 
 def form(put: Put, V: Tensor) -> tuple[str, Tensor]:
     """Return the smaller form of `V`, in a tensor."""
-    kind, stored = smaller_form(put(V))
+    kind, stored = smaller_form(put(V), float(V.double().norm()))
     return kind, tensor_of(stored)
 
 
@@ -188,29 +188,81 @@ def test_the_recorded_bounds_hold_and_are_close(
     assert leak <= found.leak <= 1.001 * leak + 6 * EPS * float(found.eigenvalues[0])
 
 
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Let matrices of these sizes be sketched; tells of each whether it was."""
+    done: list[bool] = []
+    sketch = decomposition._sketch
+
+    def spied(*arguments: Any) -> Eigenpairs | None:
+        found = sketch(*arguments)
+        done.append(found is not None)
+        return found
+
+    monkeypatch.setattr(decomposition, "WHOLE", 16)
+    monkeypatch.setattr(decomposition, "_sketch", spied)
+    return done
+
+
+large = st.tuples(st.integers(64, 96), st.integers(64, 96))
+
+
 @both_engines
-@pytest.mark.parametrize("shape", [(40, 600), (600, 40)])
-def test_the_bounds_allow_for_the_rounding_of_the_gram_matrix(
-    put: Put, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@relaxed
+@given(
+    shape=large,
+    K=st.integers(1, 10),
+    spectrum=st.sampled_from(SPECTRA),
+    size=magnitudes,
+    seed=seeds,
+)
+@example(shape=(64, 64), K=3, spectrum="flat", size=1.0, seed=0)
+@example(shape=(64, 96), K=2, spectrum="constant", size=1.0, seed=0)
+@example(shape=(96, 64), K=2, spectrum="constant", size=1e-6, seed=0)
+def test_the_bounds_of_a_sketch_hold(
+    put: Put,
+    sketched: list[bool],
+    shape: tuple[int, int],
+    K: int,
+    spectrum: str,
+    size: float,
+    seed: int,
 ) -> None:
-    """Sums of 600 products may be off by √600 units: here they are, and hide what is left out."""
-    generator = torch.Generator().manual_seed(0)
-    left = torch.linalg.qr(torch.randn(shape[0], 2, generator=generator).double())[0]
-    right = torch.linalg.qr(torch.randn(shape[1], 2, generator=generator).double())[0]
-    V = (left * torch.tensor([1.0, 1.6e-3]) @ right.T).float()
-    hidden = (left if shape[0] < shape[1] else right)[:, 1:].float()
-    exact = decomposition._gram
+    V = case(spectrum, *shape, seed, size)
+    found = eigenpairs(put, V, rank=K)
+    assert sketched.pop()
+    U, C = found.U.double(), oracle_C(V)
+    E = C - dense(found)
+    free = allowance(V, found)
+    first = float(found.eigenvalues[0])
 
-    def rounded(V: AnyArray, norm: float, dtype: Any) -> AnyArray:
-        assert dtype == namespace(V).float32
-        units = 0.9 * math.sqrt(600) * EPS / 2
-        return exact(V, norm, dtype) - put(torch.mm(units * norm * hidden, hidden.T))
+    assert 1 <= len(found.eigenvalues) <= K
+    assert float((U.T @ U - torch.eye(U.shape[1])).abs().max()) < 1e-5
+    assert bool((found.eigenvalues > 0).all())
+    # U is rounded to float32; but for that, E has no negative eigenvalue.
+    assert float(torch.linalg.eigvalsh(E)[0]) >= -2 * EPS * first
+    error, residual, leak = float(E.norm()), spectral(E), spectral(U.T @ E @ U)
+    assert error <= found.error * float(C.norm()) <= 1.5 * error + 2 * free
+    assert residual <= found.residual <= 1.3 * residual + 2 * free
+    assert leak <= found.leak <= 1.001 * leak + 6 * EPS * first
 
-    monkeypatch.setattr(decomposition, "_gram", rounded)
-    found = eigenpairs(put, V, rank=1)
-    E = oracle_C(V) - dense(found)
-    assert spectral(E) <= found.residual
-    assert float(E.norm() / oracle_C(V).norm()) <= found.error
+
+@pytest.mark.parametrize("spectrum", ["flat", "decaying", "low rank", "bfloat16"])
+@pytest.mark.parametrize("shape", [(600, 900), (900, 600)])
+@pytest.mark.parametrize("K", [4, 64])
+def test_a_large_weight_is_sketched_almost_as_well_as_it_can_be(
+    spectrum: str, shape: tuple[int, int], K: int
+) -> None:
+    V = case(spectrum, *shape, seed=11)
+    found = eigenpairs(from_torch, V, rank=K)
+    C, E = oracle_C(V), oracle_C(V) - dense(found)
+    best = oracle_eigenvalues(V)[len(found.eigenvalues) :]
+    free = allowance(V, found)
+    error, residual = float(E.norm()), spectral(E)
+    assert error <= 1.05 * float(best.norm()) + free
+    assert residual <= 1.2 * float(best[0]) + free
+    assert error <= found.error * float(C.norm()) <= 1.2 * error + 2 * free
+    assert residual <= found.residual <= 1.3 * residual + 2 * free
 
 
 @both_engines
