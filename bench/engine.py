@@ -4,8 +4,7 @@
     python -m bench.engine
 
 Prints Markdown tables for the all-linear adapter, files in the page cache: seconds per block size,
-with and without keeping `V`, and per number of workers; the share of each step in one thread; and
-what the exact projector takes per weight.
+with and without keeping `V`, and per number of workers; and the share of each step in one thread.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from safeproj.checkpoint import Reader
 from safeproj.engine import Buffers, Task, run
 from safeproj.engine.device import CPU_BLOCK, Host
 from safeproj.methods.safe_lora import blocks as weights
-from safeproj.methods.safe_lora.formulas import Approx, Exact, alignment
+from safeproj.methods.safe_lora.formulas import Approx, alignment
 from safeproj.methods.safe_lora.pair import Pair
 from safeproj.methods.safe_lora.score import score
 from safeproj.methods.safe_lora.sources import Difference
@@ -122,17 +121,6 @@ def shares(tasks: list[Task]) -> None:
         print(f"| {name} | {time_spent / 1e9:.2f} | {share:.0%} |")
 
 
-def exact() -> None:
-    """Print seconds of the exact projector for one weight in one thread."""
-    print("\n| weight | exact projector, s |\n|---|---:|")
-    generator = numpy.random.default_rng(0)
-    for m, n in ((2048, 2048), (2048, 5632), (5632, 2048)):
-        V, B = (generator.standard_normal((m, columns), FLOAT32) for columns in (n, 16))
-        start = time.perf_counter()
-        Exact(rank=64).from_V([V], B)
-        print(f"| {m} × {n} | {time.perf_counter() - start:.1f} |")
-
-
 def main() -> None:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -141,7 +129,6 @@ def main() -> None:
     constants(tasks)
     with threadpool_limits(1, "blas"):
         shares(tasks)
-        exact()
 
 
 if __name__ == "__main__":
