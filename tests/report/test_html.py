@@ -137,7 +137,9 @@ def test_a_check_says_what_else_was_looked_at() -> None:
 def test_without_plotly_nothing_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
     formats, places = [ReportFormat.json, ReportFormat.html], [tmp_path / "a", tmp_path / "b"]
-    with pytest.raises(SafeprojError, match=r"^plotly is not installed.*safeproj\[report\]$"):
+    with pytest.raises(
+        SafeprojError, match=r"^plotly is not installed.*`pip install '\.\[report\]'`"
+    ):
         _ = Reporting(formats, places).outputs
 
 
@@ -146,7 +148,9 @@ def test_without_plotly_one_line_says_what_to_install(monkeypatch: pytest.Monkey
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(figures, "import_module", missing)
-    with pytest.raises(SafeprojError, match=r"^plotly is not installed.*safeproj\[report\]$"):
+    with pytest.raises(
+        SafeprojError, match=r"^plotly is not installed.*`pip install '\.\[report\]'`"
+    ):
         render(EXAMPLE, "html")
 
 

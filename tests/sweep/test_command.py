@@ -52,7 +52,7 @@ def test_the_record_has_every_point_with_all_controls(swept: Any) -> None:
     assert [each["name"] for each in swept["sets"]] == ["pairs", "new_skill"]
     assert [each["prompts"] for each in swept["sets"]] == [8, 8]
     assert swept["inputs"]["model"] == {"source": str(EXAMPLE / "aligned")}
-    assert swept["generation"]["dtype"] == "bfloat16"
+    assert swept["generation"]["dtype"] == "float32"
 
 
 def test_the_references_are_the_models_with_and_without_the_adapter(swept: Any) -> None:
