@@ -18,20 +18,31 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import safeproj
-from bench.files import KINDS, RANK, SEED, SIZES, Adapter, Size, folder_of, make_adapter, make_pair
+from bench.files import (
+    KINDS,
+    MANY,
+    RANK,
+    SIZES,
+    Size,
+    adapters,
+    folder_of,
+    make_adapter,
+    make_pair,
+    many_folders,
+)
 from safeproj import Form, Options, SafeLora, Selection
 from safeproj.adapter import read_adapter
 from safeproj.checkpoint import Reader, Weight
 from safeproj.methods.safe_lora.pair import Pair
 
-MANY = 32
 BLOCK = 32 << 20
 """Bytes that the plain loop reads at a time."""
 
@@ -48,10 +59,10 @@ class Bench:
     root: Path
     device: str
 
-    def method(self, **options: object) -> SafeLora:
-        """Return Safe LoRA with the pair."""
-        base, aligned = str(self.root / "base"), str(self.root / "aligned")
-        return SafeLora(base=base, aligned=aligned, **options)  # type: ignore[arg-type]
+    @property
+    def method(self) -> SafeLora:
+        """Safe LoRA with the pair."""
+        return SafeLora(base=str(self.root / "base"), aligned=str(self.root / "aligned"))
 
     def options(self, device: str | None = None) -> Options:
         """Return the options of a run that projects everything."""
@@ -68,12 +79,12 @@ class Bench:
         modules = pair.plan(adapter, Selection(all=True)).modules
         return [each for item in modules for each in pair.origin(item).weights]
 
-    def plain(self, label: str) -> None:
-        """Read those weights and copy them to the device."""
+    def plain(self, weights: Sequence[Weight]) -> None:
+        """Read weights and copy them to the device."""
         buffer = torch.empty(BLOCK, dtype=torch.uint8, pin_memory=self.device == "cuda")
         target = torch.empty(BLOCK, dtype=torch.uint8, device=self.device)
         reader, host = Reader(), buffer.numpy()
-        for weight in self.weights(label):
+        for weight in weights:
             step = max(1, BLOCK // weight.row_bytes)
             for start in range(0, weight.shape[0], step):
                 rows = weight.read_rows(reader, start, min(start + step, weight.shape[0]), host)
@@ -83,14 +94,12 @@ class Bench:
     def patch(self, label: str, device: str | None = None) -> None:
         """Patch an adapter."""
         out = self.root / "out"
-        safeproj.patch(
-            self.method(), self.adapter(label), out, self.options(device), overwrite=True
-        )
+        safeproj.patch(self.method, self.adapter(label), out, self.options(device), overwrite=True)
 
     def many(self, label: str) -> None:
         """Score 32 adapters in one pass."""
-        names = [str(self.root / f"{folder_of(label)}-{number:02d}") for number in range(MANY)]
-        list(safeproj.inspect_many(self.method(), names, self.options()))
+        names = [str(self.root / name) for name in many_folders(label)]
+        list(safeproj.inspect_many(self.method, names, self.options()))
 
     def align(self, device: str | None = None) -> None:
         """Make an alignment file for q and v."""
@@ -106,7 +115,7 @@ class Bench:
 
     def exact(self, device: str | None = None) -> None:
         """Score an adapter with the exact projector."""
-        method = self.method(projector="exact", rank=64)
+        method = replace(self.method, projector="exact", rank=64)
         safeproj.inspect(method, self.adapter("q+v"), self.options(device))
 
 
@@ -129,11 +138,9 @@ def seconds(device: str, work: Callable[[], object], warm: bool = True) -> float
 def make(root: Path, size: Size, device: str) -> None:
     """Write the pair and its adapters."""
     make_pair(root, size, device)
-    for label, kinds in KINDS.items():
-        make_adapter(root, size, Adapter(folder_of(label), kinds, RANK, SEED))
-        for number in range(MANY):
-            name = f"{folder_of(label)}-{number:02d}"
-            make_adapter(root, size, Adapter(name, kinds, RANK, SEED - number))
+    for adapter in adapters():
+        if adapter.rank == RANK:
+            make_adapter(root, size, adapter)
 
 
 def rows(bench: Bench, slow: bool) -> Iterator[tuple[str, float, float | None]]:
@@ -145,20 +152,21 @@ def rows(bench: Bench, slow: bool) -> Iterator[tuple[str, float, float | None]]:
     """
     device = bench.device
     for label in KINDS:
-        plain = seconds(device, lambda label=label: bench.plain(label))  # type: ignore[misc]
+        plain = seconds(device, partial(bench.plain, bench.weights(label)))
         yield f"plain read and copy, {label}", plain, None
-        one = seconds(device, lambda label=label: bench.patch(label))  # type: ignore[misc]
+        one = seconds(device, partial(bench.patch, label))
         yield f"patch, {label}", one, plain
         if device != "cpu":
-            host = seconds("cpu", lambda label=label: bench.patch(label, "cpu"))  # type: ignore[misc]
+            host = seconds("cpu", partial(bench.patch, label, "cpu"))
             yield f"patch, {label}, on the processor", host, plain
-        many = seconds(device, lambda label=label: bench.many(label), warm=False)  # type: ignore[misc]
+        many = seconds(device, partial(bench.many, label), warm=False)
         yield f"inspect, {MANY} adapters, {label}", many, one
     for name, work in (("align, q+v, rank 64", bench.align), ("exact, q+v, rank 64", bench.exact)):
         own = seconds(device, work, warm=False)
         yield name, own, None
         if device != "cpu" and slow:
-            yield f"{name}, on the processor", seconds("cpu", lambda: work("cpu"), False), own  # noqa: B023
+            host = seconds("cpu", partial(work, "cpu"), warm=False)
+            yield f"{name}, on the processor", host, own
 
 
 def main() -> None:

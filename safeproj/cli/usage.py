@@ -101,7 +101,8 @@ def examples(page: str, *lines: str) -> Callable[[_Function], _Function]:
     """
 
     def given(function: _Function) -> _Function:
-        function.shown = (page, lines)  # type: ignore[attr-defined]
+        marked: Any = function
+        marked.shown = (page, lines)
         return function
 
     return given
@@ -114,6 +115,7 @@ class _Usage:
     """The group of options that say none."""
 
     params: Any
+    get_params: Any
     callback: Any
     help: Any
     options_metavar: Any
@@ -127,7 +129,7 @@ class _Usage:
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, each below its group."""
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
-        for param in self.get_params(ctx):  # type: ignore[attr-defined]
+        for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is None:
                 continue
@@ -161,13 +163,14 @@ class _Usage:
             if hasattr(error, "possibilities"):
                 self.suggest(error, ctx, args)
             elif hasattr(error.__cause__, "errors"):
-                error.message = _reason(error.__cause__)  # type: ignore[attr-defined]
+                shown: Any = error
+                shown.message = _reason(error.__cause__)
             raise
 
     def suggest(self, error: Any, ctx: Any, args: list[str]) -> None:
         """Say what an option that there is not may stand for."""
         del args
-        meant = suggestions(error.option_name, self.get_params(ctx))  # type: ignore[attr-defined]
+        meant = suggestions(error.option_name, self.get_params(ctx))
         _did_you_mean(error, meant)
 
 
