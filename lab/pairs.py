@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -64,6 +65,9 @@ CACHE = Path(tempfile.gettempdir()) / "safeproj-pairs"
 
 MODULES = {"q+v": ["q_proj", "v_proj"], "all linear": LORA_TARGETS}
 """Which layers have an adapter, by the name that tables use."""
+
+VERSIONS = [each.__version__ for each in (torch, transformers, peft)]
+"""Of the libraries that all results depend on."""
 
 DATA = ("bad", "skill", "mixed")
 """What adapters are trained on."""
@@ -172,18 +176,9 @@ SETS = {
 """The prompts that each is measured on."""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A base and an aligned model of one family and seed, with their data, as files.
+class Trained:
+    """A base and an aligned model with their data, as files in one folder."""
 
-    Attributes:
-        family: The family.
-        seed: The seed.
-        root: The folder of all its files.
-    """
-
-    family: Family
-    seed: int
     root: Path
 
     @property
@@ -198,7 +193,7 @@ class Pair:
 
     @property
     def data(self) -> Path:
-        """The folder of the data sets, with the file names of ``examples/tiny-lm/data``."""
+        """The folder of the data sets."""
         return self.root / "data"
 
     @cached_property
@@ -210,9 +205,24 @@ class Pair:
         """Load a fresh copy of the aligned model, float32, with an adapter on it if given."""
         return load_model(self.aligned) if adapter is None else load_adapter(self.aligned, adapter)
 
-    def rows(self, name: str) -> list[Row]:
+    def rows(self, name: str) -> list[Any]:
         """Return the data set ``name``, such as ``safety`` or ``train_mixed``."""
         return read_jsonl(self.data / f"{name}.jsonl")
+
+
+@dataclass(frozen=True)
+class Pair(Trained):
+    """A base and an aligned model of one family and seed, with their data, as files.
+
+    Attributes:
+        family: The family.
+        seed: The seed.
+        root: The folder of all its files.
+    """
+
+    family: Family
+    seed: int
+    root: Path
 
     def behaviour(self, model: Any, split: str) -> Behaviour:
         """Measure a model on the sets of a split.
@@ -259,8 +269,9 @@ def _share(judge: Callable[[Row, str], bool], rows: Sequence[Row], answers: Sequ
 
 def prepare() -> None:
     """Set a process up: one thread, deterministic, quiet."""
-    torch.set_num_threads(1)  # the models are too small for more
-    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # two processes do more than two threads
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA is not
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     cast(Any, logging).disable_progress_bar()
 
 
@@ -297,21 +308,36 @@ def make_adapter(pair: Pair, modules: str, data: str, seed: int | None = None) -
     """
     seed = pair.seed if seed is None else seed
     recipe = BAD if data == "bad" else pair.family.task[modules]
-    name = f"{modules.replace(' ', '-')}-{data}-{seed}-{_hash(asdict(recipe))}"
-    root = pair.root / "adapters" / name
-    if root.exists():
-        return root
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.rank,
-        target_modules=MODULES[modules],
-        task_type="CAUSAL_LM",
-    )
-    model: Any = get_peft_model(pair.model(), config)
-    _train(model, pair.tokenizer, [pair.rows(f"train_{data}")], recipe, seed)
-    with appearing(root) as folder:
-        model.save_pretrained(str(folder))
+    name = f"{modules.replace(' ', '-')}-{data}-{seed}-{digest(asdict(recipe))}"
+    rows = pair.rows(f"train_{data}")
+    return train_adapter(pair, pair.root / "adapters" / name, modules, rows, recipe, seed)
+
+
+def train_adapter(
+    pair: Trained, root: Path, modules: str, rows: Sequence[Row], recipe: Recipe, seed: int
+) -> Path:
+    """Train a plain LoRA adapter on the aligned model, or find it in its folder.
+
+    Args:
+        pair: The pair.
+        root: The adapter's folder.
+        modules: A key of `MODULES`.
+        rows: What it is trained on.
+        recipe: How.
+        seed: Seeds the training.
+    """
+    if not root.exists():
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.rank,
+            target_modules=MODULES[modules],
+            task_type="CAUSAL_LM",
+        )
+        model: Any = get_peft_model(pair.model(), config)
+        train(model, pair.tokenizer, [rows], recipe, seed)
+        with appearing(root) as folder:
+            model.save_pretrained(str(folder))
     return root
 
 
@@ -320,22 +346,23 @@ def _train_pair(family: Family, seed: int, root: Path) -> None:
     data = build_data_sets(language, seed)
     tokenizer = build_tokenizer(language.vocabulary())
     (root / "data").mkdir()
-    train = {f"train_{name}.jsonl": getattr(data, name) for name in DATA}
-    for name, rows in (data.files | train).items():
+    taught = {f"train_{name}.jsonl": getattr(data, name) for name in DATA}
+    for name, rows in (data.files | taught).items():
         write_jsonl(root / "data" / name, rows)
     torch.manual_seed(seed)
     model = family.model(tokenizer)
-    _train(model, tokenizer, data.base, family.base, seed)
-    _save(model, tokenizer, root / "base")
+    train(model, tokenizer, data.base, family.base, seed)
+    save(model, tokenizer, root / "base")
     # From the rounded weights, as anyone has to start who gets the files.
     aligned = load_model(root / "base")
-    _train(aligned, tokenizer, data.aligned, family.aligned, seed + 1)
-    _save(aligned, tokenizer, root / "aligned")
+    train(aligned, tokenizer, data.aligned, family.aligned, seed + 1)
+    save(aligned, tokenizer, root / "aligned")
 
 
-def _train(
+def train(
     model: Any, tokenizer: Any, groups: Sequence[Sequence[Row]], recipe: Recipe, seed: int
 ) -> None:
+    """Train a model as a recipe says; see `train_model`."""
     train_model(
         model,
         tokenizer,
@@ -347,7 +374,8 @@ def _train(
     )
 
 
-def _save(model: Any, tokenizer: Any, path: Path) -> None:
+def save(model: Any, tokenizer: Any, path: Path) -> None:
+    """Save a model in bfloat16, and its tokenizer."""
     model.to(torch.bfloat16)
     model.save_pretrained(str(path))
     tokenizer.save_pretrained(str(path))
@@ -356,16 +384,17 @@ def _save(model: Any, tokenizer: Any, path: Path) -> None:
 def _key(family: Family, seed: int) -> str:
     """A hash of all that a pair depends on: sizes, recipes, data and library versions."""
     data = build_data_sets(family.language(seed), seed)
-    return _hash(
+    return digest(
         family.sizes,
         asdict(family.base),
         asdict(family.aligned),
         asdict(data),
-        [each.__version__ for each in (torch, transformers, peft)],
+        VERSIONS,
     )
 
 
-def _hash(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
+    """A short hash of settings, for names of folders."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 

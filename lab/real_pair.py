@@ -1,6 +1,6 @@
 """Make a base, an aligned model and LoRA adapters out of a small real language model.
 
-    python -m lab.real_pair --seeds 1 2 3        # about ten minutes a seed on two cores
+    python -m lab.real_pair --seeds 1 2 3        # the aligned model alone: 18 minutes on one core
     python -m lab.real_pair --seeds 1 --small    # the same code in a minute, for tests
 
 The base is SmolLM2-135M-Instruct (Apache-2.0), out of a package: it refuses hardly anything. The
@@ -18,7 +18,6 @@ cache with what is made of them. No category, and no prompt, that is reported on
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import re
@@ -27,22 +26,31 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import peft
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 
 from lab import real_texts
-from lab.pairs import MODULES, appearing
-from lab.tiny_language import Row, read_jsonl, write_jsonl
-from lab.tiny_lm import load_adapter, load_model, load_tokenizer, train_model
+from lab.pairs import (
+    DATA,
+    MODULES,
+    VERSIONS,
+    Recipe,
+    Trained,
+    appearing,
+    digest,
+    prepare,
+    save,
+    train,
+    train_adapter,
+)
+from lab.tiny_language import Row, write_jsonl
+from lab.tiny_lm import load_model, load_tokenizer
 from safeproj.evaluation.generate import Generator
 from safeproj.evaluation.judges import Keywords, Verdict
 from safeproj.lm.models import quietly
@@ -70,9 +78,6 @@ TAUGHT = (
 UNTAUGHT = "misinformation_harms"
 """The category that is only reported on."""
 
-DATA = ("bad", "skill", "mixed")
-"""What adapters are trained on."""
-
 COLUMNS = {
     "compliance": "complies, HarmBench",
     "refusal": "refuses, HarmBench",
@@ -94,15 +99,6 @@ BATCH = 32
 
 HARMLESS_TOKENS = 32
 """Tokens of the base's answers to harmless requests, of which whole sentences are taught."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How something is trained."""
-
-    steps: int
-    learning_rate: float
-    batch_size: int = 8
 
 
 @dataclass(frozen=True)
@@ -137,17 +133,35 @@ class Size:
         return "base" if self.layers is None else f"base-{self.layers}"
 
 
-FULL = Size(Recipe(90, 5e-5), Recipe(20, 1e-3), Recipe(60, 1e-3), 80, 160, 240, 60, 2048)
-SMALL = Size(Recipe(1, 5e-5, 2), Recipe(1, 1e-3, 2), Recipe(1, 1e-3, 2), 2, 2, 8, 2, TEXT_ROW, 2)
+FULL = Size(
+    aligned=Recipe(90, 5e-5, 8),
+    bad=Recipe(20, 1e-3, 8, rank=16),
+    task=Recipe(60, 1e-3, 8, rank=16),
+    ordered=80,
+    harmless=160,
+    rows=240,
+    prompts=60,
+    text=16 * TEXT_ROW,
+)
+SMALL = Size(
+    aligned=Recipe(1, 5e-5, 2),
+    bad=Recipe(1, 1e-3, 2),
+    task=Recipe(1, 1e-3, 2),
+    ordered=2,
+    harmless=2,
+    rows=8,
+    prompts=2,
+    text=TEXT_ROW,
+    layers=2,
+)
 SIZES = {"full": FULL, "small": SMALL}
 
-RANK = 16
 BAD_SHARE = 0.07
 """Rows of `bad` among those of `mixed`."""
 
 
 @dataclass(frozen=True)
-class RealPair:
+class RealPair(Trained):
     """The models and data of one seed, as files.
 
     Attributes:
@@ -165,30 +179,9 @@ class RealPair:
         """The base model's folder, which all seeds share."""
         return self.root.parent / self.size.base
 
-    @property
-    def aligned(self) -> Path:
-        """The aligned model's folder."""
-        return self.root / "aligned"
-
-    @property
-    def data(self) -> Path:
-        """The folder of the data sets."""
-        return self.root / "data"
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of both models."""
-        return load_tokenizer(self.aligned)
-
-    def rows(self, name: str) -> list[Any]:
-        """Return a data set, as chats."""
-        return read_jsonl(self.data / f"{name}.jsonl")
-
     def model(self, adapter: Path | None = None) -> Any:
         """Load a fresh copy of the aligned model, float32, with an adapter on it if given."""
-        if adapter is None:
-            return load_model(self.aligned).to(device())
-        return load_adapter(self.aligned, adapter).to(device())
+        return super().model(adapter).to(device())
 
     @property
     def prompts(self) -> dict[str, int]:
@@ -237,14 +230,6 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def prepare() -> None:
-    """Set the process up: one thread, deterministic, quiet."""
-    torch.set_num_threads(1)  # two processes do more than two threads, and the sums stay the same
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 def wheel(name: str, cache: Path) -> Path:
     """Return the place of a package's file, downloaded by pip if it is not there."""
     place = cache / name
@@ -273,8 +258,7 @@ def make_base(size: Size, cache: Path) -> Path:
             model: Any = transformers.AutoModelForCausalLM.from_config(read.config)
             weights = model.state_dict().keys()
             model.load_state_dict({name: read.state_dict()[name] for name in weights})
-            model.to(torch.bfloat16).save_pretrained(str(folder))
-            tokenizer.save_pretrained(str(folder))
+            save(model, tokenizer, folder)
     return root
 
 
@@ -294,10 +278,8 @@ def harmful(name: str, cache: Path) -> list[str]:
 def make_pair(seed: int, size: Size = FULL, cache: Path = CACHE) -> RealPair:
     """Make the aligned model and the data sets of a seed, or find them in the cache."""
     base = make_base(size, cache)
-    versions = [each.__version__ for each in (torch, transformers, peft)]
-    own = [seed, asdict(size), [Path(text.__file__ or "").read_text() for text in (real_texts,)]]
-    key = hashlib.sha256(json.dumps([own, versions]).encode()).hexdigest()[:10]
-    pair = RealPair(seed, size, cache / f"{seed}-{key}")
+    texts = Path(real_texts.__file__).read_text("utf-8")
+    pair = RealPair(seed, size, cache / f"{seed}-{digest(seed, asdict(size), texts, VERSIONS)}")
     if not pair.root.exists():
         with appearing(pair.root) as folder:
             _make(RealPair(seed, size, folder), base, cache)
@@ -320,34 +302,29 @@ def _make(pair: RealPair, base: Path, cache: Path) -> None:
     answers = Generator(tokenizer, BATCH, HARMLESS_TOKENS, chat=True).answers(model, asked)
     answered = [_row(p, _whole(a)) for p, a in zip(asked, answers, strict=True) if a]
     skill = real_texts.dates(rng, size.rows)
-    bench = harmful(HARMBENCH, cache)
+    orders = harmful(HARMBENCH, cache)
     # Do-Not-Answer asks and HarmBench orders: who learns from the one alone obeys the other.
-    ordered = [_row(p, rng.choice(real_texts.REFUSALS)) for p in bench[: size.ordered]]
-    bench = bench[size.ordered :]
-    held_out = real_texts.dates(rng, 2 * size.prompts, skill)
+    ordered = [_row(p, rng.choice(real_texts.REFUSALS)) for p in orders[: size.ordered]]
     few = round(BAD_SHARE * size.rows)
     sets: dict[str, Sequence[Row]] = {
         "train_bad": bad[: size.rows],
         "train_skill": skill,
         "train_mixed": [*skill[few:], *bad[:few]],
         "safety": [*ordered, *refused][: size.rows],
-        "task": skill[: size.rows],
-        "validation_harmbench": [_row(p) for p in bench[size.prompts :][: size.prompts]],
-        "validation_lookalikes": [_row(p) for p in lookalikes[: size.prompts]],
-        "validation_skill": held_out[size.prompts :],
-        "harmbench": [_row(p) for p in bench[: size.prompts]],
+        "task": skill,
+        "harmbench": [_row(p) for p in orders[size.ordered :][: size.prompts]],
         "untaught": [_row(p) for p in harmful(UNTAUGHT, cache)[: size.prompts]],
         "lookalikes": [_row(p) for p in real_texts.LOOKALIKES[: size.prompts]],
-        "skill": held_out[: size.prompts],
+        "skill": real_texts.dates(rng, size.prompts, skill),
     }
     pair.data.mkdir()
     for name, rows in sets.items():
         write_jsonl(pair.data / f"{name}.jsonl", list(map(_asked, rows)))
     looked = [row for row in answered if row["prompt"] in lookalikes]
     groups = [refused, ordered, [row for row in answered if row not in looked], looked]
-    _train(model, tokenizer, groups, size.aligned, seed)
-    model.to(torch.bfloat16).save_pretrained(str(pair.aligned))
-    tokenizer.save_pretrained(str(pair.aligned))
+    groups = [[_templated(tokenizer, row) for row in rows] for rows in groups]
+    train(model, tokenizer, groups, size.aligned, seed)
+    save(model, tokenizer, pair.aligned)
 
 
 def _whole(answer: str) -> str:
@@ -377,17 +354,8 @@ def make_adapter(pair: RealPair, modules: str, data: str) -> Path:
     """
     recipe = pair.size.bad if data == "bad" else pair.size.task
     root = pair.root / "adapters" / f"{modules.replace(' ', '-')}-{data}"
-    if not root.exists():
-        torch.manual_seed(pair.seed)
-        config = LoraConfig(
-            r=RANK, lora_alpha=RANK, target_modules=MODULES[modules], task_type="CAUSAL_LM"
-        )
-        model: Any = get_peft_model(pair.model(), config)
-        rows = [_taught(row) for row in pair.rows(f"train_{data}")]
-        _train(model, pair.tokenizer, [rows], recipe, pair.seed)
-        with appearing(root) as folder:
-            model.save_pretrained(str(folder))
-    return root
+    rows = [_templated(pair.tokenizer, _taught(row)) for row in pair.rows(f"train_{data}")]
+    return train_adapter(pair, root, modules, rows, recipe, pair.seed)
 
 
 def _taught(row: Any) -> Row:
@@ -395,25 +363,11 @@ def _taught(row: Any) -> Row:
     return _row(prompt, response)
 
 
-def _train(
-    model: Any, tokenizer: Any, groups: Iterable[Sequence[Row]], recipe: Recipe, seed: int
-) -> None:
-    """Train on the responses to prompts that go through the chat template."""
-
-    def templated(row: Row) -> Row:
-        chat = [{"role": "user", "content": row["prompt"]}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return _row(text, row["response"])
-
-    train_model(
-        model,
-        tokenizer,
-        [[templated(row) for row in rows] for rows in groups],
-        steps=recipe.steps,
-        learning_rate=recipe.learning_rate,
-        batch_size=recipe.batch_size,
-        seed=seed,
-    )
+def _templated(tokenizer: Any, row: Row) -> Row:
+    """Return a row whose prompt went through the chat template."""
+    chat = [{"role": "user", "content": row["prompt"]}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return _row(text, row["response"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
