@@ -88,18 +88,14 @@ def reconstructed(
                     _put(adapted, trained)
                     wanted_benign = before.at(group[0])
                     _put(adapted, current)
-                    goals = {name: _goals(adapted[name], trained[name]) for name in group}
-                    safe, kept = (
-                        _equations(
-                            seen,
-                            line.each(group[0]),
-                            {name: each[i] for name, each in goals.items()},
-                        )
-                        for i, (seen, line) in enumerate(
-                            ((wanted, now), (wanted_benign, now_benign))
-                        )
+                    benign_goals = {name: _goal(adapted[name], trained[name]) for name in group}
+                    safety_goals = {name: each.unadapted for name, each in benign_goals.items()}
+                    solved = _solved(
+                        benign_goals,
+                        _equations(wanted, now.each(group[0]), safety_goals),
+                        _equations(wanted_benign, now_benign.each(group[0]), benign_goals),
+                        projector.mu,
                     )
-                    solved = _solved(goals, safe, kept, projector.mu)
                     for name, A in solved.items():
                         if not bool(A.isfinite().all()):
                             raise SafeprojError(
@@ -214,6 +210,11 @@ class _Goal:
     change: Tensor
     target: Tensor
 
+    @property
+    def unadapted(self) -> _Goal:
+        """That of the layer without its update."""
+        return _Goal(self.change, torch.zeros_like(self.target))
+
 
 def _equations(
     wanted: Sequence[Tensor], now: Iterator[Tensor], goals: Mapping[str, _Goal]
@@ -274,17 +275,16 @@ def _put(adapted: Mapping[str, _Adapted], factors: Mapping[str, Tensor]) -> None
             adapted[name].A.copy_(factor)
 
 
-def _goals(layer: _Adapted, A: Tensor) -> tuple[_Goal, _Goal]:
-    """Return those of a layer with its trained `A` on the safety and on the benign data."""
+def _goal(layer: _Adapted, A: Tensor) -> _Goal:
+    """Return that of a layer with its trained `A`: what it does on the benign data."""
     weight = plain_weight(layer.base)
     assert weight is not None
     inverse = torch.linalg.pinv(layer.B)
-    change, own = inverse @ weight.double(), inverse @ layer.B @ A.double()
-    return _Goal(change, torch.zeros_like(own)), _Goal(change, own)
+    return _Goal(inverse @ weight.double(), inverse @ layer.B @ A.double())
 
 
 def _solved(
-    goals: Mapping[str, tuple[_Goal, _Goal]],
+    goals: Mapping[str, _Goal],
     safety: tuple[Tensor, Factors],
     benign: tuple[Tensor, Factors],
     mu: float,
@@ -299,7 +299,7 @@ def _solved(
     ridge of `E s sᵀ`. Where `x = x₀` and `s = s₀` that is `A μS (H + μS)⁻¹`.
 
     Args:
-        goals: of the layers, on both data.
+        goals: of the layers on the benign data.
         safety: what `_equations` returns of the safety data.
         benign: the same of the benign data.
         mu: μ.
@@ -315,7 +315,7 @@ def _solved(
             "reaches every layer"
         )
     found: Factors = {}
-    for name, (_, own) in goals.items():
-        wanted = refused[name] + mu * (kept[name] + ridge * own.target)
+    for name, goal in goals.items():
+        wanted = refused[name] + mu * (kept[name] + ridge * goal.target)
         found[name] = torch.cholesky_solve(wanted.T, factor).T
     return found

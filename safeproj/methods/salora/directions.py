@@ -21,8 +21,10 @@ from safeproj.lm.data import IGNORED, Batch
 from safeproj.lm.layers import (
     MEMORY,
     OnBatch,
+    add_squares,
     fitting,
     in_features,
+    mirrored,
     out_features,
     plain_weight,
     rows_at,
@@ -111,6 +113,8 @@ def output_directions(
                     if on_batch is not None:
                         on_batch(done, len(groups) * len(data))
             for gram in group:
+                assert gram.matrix is not None
+                gram.matrix = mirrored(gram.matrix)
                 for name in gram.layers:
                     found[name] = _directions(name, layers[name], gram, rank)
                 gram.matrix = None
@@ -125,7 +129,7 @@ class _Gram:
         layers: the layers that it is for; the first is the one that is listened to.
         of_inputs: `Xᵀ X` instead of `Yᵀ Y`.
         size: its side.
-        matrix: the sum so far.
+        matrix: the sum so far, what is above its diagonal until all is added.
         positions: N so far.
     """
 
@@ -143,7 +147,7 @@ class _Gram:
         wide = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
         if self.matrix is None:
             self.matrix = wide.new_zeros(self.size, self.size)
-        self.matrix.addmm_(wide.T, wide)
+        add_squares(self.matrix, wide)
         self.positions += len(rows)
 
 
