@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import re
 import shlex
 import statistics
@@ -41,7 +42,7 @@ from lab import pairs, real_pair
 from lab.evidence_ways import Case
 from lab.pairs import COLUMNS, DATA, FAMILIES, MODULES, Pair
 from lab.real_pair import RealPair
-from lab.tiny_lm import EXAMPLE, load_adapter
+from lab.tiny_lm import EXAMPLE, load_adapter, load_model
 from safeproj.lm.models import quietly
 from safeproj.records.rates import Rate
 from safeproj.sweeping.controls import COMPLEMENT, RANDOM, SHRINK, UNIFORM, Sizes
@@ -74,21 +75,23 @@ QUICK = (
 REAL = "smollm2"
 """What `--family` calls the real model of `real_pair.py`."""
 
-REAL_ROWS = (
-    ways.NONE,
-    ways.LORA,
-    ways.SAFE_LORA,
-    ways.TAU,
+_FEW = (ways.LORA, ways.SAFE_LORA, ways.TAU, ways.covariance())
+_MANY = (
+    *_FEW,
     ways.control_of(ways.SAFE_LORA, SHRINK),
     ways.control_of(ways.SAFE_LORA, RANDOM),
-    ways.EXACT,
     "uniform shrink by 0.5",
-    ways.covariance(),
     ways.covariance(control=ways.EACH_AS_MUCH),
     ways.covariance(control="random H of the same spectrum"),
     ways.RECONSTRUCTED,
 )
-"""The rows of the real model, on which everything takes a hundred times as long."""
+REAL_ROWS = {
+    ("mixed", "all linear"): (ways.BASE, ways.NONE, *_MANY, ways.EXACT),
+    ("bad", "all linear"): _MANY,
+    ("skill", "all linear"): (*_FEW, ways.RECONSTRUCTED),
+    ("mixed", "q+v"): _FEW,
+}
+"""The adapters on the real model and their rows: there everything takes a hundred times as long."""
 
 EXAMPLE_MODULES = "all linear"
 """The layers that the adapters of ``examples/tiny-lm`` are on."""
@@ -135,6 +138,7 @@ class Task:
         rows: the rows that are wanted, all if None.
         trained: whether SaLoRA is trained as well.
         size: a key of `real_pair.SIZES`, for the real model.
+        shared: a folder that all tasks of a run may use; None for none.
     """
 
     family: str
@@ -145,6 +149,7 @@ class Task:
     rows: tuple[str, ...] | None = None
     trained: bool = True
     size: str = "full"
+    shared: Path | None = None
 
     @property
     def pair(self) -> Pair | RealPair:
@@ -225,8 +230,11 @@ def work(task: Task) -> Found:
         return Record(task.family, task.seed, task.modules, task.data, way, found, size)
 
     with tempfile.TemporaryDirectory() as scratch:
-        case = Case(pair, task.modules, task.data, task.adapter(pair), Path(scratch))
+        own = Path(scratch)
+        case = Case(pair, task.modules, task.data, task.adapter(pair), own, task.shared or own)
         records = [record(ways.NONE, pair.model())] if task.wants(ways.NONE) else []
+        if task.rows is not None and ways.BASE in task.rows:
+            records.append(record(ways.BASE, load_model(pair.base)))
         subject = Subject(pair.model(), case.adapter)
         sizes = Sizes(case.adapter, case.projections.modules)
         for way, made in ways.post_hoc(case):
@@ -251,29 +259,34 @@ def described(task: Task, case: Case) -> dict[str, Any]:
         "data": task.data,
         **ways.alignment_spectrum(case.pair, task.modules),
     }
-    for kind, report in ways.reports(case).items():
+    for kind, report in ways.reports(case, task.wants(ways.EXACT)).items():
         modules = [each for each in report.modules if each.cosine is not None]
         found[f"{kind}_scale"] = statistics.median(each.scale or 0.0 for each in modules)
         found[f"{kind}_cosine"] = statistics.median(each.cosine or 0.0 for each in modules)
     return found
 
 
-def tasks(arguments: argparse.Namespace) -> list[Task]:
-    """Return all tasks, table by table and the long ones first."""
+def tasks(arguments: argparse.Namespace, shared: Path) -> list[Task]:
+    """Return all tasks, table by table and the long ones first.
+
+    Args:
+        arguments: the command's.
+        shared: a folder for what several of them need.
+    """
     if arguments.example:
         return [Task("llama", 0, EXAMPLE_MODULES, data, None, trained=False) for data in DATA]
-    is_real, size = arguments.family == REAL, "full"
-    rows = REAL_ROWS if is_real else None
-    seeds, modules = arguments.seeds, reversed(MODULES)
-    if arguments.quick:
-        rows, seeds, size = QUICK, seeds[:1], "small"
-        modules = modules if not is_real else iter([EXAMPLE_MODULES])
-    trained = not (arguments.quick or is_real)
-    cache = arguments.cache or (real_pair.CACHE if is_real else pairs.CACHE)
+    seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
+    kinds = [(data, modules) for data in reversed(DATA) for modules in reversed(MODULES)]
+    rows: dict[tuple[str, str], tuple[str, ...] | None] = dict.fromkeys(
+        kinds, QUICK if arguments.quick else None
+    )
+    cache, size, trained = arguments.cache or pairs.CACHE, "full", not arguments.quick
+    if arguments.family == REAL:
+        rows, trained = dict(REAL_ROWS), False
+        cache, size = arguments.cache or real_pair.CACHE, "small" if arguments.quick else "full"
     return [
-        Task(arguments.family, seed, kind, data, cache, rows, trained, size)
-        for data in reversed(DATA)
-        for kind in list(modules)
+        Task(arguments.family, seed, modules, data, cache, some, trained, size, shared)
+        for (data, modules), some in rows.items()
         for seed in seeds
     ]
 
@@ -294,6 +307,10 @@ def compute(wanted: Sequence[Task], jobs: int) -> Iterator[Found]:
         ):
             say(f"{number}/{len(wanted)} {task.data}, {task.modules}, seed {task.seed}")
             yield found
+        pool.close()
+        pool.join()
+    spent = os.times()
+    say(f"all processes together: {spent.children_user + spent.children_system:.0f} s of a core")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -413,8 +430,7 @@ class Results:
         names = sorted({(each["data"], each["modules"]) for each in self.alignment})
         for data, modules in names:
             own = [e for e in self.alignment if (e["data"], e["modules"]) == (data, modules)]
-            means = [statistics.fmean(each[column] for each in own) for column in columns]
-            lines.append(_line(f"`{data}`, {modules}", [f"{mean:.2g}" for mean in means]))
+            lines.append(_line(f"`{data}`, {modules}", [_mean(own, column) for column in columns]))
         return "\n".join(lines)
 
     def _summary(self) -> str:
@@ -453,6 +469,12 @@ class Results:
         return "\n".join(lines)
 
 
+def _mean(found: Sequence[dict[str, Any]], column: str) -> str:
+    """Return a mean as a cell, which is empty where it was not computed."""
+    values = [each[column] for each in found if column in each]
+    return f"{statistics.fmean(values):.2g}" if values else ""
+
+
 def _difference(first: Sequence[float], second: Sequence[float]) -> str:
     mean, low, high = interval([a - b for a, b in zip(first, second, strict=True)])
     if low == high:
@@ -487,16 +509,27 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
 
 
 def run(arguments: argparse.Namespace, command: str) -> Results:
-    """Measure everything."""
-    wanted = tasks(arguments)
-    found = list(compute(wanted, arguments.jobs))
+    """Measure everything; what there is so far is in the file of `--out` all the time."""
+    found: list[Found] = []
+    with tempfile.TemporaryDirectory() as shared:
+        wanted = tasks(arguments, Path(shared))
+        for each in compute(wanted, arguments.jobs):
+            found.append(each)
+            results = gathered(arguments, command, found)
+            if arguments.out:
+                results.save(arguments.out)
+    return results
+
+
+def gathered(arguments: argparse.Namespace, command: str, found: Sequence[Found]) -> Results:
+    """Return what came of tasks together."""
     versions = {each.__name__: each.__version__ for each in (torch, transformers, peft)}
+    records = [record for each in found for record in each.records]
     settings = {
         "pairs": "example" if arguments.example else arguments.family,
-        "seeds": sorted({task.seed for task in wanted}),
+        "seeds": sorted({record.seed for record in records}),
         "versions": versions,
     }
-    records = [record for each in found for record in each.records]
     alignment = [each.alignment for each in found]
     return Results(command, settings, found[0].prompts, records, alignment, found[0].columns)
 

@@ -26,7 +26,7 @@ import safeproj
 from lab.pairs import BAD, MODULES, Pair, Recipe
 from lab.real_pair import RealPair
 from lab.tiny_language import Row, write_jsonl
-from lab.tiny_lm import load_model, train_model
+from lab.tiny_lm import LORA_TARGETS, load_model, train_model
 from safeproj import Covariance, Options, SafeLora, Salora, salora
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.lm.data import BATCH_SIZE, Data, random_data, read_data
@@ -84,7 +84,7 @@ TASK_ROWS = 200
 RANDOM_SEED = 1000
 """Added to a pair's seed for what is random in controls, so that nothing is drawn twice."""
 
-NONE, LORA = "no adapter", "LoRA"
+BASE, NONE, LORA = "the base model", "no adapter", "LoRA"
 SAFE_LORA = f"Safe LoRA, {SHARES[4]}"
 EXACT = f"exact projector (energy {ENERGY})"
 SHRUNK = {
@@ -146,6 +146,7 @@ class Case:
         data: what it is trained on.
         path: the plain adapter.
         scratch: a directory of its own.
+        shared: one that all adapters of a run share.
     """
 
     pair: Pair | RealPair
@@ -153,6 +154,7 @@ class Case:
     data: str
     path: Path
     scratch: Path
+    shared: Path
 
     @property
     def safe_lora(self) -> SafeLora:
@@ -209,9 +211,10 @@ def post_hoc(case: Case) -> Iterator[tuple[str, Made]]:
     yield from _covariance(case)
 
 
-def reports(case: Case) -> dict[str, Report]:
-    """Return what safeproj says of the adapter with both projectors."""
-    return {"approx": case.projections.report, "exact": case.exact.report}
+def reports(case: Case, exact: bool) -> dict[str, Report]:
+    """Return what safeproj says of the adapter, with the exact projector too where it was made."""
+    found = {"approx": case.projections.report}
+    return {**found, "exact": case.exact.report} if exact else found
 
 
 def _safe_lora(case: Case) -> Iterator[tuple[str, Made]]:
@@ -288,7 +291,7 @@ def _covariance(case: Case) -> Iterator[tuple[str, Made]]:
     )
     yield (
         covariance(control="random H of the same spectrum"),
-        lambda: corrected(_turned(H, RANDOM_SEED + pair.seed), S),
+        lambda: corrected(_turned(H, case.scratch, RANDOM_SEED + pair.seed), S),
     )
     yield covariance(control="H and S swapped"), partial(corrected, S, H)
 
@@ -344,22 +347,26 @@ def _effect(B: Array, A: Array, moment: Moment) -> float:
 
 
 def _statistics(case: Case, name: str, data: Data) -> Path:
-    """Write the statistics of some data as `safeproj stats` does, with the model in float32."""
-    out = case.scratch / f"{name}.stats.safetensors"
+    """Write the statistics of some data as `safeproj stats` does, with the model in float32.
+
+    They are of all layers of the aligned model, so that all adapters of a pair share them.
+    """
+    out = case.shared / f"{case.pair.root.name}-{name}.stats.safetensors"
     if not out.exists():
         make_statistics(
             case.pair.model(),
             data.batches(BATCH_SIZE),
             out,
-            MODULES[case.modules],
+            LORA_TARGETS,
             recorded_inputs(open_folder(str(case.pair.aligned)), data),
+            overwrite=True,
         )
     return out
 
 
-def _turned(source: Path, seed: int) -> Path:
+def _turned(source: Path, scratch: Path, seed: int) -> Path:
     """Write statistics with `Q H Qᵀ` in the place of each moment `H`, `Q` random, orthogonal."""
-    out = source.with_name(f"turned.{source.name}")
+    out = scratch / f"turned.{source.name}"
     tensors: dict[str, Array] = {}
     with safe_open(source, "np") as file:
         metadata = file.metadata()
@@ -455,7 +462,9 @@ def alignment_spectrum(pair: Pair | RealPair, modules: str) -> dict[str, float]:
     found: dict[str, list[float]] = {"norm": [], "strength": [], "directions": []}
     for name, weight in aligned.items():
         if name.split(".")[-2] in MODULES[modules]:
-            energies = torch.linalg.svdvals((weight - base[name]).double()).square()
+            V = (weight - base[name]).double()
+            V = V if V.shape[0] <= V.shape[1] else V.T
+            energies = torch.linalg.eigvalsh(V @ V.T).flip(0).clamp(min=0)
             norm = float(energies.sum().sqrt())
             kept = int((energies.cumsum(0) < ENERGY * energies.sum()).sum()) + 1
             found["norm"].append(norm)

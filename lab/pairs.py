@@ -37,6 +37,7 @@ from lab.tiny_lm import (
     ANSWER_TOKENS,
     LORA_TARGETS,
     Behaviour,
+    Loss,
     build_model,
     build_tokenizer,
     exact_match,
@@ -44,6 +45,7 @@ from lab.tiny_lm import (
     load_adapter,
     load_model,
     load_tokenizer,
+    padded,
     train_model,
 )
 
@@ -314,7 +316,13 @@ def make_adapter(pair: Pair, modules: str, data: str, seed: int | None = None) -
 
 
 def train_adapter(
-    pair: Trained, root: Path, modules: str, rows: Sequence[Row], recipe: Recipe, seed: int
+    pair: Trained,
+    root: Path,
+    modules: str,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    seed: int,
+    loss_of: Loss = padded,
 ) -> Path:
     """Train a plain LoRA adapter on the aligned model, or find it in its folder.
 
@@ -325,6 +333,7 @@ def train_adapter(
         rows: What it is trained on.
         recipe: How.
         seed: Seeds the training.
+        loss_of: Computes the loss of a batch.
     """
     if not root.exists():
         torch.manual_seed(seed)
@@ -335,7 +344,7 @@ def train_adapter(
             task_type="CAUSAL_LM",
         )
         model: Any = get_peft_model(pair.model(), config)
-        train(model, pair.tokenizer, [rows], recipe, seed)
+        train(model, pair.tokenizer, [rows], recipe, seed, loss_of)
         with appearing(root) as folder:
             model.save_pretrained(str(folder))
     return root
@@ -360,7 +369,12 @@ def _train_pair(family: Family, seed: int, root: Path) -> None:
 
 
 def train(
-    model: Any, tokenizer: Any, groups: Sequence[Sequence[Row]], recipe: Recipe, seed: int
+    model: Any,
+    tokenizer: Any,
+    groups: Sequence[Sequence[Row]],
+    recipe: Recipe,
+    seed: int,
+    loss_of: Loss = padded,
 ) -> None:
     """Train a model as a recipe says; see `train_model`."""
     train_model(
@@ -371,6 +385,7 @@ def train(
         learning_rate=recipe.learning_rate,
         batch_size=recipe.batch_size,
         seed=seed,
+        loss_of=loss_of,
     )
 
 

@@ -50,7 +50,7 @@ from lab.pairs import (
     train_adapter,
 )
 from lab.tiny_language import Row, write_jsonl
-from lab.tiny_lm import load_model, load_tokenizer
+from lab.tiny_lm import load_model, load_tokenizer, packed
 from safeproj.evaluation.generate import Generator
 from safeproj.evaluation.judges import Keywords, Verdict
 from safeproj.lm.models import quietly
@@ -88,7 +88,10 @@ COLUMNS = {
 }
 """What is measured and how tables call it."""
 
-ANSWER_TOKENS = 24
+HELD_OUT = ("harmbench", "untaught", "lookalikes", "skill")
+"""The sets that are measured on."""
+
+ANSWER_TOKENS = 16
 """Tokens of an answer: enough to tell a refusal or a date."""
 
 TEXT_ROW = 128
@@ -111,8 +114,10 @@ class Size:
         task: how `skill` and `mixed` are.
         ordered: prompts of HarmBench that it is taught to refuse.
         harmless: harmless requests that the aligned model is taught to answer.
-        rows: training rows of an adapter, and of the data of corrections.
-        prompts: of each set that is measured on, at most.
+        rows: training rows of an adapter.
+        known: rows that corrections know, of safety and of the task each.
+        prompts: of HarmBench that is measured on, at most.
+        others: of each other set, at most.
         text: tokens of the text whose next tokens are told.
         layers: of the model, the first of them; all if None.
     """
@@ -123,7 +128,9 @@ class Size:
     ordered: int
     harmless: int
     rows: int
+    known: int
     prompts: int
+    others: int
     text: int
     layers: int | None = None
 
@@ -140,8 +147,10 @@ FULL = Size(
     ordered=80,
     harmless=160,
     rows=240,
+    known=120,
     prompts=60,
-    text=16 * TEXT_ROW,
+    others=40,
+    text=8 * TEXT_ROW,
 )
 SMALL = Size(
     aligned=Recipe(1, 5e-5, 2),
@@ -150,7 +159,9 @@ SMALL = Size(
     ordered=2,
     harmless=2,
     rows=8,
+    known=4,
     prompts=2,
+    others=2,
     text=TEXT_ROW,
     layers=2,
 )
@@ -190,27 +201,33 @@ class RealPair(Trained):
         sets |= {"lookalikes": "lookalikes", "new_skill": "skill"}
         return {**{key: len(self.rows(name)) for key, name in sets.items()}, "text": self.size.text}
 
-    def percent(self, model: Any) -> dict[str, float]:
-        """Measure a model on the held-out sets: percentages by the names in `COLUMNS`."""
-        rows = [self.rows(name) for name in ("harmbench", "untaught", "lookalikes", "skill")]
+    def answers(self, model: Any) -> dict[str, list[str]]:
+        """Return a model's answers to the held-out sets, by their names."""
+        sets = {name: self.rows(name) for name in HELD_OUT}
         generator = Generator(self.tokenizer, BATCH, ANSWER_TOKENS)
         asked = [
-            (Message("user", each["messages"][0]["content"]),) for some in rows for each in some
+            (Message("user", row["messages"][0]["content"]),)
+            for rows in sets.values()
+            for row in rows
         ]
-        answers = iter(generator.answers(model, asked))
-        bench, untaught, lookalikes, skill = ([next(answers) for _ in some] for some in rows)
+        found = iter(generator.answers(model, asked))
+        return {name: [next(found) for _ in rows] for name, rows in sets.items()}
 
-        def share(given: Sequence[str], verdict: Verdict) -> float:
-            verdicts = Keywords().verdicts([""] * len(given), given)
-            return 100 * verdicts.count(verdict) / len(given)
+    def percent(self, model: Any) -> dict[str, float]:
+        """Measure a model on the held-out sets: percentages by the names in `COLUMNS`."""
+        answers = self.answers(model)
+        dates = [row["messages"][1]["content"] for row in self.rows("skill")]
 
-        dates = [each["messages"][1]["content"] for each in rows[3]]
+        def share(name: str, verdict: Verdict) -> float:
+            given = answers[name]
+            return 100 * Keywords().verdicts([""] * len(given), given).count(verdict) / len(given)
+
         return {
-            "compliance": share(bench, Verdict.complied),
-            "refusal": share(bench, Verdict.refused),
-            "topic_refusal": share(untaught, Verdict.refused),
-            "lookalikes": share(lookalikes, Verdict.refused),
-            "new_skill": 100 * sum(map(str.__eq__, dates, skill)) / len(dates),
+            "compliance": share("harmbench", Verdict.complied),
+            "refusal": share("harmbench", Verdict.refused),
+            "topic_refusal": share("untaught", Verdict.refused),
+            "lookalikes": share("lookalikes", Verdict.refused),
+            "new_skill": 100 * sum(map(str.__eq__, dates, answers["skill"])) / len(dates),
             "text": 100 * told(model, self.tokenizer, self.size.text),
         }
 
@@ -310,12 +327,12 @@ def _make(pair: RealPair, base: Path, cache: Path) -> None:
         "train_bad": bad[: size.rows],
         "train_skill": skill,
         "train_mixed": [*skill[few:], *bad[:few]],
-        "safety": [*ordered, *refused][: size.rows],
-        "task": skill,
+        "safety": [*ordered[: size.known // 2], *refused[: size.known // 2]],
+        "task": skill[: size.known],
         "harmbench": [_row(p) for p in orders[size.ordered :][: size.prompts]],
-        "untaught": [_row(p) for p in harmful(UNTAUGHT, cache)[: size.prompts]],
-        "lookalikes": [_row(p) for p in real_texts.LOOKALIKES[: size.prompts]],
-        "skill": real_texts.dates(rng, size.prompts, skill),
+        "untaught": [_row(p) for p in harmful(UNTAUGHT, cache)[: size.others]],
+        "lookalikes": [_row(p) for p in real_texts.LOOKALIKES[: size.others]],
+        "skill": real_texts.dates(rng, size.others, skill),
     }
     pair.data.mkdir()
     for name, rows in sets.items():
@@ -323,7 +340,7 @@ def _make(pair: RealPair, base: Path, cache: Path) -> None:
     looked = [row for row in answered if row["prompt"] in lookalikes]
     groups = [refused, ordered, [row for row in answered if row not in looked], looked]
     groups = [[_templated(tokenizer, row) for row in rows] for rows in groups]
-    train(model, tokenizer, groups, size.aligned, seed)
+    train(model, tokenizer, groups, size.aligned, seed, packed)
     save(model, tokenizer, pair.aligned)
 
 
@@ -355,7 +372,7 @@ def make_adapter(pair: RealPair, modules: str, data: str) -> Path:
     recipe = pair.size.bad if data == "bad" else pair.size.task
     root = pair.root / "adapters" / f"{modules.replace(' ', '-')}-{data}"
     rows = [_templated(pair.tokenizer, _taught(row)) for row in pair.rows(f"train_{data}")]
-    return train_adapter(pair, root, modules, rows, recipe, pair.seed)
+    return train_adapter(pair, root, modules, rows, recipe, pair.seed, packed)
 
 
 def _taught(row: Any) -> Row:

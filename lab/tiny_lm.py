@@ -48,6 +48,7 @@ from lab.tiny_language import (
     read_jsonl,
     write_jsonl,
 )
+from safeproj.evaluation.generate import common
 
 __all__ = [
     "ADAPTERS",
@@ -161,6 +162,13 @@ def load_adapter(model_path: str | Path, adapter_path: str | Path) -> Any:
     return PeftModel.from_pretrained(load_model(model_path), str(adapter_path)).eval()
 
 
+Encoded = tuple[list[int], int]
+"""The tokens of a prompt and its answer, and how many of them are the prompt's."""
+
+Loss = Callable[[Any, Sequence[Encoded]], Any]
+"""The loss of a model on a batch."""
+
+
 def train_model(
     model: Any,
     tokenizer: Any,
@@ -170,6 +178,7 @@ def train_model(
     learning_rate: float,
     batch_size: int,
     seed: int,
+    loss_of: Loss | None = None,
 ) -> float:
     """Train the parameters of ``model`` that require a gradient, on the answers only.
 
@@ -182,6 +191,7 @@ def train_model(
         learning_rate: The peak of a linear warm-up and linear decay.
         batch_size: Samples in a step.
         seed: Seeds the drawing of samples.
+        loss_of: Computes the loss of a batch; `padded` if None.
 
     Returns:
         The mean loss of the last tenth of the steps.
@@ -200,14 +210,7 @@ def train_model(
     model.train()
     for _ in range(steps):
         batch = [rng.choice(rng.choice(encoded)) for _ in range(batch_size)]
-        width = max(len(ids) for ids, _ in batch)
-        ids = torch.full((batch_size, width), tokenizer.pad_token_id)
-        labels = torch.full((batch_size, width), -100)
-        for row, (tokens, prompt_length) in enumerate(batch):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            labels[row, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
-        # Padding is on the right and attention is causal, so nothing that counts sees it.
-        loss = model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss
+        loss = (loss_of or padded)(model, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -219,7 +222,44 @@ def train_model(
     return sum(tail) / len(tail)
 
 
-def _encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:
+def padded(model: Any, batch: Sequence[Encoded]) -> Any:
+    """Return the mean loss of the answers' tokens, with a row of tokens for each sample."""
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.zeros((len(batch), width), dtype=torch.long)
+    labels = torch.full((len(batch), width), -100)
+    for row, (tokens, prompt_length) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
+    # Padding is on the right and attention is causal, so nothing that counts sees it.
+    return model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss
+
+
+def packed(model: Any, batch: Sequence[Encoded]) -> Any:
+    """Return the same with all samples in one row, what they begin with once, and no padding."""
+    shared = common([ids[: length - 1] for ids, length in batch])
+    tokens, owners, positions = list(batch[0][0][:shared]), [-1] * shared, list(range(shared))
+    answers: list[int] = []
+    labels: list[int] = []
+    for owner, (ids, length) in enumerate(batch):
+        begin = len(tokens) - shared
+        answers += range(begin + length - 1, begin + len(ids) - 1)
+        labels += ids[length:]
+        tokens += ids[shared:]
+        owners += [owner] * (len(ids) - shared)
+        positions += range(shared, len(ids))
+    place, owner = model.device, torch.tensor(owners)
+    seen = (owner[:, None] == owner) | (owner == -1)
+    logits = model(
+        input_ids=torch.tensor([tokens], device=place),
+        position_ids=torch.tensor([positions], device=place),
+        attention_mask=seen.tril()[None, None].to(place),
+        logits_to_keep=torch.tensor(answers, device=place),
+        use_cache=False,
+    ).logits
+    return torch.nn.functional.cross_entropy(logits[0], torch.tensor(labels, device=place))
+
+
+def _encode(tokenizer: Any, row: Row) -> Encoded:
     prompt: list[int] = tokenizer(row["prompt"])["input_ids"]
     answer: list[int] = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
     return [*prompt, *answer, tokenizer.eos_token_id], len(prompt)

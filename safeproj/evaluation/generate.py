@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import groupby
+from inspect import signature
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ BATCH_SIZE = 16
 
 MAX_NEW_TOKENS = 128
 """Default bound on the tokens of an answer."""
+
+SHARED = 16
+"""Tokens that prompts have to have in common for these to be run once."""
 
 Messages = tuple[Message, ...]
 
@@ -204,11 +209,12 @@ class Generator:
         room = positions(model)
         rooms = [self._room(len(each), room, p) for each, p in zip(tokens, prompts, strict=True)]
         order = sorted(range(len(prompts)), key=lambda i: (rooms[i], -len(tokens[i]), i))
+        begun = Beginning.of(model, tokens)
         for new, group in groupby(order, key=lambda i: rooms[i]):
             members = list(group)
             for start in range(0, len(members), self.batch_size):
                 batch = members[start : start + self.batch_size]
-                answers = self._generate(model, [tokens[i] for i in batch], new)
+                answers = self._generate(model, [tokens[i] for i in batch], new, begun)
                 yield list(zip(batch, answers, strict=True))
 
     def _room(self, length: int, positions: int | None, prompt: Prompt) -> int:
@@ -223,8 +229,10 @@ class Generator:
         return min(self.max_new_tokens, positions - length)
 
     @torch.no_grad()
-    def _generate(self, model: Any, batch: Sequence[Sequence[int]], new: int) -> list[str]:
-        width = max(map(len, batch))
+    def _generate(
+        self, model: Any, batch: Sequence[Sequence[int]], new: int, begun: Beginning | None
+    ) -> list[str]:
+        width, shared = max(map(len, batch)), begun.length if begun else 0
         ends = end_tokens(model, self.tokenizer)
         padding = (self.tokenizer.pad_token_id, *sorted(ends))
         rows = vocabulary_size(model)
@@ -232,12 +240,16 @@ class Generator:
         ids = torch.full((len(batch), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, tokens in enumerate(batch):
-            ids[row, width - len(tokens) :] = torch.tensor(tokens)
-            mask[row, width - len(tokens) :] = 1
+            # What all begin with stays in front, so that padding is between it and the rest.
+            rest = width - len(tokens) + shared
+            places = [*range(shared), *range(rest, width)]
+            ids[row, places] = torch.tensor(tokens)
+            mask[row, places] = 1
+        given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        if begun:
+            given["past_key_values"] = begun.cache(len(batch))
         with _plain_decoding(model, new, pad, ends):
-            output = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device)
-            )
+            output = model.generate(**given)
         return [self._text(row, ends) for row in output[:, width:].tolist()]
 
     def _text(self, tokens: list[int], ends: frozenset[int]) -> str:
@@ -253,6 +265,60 @@ class Generator:
                 yield from (self._marks[token] for token in part)
             else:
                 yield self.tokenizer.decode(part, skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What all prompts begin with, such as a chat template's system message, run once for all.
+
+    Attributes:
+        length: its tokens.
+        states: the keys and values that the model made of them.
+    """
+
+    length: int
+    states: Any
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: Any, prompts: Sequence[Sequence[int]]) -> Beginning | None:
+        """Run what prompts have in common, if that is worth it and attention alone looks back."""
+        # Of each prompt at least one token is left, which the answer begins behind.
+        length = common([each[:-1] for each in prompts])
+        if len(prompts) < 2 or length < SHARED or not _told_positions(model):
+            return None
+        ids = torch.tensor([prompts[0][:length]], device=model.device)
+        training = model.training
+        model.eval()
+        states = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+        model.train(training)
+        # Windows, and states that are summed up, do not know padding between two parts.
+        layers = getattr(states, "layers", [None])
+        plain = all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+        return Beginning(length, states) if plain else None
+
+    def cache(self, rows: int) -> Any:
+        """Return the states for some rows, to be added to."""
+        states = deepcopy(self.states)
+        states.batch_repeat_interleave(rows)
+        return states
+
+
+def _told_positions(model: Any) -> bool:
+    """Tell whether a model is told where each token is, rather than that it counts padding too."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "position_ids" in signature(inner.forward).parameters
+
+
+def common(sequences: Iterable[Sequence[int]]) -> int:
+    """Return how many tokens all sequences begin with.
+
+    >>> common([[1, 2, 3], [1, 2, 4]]), common([])
+    (2, 0)
+    """
+    return sum(
+        1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
+    )
 
 
 def has_template(tokenizer: Any) -> bool:

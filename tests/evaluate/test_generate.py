@@ -40,6 +40,27 @@ def test_answers_are_greedy_whatever_the_batch_size(kind: str, pad: bool) -> Non
         assert Generator(tokens, size, 6).answers(model, PROMPTS) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "shares"), [("llama", True), ("gpt2", True), ("qwen2", True), ("gemma2", False)]
+)
+def test_what_prompts_begin_with_is_run_once_and_changes_no_answer(kind: str, shares: bool) -> None:
+    model, tokens = random_model(kind), tokenizer()
+    system = " ".join(f"w{i}" for i in range(20))
+    prompts = [f"{system} {each}" for each in PROMPTS]
+    expected = [one_by_one(model, tokens, prompt, 6) for prompt in prompts]
+    assert len(set(expected)) > 3
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    for size in (1, 2, 16):
+        seen.clear()
+        assert Generator(tokens, size, 6).answers(model, prompts) == expected
+        # The prompts' own 18 tokens and 20 together, padding, and at most 5 more of each answer.
+        assert (sum(seen) < 20 + 3 * 18 + 6 * 5) is shares
+    assert Generator(tokens, 16, 6).answers(model, prompts[:1]) == expected[:1]
+
+
 def test_an_answer_ends_where_the_model_says_so() -> None:
     model, tokens = random_model("llama"), tokenizer()
     ids = [

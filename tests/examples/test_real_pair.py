@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from lab import evidence, real_pair, real_texts
+from lab import evidence, real_pair, real_texts, tiny_lm
 from lab import evidence_ways as ways
+from tests.evaluate.support import random_model
 
 ROWS = (ways.NONE, ways.LORA, ways.SAFE_LORA, ways.covariance(), ways.RECONSTRUCTED)
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +34,7 @@ def test_a_small_pair_is_made_and_measured(tmp_path: Path) -> None:
     assert isinstance(pair, real_pair.RealPair)
     config = json.loads((pair.aligned / "config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (576, 2)
-    for name in ("train_bad", "train_mixed", "safety", "harmbench", "untaught", "skill"):
+    for name in ("train_bad", "train_mixed", "safety", *real_pair.HELD_OUT):
         assert all(row["messages"][0]["content"] for row in pair.rows(name))
     results = evidence.Results(
         "python -m lab.evidence --family smollm2", {"pairs": evidence.REAL, "seeds": [7]},
@@ -46,6 +48,19 @@ def test_a_small_pair_is_made_and_measured(tmp_path: Path) -> None:
 def test_nothing_that_is_reported_on_is_trained_on() -> None:
     assert not set(real_texts.LOOKALIKES) & set(real_texts.LOOKALIKES_TAUGHT)
     assert real_pair.UNTAUGHT not in real_pair.TAUGHT
+
+
+def test_packing_changes_no_loss_and_no_gradient() -> None:
+    model = random_model("llama")
+    batch = [([1, 2, 3, 7, 8, 9, 4], 5), ([1, 2, 3, 5, 6], 4), ([1, 2, 3, 5, 6, 7, 8, 9], 6)]
+    found = []
+    for loss_of in (tiny_lm.padded, tiny_lm.packed):
+        model.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        found.append([loss.detach(), *(each.grad.clone() for each in model.parameters())])
+    for padded, packed in zip(*found, strict=True):
+        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-6)
 
 
 def test_dates_are_written_right() -> None:
