@@ -1,1 +1,0 @@
-"""Recipes for real models, which have not been run; only ``--dry-run`` has."""
