@@ -8,6 +8,7 @@ from safeproj.api import inspect as inspect
 from safeproj.api import inspect_many as inspect_many
 from safeproj.api import patch as patch
 from safeproj.api import patch_many as patch_many
+from safeproj.api import project as project
 from safeproj.api import refusals as refusals
 from safeproj.api import repair as repair
 from safeproj.api import reports as reports

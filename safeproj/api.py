@@ -1,4 +1,4 @@
-"""The Python API: `repair`, `inspect`, `patch`, `check`, `verify`, `align`, `evaluate`, `sweep`."""
+"""The Python API: `repair`, `inspect`, `patch`, `project`, `check`, `verify`, `align`, …"""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from safeproj import __version__, engine
-from safeproj.adapter import read_adapter
+from safeproj.adapter import Adapter, read_adapter
 from safeproj.adapter.collection import Member, all_of, collect
 from safeproj.adapter.write import (
     check_apart,
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from safeproj.records.evaluations import Evaluation
     from safeproj.records.repairs import Repair
     from safeproj.records.sweeps import Sweep
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +220,73 @@ def patch_many(
         done = job.many(usable, use)
         found = [refused[n] if n in refused else next(done) for n in range(len(members))]
     return _outcomes(members, found)
+
+
+@overload
+def project(
+    peft_model: Any, method: Method, options: Options | None = None, *, adapter: str
+) -> Report: ...
+
+
+@overload
+def project(
+    peft_model: Any, method: Method, options: Options | None = None, *, adapter: None = None
+) -> Report | Reports: ...
+
+
+def project(
+    peft_model: Any,
+    method: Method,
+    options: Options | None = None,
+    *,
+    adapter: str | None = None,
+) -> Report | Reports:
+    """Change the selected modules of a model in memory, in place, as `patch` does in files.
+
+    The factors stay on the device and in the dtype that they have. No second model is loaded: the
+    weights that `method` needs are read from files block by block. With `SafeLora(base=…)` the
+    aligned ones are those that the adapters are on; where `Covariance` is given data, the model in
+    memory is run on it.
+
+    Args:
+        peft_model: a `peft.PeftModel`, such as the one that was just trained.
+        method: what is done.
+        options: as for `patch`.
+        adapter: the name of one adapter; all of the model's if None.
+
+    Returns:
+        The scores as of `inspect`, with what was done to each module; of more than one adapter the
+        same for each.
+
+    Raises:
+        SafeprojError: an input cannot be used; the model is as it was.
+    """
+    from safeproj.lm.models import require_extra
+
+    options = options or Options()
+    if options.dtype != "keep":
+        raise SafeprojError(
+            f"--dtype {options.dtype}: an adapter in memory keeps its dtype; leave it out"
+        )
+    if options.portable:
+        raise SafeprojError("--portable writes other tensors than there are in memory; use patch")
+    require_extra()
+    from safeproj.lm.live import Live
+
+    live = Live(peft_model, adapter)
+    adapters = {name: live.read(name) for name in live.chosen(adapter)}
+    with _job(dataclasses.replace(method, host=live), list(adapters.values()), options) as job:
+        found = list(job.many(list(adapters.values()), lambda run, _: run))
+        runs = dict(zip(adapters, map(_raised, found), strict=True))
+        live.put({name: run.decision.replaced for name, run in runs.items()})
+    made = {name: dataclasses.replace(run.report, written=True) for name, run in runs.items()}
+    return made.popitem()[1] if len(made) == 1 else Reports(__version__, made, {})
+
+
+def _raised(found: T | SafeprojError) -> T:
+    if isinstance(found, SafeprojError):
+        raise found
+    return found
 
 
 @engine.one_thread()
@@ -723,7 +793,7 @@ def refusals(
 @contextmanager
 def _job(
     method: Method,
-    adapters: Sequence[str],
+    adapters: Sequence[str | Adapter],
     options: Options | None,
     hashes: Collection[Hash] = (),
 ) -> Iterator[Job]:

@@ -141,13 +141,37 @@ class Peft(Format):
                 f"{source}: an adapter of AdapterHub's library `adapters`, which no loader of LoRA "
                 "adapters reads; train it with PEFT, whose adapters are supported"
             )
-        _refuse_settings(source, config)
+        refuse_settings(source, config)
         weights_file = next((name for name in (SAFETENSORS, BIN) if name in folder.files), None)
         if weights_file is None:
             raise SafeprojError(
                 f"{source}: neither {SAFETENSORS} nor {BIN} found; is this an adapter directory?"
             )
         metadata, tensors = _read_tensors(folder, weights_file)
+        return cls.of(folder, config, weights_file, metadata, tensors)
+
+    @classmethod
+    def of(
+        cls,
+        folder: Folder,
+        config: dict[str, Any],
+        weights_file: str,
+        metadata: dict[str, str] | None,
+        tensors: dict[str, Array],
+    ) -> Adapter:
+        """Return the adapter of these tensors, checked.
+
+        Args:
+            folder: where they are from.
+            config: `adapter_config.json`, which `refuse_settings` let pass.
+            weights_file: what holds them.
+            metadata: of the safetensors file, None where there is none.
+            tensors: by the names that PEFT saves them under.
+
+        Raises:
+            SafeprojError: it cannot be used.
+        """
+        source = folder.source
         found = _Classifier(source, config, tensors)
         check_values(source, tensors, {c.key for c in found.full_changes} | found.unknown.keys())
         return Adapter(
@@ -207,7 +231,12 @@ class Peft(Format):
         return write_safetensors(path, self.written_container, tensors)
 
 
-def _refuse_settings(source: str, config: dict[str, Any]) -> None:
+def refuse_settings(source: str, config: Mapping[str, Any]) -> None:
+    """Refuse an adapter whose update is not the product of two factors, by its config.
+
+    Raises:
+        SafeprojError: it is one.
+    """
     found = config.get("peft_type")
     if found not in SUPPORTED_TYPES:
         raise SafeprojError(f"{source}: peft_type {found!r} is not supported; {SUPPORTED}")

@@ -129,6 +129,26 @@ class Host:
         return self._model
 
     @contextmanager
+    def plain(self) -> Iterator[Any]:
+        """Give the model without an adapter.
+
+        Raises:
+            SafeprojError: it cannot be loaded.
+        """
+        yield self.model
+
+    @contextmanager
+    def adapted(self, adapter: Adapter) -> Iterator[tuple[Callable[[], Any], dict[str, str]]]:
+        """Give what `lazily` does of an adapter that was read, and what `moves` returns of it.
+
+        Raises:
+            SafeprojError: as for `lazily`.
+        """
+        moved = moves(self.model, adapter.folder)
+        with self.lazily(adapter.folder, partial(attach_read, adapter=adapter)) as load:
+            yield load, moved
+
+    @contextmanager
     def lazily(
         self, adapter: Folder, put: Callable[[Any], Any] | None = None
     ) -> Iterator[Callable[[], Any]]:

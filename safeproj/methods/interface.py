@@ -16,6 +16,7 @@ from safeproj.methods.words import Words
 from safeproj.storage.source import src
 
 if TYPE_CHECKING:
+    from safeproj.adapter import Adapter
     from safeproj.checkpoint.hashes import Hash
     from safeproj.engine import Buffers, Task
     from safeproj.lm.chat import ChatOptions
@@ -85,6 +86,9 @@ class Method(ABC):
         unswept: a form of it that no sweep tries: what it is, and the options for it, in which
             `MODEL` stands for the model.
         is_idempotent: whether doing it again to what it made changes nothing.
+        in_memory: further sets of SRC fields, where the aligned model is in memory.
+        host: the aligned model, if it is in memory: `lm.adapters.Host`, or `lm.live.Live` where it
+            has adapters on it.
 
     Raises:
         SafeprojError: what is given does not go together, or a value is out of range.
@@ -103,13 +107,20 @@ class Method(ABC):
     axes: ClassVar[tuple[str, ...]] = ("layers", "threshold")
     unswept: ClassVar[tuple[str, tuple[str, ...]] | None] = None
     is_idempotent: ClassVar[bool] = False
+    in_memory: ClassVar[tuple[frozenset[str], ...]] = ()
+
+    host: Any = dataclasses.field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, option in self.options().items():
             if option.is_source and (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, src(given))  # paths are text from here on
-        if frozenset(self.sources) not in self.ways:
-            raise SafeprojError(f"{self.words.name} needs {self.needs}")
+        if frozenset(self.sources) not in (*self.ways, *self.in_memory):
+            raise self.lacking()
+
+    def lacking(self) -> SafeprojError:
+        """Return the error where a SRC is missing."""
+        return SafeprojError(f"{self.words.name} needs {self.needs}")
 
     @classmethod
     def options(cls) -> dict[str, Option]:
@@ -196,14 +207,15 @@ class Method(ABC):
 
     def prepared(
         self,
-        adapters: Sequence[str],
+        adapters: Sequence[str | Adapter],
         options: Options,
         chat: ChatOptions | None = None,
     ) -> AbstractContextManager[Method]:
         """Yield what can be opened; what was made for it is gone afterwards.
 
         Args:
-            adapters: of each the SRC; one that cannot be read is left to those who use it.
+            adapters: of each the SRC, where it is not read yet; one that cannot be read is left to
+                those who use it.
             options: how.
             chat: how chats in data are put.
 

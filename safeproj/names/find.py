@@ -48,20 +48,26 @@ class Names:
         checkpoint: where the tensors are.
         maps: values of `--map`.
         architecture: False to do without transformers even if it is installed.
+        running: whether the tensors are those of the running model, under its names.
 
     Raises:
         SafeprojError: one of `maps` is malformed.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, maps: Sequence[str] = (), *, architecture: bool = True
+        self,
+        checkpoint: Checkpoint,
+        maps: Sequence[str] = (),
+        *,
+        architecture: bool = True,
+        running: bool = False,
     ) -> None:
         self._rules = parse_rules(maps)
         self._checkpoint = checkpoint
         self._suffixes = Suffixes(checkpoint)
         self._close: dict[str, str] = {}
         self._may_import = architecture
-        self._types = model_types(checkpoint.config)
+        self._types = frozenset[str]() if running else model_types(checkpoint.config)
 
     def find(self, parameter: str, fits: Fits) -> Expression:
         """Return what a weight is made of.

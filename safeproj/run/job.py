@@ -175,15 +175,15 @@ class Job:
         """What the adapters are scored against, opened."""
         return self._method.open(self._options.maps)
 
-    def one(self, source: str) -> Run:
-        """Read, match, score and decide one adapter."""
+    def one(self, source: str | Adapter) -> Run:
+        """Read, where that is still to be done, match, score and decide one adapter."""
         (found,) = self._runs([self._load(source)])
         if isinstance(found, SafeprojError):
             raise found
         return found
 
     def many(
-        self, sources: Sequence[str], use: Callable[[Run, int], T]
+        self, sources: Sequence[str | Adapter], use: Callable[[Run, int], T]
     ) -> Iterator[T | SafeprojError]:
         """Do the same for many, in order, and yield what `use` makes of each, or why it failed.
 
@@ -391,8 +391,8 @@ class Job:
             if item.module.name in own and item.module != own[item.module.name]:
                 yield item
 
-    def _load(self, source: str) -> Loaded:
-        adapter = self.read(source)
+    def _load(self, source: str | Adapter) -> Loaded:
+        adapter = source if isinstance(source, Adapter) else self.read(source)
         if not self.reference.runs_adapter:
             return self.matched(adapter)
         loaded = self.runnable(adapter)

@@ -23,6 +23,7 @@ from safeproj.methods.words import Words
 from safeproj.storage.source import Src, StrPath
 
 if TYPE_CHECKING:
+    from safeproj.adapter import Adapter
     from safeproj.lm.chat import ChatOptions
     from safeproj.lm.feed import Feed
     from safeproj.lm.layers import OnBatch
@@ -76,7 +77,6 @@ class Covariance(Method):
         mu: the larger, the more of the adapter is kept; 0.3 if None, or 1 with `reconstruct`.
         reconstruct: correct layer by layer, with the model and the adapter run on the data.
         statistics: where the statistics of both lie, if they were made for this run.
-        host: the aligned model (`lm.adapters.Host`), if it is loaded already.
     """
 
     name: ClassVar[str] = "covariance"
@@ -129,7 +129,6 @@ class Covariance(Method):
         default=False,
     )
     statistics: tuple[StrPath, StrPath] | None = field(default=None, repr=False)
-    host: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,7 +177,7 @@ class Covariance(Method):
 
     def prepared(
         self,
-        adapters: Sequence[str],
+        adapters: Sequence[str | Adapter],
         options: Options,
         chat: ChatOptions | None = None,
     ) -> AbstractContextManager[Covariance]:

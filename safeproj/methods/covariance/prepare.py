@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def prepared(
-    method: Covariance, adapters: Sequence[str], options: Options, chat: ChatOptions | None = None
+    method: Covariance,
+    adapters: Sequence[str | Adapter],
+    options: Options,
+    chat: ChatOptions | None = None,
 ) -> Iterator[Covariance]:
     """Yield the method with statistics, in a temporary directory if the model has to be run.
 
@@ -64,7 +66,7 @@ class Rebuilding(Statistics):
         self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
     ) -> dict[str, Array]:
         from safeproj.lm import models
-        from safeproj.lm.adapters import Host, attach_read, moves, require_peft
+        from safeproj.lm.adapters import Host, require_peft
         from safeproj.methods.covariance.reconstruct import batch_size, reconstructed
 
         method = self.method
@@ -78,12 +80,11 @@ class Rebuilding(Statistics):
         safety, benign = (each.batches(batch_size(len(each.samples))) for each in data)
         is_mps = resolve_device(device).name == "mps"  # which has no float64
         host = method.host
-        if host is None or is_mps:
+        if host is None or (is_mps and isinstance(host, Host)):
             host = Host(folder, "cpu" if is_mps else device)
-        moved = moves(host.model, adapter.folder)
         modules = [item.module.name for item in plan.modules]
-        names = {moved.get(name, name): name for name in modules}
-        with host.lazily(adapter.folder, partial(attach_read, adapter=adapter)) as load:
+        with host.adapted(adapter) as (load, moved):
+            names = {moved.get(name, name): name for name in modules}
             found = reconstructed(load(), list(names), safety, benign, formulas, on_batch)
         return {names[place]: from_torch(factor) for place, factor in found.items()}
 
@@ -93,7 +94,9 @@ def _data(method: Covariance) -> tuple[tuple[str, str | None], tuple[str, str | 
     return ("--safety-data", given.get("safety_data")), ("--task-data", given.get("task_data"))
 
 
-def require_data(method: Covariance, adapters: Sequence[str], options: Options) -> None:
+def require_data(
+    method: Covariance, adapters: Sequence[str | Adapter], options: Options
+) -> None:
     """Refuse what cannot be corrected layer by layer.
 
     Raises:
@@ -143,7 +146,7 @@ def statistics_of(method: Covariance, maps: Sequence[str]) -> Statistics:
 
 def _made(
     method: Covariance,
-    adapters: Sequence[str],
+    adapters: Sequence[str | Adapter],
     device: str,
     on_batch: OnBatch | None,
     directory: Path,
@@ -151,6 +154,8 @@ def _made(
 ) -> tuple[Path, Path]:
     """Make the statistics that are missing, and return where both are."""
     from safeproj.lm import models
+    from safeproj.lm.adapters import Host
+    from safeproj.methods.covariance.make import make_statistics
 
     models.require_extra()
     folder = open_folder(method.sources["aligned"])
@@ -163,13 +168,11 @@ def _made(
         elif not source.endswith(STATISTICS):
             data[role] = read_data(source, tokenizer, option=f"--{role}-data", chat=chat)
     read = [_adapter(source) for source in adapters]
-    model = models.load_model(folder, device) if method.host is None else method.host.model
-    targets = _targets(model, [each for each in read if each is not None])
     places = {role: Path(str(source)) for role, source in given.items()}
-    with models.quietly():
+    host = method.host or Host(folder, device)
+    with models.quietly(), host.plain() as model:
+        targets = _targets(model, [each for each in read if each is not None])
         for role, each in data.items():
-            from safeproj.methods.covariance.make import make_statistics
-
             places[role] = directory / f"{role}.stats.safetensors"
             make_statistics(
                 model,
@@ -182,9 +185,9 @@ def _made(
     return places["safety"], places["task"]
 
 
-def _adapter(source: str) -> Adapter | None:
+def _adapter(source: str | Adapter) -> Adapter | None:
     try:
-        return read_adapter(source, unknown=True)
+        return source if isinstance(source, Adapter) else read_adapter(source, unknown=True)
     except SafeprojError:
         return None
 

@@ -54,7 +54,8 @@ class SafeLora(Method):
     """Safe LoRA: updates are projected onto the directions in which alignment moved the model.
 
     Hsu et al., NeurIPS 2024, arXiv 2405.16833, equations 1 and 2. Either both checkpoints are
-    given, or the file that stands for them.
+    given, or the file that stands for them. For a model in memory `base` is enough: the aligned
+    weights are those that the adapter is on.
 
     Attributes:
         base: SRC of the unaligned checkpoint.
@@ -76,6 +77,7 @@ class SafeLora(Method):
     give: ClassVar[tuple[str, ...]] = ("--base and --aligned", "--alignment")
     needs: ClassVar[str] = "--base and --aligned, or --alignment"
     mark: ClassVar[str] = "--base and --aligned"
+    in_memory: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"base"}),)
 
     base: Src | None = source("--base", "Checkpoint of the unaligned base model.")
     aligned: Src | None = source("--aligned", "Checkpoint of the aligned model.")
@@ -143,7 +145,10 @@ class SafeLora(Method):
 
         given = self.sources
         if "alignment" not in given:
-            return Pair(given["aligned"], given["base"], maps)
+            if "aligned" not in given and self.host is None:
+                raise self.lacking()
+            aligned = given.get("aligned") or self.host.weights()
+            return Pair(aligned, given["base"], maps)
         file = open_file(given["alignment"], maps)
         if file.is_truncated and self.projector == "exact":
             raise SafeprojError(

@@ -26,7 +26,7 @@ class Pair(Plain):
     """The aligned and the base checkpoint of one model.
 
     Args:
-        aligned: SRC of the aligned checkpoint.
+        aligned: SRC of the aligned checkpoint, or its weights where they are in memory.
         base: SRC of the base checkpoint.
         maps: `--map` rules, `RUNTIME=CHECKPOINT`.
 
@@ -34,8 +34,10 @@ class Pair(Plain):
         SafeprojError: one of them cannot be used.
     """
 
-    def __init__(self, aligned: str, base: str, maps: Sequence[str] = ()) -> None:
-        self.aligned = Names(open_checkpoint(aligned), maps)
+    def __init__(self, aligned: str | Names, base: str, maps: Sequence[str] = ()) -> None:
+        if isinstance(aligned, str):
+            aligned = Names(open_checkpoint(aligned), maps)
+        self.aligned = aligned
         self.base = Names(open_checkpoint(base), maps)
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from safeproj.adapter.write import check_place
-from safeproj.methods.salora.constraint import active_adapter, saved_in
+from safeproj.lm.live import active_adapter, saved_in
 from safeproj.methods.salora.folding import fold
 from safeproj.methods.salora.initialisation import Initial
 from safeproj.methods.salora.module import SafetyModule

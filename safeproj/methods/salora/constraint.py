@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from safeproj.errors import SafeprojError
+from safeproj.lm.live import active_adapter
 from safeproj.methods.salora.formulas import without
 from safeproj.methods.salora.module import SafetyModule
 from safeproj.text import shorten
@@ -108,25 +108,6 @@ def constrain(
         _release(lora_B)
         _constrain(lora_B, module.directions[name].U)
     return Constraint(found)
-
-
-def active_adapter(peft_model: Any) -> str:
-    """Return the name of the one adapter that is active.
-
-    Raises:
-        SafeprojError: there is none, or more than one.
-    """
-    active = peft_model.active_adapters
-    if len(active) != 1:
-        raise SafeprojError(
-            f"expected one active adapter, found {shorten(active) or 'none'}; name one"
-        )
-    return str(active[0])
-
-
-def saved_in(directory: str | Path, adapter: str) -> Path:
-    """Return where PEFT puts an adapter below the directory that a model is saved to."""
-    return Path(directory) if adapter == "default" else Path(directory) / adapter
 
 
 def lora_layers(peft_model: Any, adapter_name: str | None = None) -> Iterator[tuple[str, Any]]:

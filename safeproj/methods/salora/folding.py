@@ -21,8 +21,8 @@ from safeproj.adapter.record import Kind
 from safeproj.adapter.weightfiles import NAMED
 from safeproj.adapter.write import check_out, unpatched_beside, write_adapter
 from safeproj.errors import SafeprojError
+from safeproj.lm.live import active_adapter, saved_in
 from safeproj.methods.interface import local_path
-from safeproj.methods.salora.constraint import active_adapter, saved_in
 from safeproj.methods.salora.formulas import without
 from safeproj.methods.salora.initialisation import INITIAL, METHOD, Initial
 from safeproj.methods.salora.method import FOLDED

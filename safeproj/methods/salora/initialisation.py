@@ -16,12 +16,8 @@ from safeproj.adapter.peft_config import PREFIX
 from safeproj.errors import SafeprojError
 from safeproj.lm.data import Batch
 from safeproj.lm.layers import MEMORY, OnBatch, plain_weight
-from safeproj.methods.salora.constraint import (
-    active_adapter,
-    constrain,
-    lora_layers,
-    set_weight,
-)
+from safeproj.lm.live import active_adapter
+from safeproj.methods.salora.constraint import constrain, lora_layers, set_weight
 from safeproj.methods.salora.directions import output_directions
 from safeproj.methods.salora.formulas import initial_factors, without
 from safeproj.methods.salora.module import RANK, SafetyModule
