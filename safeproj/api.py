@@ -1,4 +1,4 @@
-"""The Python API: `repair`, `inspect`, `patch`, `project`, `check`, `verify`, `align`, …"""
+"""The Python API: `repair`, `inspect`, `patch`, `project`, `check`, `verify`, and others."""
 
 from __future__ import annotations
 

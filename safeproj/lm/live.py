@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from safeproj.adapter import Adapter
@@ -61,7 +60,7 @@ class Live:
 
     Args:
         peft_model: the model.
-        running: the adapter that the model is run with, where it is run; the first if None.
+        running: the adapter that the model is run with, where it is run; the active one if None.
 
     Raises:
         SafeprojError: it is no `PeftModel`, or its weights are not what they were without adapters.
@@ -76,7 +75,7 @@ class Live:
                 "PeftModel.from_pretrained return it; of what is wrapped give the model inside"
             )
         self._model: Any = peft_model
-        self._running = running or next(iter(peft_model.peft_config))
+        self._running = running
         modules = list(peft_model.modules())
         merged = {name for each in modules for name in getattr(each, "merged_adapters", ())}
         if merged:
@@ -92,8 +91,12 @@ class Live:
     @property
     def source(self) -> str:
         """What messages and records call the model."""
-        named = getattr(self._model.config, "_name_or_path", "")
-        return f"{named or 'the model'} in memory"
+        return f"{getattr(self._config, '_name_or_path', '') or 'the model'} in memory"
+
+    @property
+    def _config(self) -> Any:
+        """The model's config, None where it is no model of transformers."""
+        return getattr(self._model.get_base_model(), "config", None)
 
     def chosen(self, adapter: str | None) -> list[str]:
         """Return the names of all adapters, or the one that is named.
@@ -116,7 +119,7 @@ class Live:
         Raises:
             SafeprojError: it cannot be used, or not be changed in place.
         """
-        folder = _Held(_called(name), {CONFIG: self._config(name)})
+        folder = _Held(_called(name), {CONFIG: self._document(name)})
         config = read_json(folder, CONFIG)
         refuse_settings(folder.source, config)
         init = changed_base(config)
@@ -125,7 +128,9 @@ class Live:
                 f"{folder.source}: init_lora_weights is {init!r}, which changed the model's own "
                 f"weights: what is left of the update has another rank; {_SAVE}"
             )
-        tensors = {key: from_torch(each) for key, each in sorted(self._state(name).items())}
+        state = self._state(name)
+        order = sorted(state, key=lambda key: (-state[key].element_size(), key))  # as in a file
+        tensors = {key: from_torch(state[key]) for key in order}
         found = Peft.of(folder, config, SAFETENSORS, None, tensors)
         for message in found.unknown.values():
             raise SafeprojError(f"{folder.source}: {message}")
@@ -167,7 +172,9 @@ class Live:
         """
         with self._bare() as model:
             tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
-            config = json.loads(model.config.to_json_string(use_diff=False))
+        own = self._config
+        is_known = hasattr(own, "to_json_string")
+        config = json.loads(own.to_json_string(use_diff=False)) if is_known else {}
         return Names(_LiveCheckpoint(self.source, config, tensors), running=True)
 
     @contextmanager
@@ -193,12 +200,13 @@ class Live:
                 f"{self.source}: MPS has no float64, in which layers are corrected one by one; "
                 f"{_SAVE}"
             )
+        name = self._running or active_adapter(self._model)
         with self._as_it_was():
             self._model.base_model.enable_adapter_layers()
-            self._model.set_adapter(self._running)
+            self._model.set_adapter(name)
             yield (lambda: self._model), {}
 
-    def _config(self, name: str) -> bytearray:
+    def _document(self, name: str) -> bytearray:
         """Return `adapter_config.json`, as PEFT writes it."""
         with tempfile.TemporaryDirectory(prefix="safeproj-") as directory:
             self._model.peft_config[name].save_pretrained(directory)

@@ -304,12 +304,25 @@ def patch(pair: Built, adapter: Path, out: Path, *options: str) -> Any:
 
 
 def save(model: Any, config: Any, path: Path, *, seed: int = 5, change_copies: bool = True) -> Path:
-    """Write an adapter as PEFT does, with random factors and changed full weights.
+    """Write an adapter as PEFT does, of what `adapted` returns."""
+    written(adapted(model, config, seed=seed, change_copies=change_copies), path)
+    return path
+
+
+def written(adapted: Any, path: Path) -> Any:
+    """Return a model with an adapter, which PEFT has written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(str(path))
+    return adapted
+
+
+def adapted(model: Any, config: Any, *, seed: int = 5, change_copies: bool = True) -> Any:
+    """Return a copy of a model with an adapter of random factors and changed full weights.
 
     Args:
         model: the model, which is left alone.
         config: a configuration of PEFT.
-        path: the directory to write.
         seed: of the random values.
         change_copies: also change the full weights that the adapter trains.
     """
@@ -318,9 +331,9 @@ def save(model: Any, config: Any, path: Path, *, seed: int = 5, change_copies: b
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = get_peft_model(copy.deepcopy(model), config)
+        found: Any = get_peft_model(copy.deepcopy(model), config)
         with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
+            for name, parameter in found.named_parameters():
                 if "ranknum" in name:
                     continue
                 if "magnitude" in name:
@@ -329,5 +342,4 @@ def save(model: Any, config: Any, path: Path, *, seed: int = 5, change_copies: b
                     parameter.normal_(std=0.5)
                 elif parameter.requires_grad and change_copies:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-        adapted.save_pretrained(str(path))
-    return path
+    return found

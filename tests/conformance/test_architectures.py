@@ -12,6 +12,7 @@ from torch import nn
 from tests.conformance import oracle
 from tests.conformance.architectures import ARCHITECTURES, Architecture, build
 from tests.conformance.gate import check_gate
+from tests.conformance.live import assert_same_in_memory
 
 Variant = Callable[[Architecture, Any], Any]
 
@@ -83,13 +84,15 @@ def test_what_is_written_is_what_the_formula_says(
 ) -> None:
     architecture, pair = ARCHITECTURES[name], build(name, root)
     config = VARIANTS[variant](architecture, pair.aligned_model)
-    adapter = oracle.save(pair.aligned_model, config, tmp_path / "adapter")
+    adapter = tmp_path / "adapter"
+    model = oracle.written(oracle.adapted(pair.aligned_model, config), adapter)
 
     oracle.patch(pair, adapter, tmp_path / "out", "--all")
 
     manifest = oracle.check(pair, adapter, tmp_path / "out", in_first=architecture.in_first)
     assert manifest["summary"]["projected"] == len(manifest["modules"]) > 0
     check_gate(pair, adapter, tmp_path / "out", manifest)
+    assert_same_in_memory(pair, model, tmp_path / "out")
 
 
 SOME = [

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from safeproj import SafeLora, SafeprojError, project
 from tests.conformance import oracle
 from tests.conformance.architectures import (
     ARCHITECTURES,
@@ -25,6 +26,7 @@ from tests.conformance.architectures import (
     build,
     save_pair,
 )
+from tests.conformance.live import assert_same_in_memory
 from tests.support import (
     CONFIG,
     FACTORS,
@@ -75,9 +77,11 @@ def lora(**settings: Any) -> Any:
 def run(
     pair: Built, config: Any, path: Path, *options: str, host: Any = None, **expected: Any
 ) -> dict[str, Any]:
-    """Save an adapter, patch it, and check it with the oracle."""
-    adapter = oracle.save(host or pair.aligned_model, config, path / "adapter")
-    return patched(pair, adapter, path / "out", *options, host=host, **expected)
+    """Save an adapter, patch it, check it with the oracle, and do the same in memory."""
+    model = oracle.written(oracle.adapted(host or pair.aligned_model, config), path / "adapter")
+    found = patched(pair, path / "adapter", path / "out", *options, host=host, **expected)
+    assert_same_in_memory(pair, model, path / "out", own=host is None)
+    return found
 
 
 def patched(
@@ -741,7 +745,10 @@ def test_adalora_module_that_lost_all_ranks(llama: Built, tmp_path: Path) -> Non
     }
     config = adalora(target_modules=QV)
     config.rank_pattern = masks
-    manifest = run(llama, config, tmp_path)
+    model = oracle.written(oracle.adapted(llama.aligned_model, config), tmp_path / "adapter")
+    manifest = patched(llama, tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(SafeprojError, match=r"lora_A is made of other parameters; save the"):
+        project(model, SafeLora(llama.base))
     ranks = {module["name"]: module["rank"] for module in manifest["modules"]}
     assert sorted(ranks.values()) == [0, 1, 2, 4]
     assert manifest["summary"]["projected"] == 3

@@ -94,9 +94,7 @@ def _data(method: Covariance) -> tuple[tuple[str, str | None], tuple[str, str | 
     return ("--safety-data", given.get("safety_data")), ("--task-data", given.get("task_data"))
 
 
-def require_data(
-    method: Covariance, adapters: Sequence[str | Adapter], options: Options
-) -> None:
+def require_data(method: Covariance, adapters: Sequence[str | Adapter], options: Options) -> None:
     """Refuse what cannot be corrected layer by layer.
 
     Raises:
