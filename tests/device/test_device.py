@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -110,3 +112,27 @@ def test_a_model_runs_on_the_device_as_it_is_stored() -> None:
     assert {(str(p.dtype), p.device.type) for p in model.parameters()} == {
         ("torch.bfloat16", "cuda")
     }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["both sides", "memory", "exact", "salora", "covariance"])
+def test_a_model_on_the_device_is_projected_there(
+    statistics: tuple[Path, Path], module: Path, tmp_path: Path, name: str, device: str
+) -> None:
+    """With its aligned weights from files or from where they are."""
+    known = methods(statistics, module)
+    method = known[{"both sides": "approx", "memory": "approx"}.get(name, name)]
+    expected = patched(method, tmp_path / "cpu", "cpu")
+    where = "cpu" if device == "torch" else device
+    model: Any = PeftModel.from_pretrained(
+        load_model(open_folder(ALIGNED), where, "bfloat16"), ADAPTER
+    )
+    given = SafeLora(base=BASE) if name == "memory" else method
+    places = {key: each.data_ptr() for key, each in model.named_parameters()}
+
+    safeproj.project(model, given, Options(Selection(all=True), device=device))
+
+    assert {key: each.data_ptr() for key, each in model.named_parameters()} == places
+    assert {each.device.type for each in model.parameters()} == {where}
+    model.save_pretrained(str(tmp_path / "found"))
+    assert_close(load_file(tmp_path / "found" / FACTORS), expected, LINEAR)
