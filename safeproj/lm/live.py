@@ -229,7 +229,7 @@ class Live:
                 f"{printable(first_line(error))})"
             ) from error
         held = (*self._model.parameters(), *self._model.buffers())
-        own = {each.data_ptr() for each in held}
+        own = {each.data_ptr() for each in held if _absent(each) is None}
         for key, tensor in state.items():
             absent = _absent(tensor)
             if absent is None and ".lora_" in key and tensor.data_ptr() not in own:

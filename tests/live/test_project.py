@@ -207,9 +207,26 @@ def half_offloaded(model: Any) -> None:
     layer.weight = nn.Parameter(layer.weight.detach().to("meta"))
 
 
+def sharded(model: Any) -> None:
+    """Spread a factor over the processes of a group, of which this one is all."""
+    from torch.distributed import HashStore, init_process_group, is_initialized
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_initialized():
+        init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj.lora_B["default"]
+    mesh = init_device_mesh("cpu", (1,))
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh))
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "not finite": (not_finite, r"^adapter 'default' in memory: .*v_proj.lora_B.weight has NaN"),
     "merged": (merged, r"^default is merged into the model's weights; call unmerge_adapter\(\)"),
+    "sharded": (
+        sharded,
+        r"q_proj.lora_B.weight is a DTensor, quantised or spread over processes; save the adapter",
+    ),
     "offloaded": (
         half_offloaded,
         r"q_proj.lora_A.weight is offloaded, and not in memory; save the adapter, and use `safep",
