@@ -209,12 +209,13 @@ def half_offloaded(model: Any) -> None:
 
 def sharded(model: Any) -> None:
     """Spread a factor over the processes of a group, of which this one is all."""
-    from torch.distributed import HashStore, init_process_group, is_initialized
+    from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    if not is_initialized():
-        init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    group: Any = distributed  # which exports less than it has
+    if not group.is_initialized():
+        group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
     layer = model.get_base_model().model.layers[1].self_attn.q_proj.lora_B["default"]
     mesh = init_device_mesh("cpu", (1,))
     layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh))
