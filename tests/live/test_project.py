@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import nn
+from torch import distributed, nn
 
 import safeproj
 from safeproj import (
@@ -208,8 +208,10 @@ def half_offloaded(model: Any) -> None:
 
 
 def sharded(model: Any) -> None:
-    """Spread a factor over the processes of a group, of which this one is all."""
-    from torch import distributed
+    """Spread a factor over the processes of a group, of which this one is all.
+
+    `no_group` ends it.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
@@ -219,6 +221,13 @@ def sharded(model: Any) -> None:
     layer = model.get_base_model().model.layers[1].self_attn.q_proj.lora_B["default"]
     mesh = init_device_mesh("cpu", (1,))
     layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh))
+
+
+@pytest.fixture
+def no_group() -> Iterator[None]:
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -235,6 +244,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.usefixtures("no_group")
 @pytest.mark.parametrize(("damage", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_projected_is_left_as_it_was(at: Home, damage: Any, said: str) -> None:
     model = at.model()
