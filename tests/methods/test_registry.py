@@ -149,7 +149,9 @@ def test_a_method_is_made_of_its_own_sources_alone(
             method(**sources(names))
         return
     with pytest.raises(SafeprojError, match=r"needs|give aligned"):
-        method(**known)
+        made = method(**known)
+        assert frozenset(known) in method.in_memory  # enough for a model in memory alone
+        made.open()
 
 
 # --- settings
