@@ -51,7 +51,8 @@ def scores(judge: Judge, rows: Sequence[dict[str, str]]) -> dict[str, Rate | Non
 
 def judged(judge: Judge, rows: Sequence[dict[str, str]]) -> list[bool]:
     """Return which answers a judge calls refused."""
-    prompts, answers = ([row[name] for row in rows] for name in ("prompt", "response"))
+    prompts = [row.get("prompt", "") for row in rows]
+    answers = [row["response"] for row in rows]
     return [each is Verdict.refused for each in judge.verdicts(prompts, answers)]
 
 

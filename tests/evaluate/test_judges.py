@@ -112,9 +112,10 @@ def test_judges_of_phrases_are_about_as_good_as_documented(
     assert found["recall"].value >= recall
 
 
-def test_the_documented_numbers_are_those_that_the_script_prints() -> None:
+@pytest.mark.parametrize("file", [None, "tests/evaluate/labelled_real.jsonl"])
+def test_the_documented_numbers_are_those_that_the_script_prints(file: str | None) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "lab.judge"],
+        [sys.executable, "-m", "lab.judge", *([] if file is None else ["--file", file])],
         capture_output=True,
         encoding="utf-8",
         cwd=ROOT,
