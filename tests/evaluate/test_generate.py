@@ -51,7 +51,7 @@ def test_what_prompts_begin_with_is_run_once_and_changes_no_answer(kind: str, sh
     assert len(set(expected)) > 3
     seen: list[int] = []
     model.register_forward_pre_hook(
-        lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+        lambda _, __, given: seen.append(given["input_ids"].numel()), with_kwargs=True
     )
     for size in (1, 2, 16):
         seen.clear()
