@@ -28,6 +28,7 @@ import numpy
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import CONFIG
+from safeproj.adapter.low_rank import balanced, decomposed, padded
 from safeproj.adapter.peft_config import ON_SAVING, doubled
 from safeproj.adapter.record import Kind
 from safeproj.adapter.vocabulary import HEADS
@@ -153,7 +154,7 @@ def converted(adapter: Adapter, aligned: Names | None, workers: int | None = Non
                 )
             A, B = difference(A, B, compute(W, module.rank, scalings[module.name]))
         else:  # PEFT starts embeddings from zero whatever the name
-            A, B = _padded(A, B, 2 * module.rank)
+            A, B = padded(A, B, 2 * module.rank)
         return {
             factor.key: numpy.require(
                 cast(value, _wide(adapter.tensors[factor.key].dtype)), requirements="C"
@@ -183,28 +184,13 @@ def difference(A: Array, B: Array, start: Start) -> tuple[Array, Array]:
     """Return `A'` (2r, n) and `B'` (m, 2r) with `B' A' = B A - B₀ A₀`, for float64 factors.
 
     PEFT puts the factors beside each other, `[B, -B₀]` and `[A; A₀]`: two products much larger than
-    their difference, which whoever rounds them to bfloat16 loses. Here they are those of a singular
-    value decomposition, each with the root of the singular values, whose product cancels nothing.
+    their difference, which whoever rounds them to bfloat16 loses. Here they are `balanced`.
     """
-    rank = 2 * len(A)
-    Q, T = numpy.linalg.qr(numpy.concatenate([B, -start.L], axis=1))
-    P, Z = numpy.linalg.qr(numpy.concatenate([A, start.R]).T)
-    U, S, Vh = numpy.linalg.svd(T @ Z.T, full_matrices=False)
-    noise = ROUNDING * float(numpy.linalg.norm(start.R, 2))
-    root = numpy.sqrt(numpy.where(noise < S, S, 0.0))
-    A, B = (P @ Vh.T * root).T, Q @ U * root
-    largest = numpy.abs(A).argmax(axis=1)[:, None]
-    signs = numpy.sign(numpy.take_along_axis(A, largest, axis=1))  # whatever library computed them
-    return _padded(A * signs, B * signs.T, rank)
-
-
-def _padded(A: Array, B: Array, rank: int) -> tuple[Array, Array]:
-    """Return factors of the same product with so many rows and columns."""
-    more = rank - len(A)
-    return (
-        numpy.concatenate([A, numpy.zeros((more, A.shape[1]))]),
-        numpy.concatenate([B, numpy.zeros((len(B), more))], axis=1),
+    U, S, V = decomposed(
+        numpy.concatenate([A, start.R]), numpy.concatenate([B, -start.L], axis=1)
     )
+    noise = ROUNDING * float(numpy.linalg.norm(start.R, 2))
+    return balanced(U, numpy.where(noise < S, S, 0.0), V, 2 * len(A))
 
 
 def _wide(dtype: DType) -> DType:
