@@ -37,6 +37,7 @@ from safeproj.lm.feed import Feed as Feed
 from safeproj.methods import salora as salora
 from safeproj.methods.covariance.method import Covariance as Covariance
 from safeproj.methods.interface import Method as Method
+from safeproj.methods.merge.method import Merge as Merge
 from safeproj.methods.recorded import Made as Made
 from safeproj.methods.safe_lora.make import Form as Form
 from safeproj.methods.safe_lora.method import SafeLora as SafeLora

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array, bytes_of
 from safeproj.storage.source import Folder
 
@@ -154,6 +155,24 @@ class Format(ABC):
     def digests(self, tensors: Mapping[str, Array]) -> dict[str, str]:
         """Return the SHA-256 of each tensor's bytes as `write` stores them."""
         return {name: sha256(bytes_of(each)).hexdigest() for name, each in tensors.items()}
+
+    def resized(self, adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, bytes]:
+        """Return the documents of an adapter some of whose factors get another rank.
+
+        The scaling of every module stays what it was.
+
+        Args:
+            adapter: the adapter.
+            ranks: module to its new rank.
+
+        Raises:
+            SafeprojError: an adapter of this format cannot have them.
+        """
+        del ranks
+        raise SafeprojError(
+            f"{adapter.source}: the ranks of its modules cannot be changed, since only adapters of "
+            "PEFT say each of their own"
+        )
 
     @abstractmethod
     def write(self, path: Path, tensors: Mapping[str, Array]) -> dict[str, str]:

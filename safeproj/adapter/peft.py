@@ -29,6 +29,7 @@ from safeproj.adapter.peft_config import (
     other_scalings,
     scalings,
     unloaded,
+    with_ranks,
 )
 from safeproj.adapter.record import (
     AdaptedModule,
@@ -41,6 +42,7 @@ from safeproj.adapter.record import (
 from safeproj.adapter.vocabulary import is_vocabulary, unwrapped
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array
+from safeproj.storage.documents import json_document
 from safeproj.storage.picklefile import read_pickle
 from safeproj.storage.source import Folder, read_json
 from safeproj.text import natural_order, printable, shorten
@@ -219,6 +221,17 @@ class Peft(Format):
     def disagreements(self, adapter: Adapter, names: Collection[str]) -> Iterator[str]:
         yield from disagreements(adapter, names)
 
+    def resized(self, adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, bytes]:
+        if adapter.config.get("peft_type") == ADALORA:
+            return super().resized(adapter, ranks)
+        others = [m.name for m in adapter.modules if m.name in ranks and not _is_plain(m)]
+        if others or ranks.keys() - {module.name for module in adapter.modules}:
+            raise SafeprojError(
+                f"{adapter.source}: {shorten(others or ranks)} shares its tensors with other "
+                "modules, so that its rank cannot be changed"
+            )
+        return {CONFIG: json_document(with_ranks(adapter.config, adapter.modules, ranks))}
+
     @property
     def container(self) -> dict[str, str] | None:
         return self.metadata
@@ -229,6 +242,11 @@ class Peft(Format):
 
     def write(self, path: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
         return write_safetensors(path, self.written_container, tensors)
+
+
+def _is_plain(module: AdaptedModule) -> bool:
+    """Tell whether an update has two tensors of its own, and nothing that repeats them."""
+    return module.input.is_whole and module.output.is_whole and not module.mirrors
 
 
 def refuse_settings(source: str, config: Mapping[str, Any]) -> None:

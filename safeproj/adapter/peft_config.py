@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -80,6 +81,58 @@ def doubled(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, factor in patterns.items():
         found[name] = {key: factor * value for key, value in (config.get(name) or {}).items()}
     return found
+
+
+def with_ranks(
+    config: Mapping[str, Any], modules: Sequence[AdaptedModule], ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return the config of the same modules at the same scalings `s`, some of other ranks.
+
+    What most modules have is `r` and `lora_alpha`, and the patterns name the others, each by its
+    whole path: readers that know no patterns read most then, and the order of the keys is of no
+    importance.
+
+    Args:
+        config: of the adapter.
+        modules: all of its updates.
+        ranks: module to its new rank.
+
+    Raises:
+        SafeprojError: it does not have the numbers for it.
+    """
+    growth = math.sqrt if config.get("use_rslora") else float  # s = α / √r, or α / r
+    scaled = scalings(config, modules)
+    wanted = {m.name: ranks.get(m.name, m.rank) for m in modules}
+    found = {n: (rank, _number(scaled[n] * growth(rank))) for n, rank in wanted.items()}
+    before = allowed_ranks(config)[0], _number(finite_number("lora_alpha", config["lora_alpha"]))
+    counts = Counter(found.values())
+    usual = max(counts, key=lambda pair: (counts[pair], pair == before))
+    patterns = [{n: own[at] for n, own in found.items() if own[at] != usual[at]} for at in (0, 1)]
+    for at, pattern in enumerate(patterns):
+        first = _first(pattern, list(pattern), ((name,) for name in found))
+        for name, own in found.items():
+            if first.get(name, usual[at]) != own[at]:
+                raise SafeprojError(
+                    f"the name of another module is the end of {name}, so that the patterns of "
+                    "the config cannot tell them apart"
+                )
+    return {
+        **config,
+        "r": usual[0],
+        "lora_alpha": usual[1],
+        "rank_pattern": patterns[0],
+        "alpha_pattern": patterns[1],
+    }
+
+
+def _number(value: float) -> float | int:
+    """Return a number as people write it: 32 for 32.0, and for what rounding left of it.
+
+    >>> _number(32.0), _number(31.999999999999996), _number(22.627416997969522)
+    (32, 32, 22.627416997969522)
+    """
+    whole = round(value)
+    return whole if math.isclose(value, whole, rel_tol=1e-14) else value
 
 
 def scalings(config: Mapping[str, Any], modules: Sequence[AdaptedModule]) -> dict[str, float]:

@@ -8,7 +8,6 @@ what an update is scaled by must be in its factor. Update and projection stay wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from safeproj.adapter.peft import Peft
 from safeproj.adapter.record import AdaptedModule, Adapter, Kind
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array, DType, cast, double, is_finite, promoted
+from safeproj.storage.documents import json_document
 from safeproj.text import shorten
 
 REFUSED_SETTINGS = {
@@ -68,13 +68,12 @@ def portable(adapter: Adapter, dtype: DType | None = None) -> Adapter:
             )
     config = {**adapter.config, "r": rank, "lora_alpha": rank, "rank_pattern": {}}
     config |= {"alpha_pattern": {}, "use_rslora": False}
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return replace(
         adapter,
         config=config,
         tensors=tensors,
         modules=tuple(replace(module, rank=rank) for module in adapter.modules),
-        documents={**adapter.documents, CONFIG: text.encode()},
+        documents={**adapter.documents, CONFIG: json_document(config)},
     )
 
 

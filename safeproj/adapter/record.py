@@ -19,8 +19,8 @@ from safeproj.text import shorten
 if TYPE_CHECKING:
     from safeproj.adapter.interface import Format
 
-Side = Literal["output", "input"]
-"""Which factor of an update a method changes: `B` or `A`."""
+Side = Literal["output", "input", "both"]
+"""Which factors of an update a method changes: `B`, `A`, or both of them."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,24 @@ class Factor:
         whole = tensor.reshape(tensor.shape[0], columns)
         found = whole[self.rows or slice(None), self.columns or slice(None)]
         return found.T if self.turned else found
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a tensor of its own, as it is stored."""
+        return self == Factor(self.key)
+
+    def resized(self, value: Array, before: Array) -> Array:
+        """Return a whole factor of another rank in the form in which its tensor is stored.
+
+        Args:
+            value: the factor, (m, r) or (r, n).
+            before: the tensor that it takes the place of: a kernel has more dimensions.
+        """
+        columns = math.prod(before.shape[1:])
+        first, rest = before.shape[:2], before.shape[2:]
+        if value.shape[1] == columns:
+            return value.reshape(len(value), *first[1:], *rest)
+        return value.reshape(*value.shape, *rest)
 
     def head(self, count: int) -> Factor:
         """Return the first rows of a factor that is a whole tensor."""
@@ -157,14 +175,15 @@ class AdaptedModule:
         return replace(self, name=path, parameter=f"{path}.weight", aliases=())
 
     def factor(self, side: Side) -> Factor:
-        """Return `B`, or `A` without `gain`: that which a method of this side changes."""
-        return self.output if side == "output" else self.input
+        """Return `B`, or `A` without `gain`: that which a method of this side changes first."""
+        return self.input if side == "input" else self.output
 
     def written(self, side: Side) -> tuple[Factor, ...]:
         """Return the places that a method of this side changes."""
         if side == "input":
             return (self.input,)
-        return (self.output, *self.mirrors, *(() if self.bias is None else (self.bias,)))
+        found = (self.output, *self.mirrors, *(() if self.bias is None else (self.bias,)))
+        return (*found, self.input) if side == "both" else found
 
 
 @dataclass(frozen=True)

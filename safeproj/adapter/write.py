@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from safeproj.adapter.record import Adapter
 from safeproj.adapter.weightfiles import other_weights, training_state
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array
+from safeproj.storage.documents import json_document
 from safeproj.storage.publish import appearing, refused_in_one_line, unremovable
 from safeproj.storage.source import LocalFolder
 from safeproj.text import is_text, printable
@@ -219,8 +219,7 @@ def write_adapter(
             output["left_out"] = left_out
         further = {} if complete is None else complete(directory)
         found = {**manifest, "output": output, **further}
-        text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-        (directory / MANIFEST).write_bytes(text.encode())
+        (directory / MANIFEST).write_bytes(json_document(found))
 
 
 def unpatched_beside(adapter: Adapter, given: Collection[str] = ()) -> tuple[list[str], list[str]]:

@@ -35,6 +35,7 @@ class Update:
         bias: the bias of `lora_B` (m, 1), if there is one.
         gain: AdaLoRA's singular values (r, 1), by which the rows of `A` are multiplied.
         replacement: `A'` (r, n), where it was made by running the model.
+        scaling: `s`, by which loaders multiply `B A`, where the method needs it.
     """
 
     stored: Array
@@ -42,6 +43,7 @@ class Update:
     bias: Array | None = None
     gain: Array | None = None
     replacement: Array | None = None
+    scaling: float | None = None
 
     @property
     def A(self) -> Array:
@@ -65,7 +67,7 @@ class Update:
         stored, B, gain = found
         assert stored is not None
         assert B is not None
-        return Update(stored, B, gain=gain)
+        return Update(stored, B, gain=gain, scaling=self.scaling)
 
     def multiplied(self, dtype: DType, scaling: float) -> Update | None:
         """Return the update as servers have it that multiply the cast `B` by the scaling at once.
@@ -84,7 +86,7 @@ class Update:
         if array_equal(scaled, double(B)):
             return None
         gain = None if self.gain is None else cast(self.gain, dtype)
-        return Update(stored, single(scaled), gain=gain)
+        return Update(stored, single(scaled), gain=gain, scaling=self.scaling)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from safeproj.records.checks import Evidence, Finding
 from safeproj.records.rules import Level
 from safeproj.records.scores import SCHEMA, ModuleReport
 from safeproj.run.job import Run
-from safeproj.run.manifest import MODELS, recorded_hash
+from safeproj.run.manifest import ADAPTERS, MODELS, recorded_hash
 from safeproj.storage.source import content_sha256, read_json
 from safeproj.text import printable, shorten
 
@@ -333,9 +333,15 @@ def _require_same_models(
                 f"the {role.replace('_', ' ')} in {MANIFEST} is another one than this check uses: "
                 f"{shorten(other)} has another digest",
             )
+    files = {role: each["sha256"].get("files") for role, each in digests.items()}
+    for role in ADAPTERS:
+        if role in files and files[role] != document["inputs"][role]["sha256"]["files"]:
+            raise _MismatchError(
+                "SP022",
+                f"the {role.replace('_', ' ')} in {MANIFEST} is another one than this check uses",
+            )
     if compared:
         return
-    files = {role: each["sha256"].get("files") for role, each in digests.items()}
     if not files or any(  # no weight is read
         own is None or own != document["inputs"][role]["sha256"].get("files")
         for role, own in files.items()
@@ -380,10 +386,12 @@ def _projected(run: Run, document: Mapping[str, Any], side: Side, *, same: bool)
             raise _MismatchError(
                 "SP021", f"{MANIFEST} says that {name} is projected, and not {shorten(missing)}"
             )
+        rank = len(item.module.input.view(run.adapter.tensors))
+        said = claim.get("written_rank", claim["rank"])
+        if claim["shape"] != list(reports[name].shape) or said != rank:
+            raise _MismatchError("SP021", f"{MANIFEST} has {name} with another shape or rank")
         if same:
             _require_possible(claim, reports[name], shrinks=side == "output")
-        else:
-            _require_shape(claim, reports[name])
         yield name
 
 
@@ -395,7 +403,6 @@ def _require_possible(claim: Mapping[str, Any], module: ModuleReport, *, shrinks
         module: the score of what is there.
         shrinks: the factor was multiplied by a positive semidefinite `C`.
     """
-    _require_shape(claim, module)
     norm = claim["alignment_norm"]
     own = module.value("alignment_norm")
     if norm is not None and own is not None and not abs(norm - own) <= NORM_ROUNDING * own:
@@ -409,8 +416,3 @@ def _require_possible(claim: Mapping[str, Any], module: ModuleReport, *, shrinks
             f"{MANIFEST} says that projection left {before:.4f} of the factor of {module.name}; "
             f"projecting what is there would leave {after:.4f}, which cannot be less",
         )
-
-
-def _require_shape(claim: Mapping[str, Any], module: ModuleReport) -> None:
-    if claim["shape"] != list(module.shape) or claim["rank"] != module.rank:
-        raise _MismatchError("SP021", f"{MANIFEST} has {module.name} with another shape or rank")

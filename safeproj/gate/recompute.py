@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -23,6 +23,7 @@ from safeproj.gate.card import about_card
 from safeproj.gate.files import listing
 from safeproj.gate.weights import found
 from safeproj.records.checks import Evidence, Finding
+from safeproj.run.decide import resized_documents
 from safeproj.run.job import Run
 from safeproj.storage.arrays import Array, DType, cast, double, norm
 from safeproj.storage.source import LocalFolder, content_sha256, read_json
@@ -84,12 +85,13 @@ def recomputed(original: Run, patched: Adapter, device: Device) -> Recomputed:
     result = Recomputed(_same_hardware(patched, device), _dtype(patched))
     before = original.adapter
     result.findings += _other_tensors(original, patched, same=result.same)
-    result.findings += _other_files(before, patched)
+    if before.tensors.keys() == patched.tensors.keys():
+        for item in original.plan.modules:
+            _compare(result, original, patched, item.module)
+    resized = resized_documents(before, original.plan, original.scores, result.evidence)
+    documents = {**before.documents, **resized}
+    result.findings += _other_files(replace(before, documents=documents), patched)
     result.findings += about_card(before, patched)
-    if before.tensors.keys() != patched.tensors.keys():
-        return result
-    for item in original.plan.modules:
-        _compare(result, original, patched, item.module)
     return result
 
 
@@ -159,10 +161,13 @@ def _close(one: Array, other: Array) -> bool:
 
 def _compare(result: Recomputed, run: Run, patched: Adapter, module: AdaptedModule) -> None:
     """Compare the factors of one module: all kept, or all projected."""
-    written = module.written(run.method.side)
-    states = [_state(result, run, patched, module, factor) for factor in written]
+    placed = list(run.scores[module.name].placed(module, run.method.side))
+    states = [_state(result, run, patched, module, *each) for each in placed]
     if None in states:
         return  # said already
+    # What becomes what it was tells nothing of the others: a bias of zero, or a factor that stays.
+    moving = [not _is_unmoved(run, patched, *each) for each in placed]
+    states = [state for state, is_moving in zip(states, moving, strict=True) if is_moving] or states
     if len(set(states)) > 1:
         text = f"{module.name}: some of its factors are projected and some are not"
         result.findings.append(found("SP024", text, module=module.name))
@@ -175,41 +180,48 @@ def is_own_projection(run: Run, patched: Adapter, name: str) -> bool:
     module = next((item.module for item in run.plan.modules if item.module.name == name), None)
     if module is None:
         return False
+    placed = run.scores[name].placed(module, run.method.side)
+    return all(_is_unmoved(run, patched, *each) for each in placed)
 
-    def is_same(factor: Factor) -> bool:
-        score = run.scores[name]
-        expected = score.bias if factor == module.bias else score.factor
-        there, before = patched.tensors.get(factor.key), factor.view(run.adapter.tensors)
-        if expected is None or there is None:
-            return False
-        return array_equal(double(cast(expected, there.dtype)), double(before))
 
-    return all(map(is_same, module.written(run.method.side)))
+def _is_unmoved(run: Run, patched: Adapter, factor: Factor, expected: Array | None) -> bool:
+    """Tell whether what is to take a factor's place is what it was, in the dtype there."""
+    there, before = patched.tensors.get(factor.key), factor.view(run.adapter.tensors)
+    if expected is None or there is None:
+        return False
+    return array_equal(double(cast(expected, there.dtype)), double(before))
 
 
 def _state(
-    result: Recomputed, run: Run, patched: Adapter, module: AdaptedModule, factor: Factor
+    result: Recomputed,
+    run: Run,
+    patched: Adapter,
+    module: AdaptedModule,
+    factor: Factor,
+    expected: Array | None,
 ) -> bool | None:
     """Tell whether a factor is projected (True) or kept (False); None if it is neither."""
     score = run.scores[module.name]
     before, after = run.adapter.tensors[factor.key], patched.tensors[factor.key]
-    if before.shape != after.shape:
-        text = f"{factor.key} has shape {list(after.shape)}; expected {list(before.shape)}"
+    given, wanted = factor.view(run.adapter.tensors), before.shape
+    if expected is not None and expected.shape != given.shape:
+        wanted = factor.resized(expected, before).shape
+    if after.shape not in (before.shape, wanted):
+        text = f"{factor.key} has shape {list(after.shape)}; expected {list(wanted)}"
         result.findings.append(found("SP024", text, module=module.name, tensor=factor.key))
         return None
     if not _is_dtype(after, before, result.dtype):
         text = f"{factor.key} is of {after.dtype}; the original's is of {before.dtype}"
         result.findings.append(found("SP025", text, module=module.name, tensor=factor.key))
         return None
-    given, there = factor.view(run.adapter.tensors), factor.view(patched.tensors)
+    there = factor.view(patched.tensors)
     if array_equal(double(there), double(given)):
         return False
-    expected = score.bias if factor == module.bias else score.factor
     if expected is not None and array_equal(there, cast(expected, there.dtype)):
         result.equal += 1
         return True
     text = f"{factor.key} is neither the original's nor its projection"
-    if expected is not None:
+    if expected is not None and expected.shape == there.shape:
         size = norm(expected)
         error = norm(double(there) - double(expected))
         length = module.out_features + module.in_features

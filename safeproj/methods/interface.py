@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from safeproj.lm.chat import ChatOptions
     from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
+    from safeproj.plan.select import Selection
     from safeproj.run.options import Options
 
 Scorer = Callable[["Buffers", "Task"], "tuple[Score | SafeprojError, ...]"]
@@ -81,7 +82,7 @@ class Method(ABC):
         mark: the options by which it is known.
         advice: what to do without another method's options.
         selects_all: whether it is meant for every module, where no selection is asked for.
-        side: which factor of an update it changes.
+        side: which factor of an update it changes, or both, then to factors of any rank.
         axes: what a sweep varies; the first is the default.
         unswept: a form of it that no sweep tries: what it is, and the options for it, in which
             `MODEL` stands for the model.
@@ -103,7 +104,7 @@ class Method(ABC):
     mark: ClassVar[str]
     advice: ClassVar[str] = ""
     selects_all: ClassVar[bool] = False
-    side: ClassVar[Literal["output", "input"]] = "output"
+    side: ClassVar[Literal["output", "input", "both"]] = "output"
     axes: ClassVar[tuple[str, ...]] = ("layers", "threshold")
     unswept: ClassVar[tuple[str, tuple[str, ...]] | None] = None
     is_idempotent: ClassVar[bool] = False
@@ -156,6 +157,14 @@ class Method(ABC):
     def local_paths(self, adapters: Sequence[str]) -> list[tuple[str, Path | None]]:
         """Return the same with the local paths in place of the SRCs, None for the Hub."""
         return [(option, local_path(source)) for option, source in self.inputs(adapters)]
+
+    def selecting(self, selection: Selection) -> Selection:
+        """Return how modules are chosen for it, where the selection leaves that open.
+
+        Raises:
+            SafeprojError: they cannot be chosen so.
+        """
+        return selection.or_all() if self.selects_all else selection
 
     @property
     def formulas(self) -> Any:

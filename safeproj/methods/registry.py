@@ -9,11 +9,12 @@ from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.method import Covariance
 from safeproj.methods.detail import Detail
 from safeproj.methods.interface import Method, Option, having_value
+from safeproj.methods.merge.method import Merge
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.salora.method import Salora
 from safeproj.methods.words import Words
 
-METHODS: tuple[type[Method], ...] = (SafeLora, Salora, Covariance)
+METHODS: tuple[type[Method], ...] = (SafeLora, Salora, Covariance, Merge)
 """One line for each."""
 
 

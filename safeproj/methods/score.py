@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from safeproj.adapter.record import Side
+from safeproj.adapter.record import AdaptedModule, Factor, Side
 from safeproj.checkpoint.hashes import NONE, Sides
 from safeproj.engine import Buffers, Source, Update, row_width, rows_per_block
 from safeproj.errors import SafeprojError
@@ -33,8 +33,9 @@ class Score:
 
     Attributes:
         factor: what takes the place of the factor that the method changes, float32 on the CPU:
-            `C B` (m, r); or `A'` (r, n), as it is stored. None where there is nothing to compare
-            an update with, as where `V = 0`.
+            `C B` (m, r); or `A'` (r, n), as it is stored. Of a method that changes both it is `B'`
+            (m, r'), of any rank. None where there is nothing to compare an update with, as where
+            `V = 0`.
         cosine: similarity of `ΔW` and `C ΔW`, or `ΔW'`; None where `ΔW = 0`, or `factor` is None.
         detail: what else the method says.
         bias: `C b` (m, 1) for the bias of `lora_B`, if there is one.
@@ -44,6 +45,7 @@ class Score:
             they are wanted; from a file that stands for them they are the first of the two. For
             moments those of the safety and the benign data.
         settled: what was computed with where the terms of `B A` cancel.
+        other: `A'` (r', n), as it is stored, where both factors are changed.
     """
 
     factor: Array | None
@@ -54,6 +56,21 @@ class Score:
     bounds: tuple[float, float] | None = None
     digests: Sides = NONE
     settled: Settled | None = None
+    other: Array | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """That of `A'`, where both factors are changed."""
+        return None if self.other is None else len(self.other)
+
+    def placed(self, module: AdaptedModule, side: Side) -> Iterator[tuple[Factor, Array | None]]:
+        """Yield the places of a module that a method of this side changes, with what goes there."""
+        for place in module.written(side):
+            if place == module.bias:
+                yield place, self.bias
+            else:
+                is_other = side == "both" and place == module.input
+                yield place, self.other if is_other else self.factor
 
 
 def required(results: Sequence[Score | SafeprojError]) -> list[Score]:

@@ -17,6 +17,7 @@ class Words:
         controls: what a sweep measures beside it: what each is called at the head of a column, and
             what it is.
         changed: what became of a module that was changed.
+        again: what doing it to an adapter that was patched before means.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Words:
     done: str
     controls: Mapping[str, tuple[str, str]]
     changed: str = "projected"
+    again: str = "projecting again shrinks its updates further, since C is applied twice"
 
     @property
     def title(self) -> str:

@@ -50,12 +50,14 @@ class PlannedModule:
         aligned: the weight in the aligned checkpoint, (m, n).
         base: the weight in the base checkpoint, (m, n).
         note: what is special about the pair.
+        scaling: `s` of the update, where the method needs it.
     """
 
     module: AdaptedModule
     aligned: Expression
     base: Expression
     note: str | None = None
+    scaling: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ drawn at random (`pissa_niter_N`), or follows from data or rounding that are not
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +54,7 @@ from safeproj.storage.arrays import (
     single,
     to_torch,
 )
+from safeproj.storage.documents import json_document
 from safeproj.text import shorten
 
 ROUNDING = 1e-6
@@ -168,14 +168,13 @@ def converted(adapter: Adapter, aligned: Names | None, workers: int | None = Non
         for changed in pool.map(work, found.modules):
             tensors |= changed
     config = doubled(adapter.config)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return replace(
         adapter,
         config=config,
         tensors=tensors,
         modules=tuple(replace(m, rank=2 * m.rank) for m in adapter.modules),
         warnings=(*adapter.warnings, _warning(init)),
-        documents={CONFIG: text.encode()},
+        documents={CONFIG: json_document(config)},
         converted_from=init,
     )
 
@@ -186,9 +185,7 @@ def difference(A: Array, B: Array, start: Start) -> tuple[Array, Array]:
     PEFT puts the factors beside each other, `[B, -B₀]` and `[A; A₀]`: two products much larger than
     their difference, which whoever rounds them to bfloat16 loses. Here they are `balanced`.
     """
-    U, S, V = decomposed(
-        numpy.concatenate([A, start.R]), numpy.concatenate([B, -start.L], axis=1)
-    )
+    U, S, V = decomposed(numpy.concatenate([A, start.R]), numpy.concatenate([B, -start.L], axis=1))
     noise = ROUNDING * float(numpy.linalg.norm(start.R, 2))
     return balanced(U, numpy.where(noise < S, S, 0.0), V, 2 * len(A))
 

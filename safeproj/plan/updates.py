@@ -15,4 +15,5 @@ def update_of(adapter: Adapter, item: PlannedModule) -> Update:
         module.output.view(tensors),
         bias=None if module.bias is None else module.bias.view(tensors),
         gain=None if module.gain is None else module.gain.view(tensors),
+        scaling=item.scaling,
     )

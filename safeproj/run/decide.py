@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numpy import array_equal
@@ -52,11 +52,13 @@ class Decision:
         replaced: the tensors to write in place of the adapter's, by key.
         report: the record of the run.
         converted: those of them that have another dtype alone, since the other factor has it.
+        documents: files that say so, where factors have another rank than before.
     """
 
     replaced: dict[str, Array]
     report: Report
     converted: frozenset[str] = frozenset()
+    documents: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @quiet
@@ -102,7 +104,7 @@ def decide(
         there = module.factor(method.side).view(written)
         if method.side == "output":  # it is the reference code's measure of C B
             distances.append(pdst(there, score.factor))
-        if module.name in chosen and _lost(there, score, method.side) > LOST_IN_ROUNDING:
+        if module.name in chosen and _lost(module, written, score, method.side) > LOST_IN_ROUNDING:
             if score.settled is not None:
                 raise SafeprojError(
                     f"{module.name}: the terms of B A cancel so far that its projection cannot be "
@@ -137,7 +139,29 @@ def decide(
     converted = {}
     if dtype != "keep":
         converted = _converted(adapter, plan, replaced, chosen, method.side)
-    return Decision({**replaced, **converted}, report, frozenset(converted))
+    return Decision(
+        {**replaced, **converted},
+        report,
+        frozenset(converted),
+        resized_documents(adapter, plan, scores, chosen),
+    )
+
+
+def resized_documents(
+    adapter: Adapter, plan: Plan, scores: Mapping[str, Score], chosen: Collection[str]
+) -> dict[str, bytes]:
+    """Return the adapter's files that name ranks, where those of chosen modules become others.
+
+    Raises:
+        SafeprojError: adapters of its format cannot have such ranks.
+    """
+    modules = {planned.module.name: planned.module for planned in plan.modules}
+    ranks = {
+        name: rank
+        for name, module in modules.items()
+        if name in chosen and (rank := scores[name].rank) not in (None, module.rank)
+    }
+    return adapter.format.resized(adapter, ranks) if ranks else {}
 
 
 def _replaced(
@@ -156,17 +180,19 @@ def _replaced(
         score = scores[planned.module.name]
         if planned.module.name not in chosen or score.factor is None:
             continue
-        for factor in planned.module.written(side):
-            value = score.bias if factor == planned.module.bias else score.factor
+        for factor, value in score.placed(planned.module, side):
             assert value is not None
+            before = adapter.tensors[factor.key]
             if factor.key not in replaced:
-                before = adapter.tensors[factor.key]
                 wanted = dtype or before.dtype
                 if factor.key in kept:  # what is kept in it must not be rounded
                     wanted = promoted(wanted, before.dtype)
                 replaced[factor.key] = cast(before, wanted)
             place = factor.view(replaced)
-            place[...] = cast(value, place.dtype)
+            if place.shape == value.shape:
+                place[...] = cast(value, place.dtype)
+            else:  # of another rank
+                place = replaced[factor.key] = cast(factor.resized(value, before), place.dtype)
             if not is_finite(place):
                 raise SafeprojError(
                     f"{factor.key}: the projected tensor does not fit into {place.dtype}; use "
@@ -240,21 +266,25 @@ def _unprojected(
     # every one where A is changed.
     for module in (planned.module for planned in plan.modules):
         bias, scored = module.bias, scores[module.name].cosine is not None
-        if bias is None or (scored and side == "output"):
+        if bias is None or (scored and side != "input"):
             continue
         if bool(adapter.tensors[bias.key].any()):
             kind = "bias of lora_B" if scored else "bias of lora_B without a cosine"
             yield Unprojected(bias.key, module.name, kind, None)
 
 
-def _lost(there: Array, score: Score, side: Side) -> float:
+def _lost(module: AdaptedModule, written: Mapping[str, Array], score: Score, side: Side) -> float:
     """Return how far what was written is from what was computed, relative to it.
 
-    Of the factor; of the update itself where terms cancel, since the factor says little of it.
+    Of the factors; of the update itself where terms cancel, since a factor says little of it.
     """
     if score.settled is None:
-        assert score.factor is not None
-        return _relative_error(there, score.factor)
+        return max(
+            _relative_error(factor.view(written), value)
+            for factor, value in score.placed(module, side)
+            if value is not None and factor in (module.output, module.input)
+        )
+    there = module.factor(side).view(written)
     columns = there if side == "output" else there.T
     return _relative_error(score.settled.core.coordinates(columns), score.settled.after)
 

@@ -161,9 +161,7 @@ class Job:
     ) -> None:
         self._options = options or Options()
         self._method = method
-        self._selection = self._options.selection
-        if method.selects_all:
-            self._selection = self._selection.or_all()
+        self._selection = method.selecting(self._options.selection)
         self._observer = self._options.observer
         self._profile = self._options.profile
         self._hashes = hashes
@@ -256,9 +254,10 @@ class Job:
         report = dataclasses.replace(run.report, warnings=warnings, written=out is not None)
         if out is None:
             return report
+        documents_of_it = {**run.adapter.documents, **run.decision.documents}
         with self._profile.phase("write"):
             write_adapter(
-                run.adapter,
+                dataclasses.replace(run.adapter, documents=documents_of_it),
                 run.decision.replaced,
                 self.manifest(run, report, **copied),
                 section(report),
@@ -614,10 +613,7 @@ def _notes(
         )
     others = [name for name in _methods_before(folder) if not _is_idempotent(name)]
     if others and not method.is_idempotent:
-        yield (
-            "the adapter was patched before: projecting again shrinks its updates further, "
-            "since C is applied twice"
-        )
+        yield f"the adapter was patched before: {method.words.again}"
     if isinstance(folder, LocalFolder) and folder.revision is not None:
         yield (
             "the adapter comes from the local Hub cache (HF_HUB_OFFLINE is set): files of "

@@ -20,6 +20,10 @@ MODELS = ("base", "aligned", "safety_module", "safety_data", "task_data")
 """The inputs whose tensors a check compares with those that it reads itself."""
 
 
+ADAPTERS = ("safe_adapter",)
+"""Those whose files it compares."""
+
+
 def manifest(
     adapter: Adapter,
     reference: Reference,

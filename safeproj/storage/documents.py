@@ -41,6 +41,11 @@ def parse(content: bytes | bytearray, *, numbers_alone: bool = False) -> Any:
     return found
 
 
+def json_document(value: Any) -> bytes:
+    """Return a JSON file, as safeproj writes them beside tensors."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def _refuse(name: str) -> Any:
     raise ValueError(f"{name}, which is no number of JSON")
 

@@ -101,7 +101,7 @@ class Covariance(Method):
             *("--task-data", "TASK.jsonl", "--reconstruct"),
         ),
     )
-    side: ClassVar[Literal["output", "input"]] = "input"
+    side: ClassVar[Literal["output", "input", "both"]] = "input"
 
     aligned: Src | None = source("--aligned")
     safety_data: Src | None = source(

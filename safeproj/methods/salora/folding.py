@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from safeproj.methods.salora.initialisation import INITIAL, METHOD, Initial
 from safeproj.methods.salora.method import FOLDED
 from safeproj.methods.salora.module import SafetyModule
 from safeproj.storage.arrays import Array, cast, double, from_torch, joined, norm
+from safeproj.storage.documents import json_document
 from safeproj.storage.source import StrPath, identity, src
 from safeproj.text import shorten
 from safeproj.versions import versions
@@ -134,8 +134,7 @@ def _fold(
     documents: dict[str, bytes | None] = dict.fromkeys(NOT_SERVED)
     if initial is not None:
         replaced |= _difference(adapter, replaced, initial)
-        text = json.dumps(doubled(adapter.config), indent=2, ensure_ascii=False) + "\n"
-        documents[CONFIG] = text.encode()
+        documents[CONFIG] = json_document(doubled(adapter.config))
     ranks = [replaced[item.output.key].shape[1] for item in adapter.modules]
     others, _ = unpatched_beside(adapter, documents)
     folded = Folded(len(ranks), max(ranks), initial is not None, max(removed), tuple(others))

@@ -14,6 +14,7 @@ from safeproj.lm.data import Batch
 from safeproj.lm.layers import MEMORY, OnBatch, find_layers
 from safeproj.methods.salora.initialisation import Initial, initialise
 from safeproj.methods.salora.module import RANK, SafetyModule
+from safeproj.storage.documents import json_document
 from safeproj.versions import versions
 
 SCHEMA = "safeproj.start/1"
@@ -97,8 +98,7 @@ def write_start(
         _sort_targets(directory / CONFIG)
         initial.save(directory)
         (directory / "README.md").write_text(CARD.format(version=__version__), "utf-8")
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        (directory / MANIFEST).write_text(text, "utf-8")
+        (directory / MANIFEST).write_bytes(json_document(record))
     return initial
 
 

@@ -1,0 +1,1 @@
+"""Merging with a safe adapter (SafeMERGE): the updates that Safe LoRA would project."""
