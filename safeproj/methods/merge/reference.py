@@ -182,14 +182,18 @@ class SafeAdapter:
         scalings = adapter.format.scalings(adapter, modules)
         paired: list[PlannedModule] = []
         unmatched = list(found.unmatched)
+        own = {module.name: module for module in adapter.modules}
         for item in found.modules:
             name = item.module.name
             try:
-                paired.append(self._paired(adapter, item, scalings[name]))
+                paired.append(
+                    self._paired(adapter, item, own.get(name, item.module), scalings[name])
+                )
             except SafeprojError as error:
                 unmatched.append((item.module, error))
         if not paired:
             raise unmatched[0][1]
+        self._require_ranks(adapter, paired)
         adapted = [*modules, *found.excluded, *(module for module, _ in found.unmatched)]
         notes = tuple(self._warnings({module.name for module in adapted}, modules))
         return replace(
@@ -222,31 +226,53 @@ class SafeAdapter:
             )
         return found
 
-    def _paired(self, adapter: Adapter, item: PlannedModule, scaling: float) -> PlannedModule:
+    def _paired(
+        self, adapter: Adapter, item: PlannedModule, own: AdaptedModule, scaling: float
+    ) -> PlannedModule:
         """Return the update with its scaling, where it can be merged with the safe one.
 
         Raises:
             SafeprojError: it cannot.
         """
         module = item.module
-        self._require_plain(adapter, module, scaling)
+        self._require_plain(adapter, module, own, scaling)
         known = self.updates.get(module.name)
         if known is not None:
             self._require_fit(adapter, module, scaling, *known)
-        rank = self.merging.written_rank(module.rank, 0 if known is None else known[0].rank)
-        if rank != module.rank:
-            try:
-                adapter.format.resized(adapter, {module.name: rank})
-            except SafeprojError as error:
-                raise SafeprojError(
-                    f"{error.message}; --merge-form low-rank without --merge-rank keeps them"
-                ) from error
         nothing = None if known is not None else "no update in the safe adapter: it counts as zero"
         note = "; ".join(filter(None, [item.note, nothing])) or None
         return replace(item, scaling=scaling, note=note)
 
-    def _require_plain(self, adapter: Adapter, module: AdaptedModule, scaling: float) -> None:
-        """Refuse an update that is no product of two factors of its own."""
+    def _require_ranks(self, adapter: Adapter, items: Sequence[PlannedModule]) -> None:
+        """Refuse an adapter whose modules cannot have the ranks of what is written.
+
+        Raises:
+            SafeprojError: it is one.
+        """
+        ranks: dict[str, int] = {}
+        for module in (item.module for item in items):
+            safe = self.updates[module.name][0].rank if module.name in self.updates else 0
+            rank = self.merging.written_rank(module.rank, safe)
+            if rank != module.rank:
+                ranks[module.name] = rank
+        try:
+            _ = adapter.format.resized(adapter, ranks) if ranks else None
+        except SafeprojError as error:
+            raise SafeprojError(
+                f"{error.message}; --merge-form low-rank without --merge-rank keeps them"
+            ) from error
+
+    def _require_plain(
+        self, adapter: Adapter, module: AdaptedModule, own: AdaptedModule, scaling: float
+    ) -> None:
+        """Refuse an update that is no product of two factors of its own.
+
+        Args:
+            adapter: the adapter.
+            module: the update, as it was planned.
+            own: the same, as the adapter has it.
+            scaling: `s`.
+        """
         why = None
         if module.dora:
             why = "is DoRA, which renormalises what is merged"
@@ -254,7 +280,7 @@ class SafeAdapter:
             why = "is AdaLoRA, which has singular values between its factors"
         elif module.mirrors:
             why = "is tied to another weight on loading, which repeats one of its factors"
-        elif any(factor.rows is not None for factor in (module.output, module.input)):
+        elif own.output != module.output:
             why = "has other rows than the weight, which both factors would change"
         elif not scaling:
             why = "is scaled by 0"
@@ -277,7 +303,7 @@ class SafeAdapter:
                 f"{module.name}: shapes do not fit: {list(shapes[0])} (out, in) in "
                 f"{adapter.source}, {list(shapes[1])} in {safe}; are both of the same model?"
             )
-        if module.bias is None and other.bias is not None and bool(update.bias.any()):
+        if module.bias is None and update.bias is not None and bool(update.bias.any()):
             raise SafeprojError(
                 f"{module.name}: lora_B has a bias in {safe} and none in {adapter.source}, so that "
                 f"there is no place for it; {_OUT}"

@@ -110,7 +110,8 @@ def _factors(update: Update) -> Factors:
     Raises:
         CancellationError: the product is not known.
     """
-    return settled(update.A, update.B)
+    A, B = settled(update.A, update.B)
+    return A, B
 
 
 def _cosine(own: Factors, found: Merged, size: float) -> float:
