@@ -13,7 +13,7 @@ from safeproj.methods import registry
 
 PACKAGE = Path(safeproj.__file__).parent
 
-FOLDERS = ("safe_lora", "salora", "covariance")
+FOLDERS = ("safe_lora", "salora", "covariance", "merge")
 
 NAMES = {*registry.by_name(), *(method.__name__ for method in registry.METHODS)}
 NAMES |= {"Approx", "Exact", "Complement", "Correction", "Reconstruction"}

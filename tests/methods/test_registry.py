@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from safeproj import Covariance, Policy, SafeLora, Salora, inspect
+from safeproj import Covariance, Merge, Policy, SafeLora, Salora, inspect
 from safeproj.cli.options import Given
 from safeproj.errors import SafeprojError
 from safeproj.methods import registry
@@ -22,7 +22,7 @@ from safeproj.methods.salora.formulas import Complement
 from tests.conformance.oracle import save
 from tests.conftest import Trio
 from tests.methods.covariance.test_command import Place, lora, make
-from tests.support import assert_refused, safeproj, save_safety_module
+from tests.support import assert_refused, safeproj, save_adapter, save_safety_module
 
 STATISTICS = {"safety_data": "s.stats.safetensors", "task_data": "t.stats.safetensors"}
 GIVEN = {
@@ -31,6 +31,7 @@ GIVEN = {
     "alignment": "org/file",
     "safety_module": "org/module",
     **STATISTICS,
+    "safe_adapter": "org/safe",
 }
 """Every source that a method can have."""
 
@@ -41,6 +42,9 @@ WAYS: dict[frozenset[str], type[Method]] = {
     frozenset({"safety_data", "aligned"}): Covariance,
     frozenset({"safety_data", "task_data"}): Covariance,
     frozenset({"safety_data", "task_data", "aligned"}): Covariance,
+    frozenset({"base", "aligned", "safe_adapter"}): Merge,
+    frozenset({"alignment", "safe_adapter"}): Merge,
+    frozenset({"safe_adapter"}): Merge,
 }
 """Those that go together, and what they are for."""
 
@@ -53,6 +57,9 @@ SETTINGS: dict[str, Any] = {
     "energy": 0.5,
     "mu": 1.0,
     "reconstruct": True,
+    "weight": 0.5,
+    "merge_form": "low-rank",
+    "merge_rank": 4,
 }
 """Every setting that a method can have."""
 
@@ -60,12 +67,14 @@ OWN: dict[type[Method], set[str]] = {
     SafeLora: {"projector", "rank", "energy"},
     Salora: {"rank"},
     Covariance: {"mu", "reconstruct"},
+    Merge: {"projector", "rank", "energy", "weight", "merge_form", "merge_rank"},
 }
 
 NEEDS = {
     "safe-lora": "--base and --aligned, or --alignment",
     "salora": "--safety-module",
     "covariance": "--safety-data, and --aligned unless it and --task-data are statistics",
+    "merge": "--safe-adapter, and --base and --aligned or --alignment to choose by",
 }
 
 
@@ -122,7 +131,8 @@ def test_what_is_not_given_counts_for_nothing(names: frozenset[str]) -> None:
 )
 def test_sources_that_do_not_go_together_are_refused(names: frozenset[str]) -> None:
     assert refusal(sources(names)) == (
-        "give --base and --aligned, --alignment, --safety-module, or --safety-data with --aligned"
+        "give --base and --aligned, --alignment, --safety-module, --safety-data with --aligned, or "
+        "--safe-adapter"
     )
 
 
@@ -168,7 +178,7 @@ def test_settings_of_another_method_are_refused(
     if not others:
         return
     text = refusal(given)
-    flags = [f"--{name}" for name in others]
+    flags = [f"--{name.replace('_', '-')}" for name in others]
     listed = flags[0] if len(flags) == 1 else f"{', '.join(flags[:-1])} and {flags[-1]}"
     assert text.startswith(f"{listed} {'goes' if len(flags) == 1 else 'go'} with --")
     way = "--alignment" if names == {"alignment"} else method.mark
@@ -218,7 +228,7 @@ def test_the_text_says_whose_they_are(names: set[str], settings: dict[str, Any],
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1, math.nan])
-@pytest.mark.parametrize("name", ["rank", "energy", "mu"])
+@pytest.mark.parametrize("name", ["rank", "energy", "mu", "weight"])
 @pytest.mark.parametrize("names", WAYS, ids=named)
 def test_what_is_out_of_range_is_given_all_the_same(
     names: frozenset[str], name: str, value: float
@@ -231,13 +241,17 @@ def test_what_is_out_of_range_is_given_all_the_same(
     if name not in OWN[method]:
         assert f"--{name} goes with" in refusal(given)
         return
-    if method is SafeLora:
+    if names == {"safe_adapter"} and name != "weight":
+        assert refusal(given).startswith("--projector, --rank and --energy are of the cosine")
+        return
+    if method in (SafeLora, Merge) and name != "weight":
         assert refusal(given) == "--rank and --energy need --projector exact"
         given["projector"] = "exact"
     wanted = {
         "rank": f"--rank must be at least 1, found {value}",
         "energy": f"--energy must lie in (0, 1], found {value}",
         "mu": f"--mu must be a number of more than 0, found {value}",
+        "weight": f"--weight must lie in (0, 1], found {value}",
     }
     assert refusal(given) == wanted[name]
 
@@ -262,7 +276,11 @@ def test_what_is_out_of_range_is_given_all_the_same(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("names", [{"base", "aligned"}, {"alignment"}], ids=len)
+@pytest.mark.parametrize(
+    "names",
+    [{"base", "aligned"}, {"alignment"}, {"base", "aligned", "safe_adapter"}],
+    ids=len,
+)
 def test_settings_of_safe_lora_go_together(
     names: set[str], settings: dict[str, Any], text: str
 ) -> None:
@@ -287,6 +305,8 @@ def test_a_weight_that_is_no_finite_number_is_refused(mu: float) -> None:
         (Covariance("a", "s.jsonl", mu=2.0), Correction(2.0)),
         (Covariance("a", "s.jsonl", reconstruct=True), Reconstruction(1.0)),
         (Covariance("a", "s.jsonl", mu=2.0, reconstruct=True), Reconstruction(2.0)),
+        (Merge(safe_adapter="s"), None),
+        (Merge("b", "a", safe_adapter="s", projector="exact", rank=3, merge_rank=2), None),
     ],
     ids=str,
 )
@@ -462,6 +482,10 @@ RECORDS: list[Any] = [
     {"kind": "exact", "energy": 0.5},
     {"kind": "safety-module", "rank": 3},
     {"kind": "covariance", "mu": 0.3},
+    {"kind": "merge", "form": "exact", "weight": 0.2},
+    {"kind": "merge", "form": "low-rank", "weight": 0.2, "merge_rank": 4},
+    {"kind": "merge", "form": "exact", "weight": 0.2, "chosen_by": "approx"},
+    {"kind": "merge", "form": "exact", "weight": 1, "chosen_by": "exact", "rank": 3},
     {},
     {"kind": "none"},
     {"kind": None},
@@ -492,6 +516,16 @@ RECORDS: list[Any] = [
     {"kind": "covariance", "mu": "0.3"},
     {"kind": "covariance", "mu": 10**400},
     {"kind": "covariance", "mu": 0.3, "rank": 3},
+    {"kind": "merge"},
+    {"kind": "merge", "form": "exact"},
+    {"kind": "merge", "form": "best", "weight": 0.2},
+    {"kind": "merge", "form": "exact", "weight": 0},
+    {"kind": "merge", "form": "exact", "weight": True},
+    {"kind": "merge", "form": "exact", "weight": 0.2, "merge_rank": 4},
+    {"kind": "merge", "form": "low-rank", "weight": 0.2, "merge_rank": "4"},
+    {"kind": "merge", "form": "exact", "weight": 0.2, "rank": 3},
+    {"kind": "merge", "form": "exact", "weight": 0.2, "chosen_by": "best"},
+    {"kind": "merge", "form": "exact", "weight": 0.2, "chosen_by": "exact"},
 ]
 
 FULL = {
@@ -499,6 +533,8 @@ FULL = {
     SafeLora(alignment="f"): RECORDS[:3],
     Salora("m"): RECORDS[3:4],
     Covariance("a", "s.jsonl"): RECORDS[4:5],
+    Merge(safe_adapter="s"): RECORDS[5:7],
+    Merge("b", "a", safe_adapter="s"): RECORDS[7:9],
 }
 
 
@@ -515,6 +551,25 @@ def test_a_record_of_nothing_that_there_is_is_refused(
     assert caught.value.message == (
         "x/y: safeproj.json names no projector that there is; give --projector"
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weight": 0.5, "merge_rank": 3}, {"merge_form": "factor-wise"}],
+    ids=str,
+)
+@pytest.mark.parametrize("chosen", [{}, {"projector": "exact", "rank": 3}], ids=str)
+def test_a_report_of_merging_gives_its_settings_back(
+    trio: Trio, tmp_path: Path, settings: dict[str, Any], chosen: dict[str, Any]
+) -> None:
+    safe = save_adapter(trio.aligned_model, tmp_path / "safe", seed=7)
+    plain = Merge(str(trio.base), str(trio.aligned), safe_adapter=str(safe))
+    method = replace(plain, **settings, **chosen)
+    report = inspect(method, str(trio.adapter))
+    found = plain.recorded("x", report.projector)
+    assert found.formula == method.formula
+    assert found.deciding == replace(method.deciding, projector=method.projector or "approx")
+    assert inspect(found, str(trio.adapter)) == report
 
 
 def test_what_was_corrected_layer_by_layer_is_not_done_again() -> None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from safeproj.methods.detail import NORM, Blank, Column, Detail, Fact
-from safeproj.methods.merge.formulas import EXACT, FACTOR_WISE
+from safeproj.methods.merge.forms import EXACT, FACTOR_WISE
 from safeproj.methods.safe_lora.detail import Alignment
 from safeproj.records.scores import ModuleReport, Report, spread, values
 
 
 @dataclass(frozen=True)
-class Merging(Detail):
+class Mixed(Detail):
     """How far merging moves an update, and how closely it is written.
 
     Attributes:

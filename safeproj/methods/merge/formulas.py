@@ -15,16 +15,11 @@ import numpy
 
 from safeproj.adapter.low_rank import balanced, decomposed
 from safeproj.methods.factors import norm
+from safeproj.methods.merge.forms import EXACT, LOW_RANK, Merging
 from safeproj.storage.arrays import Array, double
 
 Factors: TypeAlias = tuple[Array, Array]
 """`A` (r, n) and `B` (m, r)."""
-
-EXACT, LOW_RANK, FACTOR_WISE = "exact", "low-rank", "factor-wise"
-FORMS = (EXACT, LOW_RANK, FACTOR_WISE)
-"""How the merged update is written: as it is, as its best approximation of a rank, or as the
-factors merged one by one, which is another update."""
-
 
 NOISE = 1e-13
 """Errors that are rounding, and none."""
@@ -86,45 +81,26 @@ def factor_wise(own: Factors, safe: Factors | None, weight: float, ratio: float)
     return A + A_safe, B + B_safe
 
 
-@dataclass(frozen=True)
-class Merging:
-    """How two updates are merged.
+def merged(how: Merging, own: Factors, safe: Factors | None, ratio: float, rank: int) -> Merged:
+    """Return what takes the place of an update.
 
-    Attributes:
-        weight: `λ`, that of the safe one.
-        form: one of `FORMS`.
-        rank: of the best approximation; that of the update if None.
+    Args:
+        how: they are merged.
+        own: its factors, in whose product no terms cancel.
+        safe: those of the safe one, likewise.
+        ratio: `s_safe / s`.
+        rank: r', from `written_rank`.
     """
-
-    weight: float
-    form: str = EXACT
-    rank: int | None = None
-
-    def written_rank(self, own: int, safe: int) -> int:
-        """Return r' by the ranks of both updates; that of a safe one which is zero is 0."""
-        if self.form == EXACT:
-            return own + safe
-        return own if self.rank is None or self.form == FACTOR_WISE else min(self.rank, own + safe)
-
-    def merged(self, own: Factors, safe: Factors | None, ratio: float, rank: int) -> Merged:
-        """Return what takes the place of an update.
-
-        Args:
-            own: its factors, in whose product no terms cancel.
-            safe: those of the safe one, likewise.
-            ratio: `s_safe / s`.
-            rank: r', from `written_rank`.
-        """
-        A, B = exact(own, safe, self.weight, ratio)
-        if self.form == EXACT:
-            return Merged(A, B, 0.0)
-        if self.form == LOW_RANK:
-            U, S, V = decomposed(A, B)
-            return Merged(*balanced(U, S, V, rank), _share(S[rank:], S))
-        A_new, B_new = factor_wise(own, safe, self.weight, ratio)
-        size = norm(A, B)
-        off = norm(numpy.concatenate([A_new, A]), numpy.concatenate([B_new, -B], axis=1))
-        return Merged(A_new, B_new, off / size if size else 0.0)
+    A, B = exact(own, safe, how.weight, ratio)
+    if how.form == EXACT:
+        return Merged(A, B, 0.0)
+    if how.form == LOW_RANK:
+        U, S, V = decomposed(A, B)
+        return Merged(*balanced(U, S, V, rank), _share(S[rank:], S))
+    A_new, B_new = factor_wise(own, safe, how.weight, ratio)
+    size = norm(A, B)
+    off = norm(numpy.concatenate([A_new, A]), numpy.concatenate([B_new, -B], axis=1))
+    return Merged(A_new, B_new, off / size if size else 0.0)
 
 
 def _share(left: Array, whole: Array) -> float:

@@ -18,8 +18,8 @@ from safeproj.methods.interface import (
     source,
     unrecorded,
 )
-from safeproj.methods.merge.detail import Merging as MergingDetail
-from safeproj.methods.merge.formulas import EXACT, FORMS, LOW_RANK, Merging
+from safeproj.methods.merge.detail import Mixed
+from safeproj.methods.merge.forms import EXACT, FORMS, LOW_RANK, Merging
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.words import Words
 from safeproj.storage.source import Src
@@ -72,7 +72,7 @@ class Merge(Method):
 
     name: ClassVar[str] = "merge"
     words: ClassVar[Words] = WORDS
-    detail: ClassVar[type[Detail]] = MergingDetail
+    detail: ClassVar[type[Detail]] = Mixed
     ways: ClassVar[tuple[frozenset[str], ...]] = (
         frozenset({"base", "aligned", "safe_adapter"}),
         frozenset({"alignment", "safe_adapter"}),

@@ -12,7 +12,7 @@ from safeproj.adapter.digests import adapter_record
 from safeproj.checkpoint.expression import Stored
 from safeproj.engine import Comparison, Update
 from safeproj.errors import SafeprojError
-from safeproj.methods.merge.formulas import FACTOR_WISE, Merging
+from safeproj.methods.merge.forms import FACTOR_WISE, Merging
 from safeproj.methods.merge.sources import Both
 from safeproj.methods.reference import Plain, Reference
 from safeproj.methods.safe_lora.method import SafeLora

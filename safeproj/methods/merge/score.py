@@ -13,8 +13,9 @@ from safeproj.engine import Buffers, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.methods.detail import Detail
 from safeproj.methods.factors import CancellationError, norm, settled
-from safeproj.methods.merge.detail import Merging as MergingDetail
-from safeproj.methods.merge.formulas import Factors, Merged, Merging
+from safeproj.methods.merge.detail import Mixed
+from safeproj.methods.merge.forms import Merging
+from safeproj.methods.merge.formulas import Factors, Merged, merged
 from safeproj.methods.merge.sources import Both
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.score import Score
@@ -71,7 +72,7 @@ def _merged(
     is_alone: bool,
 ) -> Score | SafeprojError:
     """Return the score with what merging makes of the update, where that is not zero."""
-    detail = MergingDetail(score.detail, merging.form)
+    detail = Mixed(score.detail, merging.form)
     if score.factor is None:
         return replace(score, detail=detail)
     try:
@@ -85,7 +86,7 @@ def _merged(
     assert update.scaling is not None
     ratio = 1.0 if other is None else (other.scaling or 0.0) / update.scaling
     ranks = len(update.stored), 0 if other is None else len(other.stored)
-    found = merging.merged(own, safe, ratio, merging.written_rank(*ranks))
+    found = merged(merging, own, safe, ratio, merging.written_rank(*ranks))
     factor, replaced = single(found.B), single(found.A)
     if not (is_finite(factor) and is_finite(replaced)):
         return SafeprojError(f"{name}: the merged factors have a value that is not finite")
