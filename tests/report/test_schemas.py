@@ -197,6 +197,24 @@ def test_reports_and_manifests_with_a_safety_module_are_valid(trio: Trio, tmp_pa
     validator("manifest").validate(read_json(tmp_path / "p" / MANIFEST))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [(*PAIR, "--all"), ("--merge-rank", "3"), (*PAIR, "--projector", "exact", "--rank", "4")],
+    ids=["exact", "low-rank", "chosen by the exact projector"],
+)
+def test_reports_and_manifests_of_merging_are_valid(
+    tmp_path: Path, options: tuple[str | Path, ...]
+) -> None:
+    using = ("--safe-adapter", EXAMPLES / "adapters/skill", *options, "--adapter", BAD)
+    report = printed("inspect", *using)
+    validator("report").validate(report)
+    assert "merge_error" in report["summary"]
+    validator("report").validate(printed("patch", *using, "--out", tmp_path / "p"))
+    validator("manifest").validate(read_json(tmp_path / "p" / MANIFEST))
+    wrong = {**report, "projector": {**report["projector"], "kind": "approx"}}
+    assert not validator("report").is_valid(wrong)
+
+
 def test_checks_of_adapters_are_valid(tmp_path: Path) -> None:
     result = safeproj("check", BAD, tmp_path / "missing", *PAIR, "--format", "json")
     assert result.returncode == 1, result.stderr
