@@ -4,6 +4,7 @@ from safeproj.api import Outcome as Outcome
 from safeproj.api import align as align
 from safeproj.api import check as check
 from safeproj.api import evaluate as evaluate
+from safeproj.api import extract as extract
 from safeproj.api import inspect as inspect
 from safeproj.api import inspect_many as inspect_many
 from safeproj.api import patch as patch
@@ -48,6 +49,8 @@ from safeproj.records.checks import Checks as Checks
 from safeproj.records.checks import Evidence as Evidence
 from safeproj.records.checks import Finding as Finding
 from safeproj.records.evaluations import Evaluation as Evaluation
+from safeproj.records.extractions import Extracted as Extracted
+from safeproj.records.extractions import Extraction as Extraction
 from safeproj.records.rates import Rate as Rate
 from safeproj.records.repairs import Repair as Repair
 from safeproj.records.scores import ModuleReport as ModuleReport

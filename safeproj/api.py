@@ -1,4 +1,4 @@
-"""The Python API: `repair`, `inspect`, `patch`, `project`, `check`, `verify`, and others."""
+"""The Python API: `repair`, `inspect`, `patch`, `project`, `check`, `verify`, and more."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from safeproj.gate.check import Original
     from safeproj.gate.policy import Policy
     from safeproj.records.evaluations import Evaluation
+    from safeproj.records.extractions import Extraction
     from safeproj.records.repairs import Repair
     from safeproj.records.sweeps import Sweep
 
@@ -457,6 +458,47 @@ def align(
         maps=options.maps,
         observer=options.observer,
         profile=options.profile,
+        overwrite=overwrite,
+    )
+
+
+def extract(
+    model: Src,
+    aligned: Src,
+    rank: int,
+    out: StrPath,
+    targets: Sequence[str] = (ALL_LINEAR,),
+    options: Options | None = None,
+    *,
+    overwrite: bool = False,
+) -> Extraction:
+    """Write a full fine-tune as a LoRA adapter: the best approximation of what it changed.
+
+    Args:
+        model: SRC of the fine-tuned checkpoint: a path, or `org/name[@revision]`.
+        aligned: SRC of the checkpoint that it was tuned from.
+        rank: of the adapter.
+        out: the directory to create; it appears complete or not at all.
+        targets: names of modules or their last parts, or `all-linear`.
+        options: device, workers, maps, and who is told about the progress.
+        overwrite: replace an adapter that is at `out`.
+
+    Returns:
+        Of each weight (m, n) how far `s B A` is from `W_ft - W_aligned`, relative to it, in the
+        norm of Frobenius; and which tensors were changed that the adapter does not hold.
+
+    Raises:
+        SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
+    """
+    from safeproj.extracting.run import extract as extracted
+
+    return extracted(
+        src(model),
+        src(aligned),
+        rank,
+        Path(out),
+        targets,
+        options or Options(),
         overwrite=overwrite,
     )
 

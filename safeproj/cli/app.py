@@ -20,8 +20,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 NAMES = (
-    "repair", "inspect", "patch", "align", "check", "verify", "rule", "data", "stats", "eval",
-    "sweep", "sign", "salora",
+    "repair", "inspect", "patch", "align", "extract", "check", "verify", "rule", "data", "stats",
+    "eval", "sweep", "sign", "salora",
 )  # fmt: skip
 """The commands, each in the module of its name."""
 

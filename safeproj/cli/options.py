@@ -364,6 +364,20 @@ class Reporting(_Reporting):
     format_: Annotated[list[ReportFormat] | None, _FORMAT] = None
 
 
+class PlainFormat(str, Enum):
+    """Choices of `--format` where there are two."""
+
+    table = "table"
+    json = "json"
+
+
+@dataclass(frozen=True)
+class PlainReporting(_Reporting):
+    """The same of what has no page of its own."""
+
+    format_: Annotated[list[PlainFormat] | None, _FORMAT] = None
+
+
 @dataclass(frozen=True)
 class GateReporting(_Reporting):
     """The same of a gate."""

@@ -19,7 +19,7 @@ from safeproj.records.rules import UNUSABLE
 from safeproj.text import cut, first_line, fitted, printable
 
 if TYPE_CHECKING:
-    from safeproj.cli.options import Color, GateReporting, Reporting, Talking
+    from safeproj.cli.options import Color, GateReporting, PlainReporting, Reporting, Talking
     from safeproj.records.profile import Profile
     from safeproj.report import Checks, Record
     from safeproj.run.options import Observer
@@ -158,7 +158,7 @@ def check_outputs(
 
 def finish(
     record: Record,
-    reporting: Reporting | GateReporting,
+    reporting: Reporting | GateReporting | PlainReporting,
     talking: Talking,
     result: str,
     profile: Profile | None = None,

@@ -17,6 +17,7 @@ from safeproj.gate.weights import found
 from safeproj.methods.registry import by_name
 from safeproj.methods.salora.method import FOLDED
 from safeproj.records.checks import Evidence, Finding
+from safeproj.records.extractions import SCHEMA as EXTRACTED
 from safeproj.records.rules import Level
 from safeproj.records.scores import SCHEMA, ModuleReport
 from safeproj.run.job import Run
@@ -34,6 +35,10 @@ float16 may have lost a few hundredths of it."""
 
 SCORE = 0.01
 """How far a recorded cosine or scale may lie from one that is computed elsewhere."""
+
+
+MADE = (FOLDED, EXTRACTED)
+"""Schemas of records of how an adapter was made, before anything was projected."""
 
 
 class _MismatchError(Exception):
@@ -67,7 +72,7 @@ def recorded(
     def look() -> None:
         document = read_json(adapter.folder, MANIFEST)
         _require_tensors(adapter, document)
-        if _schema(document) == FOLDED:
+        if _schema(document) in MADE:
             return  # no module of it claims to be projected
         _require_documents(adapter, document)
         other = _other_projection(run, document)
@@ -116,9 +121,10 @@ def about_history(original: Run, patched: Adapter, projected: Collection[str]) -
 
     def look() -> None:
         document = read_json(patched.folder, MANIFEST)
-        if _schema(document) == FOLDED:
+        if _schema(document) in MADE:
             if projected:
-                raise _MismatchError("SP021", f"{MANIFEST} records a fold, and no projection")
+                text = f"{MANIFEST} records how the adapter was made, and no projection"
+                raise _MismatchError("SP021", text)
             return
         _require_read(original.adapter, document["inputs"]["adapter"])
         changed = document["summary"].get("changed", len(projected))
@@ -151,11 +157,12 @@ def _mismatches(look: Callable[[], None]) -> list[Finding]:
 def _schema(document: Mapping[str, Any]) -> str:
     """Return which kind of record it is; a record of no known kind says nothing."""
     schema = document.get("schema")
-    if schema not in (SCHEMA, FOLDED):
+    if schema not in (SCHEMA, *MADE):
+        expected = ", ".join((SCHEMA, *MADE[:-1])) + f" or {MADE[-1]}"
         raise _MismatchError(
             "SP021",
-            f"{MANIFEST} is of schema {str(schema)[:40]!a}; expected {SCHEMA} or {FOLDED}, as "
-            "this version writes them",
+            f"{MANIFEST} is of schema {str(schema)[:40]!a}; expected {expected}, as this version "
+            "writes them",
         )
     return str(schema)
 

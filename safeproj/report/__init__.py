@@ -10,6 +10,7 @@ from typing import Protocol, cast
 from safeproj.errors import SafeprojError
 from safeproj.records.checks import Check, Checks, Evidence, Finding, Outcome
 from safeproj.records.evaluations import Evaluation
+from safeproj.records.extractions import Extraction
 from safeproj.records.repairs import Repair
 from safeproj.records.scores import Failure, ModuleReport, Report, Reports
 from safeproj.records.sweeps import Sweep
@@ -26,6 +27,7 @@ __all__ = [
     "Checks",
     "Evaluation",
     "Evidence",
+    "Extraction",
     "Failure",
     "Finding",
     "ModuleReport",
@@ -43,7 +45,7 @@ __all__ = [
 WIDTH = 100
 """Columns of a table where no terminal says otherwise, so that logs look alike everywhere."""
 
-Record = Report | Reports | Checks | Sweep | Evaluation | Repair
+Record = Report | Reports | Checks | Sweep | Evaluation | Repair | Extraction
 """What can be rendered: the scores of one adapter or of many, or what a gate found."""
 
 FORMATS = ("table", "json", "markdown", "html")
@@ -51,6 +53,9 @@ FORMATS = ("table", "json", "markdown", "html")
 
 CHECK_FORMATS = (*FORMATS, "sarif", "junit", "github")
 """Formats of what a gate found: the last three know only findings."""
+
+EXTRACTION_FORMATS = FORMATS[:2]
+"""Formats of what was extracted."""
 
 SUFFIXES = {
     ".txt": "table",
@@ -97,6 +102,9 @@ class Format(CheckFormat, Protocol):
     def render_evaluation(self, evaluation: Evaluation, *, width: int, color: bool) -> str:
         """Return what a model does without and with adapters as text."""
 
+    def render_extraction(self, extraction: Extraction, *, width: int, color: bool) -> str:
+        """Return how closely an adapter holds a full fine-tune as text; `EXTRACTION_FORMATS`."""
+
     def render_repair(self, repair: Repair, *, width: int, color: bool) -> str:
         """Return what was tried to repair one adapter, and what was reached, as text."""
 
@@ -114,12 +122,16 @@ def render(
 ) -> str:
     """Return what a gate found in one of `CHECK_FORMATS`, other records in one of `FORMATS`.
 
+    What was extracted has `EXTRACTION_FORMATS`.
+
     With `verbose` every finding of a gate is listed, in any format.
 
     Raises:
         SafeprojError: there is no such format of it, or it needs an extra that is not installed.
     """
-    known = CHECK_FORMATS if isinstance(record, Checks) else FORMATS
+    known: tuple[str, ...] = CHECK_FORMATS if isinstance(record, Checks) else FORMATS
+    if isinstance(record, Extraction):
+        known = EXTRACTION_FORMATS
     if format not in known and not (format == FAILING and isinstance(record, Checks)):
         raise SafeprojError(f"--format {format}: expected {', '.join(known[:-1])} or {known[-1]}")
     module = cast(Format, import_module(f"safeproj.report.{format}"))
@@ -127,6 +139,8 @@ def render(
         return module.render_checks(record, width=width, color=color, verbose=verbose)
     if isinstance(record, Evaluation):
         return module.render_evaluation(record, width=width, color=color)
+    if isinstance(record, Extraction):
+        return module.render_extraction(record, width=width, color=color)
     if isinstance(record, Repair):
         return module.render_repair(record, width=width, color=color)
     if isinstance(record, Sweep):

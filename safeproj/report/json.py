@@ -7,6 +7,7 @@ from typing import Any
 
 from safeproj.records.checks import Checks
 from safeproj.records.evaluations import Evaluation
+from safeproj.records.extractions import Extraction
 from safeproj.records.repairs import Repair
 from safeproj.records.scores import Report, Reports
 from safeproj.records.sweeps import Sweep
@@ -48,6 +49,11 @@ def render_repair(repair: Repair, *, width: int, color: bool) -> str:  # noqa: A
     warnings = found.pop("warnings")
     said = repair_words.conclusion(repair)
     return _text({**found, "conclusion": said, "warnings": warnings})
+
+
+def render_extraction(extraction: Extraction, *, width: int, color: bool) -> str:  # noqa: ARG001
+    """Return how closely an adapter holds a full fine-tune as one JSON object."""
+    return _text(extraction.to_dict())
 
 
 def _text(found: dict[str, Any]) -> str:

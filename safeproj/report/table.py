@@ -25,6 +25,7 @@ from safeproj.records.evaluations import (
     task_rows,
     title_of,
 )
+from safeproj.records.extractions import Extraction
 from safeproj.records.groups import Group, grouped, message
 from safeproj.records.repairs import Repair
 from safeproj.records.rules import Level
@@ -147,6 +148,24 @@ def render_evaluation(evaluation: Evaluation, *, width: int, color: bool) -> str
     if evaluation.sets:
         legend = f"{LEGEND}\njudge: {printable(judge_words(evaluation.judge))}"
         console.print(Text(legend, style="dim"))
+    return text_of(console)
+
+
+def render_extraction(extraction: Extraction, *, width: int, color: bool) -> str:
+    """Return the error of each weight, and of all together."""
+    console = console_of(width, color)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for head in ("module", "shape", "rank", "‖ΔW‖", "error"):
+        justify: Literal["left", "right"] = "left" if head == "module" else "right"
+        table.add_column(Text(head), justify=justify, overflow="fold")
+    for each in extraction.modules:
+        shape = f"{each.shape[0]}×{each.shape[1]}"
+        cells = (shape, str(each.rank), f"{each.norm:.4g}", f"{each.error:.4f}")
+        table.add_row(*map(Text, (printable(each.name), *cells)))
+    console.print(table)
+    legend = "error: ‖ΔW - s·B A‖/‖ΔW‖ of the adapter that was written, with ΔW = W_ft - W_aligned"
+    console.print(Text(legend, style="dim"))
+    console.print(Text(f" all of them  {extraction.error:.4f}"))
     return text_of(console)
 
 

@@ -640,7 +640,8 @@ def _methods_before(folder: Folder) -> Iterator[str]:
     """Yield the methods that an adapter was patched by, the last one first."""
     found: Any = read_json(folder, MANIFEST) if MANIFEST in folder.files else None
     while isinstance(found, dict):
-        yield str(found.get("method"))
+        if "method" in found:  # not of one that was extracted
+            yield str(found["method"])
         for key in ("inputs", "adapter", "previous"):
             found = found.get(key) if isinstance(found, dict) else None
 

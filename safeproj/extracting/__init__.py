@@ -1,0 +1,1 @@
+"""A full fine-tune as an adapter: the best approximation of what it changed."""
