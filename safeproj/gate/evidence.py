@@ -340,18 +340,19 @@ def _require_same_models(
                 f"the {role.replace('_', ' ')} in {MANIFEST} is another one than this check uses: "
                 f"{shorten(other)} has another digest",
             )
-    files = {role: each["sha256"].get("files") for role, each in digests.items()}
     for role in ADAPTERS:
-        if role in files and files[role] != document["inputs"][role]["sha256"]["files"]:
+        files = digests[role]["sha256"]["files"] if role in digests else None
+        if files and files != document["inputs"][role]["sha256"]["files"]:
             raise _MismatchError(
                 "SP022",
                 f"the {role.replace('_', ' ')} in {MANIFEST} is another one than this check uses",
             )
     if compared:
         return
-    if not files or any(  # no weight is read
-        own is None or own != document["inputs"][role]["sha256"].get("files")
-        for role, own in files.items()
+    listed = {role: each["sha256"].get("files") for role, each in digests.items()}
+    if not listed or any(  # no weight is read
+        each is None or each != document["inputs"][role]["sha256"].get("files")
+        for role, each in listed.items()
     ):
         raise _MismatchError(
             "SP022", f"{MANIFEST} does not say what the modules were projected onto"

@@ -62,7 +62,8 @@ def task_of(
         path = stored(tmp_path / f"{name}.safetensors", w=W.T if turned else W)
         sides.append(Matrix(open_checkpoint(str(path)).weight("w"), turned))
     A, B = torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)
-    return Task("w", Difference(*sides), (Update(*hosts(A, B)),))
+    factors = tuple(hosts(A, B))
+    return Task("w", Difference(*sides), (Update(factors[0], factors[1]),))
 
 
 def pair(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,8 @@ def change(name: str, model: Any, aligned: Any) -> Tensor:
     layers = dict(model.named_modules())
     weights = (dict(each.named_modules())[name].weight for each in (model, aligned))
     found, before = (each.detach().double() for each in weights)
-    turned = type(layers[name]).__name__ == "Conv1D"
-    return (found - before).T if turned else found - before
+    delta: Tensor = found - before
+    return delta.T if type(layers[name]).__name__ == "Conv1D" else delta
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])

@@ -568,6 +568,7 @@ def test_a_report_of_merging_gives_its_settings_back(
     report = inspect(method, str(trio.adapter))
     found = plain.recorded("x", report.projector)
     assert found.formula == method.formula
+    assert method.deciding is not None
     assert found.deciding == replace(method.deciding, projector=method.projector or "approx")
     assert inspect(found, str(trio.adapter)) == report
 
