@@ -54,7 +54,7 @@ def sweep_command(
         typer.Option(
             "--by",
             help="What is varied: the number of projected modules, or the threshold; with "
-            "--safety-data always mu.  [default: layers]",
+            "--safety-data always mu, with --safe-adapter always its weight.  [default: layers]",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -92,7 +92,7 @@ def sweep_command(
         ),
     ] = 0,
     *,
-    given: Annotated[Given, Without("mu", "reconstruct")],
+    given: Annotated[Given, Without("mu", "reconstruct", "weight")],
     choosing: Annotated[Choosing, Without("threshold", "layers", "all_modules")],
     prompting: Prompting,
     judging: Judging,
@@ -106,8 +106,8 @@ def sweep_command(
     Scores the adapter in one pass over the checkpoints, then runs the model with each variant of
     the adapter, and with controls: each module shrunk, all of it shrunk, a random projector, and
     what projection removes. With --safety-data the mu of the covariance-weighted correction is
-    varied instead. Says the smallest intervention that reaches a wanted share of refusals, and
-    whether a control does as well. Writes no adapter.
+    varied instead, with --safe-adapter the weight of that. Says the smallest intervention that
+    reaches a wanted share of refusals, and whether a control does as well. Writes no adapter.
     """
     method, outputs, adapter = given.method, reporting.outputs, adapters.source
     read = [*method.inputs([adapter]), *([] if model is None else [("--model", model)])]

@@ -121,7 +121,7 @@ class Sweep(Rendered):
         version: of safeproj.
         method: `safe-lora` or `salora`, as in the report of the scores.
         projector: the `projector` object of that report.
-        axis: what is varied: `layers`, `threshold`.
+        axis: what is varied: `layers`, `threshold`, or a parameter of the method.
         modules: how many the adapter has.
         inputs: what was read, each with `source`.
         sets: the prompts.
@@ -152,6 +152,11 @@ class Sweep(Rendered):
     points: tuple[Point, ...]
     warnings: tuple[str, ...]
     patching: tuple[str, ...] = ()
+
+    @property
+    def strength(self) -> str | None:
+        """The parameter that is varied; None where it is which modules are projected."""
+        return None if self.axis in ("layers", "threshold") else self.axis
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -128,8 +128,8 @@ def intervention(sweep: Sweep, point: Point) -> str:
     """Return what is done at a point of the axis."""
     if not point.modules:
         return "the adapter as it is"
-    if sweep.axis == "mu":
-        return f"mu {point.value:g}"
+    if sweep.strength is not None:
+        return f"{sweep.strength} {point.value:g}"
     tau = "" if point.threshold is None else f", tau {point.threshold:.3f}"
     return f"{len(point.modules)} of {sweep.modules} modules projected{tau}"
 
@@ -138,8 +138,8 @@ def _control(sweep: Sweep, name: str, point: Point) -> str:
     factor = point.trials[name].factor
     if factor is not None:
         return f"{heading(sweep, name)} to {factor:.2g}"
-    if sweep.axis == "mu":
-        return f"{heading(sweep, name)} at mu {point.value:g}"
+    if sweep.strength is not None:
+        return f"{heading(sweep, name)} at {sweep.strength} {point.value:g}"
     return f"{heading(sweep, name)} of {len(point.modules)} modules"
 
 
@@ -164,13 +164,13 @@ def percent(rate: Rate) -> str:
 
 
 def place_heading(sweep: Sweep) -> str:
-    """Return what `place` is called: `tau` or `mu`."""
-    return "mu" if sweep.axis == "mu" else "tau"
+    """Return what `place` is called: `tau`, or the parameter that is varied."""
+    return sweep.strength or "tau"
 
 
 def place_value(sweep: Sweep, point: Point) -> float | None:
-    """Return `mu`, or the cosine that a point reaches; None where nothing is changed."""
-    return point.value if sweep.axis == "mu" else point.threshold
+    """Return the parameter, or the cosine that a point reaches; None where nothing is changed."""
+    return point.threshold if sweep.strength is None else point.value
 
 
 def place(sweep: Sweep, point: Point) -> str:
@@ -178,7 +178,7 @@ def place(sweep: Sweep, point: Point) -> str:
     found = place_value(sweep, point)
     if found is None:
         return ""
-    return f"{found:g}" if sweep.axis == "mu" else f"{found:.4f}"
+    return f"{found:.4f}" if sweep.strength is None else f"{found:g}"
 
 
 def widest(sweep: Sweep) -> float:

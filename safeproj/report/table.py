@@ -221,7 +221,7 @@ def render_sweep(sweep: Sweep, *, width: int, color: bool) -> str:
         console.print(Text(f"{name:17} {said}, skill {words.with_interval(skill)}"), soft_wrap=True)
     console.print()
     table = Table(box=None, padding=(0, 2, 0, 0))
-    if sweep.axis != "mu":
+    if sweep.strength is None:
         table.add_column("modules", justify="right", no_wrap=True)
     table.add_column(words.place_heading(sweep), justify="right", no_wrap=True)
     table.add_column("change", justify="right", no_wrap=True)
@@ -283,7 +283,7 @@ def _print_shares(
 def _sweep_row(sweep: Sweep, point: Point) -> list[str]:
     """Return the cells of one intervention."""
     where = [words.place(sweep, point)]
-    if sweep.axis != "mu":
+    if sweep.strength is None:
         where.insert(0, str(len(point.modules)))
     cells = []
     for trial in (point.trials.get(kind) for kind in sweep.kinds):

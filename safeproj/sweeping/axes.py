@@ -10,11 +10,13 @@ from safeproj.methods.interface import Method
 from safeproj.run.options import Options
 from safeproj.sweeping.candidates import Candidates, candidates
 from safeproj.sweeping.strengths import strengths
+from safeproj.sweeping.weights import weights
 
 AXES: dict[str, Callable[..., Candidates]] = {
     "layers": partial(candidates, by="layers"),
     "threshold": partial(candidates, by="threshold"),
     "mu": strengths,
+    "weight": weights,
 }
 """One line for each."""
 

@@ -33,6 +33,7 @@ EXCEPTIONS = {
     "repairing/ways.py": "one method is tried in two forms",
     "sweeping/apart.py": "takes the formulas of projections apart",
     "sweeping/strengths.py": "the axis of one method",
+    "sweeping/weights.py": "likewise",
 }
 """Files that name one, with the reason."""
 

@@ -41,7 +41,17 @@ WORDS = Words(
         "merged the updates of {changed} of {all} adapted modules with those of the safe adapter "
         "{safe_adapter} (SafeMERGE, arXiv 2503.17239)"
     ),
-    controls={},
+    controls={
+        "shrink": ("module shrink", "the same modules, each B times its own ‖ΔW'‖/‖ΔW‖"),
+        "uniform": (
+            "uniform shrink",
+            "the whole adapter times one factor, with the same ‖ΔW‖ as the merged adapter",
+        ),
+        "random": (
+            "random safe",
+            "merged with the safe updates turned at random: the same size and spectrum",
+        ),
+    },
     changed="merged",
     again="merging again moves its updates further towards the safe adapter",
 )
@@ -82,6 +92,7 @@ class Merge(Method):
     needs: ClassVar[str] = "--safe-adapter, and --base and --aligned or --alignment to choose by"
     mark: ClassVar[str] = "--safe-adapter"
     side: ClassVar[Literal["output", "input", "both"]] = "both"
+    axes: ClassVar[tuple[str, ...]] = ("weight",)
 
     base: Src | None = source("--base")
     aligned: Src | None = source("--aligned")

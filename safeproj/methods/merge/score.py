@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,19 +45,44 @@ def score(
         SafeprojError: a weight has a value that is not finite.
     """
     del formulas
-    origin = task.origin
-    assert isinstance(origin, Both)
-    scores: tuple[Score | SafeprojError, ...]
+    scores = decided(task, buffers, deciding, hashes)
+    assert isinstance(task.origin, Both)
+    return merged_scores(task, scores, task.origin.safe, merging, is_alone=deciding is None)
+
+
+def decided(
+    task: Task, buffers: Buffers, deciding: SafeLora | None, hashes: Collection[Hash] = ()
+) -> tuple[Score | SafeprojError, ...]:
+    """Return Safe LoRA's scores of all updates of one weight, by which modules are chosen."""
     if deciding is None:
-        scores = tuple(Score(update.B, None, Detail()) for update in task.updates)
-    else:
-        assert origin.deciding is not None
-        own = replace(task, origin=origin.deciding)
-        scores = deciding.kernel()(own, deciding.formulas, buffers, hashes=hashes)
+        return tuple(Score(update.B, None, Detail()) for update in task.updates)
+    assert isinstance(task.origin, Both)
+    assert task.origin.deciding is not None
+    own = replace(task, origin=task.origin.deciding)
+    return deciding.kernel()(own, deciding.formulas, buffers, hashes=hashes)
+
+
+def merged_scores(
+    task: Task,
+    scores: Sequence[Score | SafeprojError],
+    safe: Update | None,
+    merging: Merging,
+    *,
+    is_alone: bool,
+) -> tuple[Score | SafeprojError, ...]:
+    """Return these scores with what merging makes of the updates.
+
+    Args:
+        task: the weight and its updates.
+        scores: of them, from `decided`.
+        safe: the safe update, None where that is zero.
+        merging: how they are merged.
+        is_alone: whether there are no models, so that the cosine is that of `ΔW` and `ΔW'`.
+    """
     return tuple(
         each
         if isinstance(each, SafeprojError)
-        else _merged(task.name, update, each, origin.safe, merging, is_alone=deciding is None)
+        else _merged(task.name, update, each, safe, merging, is_alone=is_alone)
         for update, each in zip(task.updates, scores, strict=True)
     )
 

@@ -34,8 +34,9 @@ def tradeoff(graphs: Any, sweep: Sweep) -> Chart:
             if trial is None or not point.modules:
                 continue
             factor = "" if trial.factor is None else f", factor {trial.factor:.3f}"
-            mu = f"mu {words.place(sweep, point)}, " if sweep.axis == "mu" else ""
-            where = f"{mu}{len(point.modules)} modules{factor}, change {trial.relative_change:.3f}"
+            strength = sweep.strength
+            at = "" if strength is None else f"{strength} {words.place(sweep, point)}, "
+            where = f"{at}{len(point.modules)} modules{factor}, change {trial.relative_change:.3f}"
             points.append((f"{name}: {where}", trial.rates))
         lines.append((name, points))
     for i, (name, points) in enumerate(lines):
