@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import safeproj
-from safeproj.adapter import read_adapter
+from safeproj.adapter import AdaptedModule, read_adapter
+from safeproj.adapter.peft_config import allowed_ranks, scalings, with_ranks
+from safeproj.adapter.record import Factor, Kind
 from safeproj.errors import SafeprojError
 from safeproj.gate.policy import Policy
 from tests.adapter.oracle import patch
@@ -98,3 +101,44 @@ def test_an_adapter_of_adapterhub_is_named(tmp_path: Path, weights: str | None) 
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(SafeprojError, match="AdapterHub's library"):
         read_adapter(str(tmp_path))
+
+
+def module(name: str, rank: int) -> AdaptedModule:
+    key = f"base_model.model.{name}.lora"
+    return AdaptedModule(
+        name, f"{name}.weight", Kind.linear, Factor(f"{key}_B"), Factor(f"{key}_A"), rank, 9, 8
+    )
+
+
+@pytest.mark.parametrize("root", [False, True], ids=["LoRA", "rsLoRA"])
+def test_other_ranks_keep_every_scaling(root: bool) -> None:
+    names = [f"model.layers.{i}.{kind}" for i in range(12) for kind in ("q_proj", "up_proj")]
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 6,
+        "use_rslora": root,
+        "rank_pattern": {"up_proj": 2},
+        "alpha_pattern": {r"layers\.1.*q_proj": 16, "up_proj": 3},
+    }
+    modules = [module(name, 2 if "up_proj" in name else 4) for name in names]
+    before = scalings(config, modules)
+    ranks = {name: 7 for name in names if "q_proj" in name}
+    found = with_ranks(config, modules, ranks)
+    after = [replace(each, rank=ranks.get(each.name, each.rank)) for each in modules]
+    assert scalings(found, after) == pytest.approx(before, rel=1e-15)
+    assert allowed_ranks(found)[0] in (2, 7)
+    assert found["rank_pattern"].keys() | found["alpha_pattern"].keys() <= set(names)
+    turned = {
+        key: dict(sorted(found[key].items(), reverse=True))
+        for key in ("rank_pattern", "alpha_pattern")
+    }
+    assert scalings({**found, **turned}, after) == pytest.approx(before, rel=1e-15)
+
+
+def test_names_that_patterns_cannot_tell_apart_are_refused() -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    modules = [module(name, 4) for name in ("inner.q", "outer.inner.q", "k")]
+    with pytest.raises(SafeprojError, match=r"the end of outer\.inner\.q"):
+        with_ranks(config, modules, {"inner.q": 6})
+    assert with_ranks(config, modules, {"outer.inner.q": 6})["rank_pattern"] == {"outer.inner.q": 6}

@@ -400,6 +400,21 @@ def test_a_safe_adapter_of_another_model_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_with_more_rows_than_its_weight_is_refused(llama: Built, tmp_path: Path) -> None:
+    """The rows beyond would get another `A`, and there is nothing to choose them by."""
+    host = copy.deepcopy(llama.aligned_model)
+    host.resize_token_embeddings(44, mean_resizing=False)
+    targets = ["q_proj", "lm_head"]
+    adapter = save(host, lora(target_modules=targets), tmp_path / "adapter", change_copies=False)
+    other = save(host, lora(target_modules=targets), tmp_path / "safe", seed=7)
+    options = ["--safe-adapter", str(other), *models(llama), "--all"]
+    options += ["--out", str(tmp_path / "out")]
+    refused = safeproj("patch", adapter, *options)
+    assert_refused(refused, "lm_head has other rows than the weight", "--exclude")
+    result = safeproj("patch", adapter, *options, "--exclude", "lm_head")
+    assert result.returncode == 0, result.stderr
+
+
 def test_other_formats_keep_their_rank(llama: Built, tmp_path: Path) -> None:
     from tests.adapter.test_mlx import as_mlx, mlx_updates
 
