@@ -23,11 +23,11 @@ from safeproj.adapter import read_adapter
 from safeproj.checkpoint import Reader
 from safeproj.engine import Buffers, Task, run
 from safeproj.engine.device import CPU_BLOCK, Host
-from safeproj.methods.safe_lora import blocks as weights
-from safeproj.methods.safe_lora.formulas import Approx, alignment
+from safeproj.methods import differences as weights
+from safeproj.methods.differences import Difference, subtract
+from safeproj.methods.safe_lora.formulas import Approx
 from safeproj.methods.safe_lora.pair import Pair
 from safeproj.methods.safe_lora.score import score
-from safeproj.methods.safe_lora.sources import Difference
 from safeproj.plan.select import Selection
 from safeproj.plan.updates import update_of
 from safeproj.storage.arrays import FLOAT32, single
@@ -88,21 +88,21 @@ def shares(tasks: list[Task]) -> None:
     readers = (Reader(), Reader())
     buffers = [numpy.empty(CPU_BLOCK, numpy.uint8) for _ in readers]
     pairs = [task.origin for task in tasks if isinstance(task.origin, Difference)]
-    kept = numpy.empty(max(math.prod(pair.aligned.weight.shape) for pair in pairs), FLOAT32)
+    kept = numpy.empty(max(math.prod(pair.after.weight.shape) for pair in pairs), FLOAT32)
     spent: Counter[str] = Counter()
     clock = time.perf_counter_ns
     for task, pair in zip(tasks, pairs, strict=True):
-        m, n = pair.aligned.weight.shape
+        m, n = pair.after.weight.shape
         B = single(task.updates[0].B)
         V, T = kept[: m * n].reshape(m, n), numpy.zeros((B.shape[1], n), FLOAT32)
         step = CPU_BLOCK // (2 * n)  # rows of a bfloat16 block
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
             times = [clock()]
-            aligned = pair.aligned.weight.read_rows(readers[0], rows.start, rows.stop, buffers[0])
-            base = pair.base.weight.read_rows(readers[1], rows.start, rows.stop, buffers[1])
+            aligned = pair.after.weight.read_rows(readers[0], rows.start, rows.stop, buffers[0])
+            base = pair.before.weight.read_rows(readers[1], rows.start, rows.stop, buffers[1])
             times.append(clock())
-            alignment(aligned, base, V[rows])
+            subtract(aligned, base, V[rows])
             times.append(clock())
             numpy.sum(V[rows] * V[rows])
             times.append(clock())

@@ -23,11 +23,10 @@ from safeproj.checkpoint.safetensors import SafetensorsWeight
 from safeproj.engine import Buffers, Progress, Task, Update, blocks
 from safeproj.engine.device import CPU_BLOCK, Host
 from safeproj.errors import SafeprojError
-from safeproj.methods.safe_lora import blocks as weights
-from safeproj.methods.safe_lora.blocks import CPU_HOLD
+from safeproj.methods import differences as weights
+from safeproj.methods.differences import CPU_HOLD, Difference
 from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.safe_lora.score import score
-from safeproj.methods.safe_lora.sources import Difference
 from safeproj.methods.score import Score
 from safeproj.records.profile import Usage
 from safeproj.storage.arrays import Array, to_torch
@@ -280,7 +279,7 @@ def test_what_is_read_was_asked_for_before(tmp_path: Path, monkeypatch: pytest.M
     plain = run_one(task)
     run([task] * 3, Approx(), workers=1)
     assert isinstance(task.origin, Difference)
-    for matrix in (task.origin.aligned, task.origin.base):
+    for matrix in (task.origin.after, task.origin.before):
         weight = matrix.weight
         assert isinstance(weight, SafetensorsWeight)
         start, nbytes = weight.entry.start, weight.entry.nbytes

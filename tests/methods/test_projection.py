@@ -14,9 +14,10 @@ from torch import Tensor
 from safeproj import text
 from safeproj.checkpoint import expression
 from safeproj.methods import measures
+from safeproj.methods.differences import subtract
 from safeproj.methods.measures import pdst, scale, share, similarity
 from safeproj.methods.safe_lora import formulas
-from safeproj.methods.safe_lora.formulas import Approx, Exact, alignment
+from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.salora.formulas import Complement, NotOrthonormalError
 from safeproj.records import scores
 from safeproj.storage import arrays
@@ -60,7 +61,7 @@ def case(
 def blocks_of(put: Put, W_aligned: Tensor, W_base: Tensor, rows: int = 1000) -> list[AnyArray]:
     """Return `V` as the engine would hand it over."""
     V = put(torch.empty(W_aligned.shape))
-    alignment(put(W_aligned), put(W_base), V)
+    subtract(put(W_aligned), put(W_base), V)
     return [V[start : start + rows] for start in range(0, len(V), rows)]
 
 

@@ -40,27 +40,6 @@ DETERMINED = 1e-5
 """Bound of `‖C - Ĉ‖₂` up to which `V` determines the exact projector."""
 
 
-def alignment(W_aligned: AnyArray, W_base: AnyArray, V: AnyArray) -> None:
-    """Write `V = W_aligned - W_base` in float32, whatever the stored dtypes.
-
-    Args:
-        W_aligned: (m, n), any floating-point dtype.
-        W_base: (m, n), any floating-point dtype, not necessarily that of `W_aligned`.
-        V: (m, n), float32.
-
-    >>> V = numpy.empty((2, 3), numpy.float32)
-    >>> alignment(numpy.full((2, 3), 3, numpy.float16), numpy.ones((2, 3)), V)
-    >>> float(V.sum())
-    12.0
-    """
-    xp = namespace(V)
-    if xp.float64 in (W_aligned.dtype, W_base.dtype):
-        V[...] = xp.astype(W_aligned, xp.float64) - xp.astype(W_base, xp.float64)
-        return
-    V[...] = W_aligned
-    V -= W_base
-
-
 @dataclass(frozen=True)
 class Approx:
     """The paper's fast projector, `C = V Vᵀ / ‖V‖_F` (Safe LoRA, section 3.2).

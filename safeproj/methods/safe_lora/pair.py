@@ -12,9 +12,9 @@ from safeproj.checkpoint import Checkpoint, open_checkpoint
 from safeproj.checkpoint.expression import Expression, matrix
 from safeproj.checkpoint.hashes import Sides, merged, record
 from safeproj.engine import Comparison
+from safeproj.methods.differences import Difference
 from safeproj.methods.reference import Plain
 from safeproj.methods.safe_lora.roles import swapped
-from safeproj.methods.safe_lora.sources import Difference
 from safeproj.methods.score import Score
 from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule, plan

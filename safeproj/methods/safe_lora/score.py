@@ -12,13 +12,13 @@ from safeproj.checkpoint.hashes import NEW, NONE, Hash, Sides
 from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task
 from safeproj.errors import SafeprojError
 from safeproj.methods.blocks import Projected
+from safeproj.methods.differences import Difference, DifferenceBlocks
 from safeproj.methods.measures import similarity
 from safeproj.methods.projecting import projected
-from safeproj.methods.safe_lora.blocks import AlignmentBlocks
 from safeproj.methods.safe_lora.decomposition import cosine_bounds
 from safeproj.methods.safe_lora.detail import Alignment
 from safeproj.methods.safe_lora.formulas import Approx, Exact
-from safeproj.methods.safe_lora.sources import Difference, Kept
+from safeproj.methods.safe_lora.sources import Kept
 from safeproj.methods.score import Score, diagnosis
 from safeproj.records.profile import Usage
 from safeproj.storage.arrays import Array
@@ -73,7 +73,7 @@ def _project(
 ) -> tuple[Projected, Sides]:
     """Return `C B` and the digests of what was read for it."""
     if isinstance(source, Difference):
-        V = AlignmentBlocks(name, source, buffers, hashes)
+        V = DifferenceBlocks(name, source, buffers, hashes)
         return formulas.from_V(V, B), V.digests
     norm = source.alignment_norm
     if source.weight is None:
@@ -116,7 +116,7 @@ def differences(
 
     def work(buffers: Buffers, task: Task) -> tuple[T, Sides]:
         assert isinstance(task.origin, Difference)
-        blocks = AlignmentBlocks(task.name, task.origin, buffers, (NEW,), keep=True)
+        blocks = DifferenceBlocks(task.name, task.origin, buffers, (NEW,), keep=True)
         V = blocks.whole()
         try:
             return use(V), blocks.digests

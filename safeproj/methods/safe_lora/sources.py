@@ -1,34 +1,10 @@
-"""What `V` of one weight follows from: two checkpoints, or what an alignment file holds."""
+"""What an alignment file holds of `V` of one weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from safeproj.checkpoint import Weight
-from safeproj.checkpoint.expression import Matrix
-
-
-@dataclass(frozen=True)
-class Difference:
-    """`V` of one weight as the difference of two checkpoints.
-
-    Attributes:
-        aligned: the weight in the aligned checkpoint, (m, n).
-        base: the weight in the base checkpoint, (m, n).
-    """
-
-    aligned: Matrix
-    base: Matrix
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to read."""
-        return self.aligned.nbytes + self.base.nbytes
-
-    @property
-    def weights(self) -> tuple[Weight, ...]:
-        """What is read."""
-        return (self.aligned.weight, self.base.weight)
 
 
 @dataclass(frozen=True)
