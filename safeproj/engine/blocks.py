@@ -40,6 +40,23 @@ class Buffers:
         self._on_progress = on_progress
         self._V: tuple[int, AnyArray] | None = None
         self._staging: tuple[int, tuple[Staging, Staging]] | None = None
+        self._beside: Buffers | None = None
+
+    @property
+    def beside(self) -> Buffers:
+        """Further buffers of the same thread, for what is read at the same time."""
+        if self._beside is None:
+            self._beside = Buffers(self.device, self._stop, self._on_progress)
+        return self._beside
+
+    @property
+    def all_readers(self) -> tuple[Reader, ...]:
+        """The readers of these and of the further ones."""
+        return (*self.readers, *(() if self._beside is None else self._beside.all_readers))
+
+    def release(self) -> None:
+        """Let go of `V`, whose memory something else is to have."""
+        self._V = None
 
     def staging(self, nbytes: int) -> tuple[Staging, Staging]:
         """Return the staging of the aligned and the base weight for loads of up to `nbytes`."""
@@ -80,7 +97,7 @@ class Buffers:
 
     def close(self) -> None:
         """Close all files."""
-        for reader in self.readers:
+        for reader in self.all_readers:
             reader.close()
 
 
@@ -92,15 +109,22 @@ class KeptBlocks:
         weight: the matrix.
         buffers: of the thread.
         hashes: by which what is read is hashed.
+        rows: of a block; as many as lie in the cache if None.
 
     Attributes:
         digests: of what was read, after the first iteration.
     """
 
     def __init__(
-        self, name: str, weight: Weight, buffers: Buffers, hashes: Collection[Hash]
+        self,
+        name: str,
+        weight: Weight,
+        buffers: Buffers,
+        hashes: Collection[Hash],
+        rows: int | None = None,
     ) -> None:
         self.digests: Digests = {}
+        self._rows = rows or rows_per_block(buffers.device, weight)
         self._name = name
         self._weight = weight
         self._buffers = buffers
@@ -112,9 +136,8 @@ class KeptBlocks:
         buffers, weight, first = self._buffers, self._weight, not self._seen
         reader = buffers.readers[0]
         reader.start(self._hashes if first else ())
-        rows = rows_per_block(buffers.device, weight)
-        staging = buffers.staging(rows * row_width(weight))[0]
-        for start, stop in buffers.starts(rows, weight):
+        staging = buffers.staging(min(self._rows, weight.shape[0]) * row_width(weight))[0]
+        for start, stop in buffers.starts(self._rows, weight):
             block = staging.load(weight, reader, start, stop)
             if not is_finite(block):
                 raise FloatingPointError(f"{weight.label} has a value that is not finite")

@@ -110,7 +110,7 @@ def _in_order(
             for buffers in made:
                 buffers.close()
     if usage is not None:
-        readers = [reader for buffers in made for reader in buffers.readers]
+        readers = [reader for buffers in made for reader in buffers.all_readers]
         usage.workers = max(usage.workers, len(made))
         usage.wall_seconds += time.perf_counter() - begin
         usage.busy_seconds += sum(busy)

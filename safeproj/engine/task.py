@@ -111,13 +111,13 @@ class Comparison:
     Attributes:
         name: the weight's name in the running model.
         aligned: the weight in the aligned checkpoint, as a matrix.
-        replacement: what the adapter puts in its place, as a matrix.
+        replacement: what takes its place, as a matrix: an adapter's tensor, or what is stored.
         rows: the rows that it replaces, None for all.
     """
 
     name: str
     aligned: Matrix
-    replacement: Array
+    replacement: Array | Matrix
     rows: tuple[int, ...] | None = None
 
 

@@ -84,6 +84,7 @@ class DifferenceBlocks:
         weighs: whether `size` is wanted.
 
     Attributes:
+        weighs: whether `size` is wanted.
         shape: (m, n).
         rows: of a block.
         digests: of what was read, after the first pass.
@@ -103,7 +104,7 @@ class DifferenceBlocks:
     ) -> None:
         self.digests: Sides = NONE
         self.size = 0.0
-        self._weighs = weighs
+        self.weighs = weighs
         self._name = name
         self._buffers = buffers
         self._hashes = hashes
@@ -130,6 +131,7 @@ class DifferenceBlocks:
     def whole(self) -> AnyArray:
         """Return `V` (m, n), which is kept; valid until the buffers are used again."""
         if self._kept is None:
+            self._keeps = True
             for _ in self._stored_blocks():
                 pass
         assert self._kept is not None
@@ -155,7 +157,7 @@ class DifferenceBlocks:
             else:
                 before = staging[1].load(self._before, readers[1], start, stop)
                 self._advance(stop - start, self._before)
-            if self._weighs and not self._seen:
+            if self.weighs and not self._seen:
                 self.size += float(sum_of_squares(namespace(V).astype(before, V.dtype)))
             subtract(after, before, V)
             yield V

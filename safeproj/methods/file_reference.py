@@ -13,6 +13,7 @@ from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import RecordedFile
 from safeproj.methods.reference import Plain
 from safeproj.methods.score import Score
+from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedModule, plan
 from safeproj.plan.select import Selection
 from safeproj.text import shorten
@@ -37,6 +38,10 @@ class FileReference(Plain, Generic[W]):
     @property
     def names(self) -> KeysView[str]:
         return self.file.names
+
+    @property
+    def sides(self) -> tuple[Names, Names]:
+        return self.file.running, self.file.running
 
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         return plan(adapter, self.file.running, self.file.running, selection)

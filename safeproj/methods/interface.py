@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from safeproj.lm.chat import ChatOptions
     from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
+    from safeproj.methods.whole import WholeKernel
     from safeproj.plan.select import Selection
     from safeproj.run.options import Options
 
@@ -194,6 +195,14 @@ class Method(ABC):
     @abstractmethod
     def kernel(self) -> Callable[..., tuple[Score | SafeprojError, ...]]:
         """Return what makes the scores of a task, given formulas, buffers and `hashes`."""
+
+    def whole(self) -> WholeKernel:
+        """Return what remakes whole changes of weights, as full fine-tunes have them.
+
+        Raises:
+            SafeprojError: it is for adapters alone.
+        """
+        raise SafeprojError(f"{self.words.name} is for adapters; leave out --model")
 
     @abstractmethod
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:

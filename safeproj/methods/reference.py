@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safeproj.adapter import Adapter
 from safeproj.engine import Comparison, Source
+from safeproj.errors import SafeprojError
 from safeproj.methods.score import Score
 from safeproj.names import Names
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule
@@ -34,6 +35,10 @@ class Reference(Protocol):
     @property
     def inputs(self) -> dict[str, dict[str, Any]]:
         """What was read, for the report: role to `source`, and `revision` from the Hub."""
+
+    @property
+    def sides(self) -> tuple[Names, Names]:
+        """The weights of the aligned and of the base model; twice the same where one is enough."""
 
     @property
     def weights(self) -> Names | None:
@@ -88,6 +93,10 @@ class Plain:
     """What most have in common: no weights at hand, and nothing made by running a model."""
 
     runs_adapter = False
+
+    @property
+    def sides(self) -> tuple[Names, Names]:
+        raise SafeprojError("this method is for adapters; leave out --model")
 
     @property
     def weights(self) -> Names | None:

@@ -88,6 +88,26 @@ def method_of(given: Mapping[str, Any], name: str | None = None) -> Method:
     return chosen(**values)
 
 
+def method_beside(given: Mapping[str, Any], name: str | None = None) -> tuple[Method, str | None]:
+    """Return the method that is meant for a full fine-tune, and the model that it was made from.
+
+    The aligned model is given beside every method, also where it is no part of that.
+
+    Args:
+        given: as for `method_of`.
+        name: as for `method_of`.
+
+    Raises:
+        SafeprojError: as for `method_of`.
+    """
+    known, values = options(), having_value(given)
+    sources = frozenset(each for each in values if known[each][0].is_source)
+    aligned = values.get("aligned")
+    if not any(sources in method.ways for method in METHODS):
+        values.pop("aligned", None)
+    return method_of(values, name), aligned
+
+
 def _another(
     chosen: type[Method], sources: frozenset[str], others: list[tuple[Option, type[Method]]]
 ) -> SafeprojError:

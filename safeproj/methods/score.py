@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from safeproj.adapter.record import AdaptedModule, Factor, Side
 from safeproj.checkpoint.hashes import NONE, Sides
@@ -71,6 +72,14 @@ class Score:
             else:
                 is_other = side == "both" and place == module.input
                 yield place, self.other if is_other else self.factor
+
+    empty: ClassVar[str] = "empty update: B A is zero; kept"
+    """What is said where `ΔW = 0`."""
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is nothing to compare the update with."""
+        return self.factor is None
 
 
 def required(results: Sequence[Score | SafeprojError]) -> list[Score]:

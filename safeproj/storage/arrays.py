@@ -118,6 +118,18 @@ def sum_of_squares(array: AnyArray) -> AnyArray:
     return found + numpy.vecdot(flat[whole:], flat[whole:])
 
 
+def inner(one: AnyArray, other: AnyArray) -> AnyArray:
+    """Return `⟨·, ·⟩_F` of two arrays of one shape, summed likewise."""
+    xp = namespace(one)
+    if xp is not numpy:
+        return xp.sum(one * other)
+    flat, flat_other = (numpy.ascontiguousarray(each).reshape(-1) for each in (one, other))
+    whole = len(flat) // RUN * RUN
+    runs, runs_other = (each[:whole].reshape(-1, RUN) for each in (flat, flat_other))
+    found = numpy.vecdot(runs, runs_other).sum(dtype=FLOAT64)
+    return found + numpy.vecdot(flat[whole:], flat_other[whole:])
+
+
 def joined(arrays: Sequence[Array], axis: int = 0) -> Array:
     """Return arrays one after another, in the smallest dtype that holds the numbers of all."""
     if len(arrays) == 1:

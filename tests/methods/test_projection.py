@@ -13,10 +13,9 @@ from torch import Tensor
 
 from safeproj import text
 from safeproj.checkpoint import expression
-from safeproj.methods import measures
+from safeproj.methods import differences, measures
 from safeproj.methods.differences import subtract
 from safeproj.methods.measures import pdst, scale, share, similarity
-from safeproj.methods.safe_lora import formulas
 from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.salora.formulas import Complement, NotOrthonormalError
 from safeproj.records import scores
@@ -262,7 +261,7 @@ def test_the_exact_projector_needs_a_rank_or_an_energy_in_range(options: dict[st
 
 
 @pytest.mark.parametrize(
-    "module", [arrays, formulas, measures, expression, text, scores], ids=lambda m: m.__name__
+    "module", [arrays, differences, measures, expression, text, scores], ids=lambda m: m.__name__
 )
 def test_the_examples_in_the_docstrings_hold(module: object) -> None:
     found = doctest.testmod(module)  # type: ignore[arg-type]

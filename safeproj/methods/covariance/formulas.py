@@ -7,6 +7,7 @@ It changes the input-side factor, `A' = A M`, by second moments of the layer's i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -75,11 +76,6 @@ class Correction:
     def from_moments(self, H: Moment, S: Moment, A: AnyArray) -> AnyArray:
         """Return `A · μS (H + μS)⁻¹ = A - A H (H + μS)⁻¹` for `A` (r, n), in float64.
 
-        By a Cholesky factorisation of side n; or, where the two moments are products of fewer than
-        n rows, of the side of that many (Woodbury): with `Z` (k, n) the rows of both, those of `S`
-        times `√μ`, and `ε` the ridge, `H (H + μS)⁻¹ = X_Hᵀ E (Z Zᵀ + μεI)⁻¹ Z`, where `E` picks
-        the rows of `H`. Nothing is divided by `ε`.
-
         Args:
             H: of the safety data.
             S: of the benign data, without ridge.
@@ -88,17 +84,45 @@ class Correction:
         Raises:
             SingularError: `S` is zero, or the moments are no moments.
         """
-        xp = namespace(A)
-        A = xp.astype(A, xp.float64)
+        return self.solver(H, S)(A)
+
+    def solver(self, H: Moment, S: Moment) -> Callable[[AnyArray], AnyArray]:
+        """Return what makes the same of any `A`.
+
+        By a Cholesky factorisation of side n; or, where the two moments are products of fewer than
+        n rows, of the side of that many (Woodbury): with `Z` (k, n) the rows of both, those of `S`
+        times `√μ`, and `ε` the ridge, `H (H + μS)⁻¹ = X_Hᵀ E (Z Zᵀ + μεI)⁻¹ Z`, where `E` picks
+        the rows of `H`. Nothing is divided by `ε`.
+
+        Args:
+            H: of the safety data.
+            S: of the benign data, without ridge.
+
+        Raises:
+            SingularError: `S` is zero, or the moments are no moments.
+        """
+        xp = namespace(H.matrix)
         ridge = self.mu * S.ridge
         if ridge <= 0.0:
             raise SingularError("S is zero")
-        if not H.whole and not S.whole and len(H.matrix) + len(S.matrix) < A.shape[1]:
+        if not H.whole and not S.whole and len(H.matrix) + len(S.matrix) < H.matrix.shape[1]:
             Z = xp.concat([H.matrix, math.sqrt(self.mu) * S.matrix])
-            right = xp.zeros((len(Z), len(A)), dtype=A.dtype, device=A.device)
-            right[: len(H.matrix), :] = H.matrix @ A.T
-            return A - (Z.T @ _solved(Z @ Z.T, ridge, right)).T
-        return A - _solved(H.dense() + self.mu * S.dense(), ridge, H.apply(A).T).T
+            L = _factor(Z @ Z.T, ridge)
+
+            def by_rows(A: AnyArray) -> AnyArray:
+                A = xp.astype(A, xp.float64)
+                right = xp.zeros((len(Z), len(A)), dtype=A.dtype, device=A.device)
+                right[: len(H.matrix), :] = H.matrix @ A.T
+                return A - (Z.T @ _substituted(L, right)).T
+
+            return by_rows
+        whole = _factor(H.dense() + self.mu * S.dense(), ridge)
+
+        def by_whole(A: AnyArray) -> AnyArray:
+            A = xp.astype(A, xp.float64)
+            return A - _substituted(whole, H.apply(A).T).T
+
+        return by_whole
 
 
 @dataclass(frozen=True)
@@ -129,15 +153,20 @@ PANEL = 256
 """Rows of a triangular matrix that are solved at a time."""
 
 
-def _solved(K: AnyArray, ridge: float, right: AnyArray) -> AnyArray:
-    """Return `(K + εI)⁻¹ R` for a symmetric `K`, which is changed, by a Cholesky factorisation."""
+def _factor(K: AnyArray, ridge: float) -> AnyArray:
+    """Return `L` with `L Lᵀ = K + εI` for a symmetric `K`, which is changed."""
     xp = namespace(K)
     diagonal = xp.arange(len(K), device=K.device)
     K[diagonal, diagonal] += ridge
     try:
-        L = xp.linalg.cholesky(K)
+        return xp.linalg.cholesky(K)
     except xp.linalg.LinAlgError as error:
         raise SingularError("H + μS is not positive definite") from error
+
+
+def _substituted(L: AnyArray, right: AnyArray) -> AnyArray:
+    """Return `(L Lᵀ)⁻¹ R`."""
+    xp = namespace(L)
     panels = [slice(start, start + PANEL) for start in range(0, len(L), PANEL)]
     X = xp.asarray(right, copy=True)
     for rows in panels:  # L X = R

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from safeproj.methods.recorded import Made
     from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
+    from safeproj.methods.whole import WholeKernel
     from safeproj.run.options import Options
 
 STATISTICS = ".safetensors"
@@ -155,6 +156,13 @@ class Covariance(Method):
         from safeproj.methods.covariance.score import score
 
         return score
+
+    def whole(self) -> WholeKernel:
+        from safeproj.methods.covariance.whole import remake
+
+        if self.reconstruct:
+            raise SafeprojError("--reconstruct runs an adapter; leave it out with --model")
+        return remake
 
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
         del scores

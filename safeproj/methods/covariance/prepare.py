@@ -153,6 +153,7 @@ def _made(
     """Make the statistics that are missing, and return where both are."""
     from safeproj.lm import models
     from safeproj.lm.adapters import Host
+    from safeproj.lm.layers import ALL_LINEAR
     from safeproj.methods.covariance.make import make_statistics
 
     models.require_extra()
@@ -169,7 +170,8 @@ def _made(
     places = {role: Path(str(source)) for role, source in given.items()}
     host = method.host or Host(folder, device)
     with models.quietly(), host.plain() as model:
-        targets = _targets(model, [each for each in read if each is not None])
+        adapted = [each for each in read if each is not None]
+        targets = _targets(model, adapted) if adapters else [ALL_LINEAR]
         for role, each in data.items():
             places[role] = directory / f"{role}.stats.safetensors"
             make_statistics(

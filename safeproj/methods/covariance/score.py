@@ -50,7 +50,7 @@ def score(
         SafeprojError: the moments are none.
     """
     assert isinstance(task.origin, Moments)
-    H, S, digests = _moments(task.name, task.origin, buffers, hashes)
+    H, S, digests = read_moments(task.name, task.origin, buffers, hashes)
     return corrected(task, formulas, H, S, digests)
 
 
@@ -86,15 +86,20 @@ def corrected(
     try:
         found = single(to_host(formulas.from_moments(H, S, A)))
     except SingularError as error:
-        sources = " and ".join(dict.fromkeys(each.source for each in task.origin.weights))
-        raise SafeprojError(
-            f"{task.name}: {error} in the statistics of {sources}; expected those of data that "
-            "reaches the layer: make them again with `safeproj stats`"
-        ) from error
+        raise singular(task, error) from error
     parts = numpy.split(found, list(accumulate(map(len, inputs)))[:-1])
     return tuple(
         _corrected_score(task.name, update, known, own, (H, S), digests)
         for (update, known), own in zip(pairs, parts, strict=True)
+    )
+
+
+def singular(task: Task, error: SingularError) -> SafeprojError:
+    """Return the error of moments that cannot be corrected by."""
+    sources = " and ".join(dict.fromkeys(each.source for each in task.origin.weights))
+    return SafeprojError(
+        f"{task.name}: {error} in the statistics of {sources}; expected those of data that "
+        "reaches the layer: make them again with `safeproj stats`"
     )
 
 
@@ -104,7 +109,7 @@ def _input(known: Core | SafeprojError | None, stored: Array | None) -> Array:
     return single(known.coordinates(stored.T).T if isinstance(known, Core) else stored)
 
 
-def _moments(
+def read_moments(
     name: str, origin: Moments, buffers: Buffers, hashes: Collection[Hash]
 ) -> tuple[Moment, Moment, Sides]:
     """Return both moments, and the digests of what was read for them."""
@@ -194,7 +199,7 @@ def moments(
 
     def work(buffers: Buffers, task: Task) -> T:
         assert isinstance(task.origin, Moments)
-        H, S, _ = _moments(task.name, task.origin, buffers, ())
+        H, S, _ = read_moments(task.name, task.origin, buffers, ())
         return use(task, H, S)
 
     yield from engine.run(

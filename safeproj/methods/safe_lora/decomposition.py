@@ -332,6 +332,30 @@ def cosine_bounds(
     x, y = math.sqrt(square), math.sqrt(max(inner(CB, CB), 0.0))
     slack = SLACK * max(magnitudes[0] / x, magnitudes[1] / y if y > 0.0 else 0.0)
     a, inside = max(inner(B, CB), 0.0), max(inner(UB, UB), 0.0)
+    return bounds_of(square, y, a, inside, residual, leak, slack)
+
+
+def bounds_of(
+    square: float,
+    y: float,
+    a: float,
+    inside: float,
+    residual: float,
+    leak: float,
+    slack: float = SLACK,
+) -> tuple[float, float]:
+    """Return the same from what was summed.
+
+    Args:
+        square: `‖X‖²`, more than 0.
+        y: `‖C_K X‖`.
+        a: `⟨X, C_K X⟩`.
+        inside: `‖Uᵀ X‖²`.
+        residual: `ε`.
+        leak: `κ`.
+        slack: what rounding may add.
+    """
+    x = math.sqrt(square)
     outside = max(square - inside, 0.0) + slack * square
     T = (math.sqrt(residual * outside) + math.sqrt(leak * inside)) ** 2
     cross = 2.0 * math.sqrt(leak * T) * y

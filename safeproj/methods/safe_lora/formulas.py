@@ -17,7 +17,7 @@ cosine of an update and its projection is `similarity` in measures.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -73,6 +73,42 @@ class Approx:
             CB[rows, :] = V @ T.T
         CB /= norm
         return Projected(CB, norm)
+
+    def thin(self, blocks: Blocks, changes: Blocks) -> tuple[AnyArray, float]:
+        """Return `Vᵀ ΔW / ‖V‖_F` (n, n), with which `C ΔW = V (Vᵀ ΔW / ‖V‖_F)`, and `‖V‖_F`.
+
+        Args:
+            blocks: rows of `V` (m, n).
+            changes: the same rows of `ΔW` (m, n), float32.
+
+        Raises:
+            FloatingPointError: `V` has a value that is not finite.
+        """
+        T: AnyArray | None = None
+        squares: AnyArray = 0.0
+        for V, block in zip(blocks, changes, strict=True):
+            part = V.T @ block
+            if T is None:
+                T, squares = part, _zero(block)
+            else:
+                T += part
+            squares += sum_of_squares(V)
+        norm = _norm(squares)
+        if norm > 0.0 and T is not None:
+            T /= norm
+        return T, norm
+
+    def square(self, V: AnyArray) -> tuple[AnyArray, float]:
+        """Return `C = V Vᵀ / ‖V‖_F` (m, m), for a `V` (m, n) with m < n, and `‖V‖_F`.
+
+        Raises:
+            FloatingPointError: `V` has a value that is not finite.
+        """
+        norm = _norm(sum_of_squares(V))
+        C = V @ V.T
+        if norm > 0.0:
+            C /= norm
+        return C, norm
 
     def from_C(self, blocks: Blocks, norm: float, B: AnyArray) -> Projected:
         """Return `C B` for `B` (m, r), float32, from row blocks of `C` (m, m) and `‖V‖_F`."""
@@ -135,12 +171,27 @@ class Exact:
         Raises:
             FloatingPointError: `V` has a value that is not finite.
         """
-        xp = namespace(B)
-        V = _gathered(blocks, B)
+        basis, found = self.basis_of_V(blocks, B)
+        if basis is None:
+            return found
+        return replace(found, CB=_onto(basis, B))
+
+    def basis_of_V(self, blocks: Blocks, like: AnyArray) -> tuple[AnyArray | None, Projected]:
+        """Return `U_k` (m, k), float64, and what is said of it; None where `V = 0`.
+
+        Args:
+            blocks: rows of `V` (m, n).
+            like: any float32 array of m rows on the device.
+
+        Raises:
+            FloatingPointError: `V` has a value that is not finite.
+        """
+        xp = namespace(like)
+        V = _gathered(blocks, like)
         square = 0.0 if V is None else float(xp.sum(V * V))
         norm = _norm(square)
         if norm == 0.0 or V is None:
-            return Projected(None, norm)
+            return None, Projected(None, norm)
         wide = V.shape[0] <= V.shape[1]
         X, noise = V if wide else V.T, max(V.shape) * EPS64
         # A sum of l products x·y is off by √l u ‖x‖ ‖y‖ at most, u the unit roundoff, but for rare
@@ -150,24 +201,28 @@ class Exact:
         basis = found.rows.T
         if not wide:  # right singular vectors: U_k = V W_k Σ_k⁻¹
             basis = (V @ basis) / xp.sqrt(found.values)
-        return self._projected(basis, B, norm, found, 0.0)
+        return basis, self._told(basis, norm, found, 0.0)
 
     def from_C(self, blocks: Blocks, norm: float, B: AnyArray) -> Projected:
         """Return the same from row blocks of `C = V Vᵀ / ‖V‖_F` (m, m), rounded to float32."""
-        C = _gathered(blocks, B)
+        basis, found = self.basis_of_C(blocks, norm, B)
+        return replace(found, CB=_onto(basis, B))
+
+    def basis_of_C(self, blocks: Blocks, norm: float, like: AnyArray) -> tuple[AnyArray, Projected]:
+        """Return `U_k` (m, k), float64, and what is said of it, as `basis_of_V` does."""
+        C = _gathered(blocks, like)
         assert C is not None
-        count = partial(self._count, float(namespace(B).linalg.trace(C)), len(C) * EPS32)
-        size = float(namespace(B).linalg.matrix_norm(C))
+        count = partial(self._count, float(namespace(like).linalg.trace(C)), len(C) * EPS32)
+        size = float(namespace(like).linalg.matrix_norm(C))
         found = leading(Known(C), count, self.rank or 1, EPS64 * size)
         # The rounding to float32 is spread over all directions, so that two mix by so much of it.
-        return self._projected(found.rows.T, B, norm, found, EPS32 / 2 * size / len(C))
+        rounding = EPS32 / 2 * size / len(C)
+        return found.rows.T, self._told(found.rows.T, norm, found, rounding)
 
-    def _projected(
-        self, basis: AnyArray, B: AnyArray, norm: float, found: Leading, rounding: float
-    ) -> Projected:
-        k = basis.shape[1]
-        error = 0.0 if k == len(B) else found.error + rounding / max(found.gap, TINY)
-        return Projected(_onto(basis, B), norm, k, is_determined=error <= DETERMINED)
+    def _told(self, basis: AnyArray, norm: float, found: Leading, rounding: float) -> Projected:
+        m, k = basis.shape
+        error = 0.0 if k == m else found.error + rounding / max(found.gap, TINY)
+        return Projected(None, norm, k, is_determined=error <= DETERMINED)
 
     def _count(self, total: float, rounding: float, eigenvalues: AnyArray) -> int:
         """Return k for the leading eigenvalues, which are `σ²` times a constant; all if too few.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from safeproj.methods.safe_lora.formulas import Approx, Exact
     from safeproj.methods.safe_lora.make import Aligned, Form
     from safeproj.methods.score import Score
+    from safeproj.methods.whole import WholeKernel
     from safeproj.records.profile import Profile
     from safeproj.run.options import Observer
 
@@ -132,6 +133,11 @@ class SafeLora(Method):
         from safeproj.methods.safe_lora.score import score
 
         return score
+
+    def whole(self) -> WholeKernel:
+        from safeproj.methods.safe_lora.whole import remake
+
+        return remake
 
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
         del scores

@@ -58,6 +58,10 @@ class Pair(Plain):
         return {"base": self.base.checkpoint, "aligned": self.aligned.checkpoint}
 
     @property
+    def sides(self) -> tuple[Names, Names]:
+        return self.aligned, self.base
+
+    @property
     def weights(self) -> Names:
         return self.aligned
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from safeproj.methods.reference import Reference
     from safeproj.methods.salora.formulas import Complement
     from safeproj.methods.score import Score
+    from safeproj.methods.whole import WholeKernel
 
 
 FOLDED = "safeproj.fold/1"
@@ -92,6 +93,11 @@ class Salora(Method):
         from safeproj.methods.salora.score import score
 
         return score
+
+    def whole(self) -> WholeKernel:
+        from safeproj.methods.salora.whole import remake
+
+        return remake
 
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
         details = (score.detail for score in scores)

@@ -93,7 +93,8 @@ def write_start(
         "inputs": dict(inputs or {}),
         "versions": versions(by_torch=True),
     }
-    with appears_at(out, overwrite) as directory:
+    with appears_at(out, overwrite) as appearance:
+        directory = appearance.path
         peft_model.save_pretrained(str(directory))
         _sort_targets(directory / CONFIG)
         initial.save(directory)
