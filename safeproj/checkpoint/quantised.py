@@ -113,6 +113,21 @@ class QuantisedCheckpoint:
         found = (name.removesuffix("_blocks") for name in names if name.endswith("_blocks"))
         return dict.fromkeys(x for x in found if f"{x}_scales" in names and x not in names)
 
+    @cached_property
+    def codes(self) -> dict[str, str]:
+        """The tensors that are stored as FP8 codes, each with the name of its scales.
+
+        Raises:
+            SafeprojError: one has none, or not the number that its shape asks for.
+        """
+        infos = ((name, self.stored.describe(name)) for name in self.stored.names)
+        return {name: self._grid(name, info).name for name, info in infos if info.dtype in FP8}
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether tensors are stored as blocks and scales."""
+        return bool(self._packed)
+
     def describe(self, name: str) -> TensorInfo:
         if name in self._packed:
             return self._describe_packed(name)

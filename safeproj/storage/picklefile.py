@@ -12,10 +12,12 @@ import math
 import os
 import pickletools
 import struct
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+from zipfile import ZipFile, ZipInfo
 
 import numpy
 
@@ -59,6 +61,21 @@ _WIDER = b"PK\x06\x07"
 
 _ENTRY = struct.Struct("<4s2x2x2H2x2x4x2L3HH2x2L")
 """An entry of the directory, before the name."""
+
+_SUMS = struct.Struct("<28x3H12x")
+"""The same, for the lengths of what follows it: the name, more fields and a comment."""
+
+_SUM_LISTED, _SUM_LOCAL = 16, 14
+"""Where the sum of a record's bytes lies in its entry, and in its own header."""
+
+_LOCAL, _LOCAL_NAMES = 30, 26
+"""Bytes of a record's own header, and where it says how long its name and more fields are."""
+
+_SUMS_BEHIND, _BEHIND = 8, b"PK\x07\x08"
+"""The flag of a record whose sum lies behind its bytes, and how what is there starts."""
+
+_PIECE = 16 << 20
+"""Bytes that are summed at a time."""
 
 _FLAGS = 0x80E
 """Flags that say nothing of bytes as they are stored: sizes behind them, names in UTF-8."""
@@ -187,6 +204,47 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
             return _tensors(path, read, os.fstat(file.fileno()).st_size)[0]
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def seal(path: Path, starts: Collection[int]) -> None:
+    """Set the sums of bytes (CRC-32) anew of records in which tensors were overwritten.
+
+    Args:
+        path: a file that `find_tensors` has read.
+        starts: bytes of the file that lie in these records.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    with ZipFile(path) as archive:
+        members, directory = archive.infolist(), archive.start_dir
+    with path.open("r+b") as file:
+        for member in members:
+            file.seek(directory)
+            name, extra, comment = _SUMS.unpack(file.read(_SUMS.size))
+            file.seek(member.header_offset + _LOCAL_NAMES)
+            begin = member.header_offset + _LOCAL + sum(struct.unpack("<2H", file.read(4)))
+            end = begin + member.file_size
+            if any(begin <= start < end for start in starts):
+                _reseal(file, begin, end, (directory + _SUM_LISTED, member))
+            directory += _SUMS.size + name + extra + comment
+
+
+def _reseal(file: IO[bytes], begin: int, end: int, where: tuple[int, ZipInfo]) -> None:
+    file.seek(begin)
+    crc = 0
+    for start in range(begin, end, _PIECE):
+        crc = zlib.crc32(file.read(min(_PIECE, end - start)), crc)
+    listed, member = where
+    places = [listed]
+    if member.flag_bits & _SUMS_BEHIND:
+        file.seek(end)
+        places.append(end + 4 if file.read(4) == _BEHIND else end)
+    else:
+        places.append(member.header_offset + _SUM_LOCAL)
+    for place in places:
+        file.seek(place)
+        file.write(struct.pack("<L", crc))
 
 
 def _unreadable(path: Path, error: Exception) -> SafeprojError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import re
 import secrets
@@ -17,12 +18,12 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from platform import node
-from typing import IO
+from typing import IO, Any
 
 from safeproj.errors import SafeprojError
 
@@ -131,7 +132,7 @@ class Appearance:
                 wrong afterwards.
         """
         for path in [*self.path.rglob("*"), self.path]:
-            _sync(path)
+            flush(path)
         with uninterrupted():
             _move(self.path, self.place, look)
             self.appeared = True
@@ -140,7 +141,7 @@ class Appearance:
     def _settle(self) -> None:
         """Make the names last, and remove what was replaced."""
         try:
-            _sync(self.place.parent)
+            flush(self.place.parent)
         except OSError as error:
             # After a power failure either may have the name: so neither is removed.
             self._kept = os.path.lexists(self.path)
@@ -172,14 +173,97 @@ class Appearance:
             self._lock = None
 
 
+PARTIAL, STATE = ".partial", "safeproj.resume.json"
+"""End of the name of a directory that an interrupted run leaves to be gone on with, and the file in
+it that says which run that is."""
+
+
+class Resumed(Appearance):
+    """A directory that is there again where the run that wrote it was interrupted.
+
+    Args:
+        place: where it is to appear.
+        run: what tells the run from every other; what another one left is removed.
+    """
+
+    def __init__(self, place: Path, run: str) -> None:
+        self._run = run
+        super().__init__(place)
+
+    def _name(self) -> None:
+        self.path = self.place.with_name(f"{self.place.name}{PARTIAL}")
+
+    def make(self, *, directory: bool) -> None:
+        assert directory
+        remove_leftovers(self.place)
+        if os.path.lexists(self.path):
+            self._look()
+        else:
+            self.path.mkdir()
+        self._lock = _locked(self.path)
+        if self._lock is None and sys.platform != "win32":
+            raise SafeprojError(f"{self.path}: another run writes it; wait for it to end")
+        if self._state().get("run") != self._run:
+            for path in self.path.iterdir():
+                remove(path)
+        self.keep({})
+
+    def appear(self, look: Look | None) -> None:
+        (self.path / STATE).unlink()
+        super().appear(look)
+
+    def close(self) -> None:
+        """Leave it as it is, for the next run."""
+        with uninterrupted():
+            self._release()
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What `keep` was given, by the run that was interrupted too."""
+        found = self._state().get("kept")
+        return found if isinstance(found, dict) else {}
+
+    def keep(self, values: Mapping[str, Any]) -> None:
+        """Keep values for the run that goes on, beside those of before."""
+        text = json.dumps({"run": self._run, "kept": {**self.kept, **values}})
+        part = self.path / f"{STATE}.part"
+        part.write_text(text, "utf-8")
+        part.replace(self.path / STATE)
+
+    def _look(self) -> None:
+        """Refuse what no interrupted run left."""
+        if _is_directory(self.path) and (
+            (self.path / STATE).is_file() or not any(self.path.iterdir())
+        ):
+            return
+        raise SafeprojError(
+            f"{self.path}: is in the way, and was not left by an interrupted run; remove it"
+        )
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / STATE).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
 @contextmanager
-def appearing(place: Path, *, directory: bool = False) -> Iterator[Appearance]:
+def appearing(
+    place: Path, *, directory: bool = False, run: str | None = None
+) -> Iterator[Appearance]:
     """Yield something to write that appears at `place`; whatever happens, nothing else is left.
+
+    Args:
+        place: where it is to appear.
+        directory: whether it is one.
+        run: what tells the run from every other, if an interrupted one is to be gone on with: then
+            what is written stays until it is complete.
 
     Raises:
         OSError: it cannot be made.
     """
-    found = Appearance(place)
+    found = Appearance(place) if run is None else Resumed(place, run)
     try:  # from here on: a signal may come when it is made, and before it is known to be
         found.make(directory=directory)
         yield found
@@ -296,7 +380,7 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file or directory to the disk, where the system can."""
     if path.is_dir() and sys.platform == "win32":
         return

@@ -237,6 +237,22 @@ def write(
     Raises:
         OSError: the file cannot be written.
     """
+    with path.open("wb") as file:
+        file.write(_head(metadata, layout))
+        for chunk in data:
+            file.write(chunk)
+
+
+def data_start(
+    metadata: Mapping[str, str] | None, layout: Mapping[str, tuple[str, tuple[int, ...], int]]
+) -> int:
+    """Return where the first tensor begins in the file that `write` makes of the same."""
+    return len(_head(metadata, layout))
+
+
+def _head(
+    metadata: Mapping[str, str] | None, layout: Mapping[str, tuple[str, tuple[int, ...], int]]
+) -> bytes:
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     begin = 0
     for name, (dtype, shape, nbytes) in layout.items():
@@ -248,8 +264,4 @@ def write(
         begin += nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for chunk in data:
-            file.write(chunk)
+    return struct.pack("<Q", len(text)) + text
