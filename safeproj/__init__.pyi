@@ -43,6 +43,7 @@ from safeproj.methods.recorded import Made as Made
 from safeproj.methods.safe_lora.make import Form as Form
 from safeproj.methods.safe_lora.method import SafeLora as SafeLora
 from safeproj.methods.salora.method import Salora as Salora
+from safeproj.plan.full import FullModel as FullModel
 from safeproj.plan.select import Selection as Selection
 from safeproj.records.checks import Check as Check
 from safeproj.records.checks import Checks as Checks

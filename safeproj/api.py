@@ -25,11 +25,13 @@ from safeproj.methods.recorded import Made
 from safeproj.methods.safe_lora.make import Form
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.safe_lora.targets import ALL_LINEAR
+from safeproj.plan.full import FullModel
 from safeproj.plan.select import Selection
 from safeproj.records.checks import Check, Checks
 from safeproj.records.repairs import Goal
 from safeproj.records.scores import Failure, Report, Reports
 from safeproj.report.card import section
+from safeproj.run.full import FullJob
 from safeproj.run.job import Job, Run
 from safeproj.run.manifest import wanted_hashes
 from safeproj.run.options import Options
@@ -69,12 +71,12 @@ class Outcome:
     error: SafeprojError | None
 
 
-def inspect(method: Method, adapter: Src, options: Options | None = None) -> Report:
+def inspect(method: Method, adapter: Src | FullModel, options: Options | None = None) -> Report:
     """Score each adapted module by its similarity to its projection.
 
     Args:
         method: what the adapter is scored by, and against.
-        adapter: SRC of the LoRA adapter: a path, or `org/name[@revision]`.
+        adapter: SRC of the LoRA adapter: a path, or `org/name[@revision]`; or a full fine-tune.
         options: selection, device, and who is told about the progress.
 
     Returns:
@@ -86,6 +88,9 @@ def inspect(method: Method, adapter: Src, options: Options | None = None) -> Rep
     Raises:
         SafeprojError: an input cannot be used.
     """
+    if isinstance(adapter, FullModel):
+        with _full_job(method, adapter, options) as full:
+            return full.run().report
     adapter = src(adapter)
     with _job(method, [adapter], options) as job:
         return job.inspected(job.one(adapter))
@@ -93,7 +98,7 @@ def inspect(method: Method, adapter: Src, options: Options | None = None) -> Rep
 
 def patch(
     method: Method,
-    adapter: Src,
+    adapter: Src | FullModel,
     out: StrPath,
     options: Options | None = None,
     *,
@@ -102,20 +107,26 @@ def patch(
     copy_weights: bool = False,
     keep_training_state: bool = False,
     only_if_changed: bool = False,
+    restore_others: bool = False,
+    resume: bool = False,
 ) -> Report:
     """Change the selected modules and write the patched adapter to the directory `out`.
 
     Args:
         method: what is done.
-        adapter: SRC of the LoRA adapter.
+        adapter: SRC of the LoRA adapter, or a full fine-tune.
         out: the directory to create; it appears complete or not at all.
         options: as for `inspect`, and the dtype that is written.
-        overwrite: replace an adapter that is at `out`.
+        overwrite: replace an adapter, or a patched full model, that is at `out`.
         dry_run: do everything but the writing.
         copy_weights: copy other weights that lie beside the adapter's, which are not patched: left
             out otherwise.
         keep_training_state: copy what trainers kept beside it, pickles: left out otherwise.
         only_if_changed: write nothing where no update would be changed: `report.changed` is 0.
+        restore_others: of a full fine-tune: whether norms, embeddings, biases, and all else that no
+            projection touches take the aligned model's values.
+        resume: of a full fine-tune: go on with the files that an interrupted run left, and leave
+            them where this one is interrupted.
 
     Returns:
         The scores as of `inspect`, with what was done to each module.
@@ -123,6 +134,23 @@ def patch(
     Raises:
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
     """
+    if isinstance(adapter, FullModel):
+        check_out(Path(out), overwrite, _paths(method, adapter), "model")
+        hashes = () if dry_run else (NEW,)
+        with _full_job(method, adapter, options, hashes, restore_others) as full:
+            found = full.run()
+            is_wanted = not dry_run and (found.report.changed > 0 or not only_if_changed)
+            return full.write(
+                found,
+                Path(out) if is_wanted else None,
+                section,
+                overwrite=overwrite,
+                copy_weights=copy_weights,
+                keep_training_state=keep_training_state,
+                resume=resume,
+            )
+    if restore_others or resume:
+        raise SafeprojError("--restore-others and --resume go with a full fine-tune; give --model")
     adapter, out = src(adapter), Path(out)
     check_out(out, overwrite, method.local_paths([adapter]))
     with _job(method, [adapter], options, () if dry_run else (NEW,)) as job:
@@ -843,6 +871,26 @@ def _job(
     options = options or Options()
     with method.prepared(adapters, options) as ready, engine.one_thread():
         yield Job(ready, options, hashes=hashes)
+
+
+@contextmanager
+def _full_job(
+    method: Method,
+    model: FullModel,
+    options: Options | None,
+    hashes: Collection[Hash] = (),
+    restore_others: bool = False,
+) -> Iterator[FullJob]:
+    """Yield the same for a full fine-tune."""
+    with method.prepared([], options or Options()) as ready, engine.one_thread():
+        yield FullJob(ready, model, options, hashes, restore_others=restore_others)
+
+
+def _paths(method: Method, model: FullModel) -> list[tuple[str, Path | None]]:
+    """Return all that a run on a full fine-tune is given, with the local paths."""
+    given = {"--model": model.source, "--aligned": model.aligned}
+    own = {option: local_path(str(each)) for option, each in given.items() if each is not None}
+    return [*method.local_paths([]), *own.items()]
 
 
 def reports(outcomes: Sequence[Outcome]) -> Reports:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safeproj.adapter import FORMATS, card, stands_for_folder
 from safeproj.adapter.interface import CONFIG, MANIFEST, SIGNATURE
@@ -17,7 +17,7 @@ from safeproj.adapter.weightfiles import other_weights, training_state
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array
 from safeproj.storage.documents import json_document
-from safeproj.storage.publish import appearing, refused_in_one_line, unremovable
+from safeproj.storage.publish import Appearance, appearing, refused_in_one_line, unremovable
 from safeproj.storage.source import LocalFolder
 from safeproj.text import is_text, printable
 
@@ -28,19 +28,31 @@ Complete = Callable[[Path], Mapping[str, Any]]
 """Looks at a directory that is complete, and returns what else is to be recorded of it."""
 
 
-def check_out(out: Path, overwrite: bool, inputs: Sequence[tuple[str, Path | None]]) -> None:
+What = Literal["adapter", "model"]
+"""What a directory is: an adapter's, or a whole model's."""
+
+_NAMED: dict[What, str] = {"adapter": "an adapter", "model": "a model"}
+
+
+def check_out(
+    out: Path,
+    overwrite: bool,
+    inputs: Sequence[tuple[str, Path | None]],
+    what: What = "adapter",
+) -> None:
     """Refuse an `--out` that cannot be written, before any weight is read.
 
     Args:
         out: the directory to create.
         overwrite: whether an adapter that is already there may be replaced.
         inputs: option names and the local directories that are read, None for the Hub.
+        what: is written.
 
     Raises:
         SafeprojError: it exists, its parent does not, or it would touch an input.
     """
     check_apart(out, inputs)
-    check_place(out, overwrite)
+    check_place(out, overwrite, what)
 
 
 def check_apart(out: Path, inputs: Sequence[tuple[str, Path | None]]) -> None:
@@ -63,7 +75,7 @@ def check_apart(out: Path, inputs: Sequence[tuple[str, Path | None]]) -> None:
             )
 
 
-def check_place(out: Path, overwrite: bool) -> None:
+def check_place(out: Path, overwrite: bool, what: What = "adapter") -> None:
     """Refuse an `--out` where no directory can be created, or none that is there replaced.
 
     Raises:
@@ -74,9 +86,15 @@ def check_place(out: Path, overwrite: bool) -> None:
             kind = "a link" if out.is_symlink() else "a file"
             raise SafeprojError(f"--out {out}: is {kind}; choose a directory that does not exist")
         if not overwrite:
-            raise SafeprojError(f"--out {out}: exists; give --overwrite to replace an adapter")
+            raise SafeprojError(f"--out {out}: exists; give --overwrite to replace {_NAMED[what]}")
         files = [path.name for path in out.iterdir() if path.is_file()]
-        if any(out.iterdir()) and not any(kind.is_adapter(files) for kind in FORMATS):
+        if what == "model" and any(out.iterdir()) and MANIFEST not in files:
+            raise SafeprojError(
+                f"--out {out}: exists and is no model that was patched (it has no {MANIFEST}); "
+                "only such a model is replaced, choose another directory"
+            )
+        is_adapter = any(kind.is_adapter(files) for kind in FORMATS)
+        if what == "adapter" and any(out.iterdir()) and not is_adapter:
             raise SafeprojError(
                 f"--out {out}: exists and is no adapter (it has no {CONFIG}); only an adapter is "
                 "replaced, choose another directory"
@@ -186,15 +204,73 @@ def write_adapter(
     Raises:
         SafeprojError: it cannot be written; nothing is left behind.
     """
-    tensors = {**adapter.tensors, **replaced}
+
+    def weights(appearance: Appearance) -> dict[str, Any]:
+        directory = appearance.path
+        tensors = {**adapter.tensors, **replaced}
+        digests = adapter.format.write(directory / adapter.format.output_file, tensors)
+        output: dict[str, Any] = {
+            "projected": sorted(replaced.keys() - set(converted)),
+            "tensors": digests,
+        }
+        return {**output, "converted": sorted(converted)} if converted else output
+
+    write_directory(
+        adapter,
+        weights,
+        lambda: (manifest, section),
+        out,
+        documents,
+        overwrite=overwrite,
+        copy_weights=copy_weights,
+        keep_training_state=keep_training_state,
+        complete=complete,
+    )
+
+
+Said = Callable[[], tuple[Mapping[str, Any], str]]
+"""Returns what `safeproj.json` and the model card say, when the weights are written."""
+
+
+def write_directory(
+    adapter: Adapter,
+    weights: Callable[[Appearance], dict[str, Any]],
+    said: Said,
+    out: Path,
+    documents: Mapping[str, bytes | None] | None = None,
+    *,
+    overwrite: bool = False,
+    copy_weights: bool = False,
+    keep_training_state: bool = False,
+    complete: Complete | None = None,
+    what: What = "adapter",
+    run: str | None = None,
+) -> None:
+    """Write a directory with new weights and all else that is in a folder.
+
+    Args:
+        adapter: what is in the folder; its tensors do not matter.
+        weights: writes them, and returns what is recorded of them.
+        said: what is said of it.
+        out: the directory.
+        documents: as for `write_adapter`.
+        overwrite: as for `write_adapter`.
+        copy_weights: as for `write_adapter`.
+        keep_training_state: as for `write_adapter`.
+        complete: as for `write_adapter`.
+        what: is written.
+        run: as for `appearing`.
+
+    Raises:
+        SafeprojError: it cannot be written; nothing is left behind, but with `run`.
+    """
     given = {**adapter.documents, **(documents or {})}
-    weights, state = unpatched_beside(adapter, given)
-    left_out = [] if copy_weights else weights
-    left_out = left_out if keep_training_state else sorted([*left_out, *state])
-    with appears_at(out, overwrite) as directory:
-        for name in _files_beside(adapter):
-            if name in given or name in left_out:
-                continue
+    copied, left_out = copied_beside(
+        adapter, given, copy_weights=copy_weights, keep_training_state=keep_training_state
+    )
+    with appears_at(out, overwrite, what, run) as appearance:
+        directory = appearance.path
+        for name in copied:
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(_safe_path(adapter, name), target)
@@ -204,15 +280,12 @@ def write_adapter(
             _require_inside(adapter, name)
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
-        digests = adapter.format.write(directory / adapter.format.output_file, tensors)
+        output = weights(appearance)
+        manifest, section = said()
         if section:
             card_path = directory / CARD
             old_card = card_path.read_bytes() if card_path.exists() else card.new(adapter)
             card_path.write_bytes(card.with_section(old_card, section))
-        projected = sorted(replaced.keys() - set(converted))
-        output: dict[str, Any] = {"projected": projected, "tensors": digests}
-        if converted:
-            output["converted"] = sorted(converted)
         if adapter.documents:
             output["documents"] = {n: sha256(c).hexdigest() for n, c in adapter.documents.items()}
         if left_out:
@@ -238,6 +311,27 @@ def unpatched_beside(adapter: Adapter, given: Collection[str] = ()) -> tuple[lis
     files = {name for name in _files_beside(adapter) if name not in given}
     state = training_state(adapter, files)
     return other_weights(adapter, files.difference(state)), state
+
+
+def copied_beside(
+    adapter: Adapter, given: Collection[str], *, copy_weights: bool, keep_training_state: bool
+) -> tuple[list[str], list[str]]:
+    """Return the files of the folder that are copied, and those that are left out.
+
+    Args:
+        adapter: the adapter.
+        given: names of files that are dealt with otherwise.
+        copy_weights: whether other weights are copied.
+        keep_training_state: whether what trainers kept is copied.
+
+    Raises:
+        SafeprojError: as for `unpatched_beside`.
+    """
+    others, state = unpatched_beside(adapter, given)
+    left_out = [] if copy_weights else others
+    left_out = left_out if keep_training_state else sorted([*left_out, *state])
+    files = _files_beside(adapter)
+    return [name for name in files if name not in given and name not in left_out], left_out
 
 
 def adapters_below(adapter: Adapter) -> tuple[str, ...]:
@@ -302,7 +396,9 @@ def _safe_path(adapter: Adapter, name: str) -> Path:
 
 
 @contextmanager
-def appears_at(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def appears_at(
+    out: Path, overwrite: bool = False, what: What = "adapter", run: str | None = None
+) -> Iterator[Appearance]:
     """Yield a hidden directory beside `out` that becomes `out` in one step at the end.
 
     Whatever happens, `out` is complete or as it was, and the hidden directory is gone.
@@ -311,12 +407,14 @@ def appears_at(out: Path, overwrite: bool = False) -> Iterator[Path]:
         out: the directory.
         overwrite: whether an adapter that is there may be replaced. It is looked at again directly
             before.
+        what: is written, and may be replaced.
+        run: as for `appearing`.
 
     Raises:
         SafeprojError: a file cannot be written, or what is copied to it not be read; or something
             is there that may not be replaced.
     """
     told = refused_in_one_line(out, "directory")
-    with told, appearing(out.resolve(), directory=True) as found:
-        yield found.path
-        found.appear((lambda: check_place(out, overwrite)) if overwrite else None)
+    with told, appearing(out.resolve(), directory=True, run=run) as found:
+        yield found
+        found.appear((lambda: check_place(out, overwrite, what)) if overwrite else None)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
 from safeproj.cli.options import (
-    Adapters,
     Choosing,
     Given,
     MeasuringTalking,
     Reporting,
     Running,
+    Subjects,
 )
 from safeproj.cli.usage import examples
 
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 
 @examples(
-    "docs/scores.md",
+    "docs/scores.md, docs/full-models.md",
     "safeproj inspect my-lora --base BASE --aligned MODEL",
     "safeproj inspect my-lora --alignment model.safealign.safetensors --layers 12",
+    "safeproj inspect --model my-finetune --base BASE --aligned MODEL",
     "safeproj inspect adapters --base BASE --aligned MODEL --format json",
 )
 @command
 def inspect_command(
-    adapters: Adapters,
+    adapters: Subjects,
     given: Annotated[Given, Without("reconstruct")],
     choosing: Choosing,
     running: Running,
@@ -42,22 +43,26 @@ def inspect_command(
     with a safety module by SaLoRA; with safety data of its update and what the covariance-weighted
     correction makes of it. Writes no adapter; the selection only marks what patch would project.
     """
-    method, outputs, adapter = given.method, reporting.outputs, adapters.sources
-    terminal.check_outputs(outputs, None, method.inputs(adapter))
+    method, aligned = adapters.method(given)
+    outputs = reporting.outputs
+    terminal.check_outputs(outputs, None, adapters.inputs(method, aligned))
     selection = choosing.selection
     with running.profile.phase("import"):
         from safeproj import api
         from safeproj.adapter.collection import collect
+        from safeproj.plan.full import FullModel
 
         options = running.options(talking, selection=selection)
     signals.interruptible()
     report: Report | Reports
-    found = collect(adapter)
+    found = collect(adapters.given)
     terminal.check_outputs(outputs, None, [("--adapter", each.source) for each in found.members])
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
-        if found.many:
-            report = api.reports(api.inspect_many(method, adapter, options))
+        if adapters.model is not None:
+            report = api.inspect(method, FullModel(adapters.model, aligned), options)
+        elif found.many:
+            report = api.reports(api.inspect_many(method, adapters.given, options))
         else:
-            report = api.inspect(method, adapter[0], options)
+            report = api.inspect(method, adapters.given[0], options)
     terminal.finish(report, reporting, talking, "", running.shown)

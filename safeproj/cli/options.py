@@ -115,6 +115,57 @@ class Adapters:
         return first
 
 
+class Subjects(Adapters):
+    """Adapters, or one full fine-tune in their place.
+
+    Args:
+        adapters: those that no option names.
+        adapter: those of `--adapter`.
+        model: the fine-tune.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[str] | str | None = None,
+        adapter: Sequence[str] | None = None,
+        model: str | None = None,
+    ) -> None:
+        super().__init__(adapters, adapter)
+        self.model = model
+        if model is not None and self.given:
+            raise SafeprojError(
+                f"--model {model} and adapters ({shorten(self.given)}) exclude each other: a full "
+                "fine-tune is patched alone"
+            )
+
+    @classmethod
+    def parameters(cls) -> Iterator[Parameter]:
+        yield from super().parameters()
+        info = typer.Option(
+            "--model",
+            metavar="SRC",
+            help="A full fine-tuned checkpoint, in place of an adapter; --aligned is the model "
+            "that it was made from, beside every method.",
+            rich_help_panel=INPUTS,
+        )
+        annotation: Any = Annotated[str | None, info]
+        yield Parameter("model", Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+    def method(self, given: Given) -> tuple[Method, str | None]:
+        """Return what is done, and what a full fine-tune was made from.
+
+        Raises:
+            SafeprojError: what is given does not go together.
+        """
+        return (given.method, None) if self.model is None else given.beside
+
+    def inputs(self, method: Method, aligned: str | None) -> list[tuple[str, str | None]]:
+        """Return all that is given: option names, each with its SRC."""
+        if self.model is None:
+            return [*method.inputs(self.sources)]
+        return [*method.inputs(()), ("--model", self.model), ("--aligned", aligned)]
+
+
 class OneAdapter(Adapters):
     """The same of a command that takes one."""
 
@@ -161,6 +212,15 @@ class Given:
             SafeprojError: what is given does not go together.
         """
         return registry.method_of(self.values, self._name)
+
+    @property
+    def beside(self) -> tuple[Method, str | None]:
+        """The method for a full fine-tune, and the model that this was made from.
+
+        Raises:
+            SafeprojError: what is given does not go together.
+        """
+        return registry.method_beside(self.values, self._name)
 
 
 def _annotated(name: str, option: Option, method: type[Method]) -> Any:

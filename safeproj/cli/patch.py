@@ -11,8 +11,9 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
-from safeproj.cli.options import Adapters, Choosing, Given, Reporting, Running, WritingTalking
+from safeproj.cli.options import Choosing, Given, Reporting, Running, Subjects, WritingTalking
 from safeproj.cli.usage import OUTPUT, examples
+from safeproj.errors import SafeprojError
 
 if TYPE_CHECKING:
     from safeproj.report import Report, Reports
@@ -38,7 +39,8 @@ class Writing:
         typer.Option(
             "--out",
             metavar="DIR",
-            help="Directory of the patched adapter; of many, the directory that gets one for each.",
+            help="Directory of the patched adapter or model; of many adapters, the directory that "
+            "gets one for each.",
         ),
     ]
     dtype: Annotated[
@@ -53,7 +55,7 @@ class Writing:
         ),
     ] = False
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that is at DIR.")
+        bool, typer.Option("--overwrite", help="Replace what an earlier run left at DIR.")
     ] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but the writing.")] = (
         False
@@ -74,6 +76,22 @@ class Writing:
             "optimizer.pt: pickles, which run code when loaded, and left out otherwise.",
         ),
     ] = False
+    restore_others: Annotated[
+        bool,
+        typer.Option(
+            "--restore-others",
+            help="Of a full fine-tune: let norms, embeddings, biases and all else that no "
+            "projection touches take the aligned model's values.",
+        ),
+    ] = False
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Of a full fine-tune: go on with the files that an interrupted run left beside "
+            "DIR, and leave them where this one is interrupted.",
+        ),
+    ] = False
     fail_if_unchanged: Annotated[
         bool,
         typer.Option(
@@ -85,15 +103,16 @@ class Writing:
 
 
 @examples(
-    "docs/scores.md, docs/covariance.md",
+    "docs/scores.md, docs/covariance.md, docs/full-models.md",
     "safeproj patch my-lora --base BASE --aligned MODEL --layers 12 --out my-lora-safe",
     "safeproj patch my-lora --aligned MODEL --safety-data safety.jsonl "
     "--task-data task.jsonl --reconstruct --out my-lora-safe",
+    "safeproj patch --model my-finetune --base BASE --aligned MODEL --out my-finetune-safe",
     "safeproj patch my-lora --safety-module model.safety.safetensors --out safe --dry-run",
 )
 @command
 def patch_command(
-    adapters: Adapters,
+    adapters: Subjects,
     given: Given,
     choosing: Choosing,
     writing: Writing,
@@ -101,26 +120,29 @@ def patch_command(
     reporting: Reporting,
     talking: WritingTalking,
 ) -> None:
-    """Project selected updates and write the adapter.
+    """Project selected updates and write the adapter, or the full model.
 
     Scores every adapted module as inspect does, projects the selected ones, and writes a
     PEFT adapter directory that loads as before. It appears complete or not at all.
     """
-    method, outputs, out = given.method, reporting.outputs, writing.out
-    adapter = adapters.sources
-    terminal.check_outputs(outputs, out, method.inputs(adapter))
+    if adapters.model is None and (writing.restore_others or writing.resume):
+        raise SafeprojError("--restore-others and --resume go with a full fine-tune; give --model")
+    method, aligned = adapters.method(given)
+    outputs, out = reporting.outputs, writing.out
+    terminal.check_outputs(outputs, out, adapters.inputs(method, aligned))
     selection = choosing.selection
     with running.profile.phase("import"):
         from safeproj import api
         from safeproj.adapter.collection import collect
         from safeproj.cli.patched import Ending
+        from safeproj.plan.full import FullModel
 
         options = running.options(
             talking, selection=selection, dtype=writing.dtype.value, portable=writing.portable
         )
     signals.interruptible()
     report: Report | Reports
-    found = collect(adapter)
+    found = collect(adapters.given)
     terminal.check_outputs(outputs, out, [("--adapter", each.source) for each in found.members])
     how = {
         "overwrite": writing.overwrite,
@@ -131,11 +153,15 @@ def patch_command(
     }
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
-        if found.many:
-            report = api.reports(api.patch_many(method, adapter, out, options, **how))
+        if adapters.model is not None:
+            full = FullModel(adapters.model, aligned)
+            own = {"restore_others": writing.restore_others, "resume": writing.resume}
+            report = api.patch(method, full, out, options, **how, **own)
+        elif found.many:
+            report = api.reports(api.patch_many(method, adapters.given, out, options, **how))
         else:
-            report = api.patch(method, adapter[0], out, options, **how)
-    end = Ending(method, adapter, out, report, writing.dry_run)
+            report = api.patch(method, adapters.given[0], out, options, **how)
+    end = Ending(method, adapters.given, out, report, writing.dry_run)
     terminal.finish(
         report,
         reporting,

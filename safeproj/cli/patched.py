@@ -11,6 +11,8 @@ from safeproj.methods.interface import Method
 from safeproj.records.scores import ModuleReport, Report, Reports
 from safeproj.text import command_line, shorten
 
+_PROMPTS = ("--harmful", "HARMFUL.jsonl", "--skill", "SKILL.jsonl")
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -71,9 +73,13 @@ class Ending:
             all_of_them = all(report.selection.get("mode") == "all" for report in reports)
             more = "--layers N, --all or a higher --threshold changes more"
             more = "no other selection changes more" if all_of_them else more
-            return f"next: {more}; as it is, the adapter does what it did before"
+            what = "model" if self._is_model else "adapter"
+            return f"next: {more}; as it is, the {what} does what it did before"
         if self.dry_run:
             return "next: the same without --dry-run"
+        if self._is_model:
+            words = ["safeproj", "eval", "--model", str(self.out), *_PROMPTS]
+            return f"next: {command_line(words)}"
         if not any((self.out / name / SAFETENSORS).is_file() for name in self._reports):
             return "next: measure it where it is served; safeproj eval runs PEFT adapters alone"
         many = isinstance(self.record, Reports)
@@ -81,7 +87,7 @@ class Ending:
         model = self.method.sources.get("aligned", "MODEL")
         words = ["safeproj", "eval", "--model", model]
         words += [part for each in subjects for part in ("--adapter", each)]
-        words += ["--harmful", "HARMFUL.jsonl", "--skill", "SKILL.jsonl"]
+        words += _PROMPTS
         return f"next: {command_line(words)}"
 
     @property
@@ -93,6 +99,10 @@ class Ending:
             for name, report in self._reports.items()
             if not report.changed
         ]
+
+    @property
+    def _is_model(self) -> bool:
+        return isinstance(self.record, Report) and self.record.is_model
 
     @property
     def _reports(self) -> dict[str, Report]:

@@ -133,7 +133,8 @@ class Report(Rendered):
         method: its name.
         projector: the `projector` object of the JSON report.
         selection: the `selection` object of the JSON report.
-        inputs: `base`, `aligned` and `adapter`, and `alignment` where an alignment file was used;
+        inputs: `base`, `aligned` and `adapter` (`model` where it is a full one), and `alignment`
+            where an alignment file was used;
             for SaLoRA `aligned`, `data`, `safety_module` and `adapter`; for the covariance-weighted
             correction `aligned`, `safety_data`, `task_data` and `adapter`: each with `source`, and
             `revision` from the Hub.
@@ -160,6 +161,16 @@ class Report(Rendered):
     summary: Mapping[str, Any] = field(default_factory=dict)
     unaltered: int = 0
     written: bool = False
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        """What it is about: the identity of an adapter, or of a full model."""
+        return self.inputs["model" if self.is_model else "adapter"]
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is about a full model."""
+        return "model" in self.inputs
 
     @property
     def cosines(self) -> list[float]:

@@ -29,7 +29,8 @@ def section(report: Report) -> str:
         *measured(report),
         "- every module, its score and the digests of the inputs: `safeproj.json`",
         "",
-        "Projection is no proof of safety: evaluate the patched adapter before you publish it.",
+        "Projection is no proof of safety: evaluate the patched "
+        f"{'model' if report.is_model else 'adapter'} before you publish it.",
     ]
     return "\n".join([*lines, *(f"\n> Warning: {escaped(warning)}" for warning in report.warnings)])
 
@@ -39,6 +40,8 @@ def _done(report: Report) -> str:
     done = words_of(report.method).done
     named = {role: identity for role, identity in report.inputs.items() if f"{{{role}}}" in done}
     names = {role: _published_name(identity) for role, identity in named.items()}
+    if report.is_model:
+        done = done.replace("adapted modules", "weights")
     return done.format(changed=report.projected, all=len(report.modules), **names)
 
 

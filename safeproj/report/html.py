@@ -95,7 +95,7 @@ class _Page:
 
 def render(report: Report, *, width: int, color: bool) -> str:  # noqa: ARG001 - the interface
     """Return the page of one adapter."""
-    name = str(report.inputs["adapter"]["source"])
+    name = str(report.subject["source"])
     title = f"{words_of(report.method).title} report: {name}"
     return _render(_Page(title, report.version, _tau([report]), (_Entry(name, report),)))
 

@@ -257,7 +257,7 @@ def _body(report: Report) -> list[str]:
 
 def _summary(report: Report) -> list[str]:
     lines = [
-        f"- adapter: {code(str(report.inputs['adapter']['source']))}",
+        f"- {'model' if report.is_model else 'adapter'}: {code(str(report.subject['source']))}",
         *(
             f"- {role.replace('_', ' ')}: {code(str(report.inputs[role]['source']))}"
             for role in ("aligned", "base", "alignment", "data", "safety_module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,7 +87,7 @@ def decide(
     Raises:
         SafeprojError: there is nothing to compare any module with.
     """
-    if all(score.factor is None for score in scores.values()):
+    if all(score.is_blank for score in scores.values()):
         sources = {role: identity["source"] for role, identity in inputs.items()}
         raise SafeprojError(method.detail.blank.refusal.format(**sources))
     cosines = {name: score.cosine for name, score in scores.items()}
@@ -114,7 +114,8 @@ def decide(
             lossy.append(module.name)
     unprojected = tuple(_unprojected(adapter, plan, scores, changes, method.side))
     details = {name: score.detail for name, score in scores.items()}
-    modules = _module_reports(plan, scores, chosen, uncertain, method)
+    items = [(each.module, each.note) for each in plan.modules]
+    modules = module_reports(items, plan.excluded, scores, chosen, uncertain, method)
     report = Report(
         version=__version__,
         method=method.name,
@@ -132,7 +133,7 @@ def decide(
         warnings=(
             *adapter.warnings,
             *plan.warnings,
-            *_warnings(scores, selection, chosen, lossy, unprojected, method),
+            *warnings_of(scores, selection, chosen, lossy, unprojected, method),
             *method.detail.warnings(details, chosen, uncertain),
         ),
     )
@@ -294,18 +295,29 @@ def _relative_error(there: Array, factor: Array) -> float:
     return norm(double(there) - double(factor)) / size if size else 0.0
 
 
-def _module_reports(
-    plan: Plan,
+def module_reports(
+    items: Sequence[tuple[AdaptedModule, str | None]],
+    excluded: Sequence[AdaptedModule],
     scores: Mapping[str, Score],
     chosen: frozenset[str],
     uncertain: frozenset[str],
     method: Method,
 ) -> tuple[ModuleReport, ...]:
-    found = [_module_report(excluded, None, method) for excluded in plan.excluded]
-    for planned in plan.modules:
-        name = planned.module.name
-        module = _module_report(planned.module, scores[name], method, planned.note)
-        found.append(replace(module, projected=name in chosen, uncertain=name in uncertain))
+    """Return what a report says of modules, in natural order.
+
+    Args:
+        items: those that were scored, each with what is special about it.
+        excluded: those that were not.
+        scores: by module.
+        chosen: those that are projected.
+        uncertain: those that cosines within their bounds might decide otherwise.
+        method: what the scores are of.
+    """
+    found = [_module_report(each, None, method) for each in excluded]
+    for module, note in items:
+        report = _module_report(module, scores[module.name], method, note)
+        is_chosen, is_uncertain = module.name in chosen, module.name in uncertain
+        found.append(replace(report, projected=is_chosen, uncertain=is_uncertain))
     return tuple(sorted(found, key=lambda module: natural_order(module.name)))
 
 
@@ -332,17 +344,17 @@ def _module_report(
 def _note(module: AdaptedModule, score: Score | None, method: Method) -> str | None:
     if score is None:
         return "left out by --include/--exclude: kept, not scored"
-    if score.factor is None:
+    if score.is_blank:
         return method.detail.blank.note
     if score.cosine is None:
-        return "empty update: B A is zero; kept"
+        return score.empty
     if module.mirrors and method.side == "output":
         tied = ", ".join(factor.key.removeprefix(PREFIX) for factor in module.mirrors)
         return f"tied weights: {tied} holds the same factor and is written too"
     return "DoRA: the magnitude is kept" if module.dora else None
 
 
-def _warnings(
+def warnings_of(
     scores: Mapping[str, Score],
     selection: Selection,
     chosen: frozenset[str],
@@ -350,13 +362,14 @@ def _warnings(
     unprojected: tuple[Unprojected, ...],
     method: Method,
 ) -> Iterator[str]:
+    """Yield what the user should know of what was scored and decided."""
     changed = [item for item in unprojected if not item.is_copy]
     if changed:
         yield (
             f"{len(changed)} tensors change weights or biases directly, which no projection "
             f"touches: {shorten(item.describe() for item in changed)}"
         )
-    blank = [name for name, score in scores.items() if score.factor is None]
+    blank = [name for name, score in scores.items() if score.is_blank]
     if blank:
         yield method.detail.blank.warning.format(count=len(blank), names=shorten(blank))
     if selection.layers is not None and len(chosen) < selection.layers:

@@ -250,7 +250,7 @@ class Job:
             SafeprojError: it cannot be written; nothing is left behind.
         """
         copied = {"copy_weights": copy_weights, "keep_training_state": keep_training_state}
-        warnings = (*run.report.warnings, *_notes(run.adapter, self._method, **copied))
+        warnings = (*run.report.warnings, *notes_of(run.adapter, self._method, **copied))
         report = dataclasses.replace(run.report, warnings=warnings, written=out is not None)
         if out is None:
             return report
@@ -587,12 +587,12 @@ def _change(update: Update, cast: Update) -> float:
     return change / size if size > 0.0 else (math.inf if change > 0.0 else 0.0)
 
 
-def _notes(
+def notes_of(
     adapter: Adapter, method: Method, *, copy_weights: bool, keep_training_state: bool
 ) -> Iterator[str]:
-    """Yield what matters to someone who patches the adapter, not to someone who inspects it."""
+    """Yield what matters to someone who patches a folder, not to someone who inspects it."""
     folder = adapter.folder
-    others, state = unpatched_beside(adapter)
+    others, state = unpatched_beside(adapter, adapter.documents)
     if others and copy_weights:
         yield f"other weights are copied as they are, unpatched: {shorten(others, NAMED)}"
     elif others:
