@@ -321,7 +321,7 @@ def _raised(found: T | SafeprojError) -> T:
 @engine.one_thread()
 def check(
     method: Method,
-    adapters: Iterable[Src],
+    adapters: Iterable[Src] | FullModel,
     policy: Policy | StrPath | None = None,
     options: Options | None = None,
     *,
@@ -332,12 +332,12 @@ def check(
 
     Args:
         method: as for `inspect`; what a policy says of it counts before that.
-        adapters: as for `inspect_many`.
+        adapters: as for `inspect_many`; or a full fine-tune.
         policy: what passes, or the file that says it; the default is that of `safeproj check
             --init`.
         options: device, workers and maps; the selection is the policy's.
-        original: SRC of the adapter before patching, where one adapter is checked: its projection
-            is computed again.
+        original: SRC of the adapter, or the full fine-tune, before patching, where one is checked:
+            its projection is computed again.
         evaluations: JSON reports of `safeproj eval`, of these adapters or of others; each adapter
             finds its own by the digests of its tensors.
 
@@ -358,6 +358,11 @@ def check(
         policy = Policy() if policy is None else find_policy(policy)
     if policy.public_key is not None:
         require_library()
+    if isinstance(adapters, FullModel):
+        if evaluations:
+            raise SafeprojError("--evaluation is of adapters; leave it out with --model")
+        checked = _checked_model(method, adapters, policy, options, original)
+        return Checks(__version__, policy.to_dict(), (checked,))
     members = collect(adapters, written=False).members
     if original is not None and len(members) != 1:
         raise SafeprojError(f"--original goes with one adapter, found {len(members)}")
@@ -381,9 +386,24 @@ def check(
     return Checks(__version__, policy.to_dict(), tuple(checks))
 
 
+def _checked_model(
+    method: Method, model: FullModel, policy: Policy, options: Options, original: Src | None
+) -> Check:
+    """Return the check of a full fine-tune, undecided where it cannot be used."""
+    from safeproj.gate.check import unusable
+    from safeproj.gate.full import judged
+
+    (member,) = collect([model.source], written=False).members
+    before = None if original is None else src(original)
+    try:
+        return judged(member, model, policy.method(method), policy, options, before)
+    except SafeprojError as error:
+        return unusable(member, error)
+
+
 @engine.one_thread()
 def verify(
-    patched: Src,
+    patched: Src | FullModel,
     original: Src | None = None,
     method: Method | None = None,
     options: Options | None = None,
@@ -393,8 +413,8 @@ def verify(
     """Tell whether an adapter is what patching another one gives, or as it was signed, or both.
 
     Args:
-        patched: SRC of the adapter that was patched.
-        original: SRC of the adapter before that.
+        patched: SRC of the adapter that was patched, or the full model that was.
+        original: SRC of the adapter, or the full fine-tune, before that.
         method: what was done to the original; settings that it leaves open are those of
             safeproj.json. None without an original.
         options: device, workers and maps.
@@ -420,6 +440,14 @@ def verify(
         )
     if public_key is not None:
         require_library()
+    key = None if public_key is None else Path(public_key)
+    if isinstance(patched, FullModel):
+        from safeproj.gate.full import verified as verified_model
+
+        (member,) = collect([patched.source], written=False).members
+        given = None if original is None else src(original)
+        check = verified_model(member, patched, given, method, options or Options(), key)
+        return Checks(__version__, Policy().to_dict(), (check,))
     patched = src(patched)
     (member,) = collect([patched], written=False).members
     adapter, before = read_adapter(patched, unknown=True), None
@@ -428,7 +456,7 @@ def verify(
         method = recorded_method(adapter, method)
         before = _original(method, src(original), options, wanted_hashes(adapter))
         adapter = adapter.fitted(before.reference.names, before.reference.config)
-    found = verified(member, adapter, before, None if public_key is None else Path(public_key))
+    found = verified(member, adapter, before, key)
     return Checks(__version__, Policy().to_dict(), (found,))
 
 

@@ -254,6 +254,8 @@ class Adapter:
         warnings: what the user should know about the adapter.
         format: how it is stored, for writing it back.
         documents: files that take the place of the folder's, by name.
+        further_weights: files beside `weights_file` that hold weights of the same model, or say
+            which of them does.
         converted_from: the initialisation that changed the base weights, if the adapter belonged to
             those; `tensors`, `modules`, `config` and `documents` are what it was converted to.
     """
@@ -270,6 +272,12 @@ class Adapter:
     unknown: Mapping[str, str] = field(default_factory=dict)
     documents: Mapping[str, bytes] = field(default_factory=dict)
     converted_from: str | None = None
+    further_weights: frozenset[str] = frozenset()
+
+    @property
+    def weights_files(self) -> frozenset[str]:
+        """The file that holds the tensors, and those beside it."""
+        return self.further_weights | {self.weights_file}
 
     @property
     def source(self) -> str:

@@ -10,10 +10,10 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
-from safeproj.cli.options import Adapters, GateReporting, GateTalking, Given, Running
+from safeproj.cli.options import GateReporting, GateTalking, Given, Running, Subjects
 from safeproj.cli.usage import INPUTS, POLICY, examples
 from safeproj.gate.policy import POLICY_FILE, SETTINGS, changed, find_policy, write_template
-from safeproj.methods.registry import method_of
+from safeproj.methods.registry import method_beside, method_of
 
 
 @dataclass(frozen=True)
@@ -143,16 +143,17 @@ class Limits:
         return {each.name.replace("_", "-"): getattr(self, each.name) for each in fields(self)}
 
 
-class Checked(Adapters):
+class Checked(Subjects):
     """Those that pass, or do not."""
 
     what = "SRC of an adapter; a directory of adapters stands for all of them."
 
 
 @examples(
-    "docs/gate.md, docs/ci.md",
+    "docs/gate.md, docs/ci.md, docs/full-models.md",
     "safeproj check --init",
     "safeproj check my-lora-safe --base BASE --aligned MODEL",
+    "safeproj check --model my-finetune-safe --base BASE --aligned MODEL",
     "safeproj check adapters --alignment model.safealign.safetensors --format github",
     "safeproj check my-lora-safe --base BASE --aligned MODEL --evaluation eval.json",
 )
@@ -166,7 +167,8 @@ def check_command(
         typer.Option(
             "--original",
             metavar="SRC",
-            help="The adapter before patching: its projection is computed again and compared.",
+            help="The adapter, or the fine-tune, before patching: its projection is computed again "
+            "and compared.",
             rich_help_panel=INPUTS,
         ),
     ] = None,
@@ -213,21 +215,32 @@ def check_command(
         write_template(place)
         terminal.closing((), talking.quiet, f"wrote {place}")
         return
-    adapter = adapters.sources
     sources = {name: value for name, value in given.values.items() if name not in SETTINGS}
     settings = {name: value for name, value in given.values.items() if name in SETTINGS}
-    method, outputs = method_of(sources), reporting.outputs
+    if adapters.model is None:
+        method, aligned = method_of(sources), None
+    else:
+        method, aligned = method_beside(sources)
+    outputs = reporting.outputs
     files = [("--evaluation", str(each)) for each in evaluation or ()]
-    terminal.check_outputs(outputs, None, [*method.inputs(adapter), *files])
-    chosen = changed(find_policy(policy, adapter), {**limits.given, **settings})
+    terminal.check_outputs(outputs, None, [*adapters.inputs(method, aligned), *files])
+    places = adapters.sources if adapters.model is None else [adapters.model]
+    chosen = changed(find_policy(policy, places), {**limits.given, **settings})
     with running.profile.phase("import"):
         from safeproj import api
+        from safeproj.plan.full import FullModel
 
         options = running.options(talking)
+    full = None if adapters.model is None else FullModel(adapters.model, aligned)
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
         checks = api.check(
-            method, adapter, chosen, options, original=original, evaluations=evaluation or ()
+            method,
+            full or adapters.sources,
+            chosen,
+            options,
+            original=original,
+            evaluations=evaluation or (),
         )
     terminal.finish(checks, reporting, talking, "", running.shown)

@@ -124,6 +124,11 @@ class Subjects(Adapters):
         model: the fine-tune.
     """
 
+    full: ClassVar[str] = (
+        "A full fine-tuned checkpoint, in place of an adapter; --aligned is the model that it was "
+        "made from, beside every method."
+    )
+
     def __init__(
         self,
         adapters: Sequence[str] | str | None = None,
@@ -144,8 +149,7 @@ class Subjects(Adapters):
         info = typer.Option(
             "--model",
             metavar="SRC",
-            help="A full fine-tuned checkpoint, in place of an adapter; --aligned is the model "
-            "that it was made from, beside every method.",
+            help=cls.full,
             rich_help_panel=INPUTS,
         )
         annotation: Any = Annotated[str | None, info]

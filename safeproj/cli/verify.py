@@ -10,22 +10,25 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
-from safeproj.cli.options import GateReporting, GateTalking, Given, OneAdapter, Running
+from safeproj.cli.options import GateReporting, GateTalking, Given, Running, Subjects
 from safeproj.cli.usage import INPUTS, POLICY, examples
 from safeproj.errors import SafeprojError
 from safeproj.methods.registry import inputs_of
 
 
-class Patched(OneAdapter):
+class Patched(Subjects):
     """The adapter that is compared with its original."""
 
     metavar = "PATCHED"
     what = "SRC of the adapter that patch wrote."
+    full = "The full model that patch wrote, in place of an adapter."
+    many = False
 
 
 @examples(
-    "docs/gate.md, docs/signing.md",
+    "docs/gate.md, docs/signing.md, docs/full-models.md",
     "safeproj verify my-lora-safe --original my-lora --base BASE --aligned MODEL",
+    "safeproj verify --model my-finetune-safe --original my-finetune --base BASE --aligned MODEL",
     "safeproj verify my-lora-safe --public-key key.pub",
 )
 @command
@@ -36,7 +39,7 @@ def verify_command(
         typer.Option(
             "--original",
             metavar="SRC",
-            help="The adapter that was patched.",
+            help="The adapter, or the full fine-tune, that was patched.",
             rich_help_panel=INPUTS,
         ),
     ] = None,
@@ -63,20 +66,27 @@ def verify_command(
     --public-key alone the files are compared with the signature and safeproj.json, and no model is
     read. Exit code 0: it is. 1: it is not. 2: that could not be decided.
     """
-    outputs, patched = reporting.outputs, adapters.source
-    read = [*inputs_of(given.values), ("--original", original), ("--adapter", patched)]
+    outputs = reporting.outputs
+    read = [*inputs_of(given.values), ("--original", original)]
+    if adapters.model is None:
+        read.append(("--adapter", adapters.source))
+    else:
+        read.append(("--model", adapters.model))
     terminal.check_outputs(outputs, None, read)
     if original is None and given.values:
         raise SafeprojError(
             "nothing is scored without --original; give it, or leave out the models"
         )
-    method = None if original is None else given.method
+    method, aligned = (None, None) if original is None else adapters.method(given)
     with running.profile.phase("import"):
         from safeproj import api
+        from safeproj.plan.full import FullModel
 
         options = running.options(talking)
+    full = None if adapters.model is None else FullModel(adapters.model, aligned)
     signals.interruptible()
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
-        checks = api.verify(patched, original, method, options, public_key=public_key)
+        subject = adapters.source if full is None else full
+        checks = api.verify(subject, original, method, options, public_key=public_key)
     terminal.finish(checks, reporting, talking, "", running.shown)

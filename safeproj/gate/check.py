@@ -82,7 +82,7 @@ def judged(
     digests = reference.digests(run.scores) if patched else {}
     key, unsigned = policy.public_key, list[Finding]()
     if key is not None:
-        unsigned = _about_signature(adapter, Path(key), remarks)
+        unsigned = signature(adapter, Path(key), remarks)
     signed = key is not None and not unsigned
     said = about_behaviour(adapter, evaluations, policy, signed=signed)
     answered = said.behaviour.outranks
@@ -109,7 +109,7 @@ def judged(
         *about_change(adapter),
         *about_identities(policy, method, run.report.inputs),
     ]
-    check = _check(member, adapter, findings, policy, evidence, run, tuple(remarks))
+    check = checked(member, adapter, findings, policy, evidence, run, tuple(remarks))
     return dataclasses.replace(check, behaviour=said.behaviour)
 
 
@@ -174,17 +174,17 @@ def verified(
         findings += recorded(written, original.reference.digests(written.scores), Policy())[1]
     evidence: dict[str, Evidence] = {}
     if public_key is not None:
-        findings += _about_signature(patched, public_key, remarks)
+        findings += signature(patched, public_key, remarks)
     if original is not None:
         result = recomputed(original.run, patched, original.device)
         findings += [*result.findings, *_about_record(patched, original, result, findings)]
         evidence = result.evidence
         remarks.append(result.remark)
     run = None if original is None else original.run
-    return _check(member, patched, findings, Policy(), evidence, run, tuple(remarks))
+    return checked(member, patched, findings, Policy(), evidence, run, tuple(remarks))
 
 
-def _check(
+def checked(
     member: Member,
     adapter: Adapter,
     findings: list[Finding],
@@ -193,6 +193,7 @@ def _check(
     run: Run | None,
     remarks: tuple[str, ...],
 ) -> Check:
+    """Return a check of what was found."""
     # What would be projected, and how well, is not what a gate is asked.
     report = None
     if run is not None:
@@ -227,7 +228,7 @@ def _cut(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(kept, key=lambda finding: finding.id)
 
 
-def _about_signature(adapter: Adapter, key: Path, remarks: list[str]) -> list[Finding]:
+def signature(adapter: Adapter, key: Path, remarks: list[str]) -> list[Finding]:
     """Return why an adapter is not signed by a key; if it is, remark on that."""
     folder = adapter.folder
     reason: str | None = "the signature of a local directory can be checked; download the adapter"
@@ -255,22 +256,22 @@ def _about_record(
             text = f"{len(result.evidence)} modules are projected, and there is no {MANIFEST}"
             yield found("SP020", text)
         return
-    claimed = _claimed(patched)
+    said_so = claimed(patched)
     named = {finding.module for finding in result.findings}
-    for name in claimed - result.evidence.keys() - named:
+    for name in said_so - result.evidence.keys() - named:
         if is_own_projection(original.run, patched, name):
             continue
         text = f"{name}: {MANIFEST} says it is projected, and its factors are the original's"
         yield found("SP024", text, module=name)
     if any(each.file == MANIFEST and each.level is not Level.note for each in said):
         return
-    for name in sorted(result.evidence.keys() - claimed):
+    for name in sorted(result.evidence.keys() - said_so):
         text = f"{name}: is projected, and {MANIFEST} does not say so"
         yield found("SP021", text, module=name, file=MANIFEST)
-    yield from about_history(original.run, patched, result.evidence.keys() | (claimed & named))
+    yield from about_history(original.run, patched, result.evidence.keys() | (said_so & named))
 
 
-def _claimed(patched: Adapter) -> set[str]:
+def claimed(patched: Adapter) -> set[str]:
     """Return the modules that safeproj.json says are projected; none if it cannot be read."""
     try:
         modules = read_json(patched.folder, MANIFEST).get("modules")

@@ -162,7 +162,7 @@ def about_files(adapter: Adapter, policy: Policy) -> Iterator[Finding]:
     files = listing(adapter.folder)
     yield from _about_listing(adapter, files)
     for name in files.names:
-        if name not in (adapter.weights_file, MANIFEST) and files.is_file(name):
+        if name not in (*adapter.weights_files, MANIFEST) and files.is_file(name):
             yield from _about_content(adapter, files, name, policy)
     yield from _about_names(adapter)
 
@@ -185,7 +185,7 @@ def _about_listing(adapter: Adapter, files: Listing) -> Iterator[Finding]:
     for name in files.names:
         yield from _about_path(files, name)
     yield from _about_modes(files)
-    read = (CONFIG, MANIFEST, SIGNATURE, adapter.weights_file)
+    read = (CONFIG, MANIFEST, SIGNATURE, *adapter.weights_files)
     for name, other in _alike_files(files.names, read):
         yield found("SP016", f"the file {name!a} differs from {other!a} in looks alone", file=name)
 

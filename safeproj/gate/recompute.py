@@ -82,7 +82,7 @@ def recomputed(original: Run, patched: Adapter, device: Device) -> Recomputed:
         patched: the adapter after it.
         device: where the arithmetic ran.
     """
-    result = Recomputed(_same_hardware(patched, device), _dtype(patched))
+    result = Recomputed(same_hardware(patched, device), _dtype(patched))
     before = original.adapter
     result.findings += _other_tensors(original, patched, same=result.same)
     if before.tensors.keys() == patched.tensors.keys():
@@ -90,7 +90,7 @@ def recomputed(original: Run, patched: Adapter, device: Device) -> Recomputed:
             _compare(result, original, patched, item.module)
     resized = resized_documents(before, original.plan, original.scores, result.evidence)
     documents = {**before.documents, **resized}
-    result.findings += _other_files(replace(before, documents=documents), patched)
+    result.findings += other_files(replace(before, documents=documents), patched)
     result.findings += about_card(before, patched)
     return result
 
@@ -105,7 +105,7 @@ def _dtype(patched: Adapter) -> str | None:
         return None
 
 
-def _same_hardware(patched: Adapter, device: Device) -> bool:
+def same_hardware(patched: Adapter, device: Device) -> bool:
     """Tell whether safeproj.json records what this comparison runs on."""
     if MANIFEST not in patched.folder.files:
         return False
@@ -262,7 +262,7 @@ def _tolerance(
     return rounding + smallest + sums
 
 
-def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
+def other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
     """Yield files that patching copies and that are not what they were, at any depth.
 
     What else is in the original, patching may leave out: other weights, what trainers kept, `.git`,
@@ -270,7 +270,7 @@ def _other_files(before: Adapter, patched: Adapter) -> Iterator[Finding]:
     """
     written = {MANIFEST, CARD, SIGNATURE}
     files = listing(patched.folder)
-    there = set(files.names) - written - {patched.weights_file}
+    there = set(files.names) - written - patched.weights_files
     all_of_it = not isinstance(before.folder, LocalFolder) or before.folder.only is None
     given = before.folder.files - before.format.replaced_files - written if all_of_it else set()
     state = set(training_state(before, given))

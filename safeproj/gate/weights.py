@@ -121,13 +121,18 @@ def about_weights(context: Context) -> Iterator[Finding]:
     """Yield what there is to say about the updates and the other tensors."""
     yield from _unknown(context)
     yield from _unmatched(context)
-    yield from _low(context)
-    yield from _unscored(context)
-    yield from _changes(context)
+    yield from about_scores(context)
     yield from _beside_the_update(context)
     yield from _config(context)
     yield from _strength(context)
     yield from _deceptive(context)
+
+
+def about_scores(context: Context) -> Iterator[Finding]:
+    """Yield what scores say, and what has none."""
+    yield from _low(context)
+    yield from _unscored(context)
+    yield from _changes(context)
 
 
 def _unknown(context: Context) -> Iterator[Finding]:
@@ -227,7 +232,7 @@ def _unscored(context: Context) -> Iterator[Finding]:
     missing = {
         item.module.name: context.run.method.detail.blank.finding
         for item, _ in context.modules
-        if context.run.scores[item.module.name].factor is None
+        if context.run.scores[item.module.name].is_blank
     }
     empty = [item for item, module in context.modules if _is_empty(context, module)]
     if "unmatched-modules" not in policy.allow:
@@ -256,7 +261,7 @@ def _unscored(context: Context) -> Iterator[Finding]:
 
 
 def _is_empty(context: Context, module: ModuleReport) -> bool:
-    return module.cosine is None and context.run.scores[module.name].factor is not None
+    return module.cosine is None and not context.run.scores[module.name].is_blank
 
 
 def _rows_beyond(context: Context, whole: AdaptedModule | None, part: AdaptedModule) -> bool:

@@ -119,6 +119,7 @@ class WholeScore(Score):
     Attributes:
         relative_change: `‖ΔW‖_F / ‖W_aligned‖_F`; None where the aligned weight is zero.
         nothing: whether there is nothing to compare the change with.
+        size: `‖ΔW‖_F`.
         tuned: digests of what was read of the fine-tuned weight.
         before: those of the aligned weight that it was compared with.
     """
@@ -127,6 +128,7 @@ class WholeScore(Score):
 
     relative_change: float | None = None
     nothing: bool = False
+    size: float = 0.0
     tuned: Digests = field(default_factory=dict)
     before: Digests = field(default_factory=dict)
 
@@ -213,6 +215,7 @@ def _score(
         digests=made.digests,
         relative_change=math.sqrt(before / D.size) if D.size else None,
         nothing=made.is_blank,
+        size=math.sqrt(before),
         tuned=D.digests[0],
         before=D.digests[1],
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from numpy import array_equal
 
 from safeproj import __version__, engine
 from safeproj.adapter.interface import MANIFEST, Format
@@ -36,7 +37,16 @@ from safeproj.methods.differences import Difference
 from safeproj.methods.file_reference import FileReference
 from safeproj.methods.interface import Method
 from safeproj.methods.reference import Reference
-from safeproj.methods.whole import BLOCK, WholeScore, WholeTask, remade, scored, workers_for
+from safeproj.methods.whole import (
+    BLOCK,
+    Remade,
+    Sums,
+    WholeScore,
+    WholeTask,
+    remade,
+    scored,
+    workers_for,
+)
 from safeproj.plan.full import (
     FullModel,
     FullPlan,
@@ -51,7 +61,16 @@ from safeproj.records.scores import Report, Unprojected
 from safeproj.run.decide import LOST_IN_ROUNDING, module_reports, warnings_of
 from safeproj.run.job import notes_of
 from safeproj.run.options import Options
-from safeproj.storage.arrays import FLOAT32, Array, cast, promoted, single, sum_of_squares, to_host
+from safeproj.storage.arrays import (
+    FLOAT32,
+    Array,
+    DType,
+    cast,
+    promoted,
+    single,
+    sum_of_squares,
+    to_host,
+)
 from safeproj.storage.publish import Appearance, Resumed
 from safeproj.storage.source import Folder, identity, read_json
 from safeproj.text import shorten
@@ -183,7 +202,7 @@ class FullJob:
             SafeprojError: it cannot be written; nothing is left behind, but with `resume`.
         """
         files = self.tuned.files
-        subject = _subject(self._folder, files)
+        subject = subject_of(self.tuned)
         copied = {"copy_weights": copy_weights, "keep_training_state": keep_training_state}
         notes = notes_of(subject, self._method, **copied)
         warnings = (*run.report.warnings, *notes)
@@ -211,7 +230,7 @@ class FullJob:
                     appearance.keep({file: found})
             written = [each for each in run.plan.weights if each.name in run.chosen]
             names = {name for each in written for name in stored_names(each.tuned)}
-            tensors = _digests(appearance.path)
+            tensors = digests_of(open_checkpoint(str(appearance.path)))
             return {"projected": sorted(names), "blake3": {"tensors": tensors}}
 
         def said() -> tuple[dict[str, Any], str]:
@@ -444,6 +463,48 @@ class FullJob:
             finally:
                 source.close()
 
+    def compared(self, other: Tuned) -> tuple[dict[str, Compared], FullPlan]:
+        """Compare another model with this one and with what the method makes of it.
+
+        Args:
+            other: a model with the same tensors, such as this one patched.
+
+        Returns:
+            By module how they compare, and the plan of all of them.
+
+        Raises:
+            SafeprojError: a weight cannot be read.
+        """
+        plan = self._plan()
+        weights = {each.name: each for each in plan.weights}
+        tasks = self._tasks(plan.weights)
+
+        def work(buffers: Buffers, task: WholeTask) -> list[Compared]:
+            found = remade(task, self._method.formulas, buffers, self._kernel)
+            return [
+                _compare(change, made, matrix(weights[name].tuned, other.checkpoint), task.name)
+                for name, (change, _, made) in zip(tasks[task], found, strict=True)
+            ]
+
+        results: dict[str, Compared] = {}
+        for names, found in zip(tasks.values(), self._run(plan, list(tasks), work), strict=True):
+            results |= zip(names, found, strict=True)
+        return results, plan
+
+    def tensors(self, weight: PlannedWeight) -> list[str]:
+        """Return the names of the stored tensors that a weight is made of."""
+        return list(stored_names(weight.tuned))
+
+    @property
+    def method(self) -> Method:
+        """What is done."""
+        return self._method
+
+    @property
+    def options(self) -> Options:
+        """How."""
+        return self._options
+
     def _put(self, run: FullRun, file: str) -> dict[str, float]:
         """Put the chosen weights into one of the copies.
 
@@ -520,6 +581,74 @@ class FullJob:
         return {**found, "options": options, "versions": versions(by_torch=where.engine == "torch")}
 
 
+@dataclass(frozen=True)
+class Compared:
+    """How a weight compares with one of another model, and with what a method makes of it.
+
+    Attributes:
+        dtype: of the other.
+        shape: (m, n).
+        is_original: whether the two are equal.
+        is_projection: whether the other is `W_aligned + ΔW'`, as it is written.
+        error: how far it is from that, in `‖·‖_F`.
+        size: of that.
+        change: `‖ΔW‖_F`.
+        alignment_norm: `‖V‖_F`, if there is one.
+    """
+
+    dtype: DType
+    shape: tuple[int, int]
+    is_original: bool
+    is_projection: bool
+    error: float
+    size: float
+    change: float
+    alignment_norm: float | None
+
+
+def _compare(change: Difference, made: Remade, other: Matrix, name: str) -> Compared:
+    """Compare by rows."""
+    dtype = stored_dtype(other.weight.dtype)
+    rows_of = [_Rows(each) for each in (change.before, change.after, other)]
+    is_original = is_projection = True
+    error = size = before = after = both = 0.0
+    shape = other.weight.shape[::-1] if other.transposed else other.weight.shape
+    seen = False
+    try:
+        for part in made.rows():
+            seen = True
+            new = to_host(part.after)
+            rows = range(part.rows.start, part.rows.start + len(new))
+            aligned, own, there = (each(rows) for each in rows_of)
+            wanted = aligned + new
+            is_original &= array_equal(cast(own, dtype), cast(there, dtype))
+            is_projection &= array_equal(cast(wanted, dtype), cast(there, dtype))
+            error += float(sum_of_squares(single(there) - single(wanted)))
+            size += float(sum_of_squares(single(wanted)))
+            before += float(sum_of_squares(part.before))
+            after += float(sum_of_squares(part.after))
+        if not seen:  # there is nothing to compare it with: it can only be kept
+            rows = range(shape[0])
+            is_original = array_equal(*(cast(each(rows), dtype) for each in rows_of[1:]))
+            is_projection = False
+    except FloatingPointError as failure:
+        raise SafeprojError(f"{name}: has a value that is not finite") from failure
+    finally:
+        for each in rows_of:
+            each.close()
+    sums = Sums(before, after, both)
+    return Compared(
+        dtype,
+        shape,
+        is_original,
+        is_projection,
+        math.sqrt(error),
+        math.sqrt(size),
+        math.sqrt(before),
+        made.detail(sums).length,
+    )
+
+
 class _Rows:
     """The rows (m, n) of a weight that a change is added to, in float32 or wider.
 
@@ -590,9 +719,9 @@ class _Files(Format):
         raise NotImplementedError(f"{path}: {len(tensors)} tensors")  # `Rewriting` writes them
 
 
-def _digests(directory: Path) -> dict[str, str]:
+def digests_of(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the digests of all tensors of a checkpoint, as they are stored."""
-    checkpoint, reader = open_checkpoint(str(directory)), Reader()
+    reader = Reader()
     reader.start((NEW,))
     try:
         for name in checkpoint.names:
@@ -608,8 +737,10 @@ def _digests(directory: Path) -> dict[str, str]:
         reader.close()
 
 
-def _subject(folder: Folder, files: Rewriting) -> Adapter:
-    """Return what is in a checkpoint's folder, as `write_directory` takes it."""
+def subject_of(tuned: Tuned) -> Adapter:
+    """Return what is in a checkpoint's folder, as `write_directory` and the gate take it."""
+    files, folder = tuned.files, tuned.checkpoint.folder
+    assert folder is not None  # it is no file that stands for a model
     return Adapter(
         folder=folder,
         weights_file=files.files[0],
@@ -621,6 +752,7 @@ def _subject(folder: Folder, files: Rewriting) -> Adapter:
         warnings=(),
         format=_Files(files),
         documents=files.documents,
+        further_weights=frozenset([*files.files, *filter(None, [files.index])]),
     )
 
 

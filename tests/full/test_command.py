@@ -180,7 +180,7 @@ def test_pickled_checkpoints(full: Full, tmp_path: Path, is_sharded: bool) -> No
     assert {path.name for path in out.glob("pytorch_model*")} == {
         path.name for path in tuned.glob("pytorch_model*")
     }
-    found = {}
+    found: dict[str, Tensor] = {}
     for path in out.glob("*.bin"):
         assert zipfile.ZipFile(path).testzip() is None
         found |= torch.load(path, weights_only=True)
@@ -201,7 +201,14 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
     model = moved(aligned, 0.02, seed=3)
     for name, each in (("base", base), ("aligned", aligned), ("tuned", model)):
         each.save_pretrained(tmp_path / name, max_shard_size="60KB")
-    models = ["--base", tmp_path / "base", "--aligned", tmp_path / "aligned", "--model", tuned]
+    models: list[str | Path] = [
+        "--base",
+        tmp_path / "base",
+        "--aligned",
+        tmp_path / "aligned",
+        "--model",
+        tuned,
+    ]
     result = safeproj("patch", *models, "--all", "--include", "experts", "--out", out)
     assert result.returncode == 0, result.stderr
     modules = [m for m in read_json(out / MANIFEST)["modules"] if m["projected"]]
@@ -241,7 +248,13 @@ def test_rows_that_the_aligned_model_lacks_are_kept(full: Full, tmp_path: Path) 
     model = moved(full.trio.aligned_model, 0.01, seed=3)
     model.resize_token_embeddings(53, mean_resizing=False)
     model.save_pretrained(tuned)
-    arguments = [*full.arguments[:4], "--model", tuned, "--all", "--restore-others"]
+    arguments: list[str | Path] = [
+        *full.arguments[:4],
+        "--model",
+        tuned,
+        "--all",
+        "--restore-others",
+    ]
     result = safeproj("patch", *arguments, "--out", out)
     assert result.returncode == 0, result.stderr
     document = read_json(out / MANIFEST)
@@ -401,7 +414,7 @@ def test_the_aligned_model_is_needed(full: Full, tmp_path: Path) -> None:
     file = tmp_path / "model.safealign.safetensors"
     models = full.arguments[:4]
     assert safeproj("align", *models, "--out", file).returncode == 0
-    given = ["--alignment", file, "--model", full.tuned]
+    given: list[str | Path] = ["--alignment", file, "--model", full.tuned]
     assert_refused(safeproj("inspect", *given), "--aligned is missing", "made from")
     result = safeproj("inspect", *given, "--aligned", full.trio.aligned)
     assert result.returncode == 0, result.stderr
@@ -410,9 +423,16 @@ def test_the_aligned_model_is_needed(full: Full, tmp_path: Path) -> None:
 def test_an_alignment_file_of_another_model_is_refused(full: Full, tmp_path: Path) -> None:
     file, other = tmp_path / "model.safealign.safetensors", tmp_path / "other"
     moved(full.trio.aligned_model, 0.001, seed=9).save_pretrained(other)
-    models = ["--base", full.trio.base, "--aligned", other]
+    models: list[str | Path] = ["--base", full.trio.base, "--aligned", other]
     assert safeproj("align", *models, "--out", file).returncode == 0
-    given = ["--alignment", file, "--aligned", full.trio.aligned, "--model", full.tuned]
+    given: list[str | Path] = [
+        "--alignment",
+        file,
+        "--aligned",
+        full.trio.aligned,
+        "--model",
+        full.tuned,
+    ]
     result = safeproj("patch", *given, "--out", tmp_path / "out")
     assert_refused(result, "is another one than", str(file))
     assert not (tmp_path / "out").exists()
@@ -426,7 +446,7 @@ def test_options_of_full_models_are_none_of_adapters(full: Full, tmp_path: Path)
 
 def test_out_is_replaced_if_it_was_patched(full: Full, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["patch", *full.arguments, "--all", "--out", out, "--overwrite"]
+    arguments: list[str | Path] = ["patch", *full.arguments, "--all", "--out", out, "--overwrite"]
     shutil.copytree(full.tuned, out)
     assert_refused(safeproj(*arguments), "no model that was patched")
     assert snapshot(out) == snapshot(full.tuned)
@@ -460,7 +480,14 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     change_json(tuned / "model.safetensors.index.json", **index)
     place = tmp_path / "place"
     place.mkdir()
-    arguments = [*full.arguments[:4], "--model", tuned, "--all", "--out", place / "out"]
+    arguments: list[str | Path] = [
+        *full.arguments[:4],
+        "--model",
+        tuned,
+        "--all",
+        "--out",
+        place / "out",
+    ]
     assert_refused(
         safeproj("patch", *arguments), "GB are to be written", "GB are free", "make room"
     )
