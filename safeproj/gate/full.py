@@ -17,7 +17,7 @@ from safeproj.adapter import Adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
 from safeproj.checkpoint import Checkpoint, Reader, Weight
-from safeproj.checkpoint.hashes import NEW, merged, tensors_of
+from safeproj.checkpoint.hashes import NEW, Digests, merged, tensors_of
 from safeproj.engine import row_width
 from safeproj.errors import SafeprojError
 from safeproj.gate.card import about_card, about_change, about_claim
@@ -200,7 +200,7 @@ def _recorded(
 def _other_models(job: FullJob, run: FullRun, document: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield the models of a record that are not those of this check, by their tensors."""
     digests = job.reference.digests(run.scores)
-    own = {role: tensors_of(each) for role, each in digests.items()}
+    own: dict[str, Digests] = {role: tensors_of(each) for role, each in digests.items()}
     own["aligned"] = merged(score.before for score in run.scores.values())
     for role, read in own.items():
         there = tensors_of(document["inputs"][role])

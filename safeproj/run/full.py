@@ -629,7 +629,8 @@ def _compare(change: Difference, made: Remade, other: Matrix, name: str) -> Comp
             after += float(sum_of_squares(part.after))
         if not seen:  # there is nothing to compare it with: it can only be kept
             rows = range(shape[0])
-            is_original = array_equal(*(cast(each(rows), dtype) for each in rows_of[1:]))
+            own, there = (cast(each(rows), dtype) for each in rows_of[1:])
+            is_original = array_equal(own, there)
             is_projection = False
     except FloatingPointError as failure:
         raise SafeprojError(f"{name}: has a value that is not finite") from failure

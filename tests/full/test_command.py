@@ -56,7 +56,8 @@ class Full:
         """Return what Safe LoRA makes of a weight, in float64."""
         models = (self.trio.base_model, self.trio.aligned_model, self.model)
         base, aligned, tuned = (each.get_parameter(name).detach().double() for each in models)
-        return aligned + oracle_C(aligned, base) @ (tuned - aligned)
+        found: Tensor = aligned + oracle_C(aligned, base) @ (tuned - aligned)
+        return found
 
 
 @pytest.fixture(scope="module")

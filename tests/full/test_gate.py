@@ -72,7 +72,7 @@ def test_restored_tensors_are_verified(full: Full, tmp_path: Path) -> None:
     assert (code, found["findings"]) == (0, [])
 
 
-def edit(folder: Path, name: str, change: Callable[[torch.Tensor], None]) -> None:
+def edit(folder: Path, name: str, change: Callable[[torch.Tensor], object]) -> None:
     """Change a tensor of a checkpoint, and say nothing."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
@@ -202,5 +202,5 @@ def test_other_weights_beside_it_fail(full: Full, patched: Path, tmp_path: Path)
 
 def test_an_evaluation_is_of_adapters(full: Full, tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text("{}")
-    options = ["--evaluation", tmp_path / "eval.json"]
+    options: list[str | Path] = ["--evaluation", tmp_path / "eval.json"]
     assert_refused(safeproj("check", *full.arguments, *options), "--evaluation", "--model")
