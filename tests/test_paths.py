@@ -63,6 +63,8 @@ def scores(c: As, out: Path) -> Iterator[tuple[str, Any]]:
     yield "check", checked.to_dict()["checks"]
     with pytest.raises(SafeprojError, match=re.escape(f"evaluations {out / 'eval.json'}: ")):
         safeproj.check(method, [c(BAD)], evaluations=[c(out / "eval.json")])
+    full = safeproj.FullModel(c(ALIGNED), c(ALIGNED))
+    yield "FullModel", (full, safeproj.inspect(method, full, CPU).to_dict())
     keys = make_keys(out / "keys")
     sign(out / "bad", keys.private)
     verified = safeproj.verify(c(out / "bad"), c(BAD), method, public_key=c(keys.public))

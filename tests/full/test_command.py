@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import Trio
 from tests.e2e.test_quantised import fp8, pickled
+from tests.methods.covariance.test_command import make
 from tests.methods.salora.models import build
 from tests.report.test_schemas import validator
 from tests.support import (
@@ -319,6 +320,29 @@ def in_shards(folder: Path) -> None:
         save_file(part, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 1}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_data_in_the_place_of_statistics(tmp_path: Path) -> None:
+    """The aligned model is run on it, for all linear layers."""
+    place = make(tmp_path, "llama")
+    model = moved(place.model, 0.01, seed=3)
+    model.save_pretrained(tmp_path / "tuned")
+    given: list[str | Path] = ["--aligned", place.aligned, "--model", tmp_path / "tuned"]
+    outs = []
+    for name, safety, task in (
+        ("data", place.safety, place.task),
+        ("statistics", place.safety_stats, place.task_stats),
+    ):
+        out = tmp_path / name
+        data = ["--safety-data", safety, "--task-data", task]
+        result = safeproj("patch", *given, *data, "--out", out)
+        assert result.returncode == 0, result.stderr
+        outs.append(tensors_in(out))
+    assert len(read_json(tmp_path / "data" / MANIFEST)["output"]["projected"]) == 14
+    for name, tensor in outs[0].items():
+        assert torch.equal(tensor, outs[1][name]), name
+    options = [*given, "--safety-data", place.safety, "--reconstruct", "--out", tmp_path / "out"]
+    assert_refused(safeproj("patch", *options), "--reconstruct runs an adapter", "--model")
 
 
 Damage = Callable[[Full, Path], tuple[list[str | Path], list[str]]]
