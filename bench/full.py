@@ -18,13 +18,13 @@ import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +105,18 @@ WAYS: dict[str, Callable[[Path, Size, Path], None]] = {"safeproj": patched, "den
 
 def child(way: str, root: Path, size: Size, out: Path) -> None:
     """Run one way in this process, and print how long it took and what it held."""
-    if way == "dense":
-        import safetensors.torch as _
-    else:
-        import safeproj.api as _  # noqa: F401
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    import_module("safetensors.torch" if way == "dense" else "safeproj.api")
+    before = peak()
     start = time.perf_counter()
     WAYS[way](root, size, out)
     seconds = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "megabytes": (after - before) / 1024}))
+    print(json.dumps({"seconds": seconds, "megabytes": peak() - before}))
+
+
+def peak() -> float:
+    """Return the most megabytes that this process has held; Linux counts from its own start."""
+    status = Path("/proc/self/status").read_text()
+    return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def measured(way: str, arguments: argparse.Namespace, root: Path, out: Path) -> dict[str, float]:

@@ -27,7 +27,7 @@ from safeproj.storage import tensorfile
 from safeproj.storage.arrays import Array, bytes_of, cast, is_finite
 from safeproj.storage.picklefile import seal
 from safeproj.storage.publish import flush
-from safeproj.storage.source import read_json
+from safeproj.storage.source import Folder, read_json
 
 DECODED = "BF16"
 """What FP8 codes are written as."""
@@ -50,12 +50,20 @@ class Spot:
         start: its first byte.
         dtype: the safetensors name.
         width: columns of it as a matrix.
+        nbytes: how many bytes it has.
     """
 
     file: str
     start: int
     dtype: str
     width: int
+    nbytes: int
+
+    def content(self, folder: Folder) -> bytes:
+        """Return its bytes, in a folder with such files."""
+        with folder.path(self.file).open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.nbytes)
 
 
 class Rewriting:
@@ -123,11 +131,6 @@ class Rewriting:
             if self.codes:
                 found[name] = _text(self._plain(name, read_json(folder, name)))
         return found
-
-    def storage(self, name: str) -> tuple[str, int]:
-        """Return what tells a tensor's numbers from those of every other."""
-        spot = self.spots[name]
-        return spot.file, spot.start
 
     def begin(self, directory: Path, file: str) -> None:
         """Write one of the files, with everything as it is, under a name that is not its own yet.
@@ -224,7 +227,7 @@ class Rewriting:
             for name in names:
                 entry, _ = stored.locate(name)
                 width = as_matrix(entry.shape, None)[1]
-                self.spots[name] = Spot(file, entry.start, entry.dtype, width)
+                self.spots[name] = Spot(file, entry.start, entry.dtype, width, entry.nbytes)
             return
         entries = {name: stored.locate(name)[0] for name in names if name not in scales}
         layout, start = {}, 0
@@ -236,15 +239,19 @@ class Rewriting:
         metadata = tensorfile.read_header(stored.folder.path(file)).metadata
         start = tensorfile.data_start(metadata, layout)
         for name, (dtype, shape, nbytes) in layout.items():
-            self.spots[name] = Spot(file, start, dtype, as_matrix(shape, None)[1])
+            self.spots[name] = Spot(file, start, dtype, as_matrix(shape, None)[1], nbytes)
             start += nbytes
         self._layouts[file] = layout
 
     def _spot_of_pickled(self, stored: PickledCheckpoint, file: str, name: str) -> None:
         weight = stored.weight(name)
-        if not weight.stored.is_contiguous:
-            return  # it can be copied, and nothing be put in its place
-        self.spots[name] = Spot(file, weight.stored.start, weight.dtype, weight.shape[1])
+        where = weight.stored
+        if not where.is_contiguous:
+            raise SafeprojError(
+                f"{stored.source}: the values of {name} lie in another order than its rows, in "
+                "which none are put in their place; save the model again with save_pretrained"
+            )
+        self.spots[name] = Spot(file, where.start, weight.dtype, weight.shape[1], where.nbytes)
 
     def _bytes(self, layout: Mapping[str, Any]) -> Iterator[memoryview]:
         """Yield the bytes of the tensors of a file that is laid anew."""

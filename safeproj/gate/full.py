@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import numpy
 from numpy import array_equal
 
 from safeproj import engine
 from safeproj.adapter import Adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
-from safeproj.checkpoint import Checkpoint, Reader, Weight
+from safeproj.checkpoint.expression import Matrix
 from safeproj.checkpoint.hashes import NEW, Digests, merged, tensors_of
+from safeproj.checkpoint.interface import STORED_DTYPES, stored_dtype
 from safeproj.engine import row_width
 from safeproj.errors import SafeprojError
 from safeproj.gate.card import about_card, about_change, about_claim
@@ -34,11 +36,12 @@ from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
 from safeproj.records.checks import Check, Evidence, Finding
 from safeproj.run.decide import Decision
-from safeproj.run.full import Compared, FullJob, FullRun, digests_of, subject_of
+from safeproj.run.full import Compared, FullJob, FullRun, Rows, digests_of, subject_of
 from safeproj.run.job import Run
 from safeproj.run.options import Options
-from safeproj.storage.arrays import Array, cast
+from safeproj.storage.arrays import cast
 from safeproj.storage.source import read_json
+from safeproj.storage.tensorfile import DTYPES
 from safeproj.text import shorten
 
 
@@ -314,47 +317,45 @@ def _judge(result: Recomputed, name: str, each: Compared) -> None:
 
 def _other_tensors(before: Tuned, after: Tuned, taken: set[str]) -> Iterator[Finding]:
     """Yield the other tensors that are neither the original's nor the aligned model's."""
-    differing: list[str] = []
     for name in before.files.spots:
-        if name not in taken and not _is_same(before.checkpoint, after.checkpoint, name):
-            differing.append(name)
-    aligned = before.aligned.checkpoint
-    for name in differing:
-        if not _is_restored(before.checkpoint, aligned, after.checkpoint, name):
+        if name not in taken and not _is_kept_or_restored(before, after, name):
             yield found("SP025", f"{name} differs from the original's", tensor=name)
 
 
-def _is_same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
-    first, second = one.weight(name), other.weight(name)
-    return all(
-        array_equal(cast(a, b.dtype), b)
-        for a, b in zip(_blocks(first), _blocks(second, first), strict=True)
-    )
+def _is_kept_or_restored(before: Tuned, after: Tuned, name: str) -> bool:
+    """Tell whether a tensor is the original's; or in the rows that the aligned model has, its."""
+    spots, folders = (before.files.spots, after.files.spots), (before.folder, after.folder)
+    if spots[0][name].dtype not in STORED_DTYPES:  # such as a counter
+        one, other = (spot[name].content(f) for spot, f in zip(spots, folders, strict=True))
+        return one == other
+    aligned = before.aligned.checkpoint
+    kept, there = before.checkpoint.weight(name), after.checkpoint.weight(name)
+    source = aligned.weight(name) if name in aligned.names else None
+    height = 0
+    if source is not None and source.shape[1] == there.shape[1] and source.dtype in DTYPES:
+        height = min(source.shape[0], there.shape[0])
+    is_kept, is_restored = True, height > 0
+    weights = [kept, there] if source is None or not height else [kept, there, source]
+    with closing_all([Rows(Matrix(weight)) for weight in weights]) as readers:
+        step = max(1, BLOCK // max(1, *map(row_width, weights)))
+        stops = sorted({*range(step, there.shape[0], step), height, there.shape[0]} - {0})
+        for start, stop in pairwise([0, *stops]):
+            own, found_, *others = (
+                cast(each(range(start, stop)), stored_dtype(there.dtype))
+                for each in (readers if stop <= height else readers[:2])
+            )
+            is_kept = is_kept and array_equal(own, found_)
+            is_restored = is_restored and array_equal(others[0] if others else own, found_)
+            if not is_kept and not is_restored:
+                return False
+    return True
 
 
-def _is_restored(before: Checkpoint, aligned: Checkpoint, after: Checkpoint, name: str) -> bool:
-    """Tell whether the rows that the aligned model has are its own, and the others kept."""
-    if name not in aligned.names:
-        return False
-    source, kept, there = aligned.weight(name), before.weight(name), after.weight(name)
-    if source.shape[1] != there.shape[1]:
-        return False
-    whole, own, found_ = (numpy.concatenate(list(_blocks(w))) for w in (source, kept, there))
-    height = min(len(whole), len(found_))
-    return array_equal(cast(whole[:height], found_.dtype), found_[:height]) and array_equal(
-        cast(own[height:], found_.dtype), found_[height:]
-    )
-
-
-def _blocks(weight: Weight, like: Weight | None = None) -> Iterator[Array]:
-    """Yield the rows of a weight in blocks, of as many rows as those of another."""
-    reader = Reader()
-    step = max(1, BLOCK // max(1, row_width(like or weight)))
+@contextmanager
+def closing_all(readers: list[Rows]) -> Iterator[list[Rows]]:
+    """Close all of them at the end."""
     try:
-        reader.start()
-        for start in range(0, weight.shape[0], step):
-            stop = min(start + step, weight.shape[0])
-            buffer = numpy.empty((stop - start) * row_width(weight), numpy.uint8)
-            yield weight.read_rows(reader, start, stop, buffer)
+        yield readers
     finally:
-        reader.close()
+        for each in readers:
+            each.close()

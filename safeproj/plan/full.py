@@ -25,7 +25,7 @@ from safeproj.errors import SafeprojError
 from safeproj.names import Layout, Names
 from safeproj.plan.match import PlannedModule, oriented, quantised_dtypes, quantised_warning
 from safeproj.plan.select import Selection
-from safeproj.storage.source import Src, src
+from safeproj.storage.source import Folder, Src, src
 from safeproj.storage.tensorfile import DTYPES
 from safeproj.text import natural_order, shorten
 
@@ -74,6 +74,13 @@ class Tuned:
     def checkpoint(self) -> Checkpoint:
         """The fine-tuned checkpoint."""
         return self.names.checkpoint
+
+    @property
+    def folder(self) -> Folder:
+        """Where its files are."""
+        found = self.checkpoint.folder
+        assert found is not None  # it is no file that stands for a model
+        return found
 
 
 @dataclass(frozen=True)

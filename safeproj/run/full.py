@@ -217,7 +217,7 @@ class FullJob:
         def weights(appearance: Appearance) -> dict[str, Any]:
             kept = appearance.kept if isinstance(appearance, Resumed) else {}
             for file in files.files:
-                if file in kept:
+                if file in kept and (appearance.path / file).is_file():
                     lost.update(kept[file])
                     continue
                 files.begin(appearance.path, file)
@@ -236,7 +236,7 @@ class FullJob:
         def said() -> tuple[dict[str, Any], str]:
             nonlocal report
             report = replace(report, warnings=(*report.warnings, *_rounded(lost)))
-            return self._manifest(run, report), section(report)
+            return self._manifest(run, report, **copied), section(report)
 
         with self._options.profile.phase("write"):
             try:
@@ -268,12 +268,6 @@ class FullJob:
                 return True
 
         return plan_full(self.tuned, reference.sides, self._selection, holds)
-
-    @property
-    def _folder(self) -> Folder:
-        folder = self.tuned.checkpoint.folder
-        assert folder is not None  # it is no file that stands for a model
-        return folder
 
     def _tasks(self, weights: Iterable[PlannedWeight]) -> dict[WholeTask, list[str]]:
         """Return what is computed in one reading, each with the names of its modules."""
@@ -453,7 +447,7 @@ class FullJob:
             if each.before is None or tuned.files.spots[each.change.key].file != file:
                 continue
             (spot,) = places(Stored(each.change.key), tuned.checkpoint)
-            source = _Rows(matrix(each.before, tuned.aligned.checkpoint))
+            source = Rows(matrix(each.before, tuned.aligned.checkpoint))
             try:
                 height = min(len(spot.rows), source.height)
                 step = max(1, BLOCK // max(1, 4 * len(spot.columns)))
@@ -525,7 +519,7 @@ class FullJob:
             found = remade(task, self._method.formulas, buffers, self._kernel)
             for name, (change, _, made) in zip(names, found, strict=True):
                 spots = places(weights[name].tuned, checkpoint)
-                aligned = _Rows(change.before)
+                aligned = Rows(change.before)
                 error = size = 0.0
                 for part in made.rows():
                     after = to_host(part.after)
@@ -562,7 +556,7 @@ class FullJob:
         text = json.dumps([self._manifest(run, report), files], sort_keys=True)
         return sha256(text.encode()).hexdigest()
 
-    def _manifest(self, run: FullRun, report: Report) -> dict[str, Any]:
+    def _manifest(self, run: FullRun, report: Report, **copied: bool) -> dict[str, Any]:
         """Return what `safeproj.json` says of a run, without what is written."""
         where = engine.resolve_device(self._options.device, wide=self._method.is_wide)
         found = report.to_dict()
@@ -575,9 +569,16 @@ class FullJob:
             ("model", tuned.checkpoint, [each.tuned for each in scores]),
         ):
             found["inputs"][role] |= _recorded(checkpoint, read)
-        if MANIFEST in self._folder.files:
-            found["inputs"]["model"]["previous"] = read_json(self._folder, MANIFEST)
-        options = {"dtype": "keep", "device": where.name, "engine": where.engine}
+        if MANIFEST in self.tuned.folder.files:
+            found["inputs"]["model"]["previous"] = read_json(self.tuned.folder, MANIFEST)
+        options: dict[str, Any] = {
+            "dtype": "keep",
+            "device": where.name,
+            "engine": where.engine,
+            **{name: True for name, is_given in copied.items() if is_given},
+        }
+        if self._restores:
+            options["restore_others"] = True
         return {**found, "options": options, "versions": versions(by_torch=where.engine == "torch")}
 
 
@@ -609,7 +610,7 @@ class Compared:
 def _compare(change: Difference, made: Remade, other: Matrix, name: str) -> Compared:
     """Compare by rows."""
     dtype = stored_dtype(other.weight.dtype)
-    rows_of = [_Rows(each) for each in (change.before, change.after, other)]
+    rows_of = [Rows(each) for each in (change.before, change.after, other)]
     is_original = is_projection = True
     error = size = before = after = both = 0.0
     shape = other.weight.shape[::-1] if other.transposed else other.weight.shape
@@ -650,7 +651,7 @@ def _compare(change: Difference, made: Remade, other: Matrix, name: str) -> Comp
     )
 
 
-class _Rows:
+class Rows:
     """The rows (m, n) of a weight that a change is added to, in float32 or wider.
 
     Args:
@@ -740,10 +741,9 @@ def digests_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 def subject_of(tuned: Tuned) -> Adapter:
     """Return what is in a checkpoint's folder, as `write_directory` and the gate take it."""
-    files, folder = tuned.files, tuned.checkpoint.folder
-    assert folder is not None  # it is no file that stands for a model
+    files = tuned.files
     return Adapter(
-        folder=folder,
+        folder=tuned.folder,
         weights_file=files.files[0],
         config={},
         tensors={},

@@ -160,7 +160,10 @@ def test_restoring_what_no_projection_touches(full: Full, tmp_path: Path) -> Non
     assert "change weights or biases directly" not in result.stderr
     found, given = state(out), tensors_in(full.tuned)
     aligned = full.trio.aligned_model.state_dict()
-    others = {each["tensor"] for each in read_json(out / MANIFEST)["unprojected"]}
+    document = read_json(out / MANIFEST)
+    validator("manifest").validate(document)
+    assert document["options"]["restore_others"] is True
+    others = {each["tensor"] for each in document["unprojected"]}
     for name, tensor in found.items():
         assert torch.equal(tensor, aligned[name] if name in others else given[name]), name
 
@@ -334,7 +337,7 @@ def test_data_in_the_place_of_statistics(tmp_path: Path) -> None:
         ("statistics", place.safety_stats, place.task_stats),
     ):
         out = tmp_path / name
-        data = ["--safety-data", safety, "--task-data", task]
+        data: list[str | Path] = ["--safety-data", safety, "--task-data", task]
         result = safeproj("patch", *given, *data, "--out", out)
         assert result.returncode == 0, result.stderr
         outs.append(tensors_in(out))

@@ -146,6 +146,26 @@ def test_whatever_was_changed_since_is_found(
     assert any(what in each["message"] for each in found["findings"] if each["level"] == "fail")
 
 
+def test_a_tensor_of_whole_numbers_is_compared_too(full: Full, tmp_path: Path) -> None:
+    tuned, out = tmp_path / "tuned", tmp_path / "out"
+    shutil.copytree(full.tuned, tuned)
+    name = "model.steps"
+    index = read_json(tuned / "model.safetensors.index.json")
+    file = sorted(set(index["weight_map"].values()))[0]
+    tensors = {**load_file(tuned / file), name: torch.tensor([1, 2, 3])}
+    save_file(tensors, tuned / file, metadata={"format": "pt"})
+    index["weight_map"][name] = file
+    change_json(tuned / "model.safetensors.index.json", **index)
+    other = Full(full.trio, tuned, full.model)
+    assert safeproj("patch", *other.arguments, "--all", "--out", out).returncode == 0
+    assert torch.equal(tensors_in(out)[name], torch.tensor([1, 2, 3]))
+    assert verify(other, out)[0] == 0
+    edit(out, name, lambda tensor: tensor[0].add_(1))
+    code, found = verify(other, out)
+    assert code == 1
+    assert any(name in each["message"] for each in found["findings"])
+
+
 def test_low_weights_fail_unless_they_were_projected(full: Full, patched: Path) -> None:
     code, found = check(full, full.tuned, *LENIENT, "--threshold", "0.9")
     assert code == 1
