@@ -910,6 +910,7 @@ def _full_job(
     restore_others: bool = False,
 ) -> Iterator[FullJob]:
     """Yield the same for a full fine-tune."""
+    method.whole()  # what is for adapters alone is said before anything is made for it
     with method.prepared([], options or Options()) as ready, engine.one_thread():
         yield FullJob(ready, model, options, hashes, restore_others=restore_others)
 
