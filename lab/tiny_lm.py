@@ -247,8 +247,8 @@ def packed(model: Any, batch: Sequence[Encoded]) -> Any:
         tokens += ids[shared:]
         owners += [owner] * (len(ids) - shared)
         positions += range(shared, len(ids))
-    place, owner = model.device, torch.tensor(owners)
-    seen = (owner[:, None] == owner) | (owner == -1)
+    place, owned = model.device, torch.tensor(owners)
+    seen = (owned[:, None] == owned) | (owned == -1)
     logits = model(
         input_ids=torch.tensor([tokens], device=place),
         position_ids=torch.tensor([positions], device=place),

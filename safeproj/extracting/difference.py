@@ -11,7 +11,7 @@ from safeproj.checkpoint import Reader, Weight
 from safeproj.engine import row_width, rows_per_block
 from safeproj.engine.device import Host
 from safeproj.errors import SafeprojError
-from safeproj.methods.safe_lora.sources import Difference
+from safeproj.methods.differences import Difference
 from safeproj.storage.arrays import Array, double, quiet
 
 
@@ -23,13 +23,13 @@ def relative_size(source: Difference) -> float | None:
     it in different orientations.
 
     Args:
-        source: `aligned` is that of the fine-tune, and `base` that of the aligned model.
+        source: the fine-tune after, the aligned model before.
 
     Raises:
         SafeprojError: a tensor cannot be read, or has a value that is not finite.
     """
-    tuned, aligned = source.aligned.weight, source.base.weight
-    is_mixed = source.aligned.transposed != source.base.transposed
+    tuned, aligned = source.after.weight, source.before.weight
+    is_mixed = source.after.transposed != source.before.transposed
     change = size = 0.0
     reader = Reader()
     try:

@@ -299,7 +299,8 @@ def _write(
     for name, (_, part) in changed.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = part.A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = part.B
-    with appears_at(out, overwrite) as directory:
+    with appears_at(out, overwrite) as appearance:
+        directory = appearance.path
         digests = write_safetensors(directory / WEIGHTS[0], {"format": "pt"}, tensors)
         (directory / CONFIG).write_bytes(json_document(config))
         (directory / CARD).write_bytes(card.encode())

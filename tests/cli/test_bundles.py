@@ -291,7 +291,7 @@ def flags_of(name: str) -> list[str]:
         ("inspect", {"--reconstruct"}),
         ("check", {"--method", "--reconstruct"}),
         ("verify", {"--method", "--reconstruct"}),
-        ("sweep", {"--mu", "--reconstruct"}),
+        ("sweep", {"--mu", "--reconstruct", "--weight"}),
     ],
 )
 def test_commands_take_every_option_of_the_methods_but_these(name: str, missing: set[str]) -> None:

@@ -350,7 +350,7 @@ def test_weights_too_large_to_keep_are_read_as_often_as_by_inspect(
 ) -> None:
     import safeproj
     from safeproj.engine.device import Host
-    from safeproj.methods.safe_lora import blocks as weights
+    from safeproj.methods import differences as weights
 
     monkeypatch.setattr(weights, "CPU_HOLD", 1)
     monkeypatch.setattr(Host, "block", 1 << 10)  # several blocks of each weight

@@ -25,6 +25,7 @@ from safeproj.methods.words import Words
 from safeproj.storage.source import Src
 
 if TYPE_CHECKING:
+    from safeproj.adapter import Adapter
     from safeproj.lm.chat import ChatOptions
     from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
@@ -191,7 +192,7 @@ class Merge(Method):
         return open_both(self.sources["safe_adapter"], self.deciding, self.formula, maps)
 
     def prepared(
-        self, adapters: Sequence[str], options: Options, chat: ChatOptions | None = None
+        self, adapters: Sequence[str | Adapter], options: Options, chat: ChatOptions | None = None
     ) -> AbstractContextManager[Merge]:
         formula = self.formula
         if options.portable and (formula.form == EXACT or formula.rank is not None):

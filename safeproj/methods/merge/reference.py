@@ -119,6 +119,10 @@ class SafeAdapter:
         return self.models.config
 
     @property
+    def sides(self) -> tuple[Names, Names]:
+        return self.models.sides
+
+    @property
     def weights(self) -> Names | None:
         return self.models.weights
 
