@@ -54,7 +54,7 @@ if sys.argv[1] == "all":
     import transformers.initialization, transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama
 for module in pkgutil.walk_packages(safeproj.__path__, "safeproj."):
-    if sys.argv[1] == "all" or module.name != "safeproj.methods.salora.callback":
+    if sys.argv[1] == "all" or not module.name.endswith(".callback"):
         importlib.import_module(module.name)
 assert sys.argv[1] == "all" or not [name for name in late if name in sys.modules]
 from safeproj.__main__ import main

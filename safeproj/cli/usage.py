@@ -152,7 +152,8 @@ class _Usage:
         formatter.write("\nExamples:\n")
         for line in lines:
             formatter.write(_command(line, formatter.width))
-        formatter.write(f"\nMore: {page}\n")
+        more = textwrap.wrap(f"More: {page}", formatter.width, break_on_hyphens=False)
+        formatter.write("\n" + "\n".join(more) + "\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse what is given; what cannot be used is said in words of this command."""

@@ -115,7 +115,7 @@ def test_help_ends_with_examples_that_can_be_parsed_and_pages_that_there_are(
         LEAVES[name].make_context(" ".join(name), words[len(name) :])
     if path in LEAVES:
         assert all(" ".join(["safeproj", *path]) in line for line in lines[:1])
-    pages = re.findall(r"[\w/]+\.md", more)
+    pages = re.findall(r"[\w/-]+\.md", more)
     assert more.startswith("More: ")
     assert pages
     assert [each for each in pages if not (ROOT / each).is_file()] == []
@@ -153,8 +153,8 @@ def test_help_imports_neither_rich_nor_numpy(words: list[str]) -> None:
         ("check --json", "--format json"),
         ("check --sarif", "--format sarif"),
         ("inspect --lora x", "--adapter"),
-        ("patch --base-model x", "--base or --aligned"),
-        ("patch --base_model x", "--base or --aligned"),
+        ("patch --base-model x", "--base or --aligned or --model"),
+        ("patch --base_model x", "--base or --aligned or --model"),
         ("eval --base-model x", "--model"),
         ("patch --output-dir x", "--out"),
         ("check --output-file x", "--output"),

@@ -410,10 +410,10 @@ def test_many_adapters_in_one_run(trio: Trio, file: Path, tmp_path: Path) -> Non
     [
         (
             ("--base", "x"),
-            ("--base and --aligned, --alignment, --safety-module, or --safety-data",),
+            ("--base and --aligned, --alignment, --safety-module, --safety-data with",),
         ),
-        (("--base", "x", "--aligned", "y"), ("--alignment, --safety-module, or --safety-data",)),
-        (("--alignment", "x"), ("--alignment, --safety-module, or --safety-data",)),
+        (("--base", "x", "--aligned", "y"), ("--alignment, --safety-module, --safety-data with",)),
+        (("--alignment", "x"), ("--alignment, --safety-module, --safety-data with",)),
         (("--projector", "approx"), ("--projector", "--safety-module")),
         (("--projector", "exact", "--rank", "2"), ("--projector", "--safety-module")),
         (("--energy", "0.9"), ("--energy", "--safety-module")),

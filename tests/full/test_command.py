@@ -575,7 +575,8 @@ def test_an_interrupted_run_is_gone_on_with(large: list[str], tmp_path: Path) ->
     assert result.returncode == 0, result.stderr
     assert not partial.exists()
     assert snapshot(out) == snapshot(whole)
-    assert {name: (out / name).stat().st_ino for name in begun} == begun
+    kept = [name for name, inode in begun.items() if (out / name).stat().st_ino == inode]
+    assert len(kept) >= len(begun) - 1 > 0  # all but the one that was being written
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

@@ -25,7 +25,6 @@ EXCEPTIONS = {
     "cli/salora.py": "the commands of one method's training",
     "cli/stats.py": "makes the file of one method",
     "extracting/run.py": "what one method compares is what is extracted",
-    "extracting/difference.py": "likewise",
     "gate/evidence.py": "an adapter that was folded has a record of its own",
     "gate/policy.py": "the names of projectors that a policy file may have",
     "plan/residual.py": "an initialisation that has the name of a method",

@@ -442,7 +442,7 @@ def test_where_out_cannot_be(
 
 def test_options_are_checked_first(tmp_path: Path) -> None:
     with pytest.raises(SafeprojError, match="needs base and aligned, or alignment"):
-        SafeLora("/missing/base")
+        api.patch_many(SafeLora("/missing/base"), ["/missing/a"], tmp_path / "out")
     with pytest.raises(SafeprojError, match="is not an existing directory"):
         method = SafeLora("/missing/base", "/missing/aligned")
         api.patch_many(method, ["/missing/a"], tmp_path / "a" / "out")

@@ -1054,6 +1054,9 @@ def test_only_an_alignment_file_is_replaced(llama: Built, tmp_path: Path) -> Non
     assert document(other)["options"]["exact"]
 
 
+TINY = Path(__file__).resolve().parents[3] / "examples" / "tiny-lm"
+
+
 @pytest.mark.parametrize("given", [(True, False, False), (False, True, True), (True, True, True)])
 def test_either_both_checkpoints_or_a_file(
     llama: Built, tmp_path: Path, given: tuple[bool, bool, bool]
@@ -1061,6 +1064,6 @@ def test_either_both_checkpoints_or_a_file(
     places = (llama.base, llama.aligned, tmp_path)
     base, aligned, alignment = (str(p) if g else None for p, g in zip(places, given, strict=True))
     with pytest.raises(SafeprojError, match="needs base and aligned, or alignment"):
-        SafeLora(base, aligned, alignment)
-    with pytest.raises(SafeprojError, match="aligned, alignment, safety_module, or"):
+        api.inspect(SafeLora(base, aligned, alignment), str(TINY / "adapters" / "bad"))
+    with pytest.raises(SafeprojError, match="base and aligned, alignment, safety_module, "):
         registry.method_of({"base": base, "aligned": aligned, "alignment": alignment})
