@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import evidence
+from lab import evidence, real_pair
 from lab import evidence_ways as ways
 from lab.pairs import COLUMNS, MODULES
 from safeproj.sweeping.controls import COMPLEMENT, SHRINK
@@ -34,6 +34,9 @@ REMADE = (
 )
 """Rows of each kind, few enough for a minute."""
 
+KINDS = (COLUMNS, real_pair.COLUMNS)
+"""What is measured on tiny models, and on the real one."""
+
 Row = dict[str, tuple[float, float, float]]
 """What a row of a table says by column: mean, and the ends of its interval."""
 
@@ -54,12 +57,14 @@ def table(block: str) -> dict[str, list[str]]:
 def figures(block: str) -> dict[str, Row]:
     """Return the figures of a table of percentages."""
     found: dict[str, Row] = {}
-    for name, cells in table(block).items():
-        if cells != [*COLUMNS.values(), evidence.SIZE]:
+    for number, (name, cells) in enumerate(table(block).items()):
+        if number == 0:
+            columns = next(each for each in KINDS if [*each.values(), evidence.SIZE] == cells)
+        else:
             parsed = [CELL.fullmatch(cell) for cell in cells[:-1]]
             found[name] = {
                 column: (float(m[1]), float(m[2] or m[1]), float(m[3] or m[1]))
-                for column, m in zip(COLUMNS, parsed, strict=True)
+                for column, m in zip(columns, parsed, strict=True)
                 if m is not None
             }
     return found
@@ -109,8 +114,9 @@ def test_every_table_is_whole_and_has_its_command_above_it(shown: dict[str, str]
     for name, text in of_percentages(shown).items():
         found = figures(text)
         assert found, name
+        columns = real_pair.COLUMNS if name.startswith(evidence.REAL) else COLUMNS
         for way, row in found.items():
-            assert row.keys() == COLUMNS.keys(), (name, way)
+            assert row.keys() == columns.keys(), (name, way)
             assert all(0 <= low <= mean <= high <= 100 for mean, low, high in row.values())
 
 
@@ -126,8 +132,11 @@ def test_the_tables_of_the_example_have_every_way_that_needs_no_training(
 
 def test_the_tables_of_several_seeds_have_trained_ways_as_well(shown: dict[str, str]) -> None:
     for name, text in of_percentages(shown).items():
-        if not name.startswith("example"):
-            found = set(figures(text))
+        found = set(figures(text))
+        if name.startswith(evidence.REAL):
+            _, data, modules = name.split(", ")
+            assert found == set(evidence.REAL_ROWS[data, modules])
+        elif not name.startswith("example"):
             assert set(ways.TRAININGS) <= found, name
             assert {ways.REMOVED, ways.REMOVED_RANDOM, ways.TAU} <= found, name
 
