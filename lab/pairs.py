@@ -45,7 +45,6 @@ from lab.tiny_lm import (
     load_adapter,
     load_model,
     load_tokenizer,
-    padded,
     train_model,
 )
 
@@ -322,7 +321,7 @@ def train_adapter(
     rows: Sequence[Row],
     recipe: Recipe,
     seed: int,
-    loss_of: Loss = padded,
+    loss_of: Loss | None = None,
 ) -> Path:
     """Train a plain LoRA adapter on the aligned model, or find it in its folder.
 
@@ -333,7 +332,7 @@ def train_adapter(
         rows: What it is trained on.
         recipe: How.
         seed: Seeds the training.
-        loss_of: Computes the loss of a batch.
+        loss_of: As for `train_model`.
     """
     if not root.exists():
         torch.manual_seed(seed)
@@ -374,7 +373,7 @@ def train(
     groups: Sequence[Sequence[Row]],
     recipe: Recipe,
     seed: int,
-    loss_of: Loss = padded,
+    loss_of: Loss | None = None,
 ) -> None:
     """Train a model as a recipe says; see `train_model`."""
     train_model(

@@ -193,6 +193,22 @@ def matrix(expression: Expression, checkpoint: Checkpoint) -> Matrix:
     return Matrix((_Rows if along_rows else _Columns)(weights), parts[0].transposed)
 
 
+def item_inside(part: Expression, index: int) -> Expression | None:
+    """Return one item of a three-dimensional expression as an expression of items of its parts.
+
+    None where it has no parts that can be taken one by one.
+    """
+    if isinstance(part, Stacked):
+        return part.parts[index]
+    if isinstance(part, Swapped):
+        return Swapped(Item(part.part, index))
+    if isinstance(part, Joined) and part.dim > 0:
+        return Joined(tuple(Item(inner, index) for inner in part.parts), part.dim - 1)
+    if isinstance(part, Chunk) and part.dim > 0:
+        return Chunk(Item(part.part, index), part.dim - 1, part.index, part.count)
+    return None
+
+
 def _item(part: Expression, index: int, checkpoint: Checkpoint) -> Matrix:
     """Return one item of a three-dimensional expression, by taking it from each of its parts."""
     if isinstance(part, Stored):
@@ -200,16 +216,9 @@ def _item(part: Expression, index: int, checkpoint: Checkpoint) -> Matrix:
         rows = info.shape[1]
         window = _Window(checkpoint.weight(part.name), index * rows, rows, f"[{index}]")
         return Matrix(window, info.turned)
-    if isinstance(part, Stacked):
-        return matrix(part.parts[index], checkpoint)
-    if isinstance(part, Swapped):
-        return matrix(Swapped(Item(part.part, index)), checkpoint)
-    if isinstance(part, Joined) and part.dim > 0:
-        items = tuple(Item(inner, index) for inner in part.parts)
-        return matrix(Joined(items, part.dim - 1), checkpoint)
-    if isinstance(part, Chunk) and part.dim > 0:
-        inner = Item(part.part, index)
-        return matrix(Chunk(inner, part.dim - 1, part.index, part.count), checkpoint)
+    inner = item_inside(part, index)
+    if inner is not None:
+        return matrix(inner, checkpoint)
     raise SafeprojError(
         f"{checkpoint.source}: {next(stored_names(part))} is stored in a form whose items cannot "
         "be read one by one; save the model again with save_pretrained"

@@ -13,10 +13,10 @@ from safeproj.checkpoint.expression import (
     Head,
     Item,
     Joined,
-    Stacked,
     Stored,
     Swapped,
     dtype_and_shape,
+    item_inside,
     stored_names,
 )
 from safeproj.checkpoint.interface import Checkpoint, as_matrix
@@ -104,17 +104,10 @@ def _item(part: Expression, index: int, checkpoint: Checkpoint) -> tuple[Place, 
         _, rows, columns = info.shape
         place = Place(part.name, range(rows), range(columns), first_row=index * rows)
         return (place.swapped,) if info.turned else (place,)
-    if isinstance(part, Stacked):
-        return places(part.parts[index], checkpoint)
-    if isinstance(part, Swapped):
-        return places(Swapped(Item(part.part, index)), checkpoint)
-    if isinstance(part, Joined) and part.dim > 0:
-        items = tuple(Item(inner, index) for inner in part.parts)
-        return places(Joined(items, part.dim - 1), checkpoint)
-    if isinstance(part, Chunk) and part.dim > 0:
-        chunk = Chunk(Item(part.part, index), part.dim - 1, part.index, part.count)
-        return places(chunk, checkpoint)
-    raise _unwritable(part, checkpoint)
+    inner = item_inside(part, index)
+    if inner is None:
+        raise _unwritable(part, checkpoint)
+    return places(inner, checkpoint)
 
 
 def _window(expression: Head | Chunk, checkpoint: Checkpoint) -> tuple[Place, ...]:

@@ -23,11 +23,12 @@ MAX_WORKERS = 8
 """Default bound on worker threads: each holds up to `CPU_HOLD` bytes, and disks saturate early."""
 
 T = TypeVar("T")
+One = TypeVar("One", bound=Task)
 
 
 def run(
-    tasks: Sequence[Task],
-    work: Callable[[Buffers, Task], T],
+    tasks: Sequence[One],
+    work: Callable[[Buffers, One], T],
     *,
     device: str = "auto",
     wide: bool = False,
@@ -54,8 +55,8 @@ def run(
 
 
 def _in_order(
-    tasks: Sequence[Task],
-    work: Callable[[Buffers, Task], T],
+    tasks: Sequence[One],
+    work: Callable[[Buffers, One], T],
     device: Device,
     workers: int | None,
     on_progress: OnProgress | None,
@@ -72,7 +73,7 @@ def _in_order(
     failures: list[Exception] = []
     busy: list[float] = []
 
-    def one(task: Task, following: Sequence[Task]) -> T:
+    def one(task: One, following: Sequence[One]) -> T:
         if not hasattr(local, "buffers"):
             local.buffers = Buffers(device, stop, on_progress)
             made.append(local.buffers)

@@ -23,7 +23,13 @@ from safeproj.checkpoint.quantised import QuantisedCheckpoint
 from safeproj.checkpoint.rewrite import Rewriting
 from safeproj.errors import SafeprojError
 from safeproj.names import Layout, Names
-from safeproj.plan.match import PlannedModule, oriented, quantised_dtypes, quantised_warning
+from safeproj.plan.match import (
+    PlannedChange,
+    PlannedModule,
+    oriented,
+    quantised_dtypes,
+    quantised_warning,
+)
 from safeproj.plan.select import Selection
 from safeproj.storage.source import Folder, Src, src
 from safeproj.storage.tensorfile import DTYPES
@@ -104,21 +110,6 @@ class PlannedWeight:
 
 
 @dataclass(frozen=True)
-class PlannedOther:
-    """A tensor that no projection touches.
-
-    Attributes:
-        change: what is said of it.
-        before: the same in the aligned checkpoint, if it has one of the same row length.
-        added_rows: rows that it does not have there; negative where the fine-tune has fewer.
-    """
-
-    change: FullChange
-    before: Expression | None
-    added_rows: int = 0
-
-
-@dataclass(frozen=True)
 class FullPlan:
     """Everything that is to be scored of a full fine-tune.
 
@@ -131,7 +122,7 @@ class FullPlan:
 
     weights: tuple[PlannedWeight, ...]
     excluded: tuple[AdaptedModule, ...]
-    others: tuple[PlannedOther, ...]
+    others: tuple[PlannedChange, ...]
     warnings: tuple[str, ...]
 
 
@@ -211,7 +202,7 @@ class _Finding:
             if own[parameter].kind in KINDS:
                 yield from self._units(parameter, own[parameter])
 
-    def others(self, units: Sequence[PlannedWeight]) -> Iterator[PlannedOther]:
+    def others(self, units: Sequence[PlannedWeight]) -> Iterator[PlannedChange]:
         """Yield all other tensors of floating-point numbers."""
         checkpoint = self._tuned.checkpoint
         taken = {name for each in units for name in stored_names(each.tuned)}
@@ -227,13 +218,13 @@ class _Finding:
 
     def _other(
         self, name: str, shape: tuple[int, ...], kind: str, before: Expression | None
-    ) -> PlannedOther:
+    ) -> PlannedChange:
         added = 0
         if before is None:
             kind = f"{kind}, which the aligned model does not have"
         elif shape:
             added = shape[0] - dtype_and_shape(before, self._tuned.aligned.checkpoint)[1][0]
-        return PlannedOther(FullChange(name, name, kind), before, added)
+        return PlannedChange(FullChange(name, name, kind), before, added)
 
     def _before(self, name: str, shape: tuple[int, ...]) -> Expression | None:
         """Return the same tensor of the aligned model, if its rows are as long."""

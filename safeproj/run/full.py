@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 from numpy import array_equal
@@ -50,13 +50,12 @@ from safeproj.methods.whole import (
 from safeproj.plan.full import (
     FullModel,
     FullPlan,
-    PlannedOther,
     PlannedWeight,
     Tuned,
     open_tuned,
     plan_full,
 )
-from safeproj.plan.match import PlannedModule
+from safeproj.plan.match import PlannedChange, PlannedModule
 from safeproj.records.scores import Report, Unprojected
 from safeproj.run.decide import LOST_IN_ROUNDING, module_reports, warnings_of
 from safeproj.run.job import notes_of
@@ -75,6 +74,8 @@ from safeproj.storage.publish import Appearance, Resumed
 from safeproj.storage.source import Folder, identity, read_json
 from safeproj.text import shorten
 from safeproj.versions import versions
+
+T = TypeVar("T")
 
 FOREIGN = 1.0
 """Relative change of half of the weights from which on a checkpoint is no fine-tune of another: of
@@ -295,8 +296,8 @@ class FullJob:
         self,
         plan: FullPlan,
         tasks: Sequence[WholeTask],
-        work: Callable[[Buffers, WholeTask], Any],
-    ) -> Iterator[Any]:
+        work: Callable[[Buffers, WholeTask], T],
+    ) -> Iterator[T]:
         options = self._options
         if options.observer is not None:
             nbytes = sum(t.origin.nbytes + sum(c.nbytes for c in t.changes) for t in tasks)
@@ -305,7 +306,7 @@ class FullJob:
         workers = options.workers or min(os.cpu_count() or 1, MAX_WORKERS)
         yield from engine.run(
             tasks,
-            work,  # type: ignore[arg-type]
+            work,
             device=options.device,
             wide=self._method.is_wide,
             workers=workers_for(shapes, workers),
@@ -398,17 +399,17 @@ class FullJob:
         )
         return report, chosen
 
-    def _unprojected(self, others: Sequence[PlannedOther]) -> tuple[Unprojected, ...]:
+    def _unprojected(self, others: Sequence[PlannedChange]) -> tuple[Unprojected, ...]:
         tuned = self.tuned
-        compared = [each for each in others if each.before is not None]
+        compared = [each for each in others if each.aligned is not None]
         comparisons = [
             Comparison(
                 each.change.parameter,
-                matrix(each.before, tuned.aligned.checkpoint),
+                matrix(each.aligned, tuned.aligned.checkpoint),
                 matrix(Stored(each.change.key), tuned.checkpoint),
             )
             for each in compared
-            if each.before is not None
+            if each.aligned is not None
         ]
         names = [each.change.key for each in compared]
         sizes = dict(zip(names, engine.relative_changes(comparisons), strict=True))
@@ -427,7 +428,7 @@ class FullJob:
         self, others: Sequence[Unprojected], plan: FullPlan
     ) -> tuple[tuple[Unprojected, ...], tuple[str, ...]]:
         """Return what is left of the other changes in what is written, and what to know of it."""
-        known = {each.change.key for each in plan.others if each.before is not None}
+        known = {each.change.key for each in plan.others if each.aligned is not None}
         if not self._restores:
             return tuple(others), ()
         moved = [each for each in others if each.tensor in known and each.relative_change]
@@ -444,10 +445,10 @@ class FullJob:
         """Put the aligned model's values into one of the copies."""
         tuned = self.tuned
         for each in run.plan.others:
-            if each.before is None or tuned.files.spots[each.change.key].file != file:
+            if each.aligned is None or tuned.files.spots[each.change.key].file != file:
                 continue
             (spot,) = places(Stored(each.change.key), tuned.checkpoint)
-            source = Rows(matrix(each.before, tuned.aligned.checkpoint))
+            source = Rows(matrix(each.aligned, tuned.aligned.checkpoint))
             try:
                 height = min(len(spot.rows), source.height)
                 step = max(1, BLOCK // max(1, 4 * len(spot.columns)))
@@ -612,7 +613,7 @@ def _compare(change: Difference, made: Remade, other: Matrix, name: str) -> Comp
     dtype = stored_dtype(other.weight.dtype)
     rows_of = [Rows(each) for each in (change.before, change.after, other)]
     is_original = is_projection = True
-    error = size = before = after = both = 0.0
+    error = size = before = after = 0.0
     shape = other.weight.shape[::-1] if other.transposed else other.weight.shape
     seen = False
     try:
@@ -638,7 +639,6 @@ def _compare(change: Difference, made: Remade, other: Matrix, name: str) -> Comp
     finally:
         for each in rows_of:
             each.close()
-    sums = Sums(before, after, both)
     return Compared(
         dtype,
         shape,
@@ -647,7 +647,7 @@ def _compare(change: Difference, made: Remade, other: Matrix, name: str) -> Comp
         math.sqrt(error),
         math.sqrt(size),
         math.sqrt(before),
-        made.detail(sums).length,
+        made.detail(Sums(before, after, 0.0)).length,  # it takes no product of both
     )
 
 

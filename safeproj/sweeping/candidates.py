@@ -20,7 +20,7 @@ from safeproj.plan.select import Selection
 from safeproj.plan.updates import update_of
 from safeproj.records.scores import Report
 from safeproj.run.decide import Decision, decide
-from safeproj.run.job import Job
+from safeproj.run.job import Job, Loaded
 from safeproj.run.options import Options
 from safeproj.storage.arrays import Array, single
 from safeproj.sweeping import controls
@@ -115,15 +115,24 @@ def candidates(
             f"a sweep over modules needs a method that projects, found {method.name}"
         )
     both = apart(method.formulas)
-    read = job.read(adapter)
-    require_peft(read.folder)
-    loaded = job.runnable(read)
+    loaded = runnable(job, adapter)
     found, plan, reference = loaded.adapter, loaded.plan, job.reference
     reading = _Reading(found, plan, reference, seed)
     with profile.phase("score"):
         scores, turned = reading.scores(method, both, options)
     with profile.phase("decide"):
         return Projections(found, plan, reference, method, options, by, scores, turned)
+
+
+def runnable(job: Job, adapter: str) -> Loaded:
+    """Return an adapter that PEFT can put on the model, read and matched.
+
+    Raises:
+        SafeprojError: it is none, or cannot be used.
+    """
+    read = job.read(adapter)
+    require_peft(read.folder)
+    return job.runnable(read)
 
 
 @dataclass(frozen=True)

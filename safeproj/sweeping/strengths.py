@@ -12,7 +12,6 @@ import numpy
 from safeproj.adapter import Adapter
 from safeproj.engine import Task, Update
 from safeproj.errors import SafeprojError
-from safeproj.lm.adapters import require_peft
 from safeproj.methods.covariance.detail import Acting
 from safeproj.methods.covariance.file import Statistics
 from safeproj.methods.covariance.formulas import Correction, Moment
@@ -28,7 +27,7 @@ from safeproj.run.job import Job
 from safeproj.run.options import Options
 from safeproj.storage.arrays import on_device, single, to_host
 from safeproj.sweeping import controls
-from safeproj.sweeping.candidates import Place, Replaced, spread
+from safeproj.sweeping.candidates import Place, Replaced, runnable, spread
 from safeproj.sweeping.rotation import Rotation
 
 MUS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
@@ -61,9 +60,7 @@ def strengths(
     options = options or Options()
     observer, profile = options.observer, options.profile
     job = Job(method, options)
-    read = job.read(adapter)
-    require_peft(read.folder)
-    loaded = job.runnable(read)
+    loaded = runnable(job, adapter)
     found, plan, reference = loaded.adapter, loaded.plan, job.reference
     assert isinstance(reference, Statistics)
     assert isinstance(method, Covariance)

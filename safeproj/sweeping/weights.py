@@ -12,7 +12,6 @@ from safeproj.adapter import Adapter
 from safeproj.adapter.interface import CONFIG
 from safeproj.engine import Update
 from safeproj.errors import SafeprojError
-from safeproj.lm.adapters import require_peft
 from safeproj.methods.interface import Method
 from safeproj.methods.merge.method import Merge
 from safeproj.methods.merge.variants import Way, variants
@@ -26,7 +25,7 @@ from safeproj.run.options import Options
 from safeproj.storage.arrays import Array, single
 from safeproj.storage.documents import parse
 from safeproj.sweeping import controls
-from safeproj.sweeping.candidates import Place, Replaced, spread
+from safeproj.sweeping.candidates import Place, Replaced, runnable, spread
 from safeproj.sweeping.rotation import Rotation
 
 WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1.0)
@@ -55,9 +54,7 @@ def weights(
     options = options or Options()
     observer, profile = options.observer, options.profile
     job = Job(method, options)
-    read = job.read(adapter)
-    require_peft(read.folder)
-    loaded = job.runnable(read)
+    loaded = runnable(job, adapter)
     assert isinstance(method, Merge)
     with profile.phase("score"):
         scores = variants(
