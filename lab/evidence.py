@@ -12,7 +12,8 @@ are the papers' own or the defaults of ``safeproj``.
 
 A figure is a percentage: the mean over the seeds, and the 95 % t-interval of that mean over the
 seeds, cut to [0, 100]; with one seed the 95 % Wilson interval over the prompts. ``--out`` writes
-every single one, ``--read`` makes the tables of such a file again without measuring.
+every single one, with ``--resume`` a later run measures only what that file lacks, and ``--read``
+makes the tables of such a file again without measuring.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,11 @@ class Results:
         """Write everything to a JSON file."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
 
+    def rows(self, task: Task) -> set[str]:
+        """Return the rows of a task that there are figures of."""
+        key = (task.family, task.seed, task.modules, task.data)
+        return {e.way for e in self.records if (e.family, e.seed, e.modules, e.data) == key}
+
     @property
     def tables(self) -> dict[str, str]:
         """The Markdown tables by name, each with the command that makes it."""
@@ -509,29 +515,45 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
 
 
 def run(arguments: argparse.Namespace, command: str) -> Results:
-    """Measure everything; what there is so far is in the file of `--out` all the time."""
-    found: list[Found] = []
+    """Measure what is missing; what there is so far is in the file of `--out` all the time."""
+    results = Results.load(arguments.out) if arguments.resume and arguments.out.exists() else None
     with tempfile.TemporaryDirectory() as shared:
         wanted = tasks(arguments, Path(shared))
-        for each in compute(wanted, arguments.jobs):
-            found.append(each)
-            results = gathered(arguments, command, found)
+        for found in compute(missing(wanted, results), arguments.jobs):
+            results = with_found(results, found, arguments, command)
             if arguments.out:
                 results.save(arguments.out)
+    assert results is not None
     return results
 
 
-def gathered(arguments: argparse.Namespace, command: str, found: Sequence[Found]) -> Results:
-    """Return what came of tasks together."""
-    versions = {each.__name__: each.__version__ for each in (torch, transformers, peft)}
-    records = [record for each in found for record in each.records]
+def missing(wanted: Sequence[Task], results: Results | None) -> list[Task]:
+    """Return the tasks, each with those of its rows that have no figures yet."""
+    left = []
+    for task in wanted:
+        done = results.rows(task) if results else set()
+        if task.rows is None and not done:
+            left.append(task)
+        elif rows := [row for row in task.rows or () if row not in done]:
+            left.append(replace(task, rows=tuple(rows)))
+    return left
+
+
+def with_found(
+    results: Results | None, found: Found, arguments: argparse.Namespace, command: str
+) -> Results:
+    """Return the results with what came of one more task; where both have a figure, its own."""
+    records = [*(results.records if results else []), *found.records]
+    alignment = [*(results.alignment if results else []), found.alignment]
+    merged: dict[Any, dict[str, Any]] = {}
+    for each in alignment:
+        merged.setdefault((each["seed"], each["modules"], each["data"]), {}).update(each)
     settings = {
         "pairs": "example" if arguments.example else arguments.family,
         "seeds": sorted({record.seed for record in records}),
-        "versions": versions,
+        "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
     }
-    alignment = [each.alignment for each in found]
-    return Results(command, settings, found[0].prompts, records, alignment, found[0].columns)
+    return Results(command, settings, found.prompts, records, [*merged.values()], found.columns)
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -545,11 +567,14 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--example", action="store_true", help="examples/tiny-lm as it is, nothing is trained")
     add("--cache", type=Path, help="where pairs are kept; default: in the temporary folder")
     add("--out", type=Path, help="write all figures to this JSON file")
+    add("--resume", action="store_true", help="measure only what the file of --out lacks")
     add("--read", type=Path, help="take the figures from such a file")
     add("--write", type=Path, help="put the tables between the markers of this page")
     arguments = parser.parse_args(argv)
     if not 1 <= len(arguments.seeds) <= MOST_SEEDS:
         parser.error(f"--seeds: expected 1 to {MOST_SEEDS}, found {len(arguments.seeds)}")
+    if arguments.resume and not arguments.out:
+        parser.error("--resume: expected --out with it")
     return arguments
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,26 @@ def test_read_and_write_put_the_same_tables_between_the_markers(tmp_path: Path) 
 def test_a_page_without_a_place_for_a_table_is_refused() -> None:
     with pytest.raises(SystemExit, match="evidence: new"):
         evidence.with_tables("no markers\n", {"new": "| a |"})
+
+
+def test_a_resumed_run_measures_only_the_rows_without_figures() -> None:
+    done = results(2)
+    task = evidence.Task("llama", 0, "q+v", "mixed", None)
+    rows = (ways.SAFE_LORA, ways.EXACT, ways.LORA)
+    wanted = [replace(task, seed=seed, rows=rows) for seed in range(3)]
+    left = evidence.missing([task, *wanted, replace(task, seed=2)], done)
+    short = [replace(each, rows=rows[1:]) for each in wanted[:2]]
+    assert left == [*short, wanted[2], replace(task, seed=2)]
+    assert evidence.missing(wanted, None) == wanted
+
+
+def test_what_a_resumed_run_finds_joins_what_there_was() -> None:
+    before = results(1)
+    record = evidence.Record("llama", 0, "q+v", "mixed", ways.EXACT, dict.fromkeys(COLUMNS, 3.0))
+    about = {"seed": 0, "modules": "q+v", "data": "mixed", "norm": 2.0}
+    found = evidence.Found([record], about, before.prompts, before.columns)
+    before.alignment[0]["seed"] = 0
+    after = evidence.with_found(before, found, evidence.parsed([]), "again")
+    assert after.records == [*before.records, record]
+    assert after.alignment == [{**before.alignment[0], "norm": 2.0}]
+    assert after.settings["seeds"] == [0]
