@@ -10,7 +10,7 @@ import typer
 import typer.main
 
 from safeproj import __version__
-from safeproj.cli.usage import Command, Group, examples
+from safeproj.cli.usage import Command, Group, examples, write_list
 
 SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
@@ -19,11 +19,24 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
-NAMES = (
-    "repair", "inspect", "patch", "align", "extract", "check", "verify", "rule", "data", "stats",
-    "eval", "sweep", "sign", "salora",
-)  # fmt: skip
-"""The commands, each in the module of its name."""
+COMMANDS = {
+    "repair": "Correct an adapter in every way that is given for, and write what does best.",
+    "inspect": "Report how similar each update is to its projection.",
+    "patch": "Project selected updates and write the adapter, or the full model.",
+    "align": "Make an alignment file, which stands for two checkpoints.",
+    "extract": "Write a full fine-tune as a LoRA adapter.",
+    "check": "Tell whether adapters pass a policy: the gate before publishing.",
+    "verify": "Compare a patched adapter with its original, or its signature.",
+    "rule": "Explain a finding of check or verify; list all without ID.",
+    "data": "Make the data that corrections need.",
+    "stats": "Gather what layers read on data, for patch --safety-data and --task-data.",
+    "eval": "Measure refusals and skills of a model without and with adapters.",
+    "sweep": "Measure refusals and skill for every useful number of projected modules.",
+    "sign": "Sign an adapter directory.",
+    "salora": "Train adapters that keep clear of safety features (SaLoRA).",
+}
+"""The commands, each in the module of its name, and what each says of itself first: their list is
+shown without importing them."""
 
 
 class Commands(Mapping[str, Any]):
@@ -34,7 +47,7 @@ class Commands(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._made:
-            if name not in NAMES:
+            if name not in COMMANDS:
                 raise KeyError(name)
             module = import_module(f"safeproj.cli.{name}")
             app = getattr(module, "app", None)
@@ -46,10 +59,10 @@ class Commands(Mapping[str, Any]):
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
-        yield from NAMES
+        yield from COMMANDS
 
     def __len__(self) -> int:
-        return len(NAMES)
+        return len(COMMANDS)
 
 
 class Root(Group):
@@ -76,6 +89,11 @@ class Root(Group):
 
                 terminal.annotate(message())
             raise
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands."""
+        del ctx
+        write_list(formatter, "Commands", list(COMMANDS.items()))
 
     def list_commands(self, ctx: Any) -> list[str]:
         del ctx

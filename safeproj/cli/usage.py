@@ -137,7 +137,7 @@ class _Usage:
                 record = _argument(param), record[1]
             groups[getattr(param, "rich_help_panel", None) or self.rest].append(record)
         for name, records in groups.items():
-            _write(formatter, name, records)
+            write_list(formatter, name, records)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what stands behind the name of the command in its first line."""
@@ -199,7 +199,7 @@ class Group(_Usage, typer.core.TyperGroup):
         """Write the commands."""
         found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         shown = [(name, each.get_short_help_str(_SENTENCE)) for name, each in found if each]
-        _write(formatter, "Commands", shown)
+        write_list(formatter, "Commands", shown)
 
     def suggest(self, error: Any, ctx: Any, args: list[str]) -> None:
         """Say the same; an option that stands before the command may be one of the command."""
@@ -274,7 +274,7 @@ def _argument(param: Any) -> str:
     return name if param.nargs == 1 else f"{name}..."
 
 
-def _write(formatter: Any, title: str, records: Sequence[tuple[str, str]]) -> None:
+def write_list(formatter: Any, title: str, records: Sequence[tuple[str, str]]) -> None:
     """Write what there is to a group: names, and beside them what they are, in whole words."""
     if not records:
         return

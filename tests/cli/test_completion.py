@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from safeproj.cli.app import COMMANDS, Commands
 from tests.support import COMMAND
 
 
@@ -49,3 +50,19 @@ print("numpy" in sys.modules, "torch" in sys.modules)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines() == [f"[{name!r}]", "False False"]
+
+
+def test_the_list_of_commands_says_what_each_says_and_imports_none() -> None:
+    for name, summary in COMMANDS.items():
+        assert Commands()[name].get_short_help_str(1000) == summary
+    code = """
+import sys
+from safeproj.cli.app import app
+try:
+    app(["--help"])
+except SystemExit:
+    print([each for each in ("inspect", "options") if f"safeproj.cli.{each}" in sys.modules])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "inspect" in found.stdout
+    assert found.stdout.splitlines()[-1] == "[]"
