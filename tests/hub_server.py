@@ -3,7 +3,8 @@
 It answers over HTTP as the public Hub does: information and file lists per revision, `resolve`
 URLs with commit and entity tag, byte ranges, large files through a redirect to a storage host of
 another origin (which refuses a bearer token, as signed URLs do), and the error codes for what is
-missing, gated or private. It offers no Xet storage. It notes every request.
+missing, gated or private. It offers no Xet storage. It notes every request, and does what networks
+and storage hosts do wrong (`Fault`).
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from mmap import mmap
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
+
+Content = bytes | mmap
+"""A file."""
+
+CHUNK = 256 << 10
+"""Bytes that are sent at a time."""
 
 LARGE = (".safetensors", ".bin")
 """Files that the storage host serves."""
@@ -70,10 +81,31 @@ class Request:
 
 
 @dataclass
+class Fault:
+    """What goes wrong with answers of the storage host that are about a part of a file.
+
+    Attributes:
+        kind: `reset`: the connection breaks in the middle; `wrong range`: another `Content-Range`;
+            `whole`: all of the file with status 200; `changed`: another `ETag`; `short`: half of
+            the body; `long`: a byte too many; `trickle`: a byte every fifth of a second; `busy`:
+            429 with `Retry-After`; `unavailable`: 503; `moved`: a redirect to a third host;
+            `expired`: the signatures of all addresses so far are no longer valid.
+        times: how many answers.
+        after: how many answers are right before them.
+        met: how many there were.
+    """
+
+    kind: str
+    times: int = 1
+    after: int = 0
+    met: int = 0
+
+
+@dataclass
 class Repository:
     """A model repository: `commits` maps a commit to its files, `refs` a name to a commit."""
 
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    commits: dict[str, dict[str, Content]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     private: bool = False
     gated: bool = False
@@ -88,18 +120,27 @@ class Hub:
 
     Attributes:
         requests: all requests so far, in the order in which they were answered.
+        fault: what the storage host does wrong.
+        signature: that of the addresses of the storage host which are valid.
+        delay: seconds before an answer begins.
+        rate: bytes per second of all bodies together, None for no bound.
         hint: the `X-HF-Warning` header of answers to requests without a token.
         trouble: `stall` to answer nothing at all, `unavailable` to answer 503 to everything.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.fault: Fault | None = None
+        self.signature = 0
+        self.delay = 0.0
+        self.rate: float | None = None
         self.hint: str | None = None
         self.trouble: Literal["stall", "unavailable"] | None = None
         self.closing = threading.Event()
         self._repositories: dict[str, Repository] = {}
         self._tokens: dict[str, frozenset[str]] = {}
-        self._main, self._storage = _Listener(self), _Listener(self)
+        self._lock, self._sent_until = threading.Lock(), 0.0
+        self._main, self._storage, self._third = (_Listener(self) for _ in range(3))
 
     @property
     def url(self) -> str:
@@ -116,17 +157,45 @@ class Hub:
         self.closing.set()
         self._main.stop()
         self._storage.stop()
+        self._third.stop()
+
+    def wrong(self) -> str:
+        """Return what goes wrong with the next answer about a part of a file, empty if nothing."""
+        with self._lock:
+            fault = self.fault
+            if fault is None:
+                return ""
+            fault.met += 1
+            return fault.kind if fault.after < fault.met <= fault.after + fault.times else ""
+
+    def wait(self, count: int) -> None:
+        """Wait until so many more bytes may be sent."""
+        if self.rate is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._sent_until = max(self._sent_until, now) + count / self.rate
+            wait = self._sent_until - now
+        time.sleep(max(0.0, wait))
+
+    @property
+    def leaked(self) -> list[Request]:
+        """Requests with a token to another host than the Hub's."""
+        return [r for r in self.requests if r.token is not None and "/storage/" in r.path]
 
     def publish(
         self,
         repo: str,
-        files: Path | Mapping[str, bytes],
+        files: Path | Mapping[str, Content],
         revision: str = "main",
         *,
         private: bool = False,
         gated: bool = False,
     ) -> str:
-        """Commit a directory of files to a branch or tag and return the commit."""
+        """Commit a directory of files to a branch or tag and return the commit.
+
+        A file that is too large for the memory can be mapped.
+        """
         if isinstance(files, Path):
             files = {
                 path.relative_to(files).as_posix(): path.read_bytes()
@@ -191,7 +260,7 @@ class _Found:
     locked: bool
 
     @property
-    def files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, Content]:
         return self.repository.commits[self.commit]
 
     def info(self, repo: str) -> dict[str, object]:
@@ -241,6 +310,10 @@ class _Listener(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection at once: one that is to be reset must not be ended in order before."""
+        self.close_request(request)
+
     def stop(self) -> None:
         self.shutdown()
         self._thread.join()
@@ -276,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif hub.trouble == "unavailable":
             self._refuse(_Refusal(HTTPStatus.SERVICE_UNAVAILABLE, None, "Service unavailable"))
-        elif self.server.url == hub.storage_url and file:
+        elif self.server.url != hub.url and file:
             self._serve_storage(*map(unquote, file.group("repo", "revision", "file")))
         elif api:
             self._serve_api(api["what"] == "tree")
@@ -315,7 +388,7 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["X-Linked-Size"] = str(len(content))
                 headers["Location"] = (
                     f"{self.server.hub.storage_url}/{repo}/storage/{found.commit}/"
-                    f"{quote(file)}?signature=0"
+                    f"{quote(file)}?signature={self.server.hub.signature}"
                 )
                 self._send(HTTPStatus.FOUND, b"", headers)
             else:
@@ -326,13 +399,28 @@ class _Handler(BaseHTTPRequestHandler):
             # A signed URL is all the authentication there is; the token must not leave the Hub.
             self._refuse(_Refusal(HTTPStatus.BAD_REQUEST, None, "Only one auth mechanism allowed"))
             return
-        content = self.server.hub._repositories[repo].commits[commit][file]
-        self._send_content(content, {"ETag": f'"{_etag(file, content)}"'})
+        hub = self.server.hub
+        wrong = hub.wrong() if self.server is hub._storage and "Range" in self.headers else ""
+        if wrong == "expired":
+            hub.signature += 1
+        if urlsplit(self.path).query != f"signature={hub.signature}":
+            self._refuse(_Refusal(HTTPStatus.FORBIDDEN, None, "Request has expired"))
+        elif wrong == "unavailable":
+            self._refuse(_Refusal(HTTPStatus.SERVICE_UNAVAILABLE, None, "Slow down"))
+        elif wrong == "busy":
+            headers = {"Retry-After": "1"}
+            self._refuse(_Refusal(HTTPStatus.TOO_MANY_REQUESTS, None, "Slow down"), headers)
+        elif wrong == "moved":
+            self._send(HTTPStatus.FOUND, b"", {"Location": f"{hub._third.url}{self.path}"})
+        else:
+            content = hub._repositories[repo].commits[commit][file]
+            etag = "another" if wrong == "changed" else _etag(file, content)
+            self._send_content(content, {"ETag": f'"{etag}"'}, wrong)
 
-    def _send_content(self, content: bytes, headers: Mapping[str, str]) -> None:
+    def _send_content(self, content: Content, headers: Mapping[str, str], wrong: str = "") -> None:
         headers = {**headers, "Accept-Ranges": "bytes"}
         part = _RANGE.fullmatch(self.headers.get("Range", "").strip())
-        if part is None:
+        if part is None or wrong == "whole":
             self._send(HTTPStatus.OK, content, headers)
             return
         first = int(part["first"])
@@ -341,8 +429,14 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes */{len(content)}"
             self._send(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, b"", headers)
             return
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        self._send(HTTPStatus.PARTIAL_CONTENT, content[first : last + 1], headers)
+        moved = 1 if wrong == "wrong range" else 0
+        headers["Content-Range"] = f"bytes {first + moved}-{last + moved}/{len(content)}"
+        body = content[first : last + 1]
+        if wrong == "short":
+            body = body[: len(body) // 2]
+        elif wrong == "long":
+            body += b"+"
+        self._send(HTTPStatus.PARTIAL_CONTENT, body, headers, wrong)
 
     def _refuse(self, refusal: _Refusal, headers: Mapping[str, str] | None = None) -> None:
         headers = {**(headers or {}), "X-Error-Message": refusal.message}
@@ -351,7 +445,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Type"] = "application/json"
         self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)
 
-    def _send(self, status: HTTPStatus, body: bytes, headers: Mapping[str, str]) -> None:
+    def _send(
+        self, status: HTTPStatus, body: Content, headers: Mapping[str, str], wrong: str = ""
+    ) -> None:
+        time.sleep(self.server.hub.delay)
         sent = 0 if self.command == "HEAD" else len(body)
         self._note(status, sent)  # before the client can act on the answer
         self.send_response(status)
@@ -362,7 +459,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if sent:
-            self.wfile.write(body)
+            self._send_body(memoryview(body), wrong)
+
+    def _send_body(self, body: memoryview, wrong: str) -> None:
+        hub = self.server.hub
+        try:
+            if wrong == "reset":
+                self.wfile.write(body[: len(body) // 2])
+                linger = struct.pack("ii", 1, 0)  # what is closed so is reset
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.close_connection = True
+                return
+            step = 1 if wrong == "trickle" else CHUNK
+            for at in range(0, len(body), step):
+                if wrong == "trickle" and hub.closing.wait(0.2):
+                    return
+                hub.wait(len(body[at : at + step]))
+                self.wfile.write(body[at : at + step])
+        except OSError:  # the client has seen enough
+            self.close_connection = True
 
     @property
     def _token(self) -> str | None:
@@ -383,8 +498,10 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
 
-def _etag(name: str, content: bytes) -> str:
+def _etag(name: str, content: Content) -> str:
     """Return the object id: SHA-256 of a large file, git's SHA-1 of a small one."""
+    if isinstance(content, mmap):  # which would take long
+        return hashlib.sha256(f"{name} {len(content)}".encode() + content[: 1 << 20]).hexdigest()
     if name.endswith(LARGE):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from safeproj.checkpoint import pickled, safetensors
-from safeproj.checkpoint.interface import Checkpoint, Reader, Weight
+from safeproj.checkpoint.interface import Checkpoint, Reader, Weight, settle
 from safeproj.checkpoint.quantised import decoded
 from safeproj.errors import SafeprojError
 from safeproj.storage.instead import ADAPTER, held_instead, own_schema
@@ -13,7 +13,7 @@ from safeproj.storage.mistaken import unfinished
 from safeproj.storage.source import Folder, LocalFolder, open_folder
 from safeproj.text import shorten
 
-__all__ = ["Checkpoint", "Reader", "Weight", "open_checkpoint"]
+__all__ = ["Checkpoint", "Reader", "Weight", "open_checkpoint", "settle"]
 
 _ENCODINGS = (safetensors.open_safetensors, pickled.open_pickled)
 """Each looks at the names of a folder's top-level files and returns a checkpoint or None. The order

@@ -121,6 +121,9 @@ class FP8Weight:
 
     def prefetch(self, reader: Reader, start: int, stop: int) -> None:
         self.codes.prefetch(reader, start, stop)
+        first, last = start // max(self.grid.rows, 1), -(-stop // max(self.grid.rows, 1))
+        rows = self.grid.scale_rows
+        self.scales.prefetch(reader, first * rows, last * rows)
 
     def _scales(self, reader: Reader, item: int) -> Array:
         """Return the scales of one matrix (scale_rows, scale_columns) in float32."""

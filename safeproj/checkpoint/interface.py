@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -16,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from safeproj.checkpoint.hashes import Digests, Hash, Hasher, hasher
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array, DType, dtype_of
+from safeproj.storage.ranges import RangeFile, fetch
 from safeproj.storage.source import Folder
 from safeproj.storage.tensorfile import DTYPES
 
@@ -43,13 +45,17 @@ FETCH = 256 << 10
 class Reader:
     """Reads byte ranges of files into buffers; one per thread.
 
+    Args:
+        stop: set when the thread should give up waiting for what is to come.
+
     Attributes:
         nbytes: bytes read.
         seconds: time in which files were read.
         hash_seconds: time in which what was read was hashed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        self._stop = stop
         self.nbytes = 0
         self.seconds = 0.0
         self.hash_seconds = 0.0
@@ -76,7 +82,7 @@ class Reader:
             for name, found in self._hashed.items()
         }
 
-    def read(self, label: str, path: Path, offset: int, out: memoryview) -> None:
+    def read(self, label: str, path: Path | RangeFile, offset: int, out: memoryview) -> None:
         """Fill `out` from the file at `offset`; `label` names the tensor whose bytes these are.
 
         Raises:
@@ -85,13 +91,20 @@ class Reader:
         self.fill(path, offset, out)
         self.record(label, out)
 
-    def fill(self, path: Path, offset: int, out: memoryview) -> None:
+    def fill(self, path: Path | RangeFile, offset: int, out: memoryview) -> None:
         """Do the same, for bytes of which `record` is told when they are used.
 
         Raises:
             SafeprojError: the file ends early or cannot be read.
+            StoppedError: the thread should give up.
         """
         start = time.perf_counter()
+        if isinstance(path, RangeFile):
+            if path.read(offset, out, self._stop):
+                self.seconds += time.perf_counter() - start
+                return
+            assert path.local is not None
+            path = path.local
         try:
             file = self._open(path)
             file.seek(offset)
@@ -105,8 +118,12 @@ class Reader:
             raise SafeprojError(f"{path}: cannot be read ({error.strerror})") from error
         self.seconds += time.perf_counter() - start
 
-    def prefetch(self, path: Path, start: int, stop: int) -> None:
+    def prefetch(self, path: Path | RangeFile, start: int, stop: int) -> None:
         """Ask the system for bytes that will be read soon: a hint, without which all works too."""
+        if isinstance(path, RangeFile):
+            if path.local is None:  # asked for beforehand, by `settle`
+                return
+            path = path.local
         if not hasattr(os, "posix_fadvise"):  # Windows, macOS
             return
         begin = time.perf_counter()
@@ -176,6 +193,30 @@ class Reader:
         self._kept.clear()
         while self._files:
             self._files.popitem()[1].close()
+
+
+class _Wanted(Reader):
+    """Reads nothing, and notes what is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranges: list[tuple[RangeFile, int, int]] = []
+
+    def prefetch(self, path: Path | RangeFile, start: int, stop: int) -> None:
+        if isinstance(path, RangeFile):
+            self.ranges.append((path, start, stop))
+
+
+def settle(weights: Iterable[Weight]) -> None:
+    """Say which weights will be read, in this order: what is remote is fetched meanwhile.
+
+    Raises:
+        SafeprojError: a file that is better downloaded as a whole cannot be.
+    """
+    wanted = _Wanted()
+    for weight in weights:
+        weight.prefetch(wanted, 0, weight.shape[0])
+    fetch(wanted.ranges)
 
 
 @dataclass(frozen=True)

@@ -88,14 +88,14 @@ class PickledCheckpoint(FolderCheckpoint):
 
     def weight(self, name: str, columns: int | None = None) -> PickledWeight:
         stored = self._tensor(name)
-        path = self.folder.path(self.location[name])
+        path = _local(self.folder, self.location[name])
         return PickledWeight(name, path, stored, as_matrix(stored.shape, columns))
 
     def _tensor(self, name: str) -> StoredTensor:
         """Return where a tensor lies; there is no header to ask for, so its file is needed."""
         file = self.file_of(name)
         if file not in self._tensors:
-            self._tensors[file] = find_tensors(self.folder.path(file))
+            self._tensors[file] = find_tensors(_local(self.folder, file))
         if name not in self._tensors[file]:
             raise self.not_held(name)
         return self._tensors[file][name]
@@ -115,8 +115,14 @@ def open_pickled(folder: Folder, files: frozenset[str]) -> PickledCheckpoint | N
     found = [SINGLE] if SINGLE in files else [f for f in files if f.endswith(".bin")]
     if len(found) != 1:
         return None
-    tensors = find_tensors(folder.path(found[0]))
+    tensors = find_tensors(_local(folder, found[0]))
     return PickledCheckpoint(folder, dict.fromkeys(tensors, found[0]), {found[0]: tensors})
+
+
+def _local(folder: Folder, name: str) -> Path:
+    """Return a file on this machine: what says where its tensors lie is all over it."""
+    place = folder.place(name)
+    return place if isinstance(place, Path) else place.whole("is a pickle, which is read whole")
 
 
 def _dtype_name(stored: StoredTensor) -> str:

@@ -15,6 +15,7 @@ from safeproj.checkpoint.interface import (
 )
 from safeproj.errors import SafeprojError
 from safeproj.storage.arrays import Array
+from safeproj.storage.ranges import RangeFile
 from safeproj.storage.source import Folder
 from safeproj.storage.tensorfile import Header, TensorEntry, read_header
 
@@ -24,10 +25,10 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class SafetensorsWeight:
-    """A tensor of a local safetensors file, seen as a matrix and read as it is stored."""
+    """A tensor of a safetensors file, seen as a matrix and read as it is stored."""
 
     label: str
-    path: Path
+    path: Path | RangeFile
     entry: TensorEntry
     shape: tuple[int, int]
 
@@ -61,7 +62,7 @@ class SafetensorsCheckpoint(FolderCheckpoint):
     index = INDEX
 
     _headers: dict[str, Header] = field(default_factory=dict, repr=False)
-    _local: dict[Path, Header] = field(default_factory=dict, repr=False)
+    _read: dict[Path | RangeFile, Header] = field(default_factory=dict, repr=False)
 
     def describe(self, name: str) -> TensorInfo:
         file = self.file_of(name)
@@ -71,15 +72,20 @@ class SafetensorsCheckpoint(FolderCheckpoint):
         return TensorInfo(entry.dtype, entry.shape)
 
     def weight(self, name: str, columns: int | None = None) -> SafetensorsWeight:
-        entry, path = self.locate(name)
-        return SafetensorsWeight(name, path, entry, as_matrix(entry.shape, columns))
+        place = self.folder.place(self.file_of(name))
+        entry = self._entry(self._header(place), name)
+        return SafetensorsWeight(name, place, entry, as_matrix(entry.shape, columns))
 
     def locate(self, name: str) -> tuple[TensorEntry, Path]:
         """Return where a tensor lies in which local file, downloading the file if need be."""
         path = self.folder.path(self.file_of(name))
-        if path not in self._local:
-            self._local[path] = read_header(path)
-        return self._entry(self._local[path], name), path
+        return self._entry(self._header(path), name), path
+
+    def _header(self, place: Path | RangeFile) -> Header:
+        """Return the header of a file, read once."""
+        if place not in self._read:
+            self._read[place] = read_header(place) if isinstance(place, Path) else place.header()
+        return self._read[place]
 
     def _entry(self, header: Header, name: str) -> TensorEntry:
         if name not in header.tensors:

@@ -304,6 +304,14 @@ Device = Annotated[
 ]
 
 
+class Downloading(str, Enum):
+    """Choices of `--download`."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 @dataclass(frozen=True)
 class Running:
     """How a run is done."""
@@ -329,6 +337,18 @@ class Running:
             "[default: one per core, at most 8]",
         ),
     ] = None
+    download: Annotated[
+        Downloading,
+        typer.Option(
+            "--download",
+            help="Whether weights that are not on this machine are downloaded as whole files, or "
+            "the bytes that are needed are read; auto: where most of a large file is not needed.",
+        ),
+    ] = Downloading.auto
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Keep what is read without downloads for later runs."),
+    ] = False
     show_profile: Annotated[
         bool, typer.Option("--profile", help="Say on stderr where time and memory went.")
     ] = False
@@ -363,6 +383,8 @@ class Running:
             device=self.device,
             workers=self.workers,
             maps=tuple(self.map_ or ()),
+            download=self.download.value,
+            keep=self.keep,
             profile=self.profile,
             **others,
         )

@@ -10,16 +10,13 @@ from safeproj.checkpoint.hashes import Digests, Hash
 from safeproj.engine.device import Device, Staging
 from safeproj.engine.task import Progress
 from safeproj.storage.arrays import AnyArray, is_finite
+from safeproj.storage.origins import StoppedError
 from safeproj.storage.tensorfile import DTYPES
 
 AHEAD = 16 << 20
 """Bytes of one weight that are asked for before they are read, so that a disk works meanwhile."""
 
 OnProgress = Callable[[Progress], None]
-
-
-class StoppedError(Exception):
-    """Another worker failed, or the run was interrupted."""
 
 
 class Buffers:
@@ -35,7 +32,7 @@ class Buffers:
         self, device: Device, stop: threading.Event, on_progress: OnProgress | None
     ) -> None:
         self.device = device
-        self.readers = (Reader(), Reader())
+        self.readers = (Reader(stop), Reader(stop))
         self._stop = stop
         self._on_progress = on_progress
         self._V: tuple[int, AnyArray] | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy
 
-from safeproj.checkpoint import Reader, Weight
+from safeproj.checkpoint import Reader, Weight, settle
 from safeproj.checkpoint.expression import Matrix
 from safeproj.engine.blocks import row_width, rows_per_block
 from safeproj.engine.device import Host
@@ -23,6 +23,7 @@ def relative_changes(comparisons: Sequence[Comparison]) -> list[float | None]:
     Raises:
         SafeprojError: a weight cannot be read.
     """
+    settle(comparison.aligned.weight for comparison in comparisons)
     readers = Reader(), Reader()
     try:
         return [_relative_change(comparison, *readers) for comparison in comparisons]

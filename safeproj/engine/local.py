@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from safeproj.engine.blocks import Buffers, OnProgress, StoppedError
+from safeproj.checkpoint import settle
+from safeproj.engine.blocks import Buffers, OnProgress
 from safeproj.engine.device import Device, resolve_device
 from safeproj.engine.task import Progress, Task
 from safeproj.records.profile import Usage
+from safeproj.storage.origins import StoppedError
+from safeproj.storage.ranges import forget
 
 MAX_WORKERS = 8
 """Default bound on worker threads: each holds up to `CPU_HOLD` bytes, and disks saturate early."""
@@ -94,6 +97,7 @@ def _in_order(
         return found
 
     begin = time.perf_counter()
+    settle(weight for task in tasks for weight in task.origin.weights)
     with device.session(), ThreadPoolExecutor(workers, "safeproj") as pool:
         try:
             # The task so many places on is most likely the thread's next.
@@ -107,6 +111,7 @@ def _in_order(
             raise failures[0] from None
         finally:
             stop.set()
+            forget()
             pool.shutdown(wait=True, cancel_futures=True)
             for buffers in made:
                 buffers.close()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy
 
-from safeproj.checkpoint import Reader, Weight
+from safeproj.checkpoint import Reader, Weight, settle
 from safeproj.engine import row_width, rows_per_block
 from safeproj.engine.device import Host
 from safeproj.errors import SafeprojError
@@ -31,6 +31,7 @@ def relative_size(source: Difference) -> float | None:
     tuned, aligned = source.after.weight, source.before.weight
     is_mixed = source.after.transposed != source.before.transposed
     change = size = 0.0
+    settle([tuned, aligned])
     reader = Reader()
     try:
         step = max(tuned.shape) if is_mixed else rows_per_block(Host(), tuned, aligned)

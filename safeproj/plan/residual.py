@@ -31,7 +31,7 @@ from safeproj.adapter.low_rank import balanced, decomposed, padded
 from safeproj.adapter.peft_config import ON_SAVING, doubled
 from safeproj.adapter.record import Kind
 from safeproj.adapter.vocabulary import HEADS
-from safeproj.checkpoint import Reader
+from safeproj.checkpoint import Reader, settle
 from safeproj.checkpoint.expression import Matrix, Swapped, matrix, stored_names
 from safeproj.engine.blocks import row_width, rows_per_block
 from safeproj.engine.device import Host
@@ -337,6 +337,7 @@ def told_of(parts: Mapping[str, float]) -> str | None:
 def _whole(found: Matrix, dtype: DType = FLOAT64) -> Array:
     """Return a weight (m, n), in float64 or another dtype."""
     weight, reader = found.weight, Reader()
+    settle([weight])
     reader.start()
     try:
         step = rows_per_block(Host(), weight)

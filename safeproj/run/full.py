@@ -24,7 +24,7 @@ from safeproj import __version__, engine
 from safeproj.adapter.interface import MANIFEST, Format
 from safeproj.adapter.record import AdaptedModule, Adapter
 from safeproj.adapter.write import copied_beside, write_directory
-from safeproj.checkpoint import Checkpoint, Reader, open_checkpoint
+from safeproj.checkpoint import Checkpoint, Reader, open_checkpoint, settle
 from safeproj.checkpoint.expression import Matrix, Stored, matrix, stored_names
 from safeproj.checkpoint.hashes import NEW, Digests, Hash, merged, record, tensors_of
 from safeproj.checkpoint.interface import STORED_DTYPES, stored_dtype
@@ -71,6 +71,7 @@ from safeproj.storage.arrays import (
     to_host,
 )
 from safeproj.storage.publish import Appearance, Resumed
+from safeproj.storage.ranges import fetching_by
 from safeproj.storage.source import Folder, identity, read_json
 from safeproj.text import shorten
 from safeproj.versions import versions
@@ -140,7 +141,8 @@ class FullJob:
     @cached_property
     def reference(self) -> Reference:
         """What the weights are scored against, opened."""
-        return self._method.open(self._options.maps)
+        with fetching_by(self._options.fetching):
+            return self._method.open(self._options.maps)
 
     @cached_property
     def tuned(self) -> Tuned:
@@ -158,7 +160,8 @@ class FullJob:
             )
         model = replace(self._model, aligned=aligned or own)
         weights = self.reference.weights if own is not None else None
-        return open_tuned(model, weights, self._options.maps)
+        with fetching_by(self._options.fetching):
+            return open_tuned(model, weights, self._options.maps)
 
     def run(self) -> FullRun:
         """Match, score and decide.
@@ -660,6 +663,7 @@ class Rows:
 
     def __init__(self, found: Matrix) -> None:
         self._weight, self._turned = found.weight, found.transposed
+        settle([self._weight])
         self._reader = Reader()
         self._whole: Array | None = None
 

@@ -18,6 +18,7 @@ from safeproj.adapter.interface import MANIFEST
 from safeproj.adapter.portable import portable
 from safeproj.adapter.weightfiles import NAMED
 from safeproj.adapter.write import Complete, adapters_below, unpatched_beside, write_adapter
+from safeproj.checkpoint import settle
 from safeproj.checkpoint.hashes import Hash
 from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError, explained
@@ -34,6 +35,7 @@ from safeproj.run.decide import DTYPES, Decision, decide
 from safeproj.run.manifest import manifest, wanted_hashes
 from safeproj.run.options import Options
 from safeproj.storage.arrays import Array, double, is_finite, quiet
+from safeproj.storage.ranges import fetching_by
 from safeproj.storage.source import Folder, LocalFolder, read_json
 from safeproj.text import shorten
 
@@ -171,7 +173,8 @@ class Job:
     @cached_property
     def reference(self) -> Reference:
         """What the adapters are scored against, opened."""
-        return self._method.open(self._options.maps)
+        with fetching_by(self._options.fetching):
+            return self._method.open(self._options.maps)
 
     def one(self, source: str | Adapter) -> Run:
         """Read, where that is still to be done, match, score and decide one adapter."""
@@ -428,6 +431,7 @@ class Job:
                     casts[number] = self._group(groups, number, loaded)
                 except SafeprojError as error:
                     failed[number] = error
+            settle(weight for group in groups.values() for weight in group.origin.weights)
         scores: list[dict[str, Score]] = [{} for _ in loads]
         least: list[dict[tuple[str, str], float | None]] = [{} for _ in loads]
         wanted = [group for group in groups.values() if group.updates]

@@ -11,6 +11,7 @@ from safeproj.names import parse_rules
 from safeproj.plan.select import Selection
 from safeproj.records.profile import Profile
 from safeproj.run.decide import DTYPES
+from safeproj.storage.ranges import DOWNLOADS, Download, Fetching
 
 
 class Observer(Protocol):
@@ -40,6 +41,9 @@ class Options:
         dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
         maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
         portable: write an adapter that all readers compute alike.
+        download: whether remote weights are downloaded as whole files: `always`, `never`, or
+            `auto`: where half of a file is needed, or it is small. Else ranges of it are read.
+        keep: keep what is read in ranges for later runs.
         observer: told about the progress.
         profile: filled in with where the time went.
 
@@ -53,6 +57,8 @@ class Options:
     dtype: str = "keep"
     maps: tuple[str, ...] = ()
     portable: bool = False
+    download: Download = "auto"
+    keep: bool = False
     observer: Observer | None = field(default=None, compare=False, repr=False)
     profile: Profile = field(default_factory=Profile, compare=False, repr=False)
 
@@ -61,5 +67,12 @@ class Options:
             raise SafeprojError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
         if self.workers is not None and self.workers < 1:
             raise SafeprojError(f"--workers must be 1 or more, found {self.workers}")
+        if self.download not in DOWNLOADS:
+            raise SafeprojError(f"--download {self.download}: expected {', '.join(DOWNLOADS)}")
         parse_rules(self.maps)
         resolve_device(self.device)
+
+    @property
+    def fetching(self) -> Fetching:
+        """How remote checkpoints are read."""
+        return Fetching(self.download, self.keep)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPStatus
@@ -18,7 +16,9 @@ from safeproj.errors import SafeprojError
 from safeproj.storage.documents import MAX_BYTES, parse
 from safeproj.storage.mistaken import reason, require_finished, require_real, unfinished
 from safeproj.storage.nearby import near_names, nearby
-from safeproj.storage.tensorfile import Header, TensorEntry, read_header
+from safeproj.storage.origins import HttpOrigin, hub_errors
+from safeproj.storage.ranges import Fetching, RangeFile, fetching
+from safeproj.storage.tensorfile import Header, read_header
 from safeproj.storage.wholefile import read_whole
 from safeproj.text import first_line, is_text, printable
 
@@ -78,6 +78,9 @@ class Folder(Identified, Protocol):
 
     def path(self, name: str) -> Path:
         """Return the local path of a file, downloading it first if it is on the Hub."""
+
+    def place(self, name: str) -> Path | RangeFile:
+        """Return a file whose bytes are read here and there, downloading none that need not be."""
 
     def header(self, name: str) -> Header:
         """Return the header of a safetensors file without fetching its tensors."""
@@ -143,6 +146,9 @@ class LocalFolder:
             )
         return path
 
+    def place(self, name: str) -> Path:
+        return self.path(name)
+
     def header(self, name: str) -> Header:
         return read_header(self.path(name))
 
@@ -151,7 +157,8 @@ class LocalFolder:
 class HubFolder:
     """A model repository on the Hugging Face Hub, read at one commit.
 
-    Files are downloaded one by one, when they are asked for, into the standard cache.
+    Files are downloaded one by one, when they are asked for, into the standard cache; those of
+    which little is needed are read in ranges.
 
     Attributes:
         repo: its id.
@@ -160,6 +167,7 @@ class HubFolder:
         source: the SRC as the user gave it.
         files: names of the files below the subfolder.
         subfolder: which part of the repository is meant, empty for all.
+        how: how files are read.
     """
 
     repo: str
@@ -168,8 +176,10 @@ class HubFolder:
     source: str
     files: frozenset[str] = field(repr=False)
     subfolder: str = ""
+    how: Fetching = field(default_factory=fetching)
     held: dict[str, bytearray] = field(default_factory=dict, repr=False, compare=False)
     _paths: dict[str, Path] = field(default_factory=dict, repr=False)
+    _places: dict[str, Path | RangeFile] = field(default_factory=dict, repr=False)
 
     @property
     def advice(self) -> str:
@@ -185,7 +195,7 @@ class HubFolder:
         from huggingface_hub import hf_hub_download
 
         # By the revision that was asked for, so that the cache can serve it offline later.
-        with _hub_errors(self.source):
+        with hub_errors(self.source):
             path = Path(hf_hub_download(self.repo, self._inside(name), revision=self.asked))
         if self.revision not in path.parts:
             raise SafeprojError(
@@ -201,7 +211,7 @@ class HubFolder:
         url = hf_hub_url(self.repo, self._inside(name), revision=self.revision)
         client: Any = utils  # which lists what it exports otherwise than type checkers read it
         headers = {**client.build_hf_headers(), "range": f"bytes=0-{count - 1}"}
-        with _hub_errors(self.source):
+        with hub_errors(self.source):
             response = client.get_session().get(url, headers=headers)
             size = response.headers.get("Content-Range", "").rpartition("/")[2]
             if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -210,23 +220,27 @@ class HubFolder:
         content = response.content
         return content[:count], int(size) if size.isdecimal() else len(content)
 
-    def header(self, name: str) -> Header:
-        from huggingface_hub import HfApi, try_to_load_from_cache
+    def place(self, name: str) -> Path | RangeFile:
+        if name not in self._places:
+            self._places[name] = self._place(name)
+        return self._places[name]
 
-        name = self._inside(name)
-        cached = try_to_load_from_cache(self.repo, name, revision=self.revision)
+    def _place(self, name: str) -> Path | RangeFile:
+        from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
+        inside = self._inside(name)
+        cached = try_to_load_from_cache(self.repo, inside, revision=self.revision)
         if isinstance(cached, str):
-            return read_header(Path(cached))
-        with _hub_errors(self.source):
-            remote = HfApi().parse_safetensors_file_metadata(
-                self.repo, name, revision=self.revision
-            )
-        tensors = {}
-        for tensor, info in remote.tensors.items():
-            begin, end = info.data_offsets
-            # `start` counts from the tensors' data: the bytes are read from the downloaded file.
-            tensors[tensor] = TensorEntry(info.dtype, tuple(info.shape), begin, end - begin)
-        return Header(remote.metadata, tensors)
+            return Path(cached)
+        if self.how.download == "always":
+            return self.path(name)
+        url = hf_hub_url(self.repo, inside, revision=self.revision)
+        origin = HttpOrigin(self.source, name, url, self.revision)
+        return RangeFile(origin, f"{self.repo}/{inside}", lambda: self.path(name), self.how)
+
+    def header(self, name: str) -> Header:
+        place = self.place(name)
+        return read_header(place) if isinstance(place, Path) else place.header()
 
     def _inside(self, name: str) -> str:
         return f"{self.subfolder}/{name}" if self.subfolder else name
@@ -463,7 +477,7 @@ def _open_hub(place: HubPlace, source: str) -> Folder:
     repo, revision = place.repo, place.revision
     if constants.HF_HUB_OFFLINE:
         try:
-            with _hub_errors(source):
+            with hub_errors(source):
                 snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except SafeprojError as error:
             if not isinstance(error.__cause__, LocalEntryNotFoundError):
@@ -476,7 +490,7 @@ def _open_hub(place: HubPlace, source: str) -> Folder:
         if not root.is_dir():
             raise _no_subfolder(place, source)
         return LocalFolder(root, source, revision=snapshot.name)
-    with _hub_errors(source):
+    with hub_errors(source):
         info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     if info.sha is None:
         raise SafeprojError(f"{source}: the Hub names no commit for this repository")
@@ -493,34 +507,4 @@ def _no_subfolder(place: HubPlace, source: str) -> SafeprojError:
     return SafeprojError(
         f"{source}: no such local path, and the repository {place.repo} has no directory "
         f"{place.subfolder}; expected one with files in it"
-    )
-
-
-@contextmanager
-def _hub_errors(source: str) -> Iterator[None]:
-    """Turn what the Hub client raises into one line that says what to do."""
-    try:
-        yield
-    except SafeprojError:
-        raise
-    except Exception as error:
-        raise SafeprojError(f"{source}: {_hub_advice(error)}") from error
-
-
-def _hub_advice(error: Exception) -> str:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return "access is gated: accept its licence on the Hub and set HF_TOKEN"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "the repository has no such revision; expected a branch, a tag or a commit"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "no such local path, and no such repository on the Hub (private ones need HF_TOKEN)"
-    if isinstance(error, errors.HFValidationError):
-        return "no such local path, and not a valid Hub id (expected org/name)"
-    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        return "the Hub does not accept the token; check HF_TOKEN, or log in again"
-    return (
-        f"the Hub could not be read ({type(error).__name__}: {first_line(error)}); try again, or "
-        "set HF_HUB_OFFLINE=1 to use what is in the cache"
     )

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -20,7 +20,7 @@ from typing import TypeGuard
 from safeproj.errors import SafeprojError
 from safeproj.storage import documents as jsontext
 from safeproj.storage.documents import unique as unique
-from safeproj.storage.mistaken import mistaken_file, reason
+from safeproj.storage.mistaken import mistaken, mistaken_file, reason
 from safeproj.storage.nearby import nearby
 from safeproj.text import printable
 
@@ -106,6 +106,29 @@ def read_header(path: Path) -> Header:
         raise SafeprojError(f"{path}: no such file{nearby(path)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise incomplete(path, error) from error
+
+
+def header_of(source: str, size: int, read: Callable[[int, int], bytes], most: int) -> Header:
+    """Return the header of a safetensors file that is elsewhere.
+
+    Args:
+        source: what messages call it.
+        size: its bytes.
+        read: returns the bytes from one to before another.
+        most: bytes to read at first.
+
+    Raises:
+        SafeprojError: it is no complete, valid safetensors file, or cannot be read.
+    """
+    first = read(0, min(size, most))
+    try:
+        stop = PREFIX + _header_length(first[:PREFIX], size)
+        if stop > len(first):
+            first += read(len(first), stop)
+        return _header(source, first[PREFIX:stop], size)
+    except (ValueError, RecursionError) as error:
+        found = mistaken(first) or f"is no complete safetensors file ({reason(error)})"
+        raise SafeprojError(f"{source} {found}; the repository is incomplete") from error
 
 
 def parse_header(source: str, content: bytearray) -> Header:

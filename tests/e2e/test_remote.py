@@ -1,0 +1,318 @@
+"""Weights that are read in ranges, not downloaded: the command against servers on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from safeproj.storage.tensorfile import PREFIX
+from tests import hub_server
+from tests.hub_server import Fault, Hub, Request
+from tests.support import assert_refused, moved, safeproj, save_adapter, snapshot, tiny_llama
+
+SINGLE = "model.safetensors"
+HEADER = 100_000
+"""Bytes that are asked for at first."""
+
+RIGHT = ("--download", "never")
+TOKEN = "mine"
+
+
+@dataclass(frozen=True)
+class Models:
+    """A pair of checkpoints, and an adapter of a few of their weights."""
+
+    base: Path
+    aligned: Path
+    adapter: Path
+    needed: int
+
+    @property
+    def local(self) -> tuple[str, ...]:
+        """What is given on the command line, as paths."""
+        inputs = {"--base": self.base, "--aligned": self.aligned, "--adapter": self.adapter}
+        return tuple(str(each) for pair in inputs.items() for each in pair)
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the settings of whoever runs the tests out of the commands."""
+    for name in list(os.environ):
+        if name.startswith(("HF_", "SAFEPROJ_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    root = tmp_path_factory.mktemp("models")
+    base = tiny_llama(hidden_size=256, intermediate_size=256, num_hidden_layers=3, vocab_size=512)
+    aligned = moved(base)
+    base.save_pretrained(root / "base", max_shard_size="1MB")
+    aligned.save_pretrained(root / "aligned")
+    save_adapter(aligned, root / "adapter", layers_to_transform=[1, 2])
+    tensors = load_file(root / "aligned" / SINGLE)
+    needed = sum(
+        2 * tensor.nbytes
+        for name, tensor in tensors.items()
+        if re.fullmatch(r"model\.layers\.[12]\.self_attn\.[qv]_proj\.weight", name)
+    )
+    return Models(root / "base", root / "aligned", root / "adapter", needed)
+
+
+@pytest.fixture(scope="module")
+def expected(models: Models) -> Any:
+    """What the report says of the same inputs as local directories."""
+    result = safeproj("inspect", *models.local, "--format", "json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)["modules"]
+
+
+@pytest.fixture(scope="module")
+def written(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What patching the local directories writes, but its record."""
+    out = tmp_path_factory.mktemp("written") / "out"
+    result = safeproj("patch", *models.local, "--layers", "2", "--out", out)
+    assert result.returncode == 0, result.stderr
+    return weights(out)
+
+
+def weights(out: Path) -> dict[str, Any]:
+    """Return what a patched adapter is made of."""
+    return {n: each for n, each in snapshot(out).items() if n.startswith("adapter_")}
+
+
+@pytest.fixture
+def hub(models: Models) -> Iterator[Hub]:
+    with hub_server.running() as hub:
+        hub.grant(TOKEN, "org/base", "org/aligned", "org/adapter")
+        hub.publish("org/base", models.base, private=True)
+        hub.publish("org/aligned", models.aligned, gated=True)
+        hub.publish("org/adapter", models.adapter)
+        yield hub
+
+
+@dataclass(frozen=True)
+class User:
+    """Somebody who runs the command with a cache of their own."""
+
+    hub: Hub
+    home: Path
+    models: Models
+
+    def run(self, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a command on the two checkpoints on the Hub, unless told otherwise."""
+        self.home.mkdir(exist_ok=True)
+        given = {"--base": "org/base", "--aligned": "org/aligned", "--adapter": self.models.adapter}
+        inputs = [(k, str(v)) for k, v in given.items() if k not in words]
+        told = {
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HOME": str(self.home),
+            "HF_TOKEN": TOKEN,
+            "NO_PROXY": "127.0.0.1",
+            "TMPDIR": str(self.home),
+        }
+        command, *options = map(str, words)
+        arguments = [each for pair in inputs for each in pair]
+        return safeproj(command, *arguments, *options, env={**told, **variables}, cwd=self.home)
+
+    def modules(self, *options: str | Path, **variables: str) -> Any:
+        """Return what `inspect` says of the modules."""
+        result = self.run("inspect", *options, "--format", "json", **variables)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        return json.loads(result.stdout)["modules"]
+
+    @property
+    def left(self) -> list[Path]:
+        """Files of weights, or of what was read of them, that are on the disk."""
+        cached = self.home.rglob("*.safetensors")
+        return [*cached, *self.home.glob("safeproj-*"), *self.home.glob("assets/safeproj/*/*/*/*")]
+
+
+@pytest.fixture
+def user(hub: Hub, models: Models, tmp_path: Path) -> User:
+    return User(hub, tmp_path / "home", models)
+
+
+def of_weights(hub: Hub) -> list[Request]:
+    """Return the answers that had bytes of weights."""
+    return [r for r in hub.requests if r.sent and r.file and r.file.endswith(".safetensors")]
+
+
+# The same results, of the bytes that are needed
+
+
+def test_ranges_give_the_scores_of_the_same_local_directories(user: User, expected: Any) -> None:
+    assert user.modules(*RIGHT) == expected
+    answers = of_weights(user.hub)
+    assert all(r.range is not None and r.status == 206 for r in answers)
+    files = {(r.repo, r.file) for r in answers}
+    assert sum(r.sent for r in answers) <= 1.02 * user.models.needed + HEADER * len(files)
+    assert user.left == []
+    assert user.hub.leaked == []
+
+
+def test_patching_by_ranges_writes_what_patching_local_directories_writes(
+    user: User, written: dict[str, Any], tmp_path: Path
+) -> None:
+    result = user.run("patch", "--layers", "2", "--out", tmp_path / "out", *RIGHT)
+    assert result.returncode == 0, result.stderr
+    assert weights(tmp_path / "out") == written
+    assert user.left == []
+
+
+def test_workers_and_devices_read_the_same_ranges(user: User, expected: Any) -> None:
+    for options in (("--workers", "1"), ("--workers", "4"), ("--device", "torch")):
+        found = user.modules(*RIGHT, *options)
+        if "torch" not in options:
+            assert found == expected
+        assert [each["name"] for each in found] == [each["name"] for each in expected]
+
+
+def test_always_downloads_whole_files_and_finds_them_again(user: User, expected: Any) -> None:
+    assert user.modules("--download", "always") == expected
+    whole = {r.file for r in of_weights(user.hub) if r.downloads}
+    assert whole and all(r.status == 200 for r in of_weights(user.hub))
+    user.hub.requests.clear()
+    assert user.modules(*RIGHT) == expected  # what is there is not read from anywhere else
+    assert of_weights(user.hub) == []
+
+
+def test_small_files_are_downloaded_unless_that_is_not_wanted(user: User, expected: Any) -> None:
+    assert user.modules() == expected
+    assert {r.file for r in of_weights(user.hub) if r.downloads}
+
+
+# Large files of which little is needed
+
+PADDING = 160 << 20
+
+
+@pytest.fixture
+def padded(user: User, models: Models, tmp_path: Path) -> User:
+    """The aligned model with a large tensor that nobody needs."""
+    content = (models.aligned / SINGLE).read_bytes()
+    stop = PREFIX + int.from_bytes(content[:PREFIX], "little")
+    header = json.loads(content[PREFIX:stop])
+    end = len(content) - stop
+    header["model.unused.weight"] = {
+        "dtype": "U8",
+        "shape": [PADDING],
+        "data_offsets": [end, end + PADDING],
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / SINGLE
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(PREFIX, "little") + text + content[stop:])
+        file.truncate(file.tell() + PADDING)
+    with path.open("rb") as file:
+        mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
+    config = (models.aligned / "config.json").read_bytes()
+    user.hub.publish("org/aligned", {"config.json": config, SINGLE: mapped})
+    return user
+
+
+def test_auto_reads_ranges_of_a_large_file(padded: User, expected: Any) -> None:
+    assert padded.modules() == expected
+    assert sum(r.sent for r in of_weights(padded.hub) if r.repo == "org/aligned") < 3 << 20
+
+
+def test_auto_downloads_where_the_server_sends_whole_files(padded: User, expected: Any) -> None:
+    padded.hub.fault = Fault("whole", times=99)
+    assert padded.modules() == expected
+    assert "org/aligned" in {r.repo for r in of_weights(padded.hub) if r.downloads}
+
+
+def test_auto_downloads_where_most_is_needed(padded: User, models: Models) -> None:
+    files = {each.name: each.read_bytes() for each in models.aligned.iterdir()}
+    padded.hub.publish("org/aligned", files)
+    padded.modules()
+    assert "org/aligned" in {r.repo for r in of_weights(padded.hub) if r.downloads}
+
+
+# What goes wrong, and is put right
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("reset", times=3, after=1),
+        Fault("short", times=2, after=1),
+        Fault("long", after=1),
+        Fault("wrong range", after=1),
+        Fault("trickle", after=4),
+        Fault("busy", times=2, after=1),
+        Fault("unavailable", times=2),
+        Fault("moved", times=999),
+        Fault("expired", after=3),
+    ],
+    ids=lambda fault: fault.kind,
+)
+def test_what_goes_wrong_for_a_while_changes_nothing(
+    user: User, expected: Any, fault: Fault
+) -> None:
+    user.hub.fault = fault
+    assert user.modules(*RIGHT, HF_HUB_DOWNLOAD_TIMEOUT="1") == expected
+    assert fault.met > fault.after  # it did go wrong
+    assert user.hub.leaked == []
+    assert user.left == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault("changed", after=6, times=99), ["changed while it was read", "run again"]),
+        (Fault("whole", times=99), ["whole files", "--download never"]),
+        (Fault("whole", after=5, times=99), ["whole files", "--download never"]),
+        (Fault("wrong range", after=5, times=99), ["asked for", "sent", "try again"]),
+        (Fault("unavailable", after=5, times=99), ["503", "try again"]),
+        (Fault("reset", times=99), ["5 tries", "try again"]),
+        (Fault("trickle", after=5, times=99), ["bytes came in a second", "try again"]),
+    ],
+    ids=lambda each: f"{each.kind}-{each.after}" if isinstance(each, Fault) else "",
+)
+def test_what_stays_wrong_ends_in_one_line_and_nothing_is_written(
+    user: User, fault: Fault, words: list[str], tmp_path: Path
+) -> None:
+    user.hub.fault = fault
+    out = tmp_path / "out"
+    result = user.run("patch", "--all", "--out", out, *RIGHT, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert_refused(result, "org/", ".safetensors", *words)
+    assert not out.exists()
+    assert user.hub.leaked == []
+    assert user.left == []
+
+
+@pytest.mark.parametrize("token", ["", "other"])
+def test_a_gated_repository_ends_in_one_line(user: User, token: str, tmp_path: Path) -> None:
+    user.hub.grant("other")
+    result = user.run(
+        "patch", "--base", user.models.base, "--out", tmp_path / "out", *RIGHT, HF_TOKEN=token
+    )
+    assert_refused(result, "org/aligned", "gated", "HF_TOKEN")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_commit_is_read_whole_though_the_branch_moves_on(user: User, expected: Any) -> None:
+    commit = user.hub.publish("org/aligned", user.models.aligned, "v1", gated=True)
+    user.hub.publish("org/aligned", {"README.md": b"moved on"}, "main", gated=True)
+    assert user.modules("--aligned", f"org/aligned@{commit}", *RIGHT) == expected
+    revisions = {r.revision for r in of_weights(user.hub) if r.repo == "org/aligned"}
+    assert revisions == {commit}
+
+
+def test_pickles_cannot_be_read_in_ranges(user: User) -> None:
+    config = (user.models.base / "config.json").read_bytes()
+    user.hub.publish("org/pickled", {"config.json": config, "pytorch_model.bin": b"PK"})
+    result = user.run("inspect", "--base", "org/pickled", *RIGHT)
+    assert_refused(result, "org/pickled", "pytorch_model.bin", "--download")
