@@ -38,6 +38,8 @@ _HUB_ID = re.compile(
 
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
 _HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
 """Hosts of the Hub, beside that of HF_ENDPOINT."""
 
@@ -384,19 +386,28 @@ def hub_place(source: str) -> HubPlace | None:
     return HubPlace(match["repo"], match["subfolder"].removeprefix("/"), match["revision"])
 
 
-def _place_of_address(source: str) -> HubPlace | None:
-    """Return what the address of a page of the Hub names: a model, a directory, a file's one."""
+def _is_hub(source: str) -> bool:
+    """Tell whether an address is one of the Hub, or cannot be taken apart."""
     from huggingface_hub import constants
 
+    hosts = _HOSTS | {urlsplit(constants.ENDPOINT).netloc.casefold()}
+    try:
+        return urlsplit(source).netloc.casefold() in hosts
+    except ValueError:  # no address at all
+        return True
+
+
+def _place_of_address(source: str) -> HubPlace | None:
+    """Return what the address of a page of the Hub names: a model, a directory, a file's one."""
     try:
         address = urlsplit(source)
-        hosts = _HOSTS | {urlsplit(constants.ENDPOINT).netloc.casefold()}
-        known = address.netloc.casefold() in hosts
     except ValueError:  # no address at all
         return None
     repo, name, *rest = [unquote(part) for part in address.path.split("/") if part] + ["", ""]
     rest = rest[:-2] if name else []
-    if not known or (rest and (rest[0] not in ("tree", "blob", "resolve") or len(rest) < 2)):
+    if not _is_hub(source) or (
+        rest and (rest[0] not in ("tree", "blob", "resolve") or len(rest) < 2)
+    ):
         return None
     inside = rest[2:] if not rest or rest[0] == "tree" else rest[2:-1]
     match = _HUB_ID.fullmatch("/".join([repo, name, *inside]))
@@ -416,10 +427,21 @@ def src(given: Src) -> str:
     return os.path.join(os.curdir, text)  # noqa: PTH118 - pathlib drops the dot
 
 
-def open_folder(source: str) -> Folder:
-    """Return the folder that SRC names: an existing path, else a place on the Hub.
+def is_whole(name: str) -> bool:
+    """Tell whether a file of a model, given as a SRC, stands for the directory that it is in."""
+    return name == _WHOLE[0] or name.endswith(_WHOLE[1])
 
-    That is `org/name`, `org/name/subfolder`, either with `@revision`, or the address of the page.
+
+def is_address(source: str) -> bool:
+    """Tell whether a SRC has the form of an address, such as https://… or s3://…."""
+    return _SCHEME.match(source) is not None
+
+
+def open_folder(source: str) -> Folder:
+    """Return the folder that SRC names: an existing path, else a place on the Hub, or an address.
+
+    That is `org/name`, `org/name/subfolder`, either with `@revision`, or the address of the page;
+    or the address of a directory or file of a web server, or of whatever fsspec reads.
 
     Raises:
         SafeprojError: there is no such path, and no such repository either.
@@ -434,9 +456,12 @@ def open_folder(source: str) -> Folder:
         return LocalFolder(path, source)
     if path.is_file():
         require_finished(source, path)
-        whole = path.name == _WHOLE[0] or path.name.endswith(_WHOLE[1])
-        return LocalFolder(path.parent, source, only=None if whole else path.name)
+        return LocalFolder(path.parent, source, only=None if is_whole(path.name) else path.name)
     place = hub_place(source)
+    if place is None and is_address(source) and not _is_hub(source):
+        from safeproj.storage.addresses import open_address
+
+        return open_address(source)
     if place is None or (local := _why_local(place, source)):
         why = local if place else _why_no_hub_id(source)
         raise SafeprojError(

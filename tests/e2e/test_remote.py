@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -35,6 +41,7 @@ class Models:
     base: Path
     aligned: Path
     adapter: Path
+    model: Any
     needed: int
 
     @property
@@ -66,7 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         for name, tensor in tensors.items()
         if re.fullmatch(r"model\.layers\.[12]\.self_attn\.[qv]_proj\.weight", name)
     )
-    return Models(root / "base", root / "aligned", root / "adapter", needed)
+    return Models(root / "base", root / "aligned", root / "adapter", aligned, needed)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +153,8 @@ def user(hub: Hub, models: Models, tmp_path: Path) -> User:
 
 def of_weights(hub: Hub) -> list[Request]:
     """Return the answers that had bytes of weights."""
-    return [r for r in hub.requests if r.sent and r.file and r.file.endswith(".safetensors")]
+    sent = [r for r in hub.requests if r.sent and r.status < 400]
+    return [r for r in sent if r.file and r.file.endswith(".safetensors")]
 
 
 # The same results, of the bytes that are needed
@@ -316,3 +324,259 @@ def test_pickles_cannot_be_read_in_ranges(user: User) -> None:
     user.hub.publish("org/pickled", {"config.json": config, "pytorch_model.bin": b"PK"})
     result = user.run("inspect", "--base", "org/pickled", *RIGHT)
     assert_refused(result, "org/pickled", "pytorch_model.bin", "--download")
+
+
+# Addresses that are not of the Hub
+
+
+@dataclass(frozen=True)
+class Web:
+    """The same models on a server that is not the Hub's, as far as the user knows.
+
+    Its large files are on another host.
+    """
+
+    user: User
+
+    @property
+    def base(self) -> str:
+        """The address of the directory of the base model, which has shards."""
+        return f"{self.user.hub.url}/open/base/resolve/main"
+
+    @property
+    def aligned(self) -> str:
+        """That of the aligned model, which has one file."""
+        return f"{self.user.hub.url}/open/aligned/resolve/main"
+
+    def run(self, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a command on the two checkpoints, unless told otherwise."""
+        given = {"--base": self.base, "--aligned": self.aligned}
+        inputs = [each for key, v in given.items() if key not in words for each in (key, v)]
+        command, *options = words
+        elsewhere = {"HF_ENDPOINT": "http://127.0.0.1:9", **variables}
+        return self.user.run(command, *inputs, *options, **elsewhere)
+
+    def modules(self, *options: str | Path, **variables: str) -> Any:
+        """Return what `inspect` says of the modules."""
+        result = self.run("inspect", *options, "--format", "json", **variables)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)["modules"]
+
+
+@pytest.fixture
+def web(user: User, models: Models) -> Web:
+    user.hub.publish("open/base", models.base)
+    user.hub.publish("open/aligned", models.aligned)
+    user.hub.publish("open/adapter", models.adapter)
+    return Web(user)
+
+
+def test_an_address_gives_the_scores_of_the_same_local_directories(web: Web, expected: Any) -> None:
+    adapter = f"{web.user.hub.url}/open/adapter/resolve/main"
+    assert web.modules("--adapter", adapter, *RIGHT) == expected
+    checkpoints = [r for r in of_weights(web.user.hub) if r.repo != "open/adapter"]
+    assert all(r.range is not None and r.status == 206 for r in checkpoints)
+    files = {(r.repo, r.file) for r in checkpoints}
+    assert sum(r.sent for r in checkpoints) <= 1.02 * web.user.models.needed + 2 * HEADER * len(
+        files
+    )
+    assert all(r.token is None for r in web.user.hub.requests)
+    assert web.user.left == []
+
+
+@pytest.mark.parametrize("download", ["auto", "always", "never"])
+@pytest.mark.parametrize("name", [SINGLE, "config.json"])
+def test_the_address_of_a_file(web: Web, expected: Any, name: str, download: str) -> None:
+    found = web.modules("--aligned", f"{web.aligned}/{name}", "--download", download)
+    assert found == expected
+    assert web.user.left == []
+
+
+@pytest.mark.parametrize("kind", ["reset", "short", "busy", "expired"])
+def test_what_goes_wrong_at_an_address_for_a_while_changes_nothing(
+    web: Web, expected: Any, kind: str
+) -> None:
+    fault = web.user.hub.fault = Fault(kind, times=2, after=6)
+    assert web.modules(*RIGHT) == expected
+    assert fault.met > fault.after  # it did go wrong
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault("changed", after=6, times=99), ["changed while it was read"]),
+        (Fault("whole", after=6, times=99), ["whole files", "--download never"]),
+    ],
+    ids=lambda each: each.kind if isinstance(each, Fault) else "",
+)
+def test_what_stays_wrong_at_an_address_ends_in_one_line(
+    web: Web, fault: Fault, words: list[str], tmp_path: Path
+) -> None:
+    web.user.hub.fault = fault
+    result = web.run("patch", "--all", "--out", tmp_path / "out", *RIGHT)
+    assert_refused(result, web.user.hub.url, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://127.0.0.1:7/model", ["could not be read", "try again"]),
+        ("{hub}/open/aligned/resolve/main/nothing", ["none of the files", "config.json"]),
+        ("{hub}/open/aligned/resolve/main?signature=0", ["secret", "alone"]),
+        ("http://me:secret@127.0.0.1:9/model", ["secret", "alone"]),
+        ("nosuch://bucket/model", ["nosuch://bucket/model", "could not be looked at"]),
+        ("file:///nowhere/at/all", ["nothing at this address"]),
+    ],
+)
+def test_an_address_without_a_model_ends_in_one_line(
+    web: Web, address: str, words: list[str]
+) -> None:
+    result = web.run("inspect", "--aligned", address.format(hub=web.user.hub.url))
+    assert_refused(result, *words)
+    assert "me:secret" not in result.stderr
+
+
+def test_offline_no_address_is_asked(web: Web) -> None:
+    result = web.run("inspect", HF_HUB_OFFLINE="1")
+    assert_refused(result, web.aligned, "HF_HUB_OFFLINE")
+    assert web.user.hub.requests == []
+
+
+@contextmanager
+def served(root: Path) -> Iterator[str]:
+    """Serve a directory by the standard library, which sends whole files alone."""
+    handler = partial(Quiet, directory=str(root))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """A handler that prints nothing."""
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Print nothing."""
+
+
+def test_a_server_without_ranges_is_read_whole_unless_that_is_not_wanted(
+    web: Web, expected: Any, models: Models
+) -> None:
+    with served(models.aligned) as address:
+        assert web.modules("--aligned", address) == expected
+        result = web.run("inspect", "--aligned", address, *RIGHT)
+        assert_refused(result, f"{address}: {SINGLE}", "whole files", "--download never")
+    assert web.user.left == []
+
+
+@pytest.mark.parametrize("download", ["auto", "always", "never"])
+@pytest.mark.parametrize("name", ["", "/config.json", f"/{SINGLE}"])
+def test_what_fsspec_reads(
+    web: Web, expected: Any, models: Models, name: str, download: str
+) -> None:
+    address = f"file://{models.aligned}{name}"
+    assert web.modules("--aligned", address, "--download", download) == expected
+    assert web.user.left == []
+
+
+# What is kept for later runs
+
+
+def kept(user: User) -> list[Path]:
+    """Return the pieces that are kept."""
+    return [each for each in user.home.glob("assets/safeproj/ranges/*/*/*") if each.is_file()]
+
+
+def test_what_is_kept_is_not_read_again(user: User, expected: Any) -> None:
+    assert user.modules(*RIGHT, "--keep") == expected
+    assert sum(each.stat().st_size for each in kept(user)) >= user.models.needed
+    assert all(each.parent.stat().st_mode & 0o077 == 0 for each in kept(user))
+    user.hub.requests.clear()
+    assert user.modules(*RIGHT, "--keep") == expected
+    assert {r.sent for r in of_weights(user.hub)} == {1}  # whether they are the same files
+    user.hub.requests.clear()
+    assert user.modules(*RIGHT) == expected  # unless it is not asked for
+    assert sum(r.sent for r in of_weights(user.hub)) >= user.models.needed
+
+
+def test_another_adapter_reads_what_is_not_kept(user: User, models: Models, tmp_path: Path) -> None:
+    other = save_adapter(models.model, tmp_path / "o", target_modules=["q_proj", "o_proj"])
+    local = safeproj("inspect", *models.local, "--adapter", other, "--format", "json")
+    user.modules(*RIGHT, "--keep")
+    user.hub.requests.clear()
+    found = user.modules("--adapter", other, *RIGHT, "--keep")
+    assert json.loads(local.stdout)["adapters"][1]["modules"] == found
+    size = 256 * 256 * 4  # of one weight; there are two of layer 0, and an o_proj of each other one
+    assert sum(r.sent for r in of_weights(user.hub)) <= 1.02 * 2 * 4 * size + HEADER
+
+
+def test_another_commit_of_the_same_files_is_kept_already(user: User, expected: Any) -> None:
+    user.modules(*RIGHT, "--keep")
+    files = {each.name: each.read_bytes() for each in user.models.aligned.iterdir()}
+    user.hub.publish("org/aligned", {**files, "README.md": b"better"}, gated=True)
+    user.hub.requests.clear()
+    assert user.modules(*RIGHT, "--keep") == expected
+    assert {r.sent for r in of_weights(user.hub)} == {1}
+
+
+def test_other_files_of_the_same_name_are_not_taken_for_those_kept(
+    user: User, models: Models
+) -> None:
+    user.modules(*RIGHT, "--keep")
+    user.hub.publish("org/aligned", {**_files(models.aligned), **_single(models)}, gated=True)
+    user.hub.requests.clear()
+    result = user.run("inspect", *RIGHT, "--keep", "--format", "json")
+    assert sum(r.sent for r in of_weights(user.hub)) > user.models.needed // 2
+    assert result.returncode == 0, result.stderr
+
+
+def _files(root: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in root.iterdir() if each.suffix == ".json"}
+
+
+def _single(models: Models) -> dict[str, bytes]:
+    """Return the aligned weights with one byte changed."""
+    content = bytearray((models.aligned / SINGLE).read_bytes())
+    content[-1] ^= 1
+    return {SINGLE: bytes(content)}
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "all gone"])
+def test_what_was_deleted_or_cut_is_read_again(user: User, expected: Any, damage: str) -> None:
+    user.modules(*RIGHT, "--keep")
+    if damage == "all gone":
+        shutil.rmtree(user.home / "assets")
+    for piece in kept(user)[::2]:
+        if damage == "cut":
+            piece.write_bytes(piece.read_bytes()[:-1])
+        else:
+            piece.unlink()
+    assert user.modules(*RIGHT, "--keep") == expected
+
+
+def test_what_is_kept_has_a_bound(user: User, expected: Any) -> None:
+    assert user.modules(*RIGHT, "--keep", SAFEPROJ_KEEP_GB="0.0005") == expected
+    assert user.modules(*RIGHT, "--keep", SAFEPROJ_KEEP_GB="0.0005") == expected
+    assert sum(each.stat().st_size for each in kept(user)) <= 500_000 + (500_000 // 16 + 300_000)
+    for wrong in ("many", "0", "-1", "inf", "nan"):
+        result = user.run("inspect", *RIGHT, "--keep", SAFEPROJ_KEEP_GB=wrong)
+        assert_refused(result, "SAFEPROJ_KEEP_GB", wrong, "number of GB")
+
+
+def test_several_processes_keep_at_once(user: User, expected: Any) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(user.modules, *RIGHT, "--keep") for _ in range(3)]
+        assert all(run.result() == expected for run in runs)
+    assert not [each for each in kept(user) if each.name.startswith(".new-")]
+    user.hub.requests.clear()
+    assert user.modules(*RIGHT, "--keep") == expected
+    assert {r.sent for r in of_weights(user.hub)} == {1}
+
+
+def test_a_place_where_nothing_can_be_kept_ends_in_one_line(user: User, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = user.run("inspect", *RIGHT, "--keep", HF_ASSETS_CACHE=str(tmp_path / "file"))
+    assert_refused(result, str(tmp_path / "file"), "--keep", "HF_ASSETS_CACHE")
