@@ -337,6 +337,9 @@ class _Held:
     def path(self, name: str) -> Path:
         raise SafeprojError(f"{self.source}: {name} is in no file; {_SAVE}")
 
+    def place(self, name: str) -> Path:
+        return self.path(name)
+
     def header(self, name: str) -> Header:
         raise SafeprojError(f"{self.source}: {name} is in no file; {_SAVE}")
 

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -102,7 +102,7 @@ class Origin(ABC):
         """
 
     @abstractmethod
-    def _part(self, start: int, out: memoryview) -> Iterator[int]:
+    def _part(self, start: int, out: memoryview) -> Generator[int, None, None]:
         """Fill `out` from byte `start`, and yield how many bytes came each time.
 
         Raises:
@@ -226,7 +226,7 @@ class HttpOrigin(Origin):
                 raise _AgainError("the answer ended early")
             return bytes(content)
 
-    def _part(self, start: int, out: memoryview) -> Iterator[int]:
+    def _part(self, start: int, out: memoryview) -> Generator[int, None, None]:
         last = start + len(out) - 1
         with self._answer(f"bytes={start}-{last}") as response:
             self._require_part(response)
@@ -329,7 +329,7 @@ class StoreOrigin(Origin):
         self.read(0, memoryview(content), threading.Event())
         return bytes(content)
 
-    def _part(self, start: int, out: memoryview) -> Iterator[int]:
+    def _part(self, start: int, out: memoryview) -> Generator[int, None, None]:
         try:
             # An open file of an object store asks for the ETag that the listing had.
             with self._files.open(self._path, "rb", cache_type="none") as file:

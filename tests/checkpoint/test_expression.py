@@ -32,6 +32,7 @@ from safeproj.checkpoint.expression import (
 )
 from safeproj.checkpoint.hashes import Digests
 from safeproj.errors import SafeprojError
+from safeproj.storage.ranges import RangeFile
 from tests.checkpoint.reading import BLOCKS, digests, hashed, random, read, save
 
 SHAPES = {"a": (6, 8), "b": (6, 8), "c": (10, 8), "d": (6, 5), "t": (8, 6)}
@@ -120,14 +121,14 @@ class Spy(Reader):
 
     def __init__(self) -> None:
         super().__init__()
-        self.was_read: list[tuple[Path, int]] = []
-        self.asked: list[tuple[Path, int]] = []
+        self.was_read: list[tuple[Path | RangeFile, int]] = []
+        self.asked: list[tuple[Path | RangeFile, int]] = []
 
-    def read(self, label: str, path: Path, offset: int, out: memoryview) -> None:
+    def read(self, label: str, path: Path | RangeFile, offset: int, out: memoryview) -> None:
         super().read(label, path, offset, out)
         self.was_read += [(path, offset + i) for i in range(len(out))]
 
-    def prefetch(self, path: Path, start: int, stop: int) -> None:
+    def prefetch(self, path: Path | RangeFile, start: int, stop: int) -> None:
         super().prefetch(path, start, stop)
         self.asked += [(path, i) for i in range(start, stop)]
 

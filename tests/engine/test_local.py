@@ -282,6 +282,7 @@ def test_what_is_read_was_asked_for_before(tmp_path: Path, monkeypatch: pytest.M
     for matrix in (task.origin.after, task.origin.before):
         weight = matrix.weight
         assert isinstance(weight, SafetensorsWeight)
+        assert isinstance(weight.path, Path)
         start, nbytes = weight.entry.start, weight.entry.nbytes
         assert asked[weight.path.name] == set(range(start, start + nbytes))
 
