@@ -37,6 +37,7 @@ from safeproj.storage.tensorfile import PREFIX
 from tests.hub_server import Hub, running
 
 HIDDEN, WIDE, VOCABULARY = 4096, 11008, 32000
+ADAPTED = ("q_proj.weight", "v_proj.weight")
 RANK = 16
 GIGABIT = 125e6
 ROUND_TRIP = 0.05
@@ -66,20 +67,23 @@ def write_model(root: Path, layers: int, seed: int) -> int:
     tensors = list(shapes(layers))
     half, location, needed = len(tensors) * 3 // 4, {}, 0
     for number, part in enumerate((tensors[:half], tensors[half:]), start=1):
-        header, end, file = {}, 0, f"model-{number:05}-of-00002.safetensors"
+        header: dict[str, dict[str, object]] = {}
+        places: dict[str, int] = {}
+        end, file = 0, f"model-{number:05}-of-00002.safetensors"
         for name, shape in part:
             size = 2 * int(numpy.prod(shape))
             header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (end, end + size)}
+            places[name] = end
             end, location[name] = end + size, file
+            needed += size if name.endswith(ADAPTED) else 0
         text = json.dumps(header).encode()
         with (root / file).open("wb") as out:
             out.write(len(text).to_bytes(PREFIX, "little") + text)
             start = out.tell()
             out.truncate(start + end)
-            for name, each in header.items():
-                if name.endswith(("q_proj.weight", "v_proj.weight")):
-                    needed += each["data_offsets"][1] - each["data_offsets"][0]
-                    out.seek(start + each["data_offsets"][0])
+            for name, first in places.items():
+                if name.endswith(ADAPTED):
+                    out.seek(start + first)
                     values = generator.standard_normal(1 << 14, numpy.float32)
                     out.write((values.view(numpy.uint32) >> 16).astype(numpy.uint16).tobytes())
     index = {"metadata": {}, "weight_map": location}

@@ -104,6 +104,14 @@ def open_address(source: str) -> Folder:
         SafeprojError: there is none, or it cannot be read.
     """
     address = urlsplit(source)
+    try:
+        is_whole_address = bool(re.fullmatch(r"[!-~]+", source)) and address.port != 0
+    except ValueError:  # a port that is none
+        is_whole_address = False
+    if not is_whole_address:
+        raise SafeprojError(
+            f"{source}: no address; expected one without spaces, as a browser takes it"
+        )
     if address.query or address.fragment or "@" in address.netloc:
         raise SafeprojError(
             f"{address.scheme}://{address.hostname}{address.path}: an address with a query, a "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safeproj.errors import SafeprojError
+from safeproj.text import first_line
 
 PIECE = 8 << 20
 """Bytes of the largest piece: at 1 Gbit/s it comes in about the time of a slow round trip."""
@@ -200,11 +201,11 @@ def kept() -> Kept:
             f"{KEPT_GB} is {given!a}; expected a number of GB above 0, such as 50"
         ) from None
     try:
-        root = cached_assets_path("safeproj", "ranges")
-    except OSError as error:
+        root = cached_assets_path("safeproj", "kept", "ranges")
+    except (OSError, ValueError) as error:
         raise SafeprojError(
-            f"{error.filename}: --keep cannot keep anything there ({error.strerror}); name "
-            "another directory in HF_ASSETS_CACHE"
+            f"--keep cannot keep anything ({first_line(error)}); name another directory in "
+            "HF_ASSETS_CACHE"
         ) from error
     made = Kept(Path(root), int(bound * 1e9))
     made.trim()

@@ -29,7 +29,7 @@ s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
 KEYS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
-    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_DEFAULT_REGION": "eu-west-1",
     "NO_PROXY": "127.0.0.1",
 }
 
@@ -64,7 +64,7 @@ def client(address: str) -> Any:
         key="testing",
         secret="testing",
         endpoint_url=address,
-        client_kwargs={"region_name": "us-east-1"},
+        client_kwargs={"region_name": "eu-west-1"},
         skip_instance_cache=True,
         use_listings_cache=False,
     )

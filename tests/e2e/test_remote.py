@@ -6,10 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,15 @@ from safetensors.torch import load_file
 from safeproj.storage.tensorfile import PREFIX
 from tests import hub_server
 from tests.hub_server import Fault, Hub, Request
-from tests.support import assert_refused, moved, safeproj, save_adapter, snapshot, tiny_llama
+from tests.support import (
+    assert_refused,
+    moved,
+    safeproj,
+    save_adapter,
+    snapshot,
+    started,
+    tiny_llama,
+)
 
 SINGLE = "model.safetensors"
 HEADER = 100_000
@@ -121,16 +130,22 @@ class User:
         self.home.mkdir(exist_ok=True)
         given = {"--base": "org/base", "--aligned": "org/aligned", "--adapter": self.models.adapter}
         inputs = [(k, str(v)) for k, v in given.items() if k not in words]
-        told = {
+        command, *options = map(str, words)
+        arguments = [each for pair in inputs for each in pair]
+        return safeproj(
+            command, *arguments, *options, env={**self.variables, **variables}, cwd=self.home
+        )
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What their environment says."""
+        return {
             "HF_ENDPOINT": self.hub.url,
             "HF_HOME": str(self.home),
             "HF_TOKEN": TOKEN,
             "NO_PROXY": "127.0.0.1",
             "TMPDIR": str(self.home),
         }
-        command, *options = map(str, words)
-        arguments = [each for pair in inputs for each in pair]
-        return safeproj(command, *arguments, *options, env={**told, **variables}, cwd=self.home)
 
     def modules(self, *options: str | Path, **variables: str) -> Any:
         """Return what `inspect` says of the modules."""
@@ -143,7 +158,11 @@ class User:
     def left(self) -> list[Path]:
         """Files of weights, or of what was read of them, that are on the disk."""
         cached = self.home.rglob("*.safetensors")
-        return [*cached, *self.home.glob("safeproj-*"), *self.home.glob("assets/safeproj/*/*/*/*")]
+        return [
+            *cached,
+            *self.home.glob("safeproj-*"),
+            *self.home.glob("assets/safeproj/kept/*/*/*/*"),
+        ]
 
 
 @pytest.fixture
@@ -424,6 +443,8 @@ def test_what_stays_wrong_at_an_address_ends_in_one_line(
         ("http://127.0.0.1:7/model", ["could not be read", "try again"]),
         ("{hub}/open/aligned/resolve/main/nothing", ["none of the files", "config.json"]),
         ("{hub}/open/aligned/resolve/main?signature=0", ["secret", "alone"]),
+        ("http://127.0.0.1:99999/model", ["no address", "expected"]),
+        ("https://a host/model", ["no address", "expected"]),
         ("http://me:secret@127.0.0.1:9/model", ["secret", "alone"]),
         ("nosuch://bucket/model", ["nosuch://bucket/model", "could not be looked at"]),
         ("file:///nowhere/at/all", ["nothing at this address"]),
@@ -482,12 +503,32 @@ def test_what_fsspec_reads(
     assert web.user.left == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_an_interrupt_ends_a_run_that_waits_for_the_network(
+    user: User, models: Models, tmp_path: Path
+) -> None:
+    fault = user.hub.fault = Fault("trickle", times=99, after=6)
+    inputs = ("--base", "org/base", "--aligned", "org/aligned", "--adapter", models.adapter)
+    user.home.mkdir()
+    process = started(
+        "patch", *inputs, "--all", "--out", tmp_path / "out", *RIGHT, env=user.variables
+    )
+    until = time.monotonic() + 120
+    while fault.met < fault.after + 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert not (tmp_path / "out").exists()
+
+
 # What is kept for later runs
 
 
 def kept(user: User) -> list[Path]:
     """Return the pieces that are kept."""
-    return [each for each in user.home.glob("assets/safeproj/ranges/*/*/*") if each.is_file()]
+    return [each for each in user.home.glob("assets/safeproj/kept/ranges/*/*/*") if each.is_file()]
 
 
 def test_what_is_kept_is_not_read_again(user: User, expected: Any) -> None:
@@ -504,13 +545,14 @@ def test_what_is_kept_is_not_read_again(user: User, expected: Any) -> None:
 
 def test_another_adapter_reads_what_is_not_kept(user: User, models: Models, tmp_path: Path) -> None:
     other = save_adapter(models.model, tmp_path / "o", target_modules=["q_proj", "o_proj"])
-    local = safeproj("inspect", *models.local, "--adapter", other, "--format", "json")
+    local = safeproj("inspect", *models.local[:4], "--adapter", other, "--format", "json")
     user.modules(*RIGHT, "--keep")
     user.hub.requests.clear()
     found = user.modules("--adapter", other, *RIGHT, "--keep")
-    assert json.loads(local.stdout)["adapters"][1]["modules"] == found
+    assert json.loads(local.stdout)["modules"] == found
     size = 256 * 256 * 4  # of one weight; there are two of layer 0, and an o_proj of each other one
-    assert sum(r.sent for r in of_weights(user.hub)) <= 1.02 * 2 * 4 * size + HEADER
+    files = {(r.repo, r.file) for r in of_weights(user.hub)}
+    assert sum(r.sent for r in of_weights(user.hub)) <= 1.02 * 2 * 4 * size + HEADER * len(files)
 
 
 def test_another_commit_of_the_same_files_is_kept_already(user: User, expected: Any) -> None:
@@ -567,9 +609,14 @@ def test_what_is_kept_has_a_bound(user: User, expected: Any) -> None:
 
 
 def test_several_processes_keep_at_once(user: User, expected: Any) -> None:
-    with ThreadPoolExecutor(3) as pool:
-        runs = [pool.submit(user.modules, *RIGHT, "--keep") for _ in range(3)]
-        assert all(run.result() == expected for run in runs)
+    user.home.mkdir()
+    inputs = ("--base", "org/base", "--aligned", "org/aligned", "--adapter", user.models.adapter)
+    words = ("inspect", *inputs, *RIGHT, "--keep", "--format", "json")
+    runs = [started(*words, env=user.variables, cwd=user.home, anew=True) for _ in range(3)]
+    for run in runs:
+        stdout, stderr = run.communicate()
+        assert run.returncode == 0, stderr
+        assert json.loads(stdout)["modules"] == expected
     assert not [each for each in kept(user) if each.name.startswith(".new-")]
     user.hub.requests.clear()
     assert user.modules(*RIGHT, "--keep") == expected

@@ -103,7 +103,7 @@ def test_pieces_come_in_the_order_in_which_they_are_read(monkeypatch: pytest.Mon
     two, second = opened(CONTENT, name="two")
     log: list[tuple[str, int]] = []
     for origin in (first, second):
-        origin.asked = Log(log, origin.name)  # type: ignore[assignment]
+        origin.asked = Log(log, origin.name)
     fetch([(one, 15_000, 15_500), (two, 9_000, 9_500), (one, 0, 500), (two, 5_000, 5_500)])
     for file, start in ((two, 5_000), (one, 0), (two, 9_000), (one, 15_000)):
         read(file, start, start + 500)
@@ -200,14 +200,14 @@ def test_a_file_is_downloaded_where_half_of_it_is_needed_or_it_is_small(
 
 
 def test_the_pieces_that_were_not_read_for_the_longest_time_go_first(tmp_path: Path) -> None:
-    kept = Kept(tmp_path, 5000)
+    kept = Kept(tmp_path, 1 << 20)
     places = []
     for number in range(8):
         directory = kept.directory("org/model", str(number % 2))
         places.append(kept.put(directory, 1000 * number, memoryview(bytes(1000))))
         os.utime(places[-1], (number, number))
     kept.touch(places[0])
-    kept.trim()
+    Kept(tmp_path, 5000).trim()
     assert [place.exists() for place in places] == [True, *[False] * 3, *[True] * 4]
 
 
