@@ -16,6 +16,7 @@ from safeproj.api import reports as reports
 from safeproj.api import sweep as sweep
 from safeproj.api import verify as verify
 from safeproj.callback import ProjectionCallback as ProjectionCallback
+from safeproj.engine.cluster import Cluster as Cluster
 from safeproj.errors import SafeprojError as SafeprojError
 from safeproj.evaluation.ask import Command as Command
 from safeproj.evaluation.ask import Endpoint as Endpoint

@@ -471,8 +471,8 @@ def _original(
 
     options = dataclasses.replace(options, selection=Selection(all=True))
     job = Job(method, options, hashes=hashes)
-    device = engine.resolve_device(options.device, wide=method.is_wide)
-    return Original(job.one(source), device, job.reference)
+    place = engine.place(options.device, wide=method.is_wide)
+    return Original(job.one(source), place, job.reference)
 
 
 def align(
@@ -511,6 +511,7 @@ def align(
         targets,
         device=options.device,
         workers=options.workers,
+        cluster=options.cluster,
         maps=options.maps,
         observer=options.observer,
         profile=options.profile,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from safeproj.cli import signals, terminal
-from safeproj.cli.bundles import command
+from safeproj.cli.bundles import Without, command
 from safeproj.cli.options import Overwrite, PlainReporting, Running, WritingTalking, names_of
 from safeproj.cli.usage import INPUTS, METHOD, OUTPUT, SELECTION, examples
 
@@ -60,7 +60,7 @@ def extract_command(
     ] = "all-linear",
     overwrite: Overwrite = False,
     *,
-    running: Running,
+    running: Annotated[Running, Without("engine", "ray_address")],
     reporting: PlainReporting,
     talking: WritingTalking,
 ) -> None:

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from safeproj.run.options import Options
 
 
+class Engine(str, Enum):
+    """Where weights are read and scored."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class ReportFormat(str, Enum):
     """Choices of `--format`."""
 
@@ -298,7 +305,8 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="DEVICE",
-        help="Where the arithmetic runs: auto, cpu, cuda, cuda:N, mps, or torch: the CPU by torch.",
+        help="Where the arithmetic runs: auto, cpu, cuda, cuda:N, mps, or torch: the CPU by torch; "
+        "several GPUs as cuda:0,cuda:1 or cuda:all.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -349,6 +357,19 @@ class Running:
         bool,
         typer.Option("--keep", help="Keep what is read without downloads for later runs."),
     ] = False
+    engine: Annotated[
+        Engine,
+        typer.Option("--engine", help="Where weights are read: on this machine, or a Ray cluster."),
+    ] = Engine.LOCAL
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="HOST:PORT",
+            help="The cluster.  [default: RAY_ADDRESS, or one that runs on this machine, or a new "
+            "one]",
+        ),
+    ] = None
     show_profile: Annotated[
         bool, typer.Option("--profile", help="Say on stderr where time and memory went.")
     ] = False
@@ -373,15 +394,20 @@ class Running:
         Raises:
             SafeprojError: a value is out of range.
         """
+        from safeproj.engine.cluster import Cluster
         from safeproj.engine.device import unused_gpu
         from safeproj.run.options import Options
 
+        on_ray = self.engine is Engine.RAY
+        if self.ray_address is not None and not on_ray:
+            raise SafeprojError("--ray-address is for --engine ray; give both or neither")
         told = unused_gpu(self.device)
         if told is not None and not talking.quiet:
             terminal.say(f"safeproj: {told}")
         return Options(
             device=self.device,
             workers=self.workers,
+            cluster=Cluster(self.ray_address) if on_ray else None,
             maps=tuple(self.map_ or ()),
             download=self.download.value,
             keep=self.keep,

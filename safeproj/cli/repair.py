@@ -129,7 +129,7 @@ def repair_command(
     choosing: Annotated[Choosing, Without("threshold", "layers", "all_modules")],
     judging: Judging,
     answering: Annotated[Answering, Without("device", "dtype", "chat")],
-    running: Running,
+    running: Annotated[Running, Without("engine", "ray_address")],
     reporting: Reporting,
     talking: WritingTalking,
 ) -> None:

@@ -97,7 +97,7 @@ def sweep_command(
     prompting: Prompting,
     judging: Judging,
     answering: Annotated[Answering, Without("device")],
-    running: Running,
+    running: Annotated[Running, Without("engine", "ray_address")],
     reporting: Reporting,
     talking: MeasuringTalking,
 ) -> None:

@@ -7,9 +7,11 @@ finding out that there is no GPU.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +41,9 @@ LIBRARIES = ("nvcuda.dll", "amdhip64.dll", "amdhip64_6.dll", "amdhip64_7.dll")
 KINDS = ("auto", "cpu", "cuda", "mps", "torch")
 """How values of `--device` begin; `torch` is the CPU by way of torch."""
 
+
+ALL = "cuda:all"
+"""Every GPU of the machine."""
 
 PACKAGES = ("torch", "array_api_compat")
 """What computes there."""
@@ -127,19 +132,49 @@ class Host:
         return HostStaging(nbytes), HostStaging(nbytes)
 
 
-def resolve_device(device: str, *, wide: bool = False) -> Device:
-    """Return the device for `--device`; `auto` is CUDA, then MPS, then the processor.
+def resolve_devices(device: str, *, wide: bool = False) -> tuple[Device, ...]:
+    """Return the devices for `--device`, among which the work is shared.
 
     Args:
-        device: `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or `torch` for the processor by torch.
+        device: as for `resolve_device`; or several GPUs: `cuda:0,cuda:1`, or `cuda:all`.
+        wide: as for `resolve_device`.
+
+    Raises:
+        SafeprojError: unknown, not on this machine, or named twice.
+    """
+    if device == ALL:
+        resolve_device("cuda")
+        import torch
+
+        names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    else:
+        names = device.split(",")
+    if len(names) > 1 and not all(re.fullmatch(r"cuda:\d+", name) for name in names):
+        raise SafeprojError(f"--device {device}: several must be GPUs, such as cuda:0,cuda:1")
+    if len(set(names)) < len(names):
+        raise SafeprojError(f"--device {device}: names one twice")
+    return tuple(resolve_device(name, wide=wide) for name in names)
+
+
+def resolve_device(device: str, *, wide: bool = False) -> Device:
+    """Return the device for `--device`, the first one of several.
+
+    `auto` is CUDA, then MPS, then the processor.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or `torch` for the processor by torch; or
+            as for `resolve_devices`.
         wide: whether float64 is computed with, which MPS does not have: then the processor.
 
     Raises:
         SafeprojError: unknown, or not on this machine.
     """
-    kind, _, index = device.partition(":")
+    first = "cuda" if device == ALL else device.partition(",")[0]
+    kind, _, index = first.partition(":")
     if kind not in KINDS or (index and (kind != "cuda" or not index.isdecimal())):
-        raise SafeprojError(f"--device {device}: expected auto, cpu, cuda, cuda:N, mps or torch")
+        raise SafeprojError(
+            f"--device {device}: expected auto, cpu, cuda, cuda:N, cuda:all, mps or torch"
+        )
     if kind == "cpu" or (kind == "auto" and not _has_driver()):
         return Host()
     told = _absent()
@@ -153,6 +188,25 @@ def resolve_device(device: str, *, wide: bool = False) -> Device:
     if found is None:
         return Host()
     return Host() if wide and found.name == "mps" else found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was computed.
+
+    Attributes:
+        name: the device, `cuda:0,cuda:1` for several.
+        engine: `numpy` or `torch`.
+    """
+
+    name: str
+    engine: str
+
+
+def place(device: str, *, wide: bool = False) -> Place:
+    """Return what a record says of `--device`; arguments and errors as for `resolve_devices`."""
+    found = resolve_devices(device, wide=wide)
+    return Place(",".join(each.name for each in found), found[0].engine)
 
 
 def unused_gpu(device: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Runs tasks on one machine: worker threads over weights on the CPU, one pipeline on a GPU.
+"""Runs tasks on one machine: worker threads over weights on the CPU, a pipeline for each GPU.
 
 Each weight is computed by one thread in a fixed order of fixed blocks, so that its result does not
 depend on how many workers there are. What is computed is the caller's.
@@ -6,17 +6,19 @@ depend on how many workers there are. What is computed is the caller's.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TypeVar
 
 from safeproj.checkpoint import settle
 from safeproj.engine.blocks import Buffers, OnProgress
-from safeproj.engine.device import Device, resolve_device
+from safeproj.engine.device import Device, resolve_devices
 from safeproj.engine.task import Progress, Task
 from safeproj.records.profile import Usage
 from safeproj.storage.origins import StoppedError
@@ -44,7 +46,7 @@ def run(
     Args:
         tasks: the weights and their updates.
         work: called with the buffers of the thread and the task; must depend on nothing else.
-        device: as for `resolve_device`.
+        device: as for `resolve_devices`.
         wide: whether it computes in float64, which MPS does not have.
         workers: threads over weights on the CPU; default the number of cores, at most 8.
         on_progress: called from the workers' threads.
@@ -53,38 +55,43 @@ def run(
     Raises:
         SafeprojError: a weight cannot be read, or the device is not there; what `work` raises.
     """
-    where = resolve_device(device, wide=wide)
-    yield from _in_order(tasks, work, where, workers, on_progress, usage)
+    where = resolve_devices(device, wide=wide)
+    yield from in_order(tasks, work, where, workers, on_progress, usage)
 
 
-def _in_order(
+def in_order(
     tasks: Sequence[One],
     work: Callable[[Buffers, One], T],
-    device: Device,
+    devices: Sequence[Device],
     workers: int | None,
     on_progress: OnProgress | None,
     usage: Usage | None,
 ) -> Iterator[T]:
-    """Yield `work(buffers, task)` of all tasks in order, while threads work on the next ones."""
-    if not device.is_host:
-        workers = 1
+    """Yield `work(buffers, task)` of all tasks in order, while threads work on the next ones.
+
+    Each device takes the next weight once it is done with one: the processor in several threads.
+    """
+    if not devices[0].is_host:
+        workers = len(devices)
     elif workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS)
     stop = threading.Event()
     local = threading.local()
+    free = itertools.cycle(devices)
     made: list[Buffers] = []
     failures: list[Exception] = []
     busy: list[float] = []
 
+    def begin_thread() -> None:
+        local.buffers = Buffers(next(free), stop, on_progress)
+        made.append(local.buffers)
+
     def one(task: One, following: Sequence[One]) -> T:
-        if not hasattr(local, "buffers"):
-            local.buffers = Buffers(device, stop, on_progress)
-            made.append(local.buffers)
         start = time.perf_counter()
         try:
             for other in following:
                 local.buffers.prefetch(other.origin.weights)
-            with device.scope():
+            with local.buffers.device.scope():
                 found = work(local.buffers, task)
         except Exception as error:
             if not isinstance(error, StoppedError):
@@ -98,7 +105,10 @@ def _in_order(
 
     begin = time.perf_counter()
     settle(weight for task in tasks for weight in task.origin.weights)
-    with device.session(), ThreadPoolExecutor(workers, "safeproj") as pool:
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(device.session())
+        pool = stack.enter_context(ThreadPoolExecutor(workers, "safeproj", begin_thread))
         try:
             # The task so many places on is most likely the thread's next.
             futures = deque(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from safeproj.adapter import Adapter, open_adapter
 from safeproj.adapter.collection import Member
 from safeproj.adapter.interface import MANIFEST
-from safeproj.engine import Device
+from safeproj.engine import Place
 from safeproj.errors import SafeprojError
 from safeproj.gate.behaviour import Evaluations, about_behaviour
 from safeproj.gate.card import about_change, about_claim
@@ -48,7 +48,7 @@ class Original:
     """The adapter before patching, of which every module was scored, on what and against what."""
 
     run: Run
-    device: Device
+    place: Place
     reference: Reference
 
 
@@ -92,7 +92,7 @@ def judged(
     findings += [*unsigned, *said.findings]
     remarks += said.remarks
     if original is not None:
-        result = recomputed(original.run, adapter, original.device)
+        result = recomputed(original.run, adapter, original.place)
         findings += [*result.findings, *_about_record(adapter, original, result, findings)]
         evidence = result.evidence
         remarks.append(result.remark)
@@ -176,7 +176,7 @@ def verified(
     if public_key is not None:
         findings += signature(patched, public_key, remarks)
     if original is not None:
-        result = recomputed(original.run, patched, original.device)
+        result = recomputed(original.run, patched, original.place)
         findings += [*result.findings, *_about_record(patched, original, result, findings)]
         evidence = result.evidence
         remarks.append(result.remark)

@@ -259,8 +259,8 @@ def _recomputed(job: FullJob, tuned: Tuned) -> Recomputed:
         tuned: the patched model.
     """
     patched, before = subject_of(tuned), subject_of(job.tuned)
-    device = engine.resolve_device(job.options.device, wide=job.method.is_wide)
-    result = Recomputed(same_hardware(patched, device))
+    place = engine.place(job.options.device, wide=job.method.is_wide)
+    result = Recomputed(same_hardware(patched, place))
     result.findings += other_files(before, patched)
     result.findings += about_card(before, patched)
     index = job.tuned.files.index

@@ -17,7 +17,7 @@ from safeproj.adapter.interface import MANIFEST, SIGNATURE
 from safeproj.adapter.record import Factor
 from safeproj.adapter.weightfiles import other_weights, training_state
 from safeproj.adapter.write import CARD
-from safeproj.engine import Device
+from safeproj.engine import Place
 from safeproj.errors import SafeprojError
 from safeproj.gate.card import about_card
 from safeproj.gate.files import listing
@@ -72,7 +72,7 @@ class Recomputed:
         return f"recomputed from the original: {text}; {why}"
 
 
-def recomputed(original: Run, patched: Adapter, device: Device) -> Recomputed:
+def recomputed(original: Run, patched: Adapter, place: Place) -> Recomputed:
     """Compare a patched adapter with its original, of which every module was scored.
 
     What is projected is told from the tensors alone: those that differ from the original's.
@@ -80,9 +80,9 @@ def recomputed(original: Run, patched: Adapter, device: Device) -> Recomputed:
     Args:
         original: the run over the adapter before patching.
         patched: the adapter after it.
-        device: where the arithmetic ran.
+        place: where the arithmetic ran.
     """
-    result = Recomputed(same_hardware(patched, device), _dtype(patched))
+    result = Recomputed(same_hardware(patched, place), _dtype(patched))
     before = original.adapter
     result.findings += _other_tensors(original, patched, same=result.same)
     if before.tensors.keys() == patched.tensors.keys():
@@ -105,7 +105,7 @@ def _dtype(patched: Adapter) -> str | None:
         return None
 
 
-def same_hardware(patched: Adapter, device: Device) -> bool:
+def same_hardware(patched: Adapter, place: Place) -> bool:
     """Tell whether safeproj.json records what this comparison runs on."""
     if MANIFEST not in patched.folder.files:
         return False
@@ -116,7 +116,7 @@ def same_hardware(patched: Adapter, device: Device) -> bool:
     except (SafeprojError, LookupError, TypeError):
         return False
     then, now = versions_then, versions(by_torch="torch" in versions_then)
-    return bool(where == (device.name, device.engine) and then == now and tool == __version__)
+    return bool(where == (place.name, place.engine) and then == now and tool == __version__)
 
 
 def _other_tensors(original: Run, patched: Adapter, *, same: bool) -> Iterator[Finding]:

@@ -134,6 +134,10 @@ class FullJob:
             raise SafeprojError(
                 "--portable and --dtype are for adapters: a full model is written in its own dtype"
             )
+        if self._options.cluster is not None:
+            raise SafeprojError(
+                "--engine ray is for adapters: a full model is read and written on one machine"
+            )
         self._selection = self._options.selection
         if method.selects_all:
             self._selection = self._selection.or_all()
@@ -562,7 +566,7 @@ class FullJob:
 
     def _manifest(self, run: FullRun, report: Report, **copied: bool) -> dict[str, Any]:
         """Return what `safeproj.json` says of a run, without what is written."""
-        where = engine.resolve_device(self._options.device, wide=self._method.is_wide)
+        where = engine.place(self._options.device, wide=self._method.is_wide)
         found = report.to_dict()
         for role, digests in self.reference.digests(run.scores).items():
             found["inputs"][role] |= digests

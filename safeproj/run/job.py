@@ -281,7 +281,7 @@ class Job:
             report: of it.
             copied: which options to copy more files were given, by name.
         """
-        where = engine.resolve_device(self._options.device, wide=self._method.is_wide)
+        where = engine.place(self._options.device, wide=self._method.is_wide)
         options: dict[str, Any] = {
             "dtype": self._options.dtype,
             "device": where.name,
@@ -522,6 +522,7 @@ class Job:
                 workers=self._options.workers,
                 on_progress=self._observer.progress if self._observer is not None else None,
                 usage=self._profile.usage,
+                where=self._options.cluster,
             )
             found = list(running)
         for group, scores in zip(groups, found, strict=True):

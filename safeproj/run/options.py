@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from safeproj.engine import Progress, resolve_device
+from safeproj.engine import Cluster, Progress, resolve_devices
 from safeproj.errors import SafeprojError
 from safeproj.names import parse_rules
 from safeproj.plan.select import Selection
@@ -35,9 +35,11 @@ class Options:
         selection: which modules are projected; if it does not say how they are chosen, those with
             `cos <= 0.35`, or all, as the method has it.
         device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or
-            `torch` for the processor by torch.
+            `torch` for the processor by torch; several GPUs, among which the weights are shared,
+            as `cuda:0,cuda:1` or `cuda:all`.
         workers: threads over modules on the CPU, None for one per core, at most 8. The result
             does not depend on it.
+        cluster: the Ray cluster on which weights are read and scored; None for this machine.
         dtype: of the projected tensors: `keep`, `float32`, `bfloat16` or `float16`.
         maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
         portable: write an adapter that all readers compute alike.
@@ -54,6 +56,7 @@ class Options:
     selection: Selection = field(default_factory=Selection)
     device: str = "auto"
     workers: int | None = None
+    cluster: Cluster | None = None
     dtype: str = "keep"
     maps: tuple[str, ...] = ()
     portable: bool = False
@@ -70,7 +73,7 @@ class Options:
         if self.download not in DOWNLOADS:
             raise SafeprojError(f"--download {self.download}: expected {', '.join(DOWNLOADS)}")
         parse_rules(self.maps)
-        resolve_device(self.device)
+        resolve_devices(self.device)
 
     @property
     def fetching(self) -> Fetching:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeproj.checkpoint.hashes import Sides
-from safeproj.engine import one_thread, resolve_device
+from safeproj.engine import Cluster, one_thread, resolve_device
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import Made, check_file, recorded_document, write_recorded
 from safeproj.methods.safe_lora.decomposition import eigenpairs, smaller_form
@@ -96,6 +96,7 @@ def make_alignment(
     *,
     device: str,
     workers: int | None,
+    cluster: Cluster | None,
     maps: Sequence[str],
     observer: Observer | None,
     profile: Profile,
@@ -116,6 +117,7 @@ def make_alignment(
             form.keep,
             device=device,
             workers=workers,
+            where=cluster,
             on_progress=observer.progress if observer is not None else None,
             usage=profile.usage,
         )

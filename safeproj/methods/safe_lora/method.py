@@ -23,6 +23,7 @@ from safeproj.methods.words import PROJECTION_CONTROLS, Words
 from safeproj.storage.source import Src, StrPath, src
 
 if TYPE_CHECKING:
+    from safeproj.engine import Cluster
     from safeproj.methods.reference import Reference
     from safeproj.methods.safe_lora.formulas import Approx, Exact
     from safeproj.methods.safe_lora.make import Aligned, Form
@@ -181,6 +182,7 @@ class SafeLora(Method):
         *,
         device: str = "auto",
         workers: int | None = None,
+        cluster: Cluster | None = None,
         maps: Sequence[str] = (),
         observer: Observer | None = None,
         profile: Profile | None = None,
@@ -196,6 +198,7 @@ class SafeLora(Method):
             targets: names of modules or their last parts, or `all-linear`.
             device: where the arithmetic runs: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
             workers: threads over weights on the CPU, None for one per core, at most 8.
+            cluster: the Ray cluster on which weights are read, None for this machine.
             maps: `RUNTIME=CHECKPOINT` rules for names that the checkpoints have in another form.
             observer: told about the progress, in bytes.
             profile: filled in with where the time went.
@@ -218,6 +221,7 @@ class SafeLora(Method):
             targets,
             device=device,
             workers=workers,
+            cluster=cluster,
             maps=maps,
             observer=observer,
             profile=profile or Profile(),

@@ -9,7 +9,7 @@ import numpy
 
 from safeproj import engine
 from safeproj.checkpoint.hashes import NEW, NONE, Hash, Sides
-from safeproj.engine import Buffers, KeptBlocks, OnProgress, Task
+from safeproj.engine import Buffers, Cluster, KeptBlocks, OnProgress, Task
 from safeproj.errors import SafeprojError
 from safeproj.methods.blocks import Projected
 from safeproj.methods.differences import Difference, DifferenceBlocks
@@ -94,6 +94,7 @@ def differences(
     *,
     device: str = "auto",
     workers: int | None = None,
+    where: Cluster | None = None,
     on_progress: OnProgress | None = None,
     usage: Usage | None = None,
 ) -> Iterator[tuple[T, Sides]]:
@@ -107,6 +108,7 @@ def differences(
             FloatingPointError where `V` is not finite.
         device: as for `engine.run`.
         workers: as for `engine.run`.
+        where: as for `engine.run`.
         on_progress: as for `engine.run`.
         usage: as for `engine.run`.
 
@@ -133,4 +135,5 @@ def differences(
         workers=workers,
         on_progress=on_progress,
         usage=usage,
+        where=where,
     )
