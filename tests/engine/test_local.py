@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from safeproj.checkpoint import open_checkpoint
 from safeproj.checkpoint.expression import Matrix
 from safeproj.checkpoint.hashes import HASHES, Hash
 from safeproj.checkpoint.safetensors import SafetensorsWeight
-from safeproj.engine import Buffers, Progress, Task, Update, blocks
+from safeproj.engine import Buffers, Progress, Task, Update, blocks, local
 from safeproj.engine.device import CPU_BLOCK, Host
+from safeproj.engine.torch_device import TorchDevice
 from safeproj.errors import SafeprojError
 from safeproj.methods import differences as weights
 from safeproj.methods.differences import CPU_HOLD, Difference
@@ -95,6 +97,12 @@ def run(
 
     wide = isinstance(formulas, Exact)
     return list(engine.run(tasks, work, device=device, wide=wide, **options))
+
+
+def tensor_of(found: Score) -> Tensor:
+    """Return the factor that a score has."""
+    assert found.factor is not None
+    return to_torch(found.factor)
 
 
 def error_of(found: Array | None, expected: Tensor) -> float:
@@ -235,6 +243,47 @@ def test_the_callers_thread_counts_are_left_alone(tmp_path: Path) -> None:
 def test_unknown_devices_are_refused(device: str) -> None:
     with pytest.raises(SafeprojError, match="expected auto, cpu, cuda"):
         engine.resolve_device(device)
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ("cuda:0,cpu", "several must be GPUs"),
+        ("torch,torch", "several must be GPUs"),
+        ("cuda:0,", "several must be GPUs"),
+        ("cuda:0,cuda:0", "names one twice"),
+    ],
+)
+def test_several_devices_are_different_gpus(device: str, told: str) -> None:
+    with pytest.raises(SafeprojError, match=told):
+        engine.resolve_devices(device)
+
+
+def test_each_of_several_devices_takes_weights(tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    task = task_of(tmp_path / "w", *pair(60, 40))
+    both = threading.Barrier(2, timeout=60)  # neither goes on alone
+    used = []
+
+    def work(buffers: Buffers, task: Task) -> tuple[Score | SafeprojError, ...]:
+        both.wait()
+        used.append(buffers.device)
+        return score(task, Approx(), buffers, hashes=())
+
+    devices = [TorchDevice(torch.device("cpu")) for _ in range(2)]
+    found = list(local.in_order([task] * 8, work, devices, 2, None, None))
+    assert [used.count(device) for device in devices] == [4, 4]
+    one = tensor_of(run_one(task, device="torch"))
+    for (each,) in found:
+        assert isinstance(each, Score)
+        assert torch.equal(one, tensor_of(each))
+
+
+@pytest.mark.cuda
+def test_all_gpus_give_what_one_gives(tmp_path: Path) -> None:
+    task = task_of(tmp_path, *pair(300, 200))
+    one, all_ = run_one(task, device="cuda"), run_one(task, device="cuda:all")
+    assert torch.equal(tensor_of(one), tensor_of(all_))
 
 
 @pytest.mark.parametrize("device", ["torch", pytest.param("cuda", marks=pytest.mark.cuda)])
