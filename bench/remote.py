@@ -2,11 +2,12 @@
 
     python -m bench.remote                    # all 32 layers, 4.2 GB of them read: some minutes
     python -m bench.remote --layers 4         # a shorter one of the same shapes
+    python -m bench.remote --megabits 100     # a slower line, for a machine that is busy
 
 The loopback Hub of the tests serves two repositories, each in two shards of zeros but for the first
 values of each weight, so that they take no disk. It answers after 50 ms, and sends 125 MB/s in all
-(1 Gbit/s), whatever the number of connections. Each line is `safeproj inspect` as a process of its
-own with an adapter on q and v:
+(1 Gbit/s) unless told otherwise, whatever the number of connections. Each line is `safeproj
+inspect` as a process of its own with an adapter on q and v:
 
 * ranges: `--download never`, which has to receive at most 1.02 times the bytes that are needed, and
   at most a sixth of the repositories;
@@ -39,7 +40,6 @@ from tests.hub_server import Hub, running
 HIDDEN, WIDE, VOCABULARY = 4096, 11008, 32000
 ADAPTED = ("q_proj.weight", "v_proj.weight")
 RANK = 16
-GIGABIT = 125e6
 ROUND_TRIP = 0.05
 REPOSITORIES = ("org/base", "org/aligned")
 
@@ -120,12 +120,14 @@ def publish(hub: Hub, repo: str, root: Path) -> None:
     hub.publish(repo, files)
 
 
-def inspect(*words: str, **variables: str) -> float:
-    """Return the seconds of one run, as a process of its own."""
-    begin = time.monotonic()
+def inspect(*words: str, **variables: str) -> tuple[float, float]:
+    """Return the seconds of one run, as a process of its own, and those of the processor."""
+    begin, before = time.monotonic(), os.times()
     command = [str(Path(sys.executable).parent / "safeproj"), "inspect", *words, "--format", "json"]
     subprocess.run(command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, check=True)
-    return time.monotonic() - begin
+    after = os.times()
+    busy = sum(after[2:4]) - sum(before[2:4])  # of the children, by them and for them
+    return time.monotonic() - begin, busy
 
 
 def received(hub: Hub) -> int:
@@ -139,8 +141,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--megabits", type=float, default=1000.0)
     parser.add_argument("--skip-whole", action="store_true", help="download no whole files")
-    layers, skips = vars(parser.parse_args()).values()
+    layers, megabits, skips = vars(parser.parse_args()).values()
+    rate = megabits * 1e6 / 8
     with tempfile.TemporaryDirectory(prefix="safeproj-bench-") as place, running() as hub:
         root = Path(place)
         needed = sum(write_model(root / repo, layers, i) for i, repo in enumerate(REPOSITORIES))
@@ -149,11 +153,14 @@ def main() -> None:
         for repo in REPOSITORIES:
             publish(hub, repo, root / repo)
         common = ("--adapter", str(root / "adapter"))
-        local = inspect("--base", f"{root}/org/base", "--aligned", f"{root}/org/aligned", *common)
-        ideal = max(needed / GIGABIT, local)
+        local, busy = inspect(
+            "--base", f"{root}/org/base", "--aligned", f"{root}/org/aligned", *common
+        )
+        ideal = max(needed / rate, local)
         print(f"{layers} layers: {needed / 1e9:.2f} of {total / 1e9:.2f} GB are needed", end="")
-        print(f"; {local:.1f} s by their paths; ideal {ideal:.1f} s", flush=True)
-        hub.delay, hub.rate = ROUND_TRIP, GIGABIT
+        print(f"; {local:.1f} s by their paths, {busy:.1f} s of the processor; ", end="")
+        print(f"{needed / rate:.1f} s by the line; ideal {ideal:.1f} s\n", flush=True)
+        hub.delay, hub.rate = ROUND_TRIP, rate
         home = {"HF_ENDPOINT": hub.url, "HF_HOME": f"{root}/home", "NO_PROXY": "127.0.0.1"}
         both = ("--base", "org/base", "--aligned", "org/aligned", *common)
         lines = {
@@ -162,13 +169,13 @@ def main() -> None:
             "kept, again": ("--download", "never", "--keep"),
             **({} if skips else {"whole files": ("--download", "always")}),
         }
-        print("| | GB received | × needed | share of all | seconds | × ideal |")
-        print("|---|---|---|---|---|---|", flush=True)
+        print("| | GB received | × needed | share of all | seconds | × ideal | processor |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         for name, options in lines.items():
-            seconds, sent = inspect(*both, *options, **home), received(hub)
+            (seconds, busy), sent = inspect(*both, *options, **home), received(hub)
             print(
                 f"| {name} | {sent / 1e9:.3f} | {sent / needed:.4f} | {sent / total:.3f} | "
-                f"{seconds:.1f} | {seconds / ideal:.2f} |",
+                f"{seconds:.1f} | {seconds / ideal:.2f} | {busy:.1f} |",
                 flush=True,
             )
 

@@ -35,6 +35,7 @@ from safeproj.run.full import FullJob
 from safeproj.run.job import Job, Run
 from safeproj.run.manifest import wanted_hashes
 from safeproj.run.options import Options
+from safeproj.storage.ranges import fetching_by
 from safeproj.storage.source import Src, StrPath, src
 
 if TYPE_CHECKING:
@@ -503,20 +504,21 @@ def align(
         SafeprojError: an input cannot be used or `out` cannot be written; nothing is written.
     """
     options = options or Options()
-    return SafeLora.make(
-        out,
-        base,
-        aligned,
-        form,
-        targets,
-        device=options.device,
-        workers=options.workers,
-        cluster=options.cluster,
-        maps=options.maps,
-        observer=options.observer,
-        profile=options.profile,
-        overwrite=overwrite,
-    )
+    with fetching_by(options.fetching):
+        return SafeLora.make(
+            out,
+            base,
+            aligned,
+            form,
+            targets,
+            device=options.device,
+            workers=options.workers,
+            cluster=options.cluster,
+            maps=options.maps,
+            observer=options.observer,
+            profile=options.profile,
+            overwrite=overwrite,
+        )
 
 
 def extract(
@@ -898,7 +900,11 @@ def _job(
 ) -> Iterator[Job]:
     """Yield a job; what the method needs is made first, and gone afterwards."""
     options = options or Options()
-    with method.prepared(adapters, options) as ready, engine.one_thread():
+    with (
+        fetching_by(options.fetching),
+        method.prepared(adapters, options) as ready,
+        engine.one_thread(),
+    ):
         yield Job(ready, options, hashes=hashes)
 
 
@@ -912,7 +918,12 @@ def _full_job(
 ) -> Iterator[FullJob]:
     """Yield the same for a full fine-tune."""
     method.whole()  # what is for adapters alone is said before anything is made for it
-    with method.prepared([], options or Options()) as ready, engine.one_thread():
+    options = options or Options()
+    with (
+        fetching_by(options.fetching),
+        method.prepared([], options) as ready,
+        engine.one_thread(),
+    ):
         yield FullJob(ready, model, options, hashes, restore_others=restore_others)
 
 

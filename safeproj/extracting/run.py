@@ -37,6 +37,7 @@ from safeproj.run.options import Options
 from safeproj.storage.arrays import Array
 from safeproj.storage.documents import json_document
 from safeproj.storage.published import published
+from safeproj.storage.ranges import fetching_by
 from safeproj.storage.tensorfile import DTYPES
 from safeproj.text import shorten
 from safeproj.versions import versions
@@ -72,7 +73,7 @@ def extract(
     inputs = [("--model", local_path(model)), ("--aligned", local_path(aligned))]
     check_out(out, overwrite, inputs)
     profile, observer = options.profile, options.observer
-    with profile.phase("match"):
+    with profile.phase("match"), fetching_by(options.fetching):
         pair = Pair(model, aligned, options.maps)
         found = find_targets(pair.aligned, pair.base, targets)
         _require_linear(found)

@@ -206,6 +206,22 @@ def test_workers_and_devices_read_the_same_ranges(user: User, expected: Any) -> 
         assert [each["name"] for each in found] == [each["name"] for each in expected]
 
 
+def test_an_alignment_file_is_made_of_ranges(user: User, tmp_path: Path) -> None:
+    user.home.mkdir()
+    local, remote = tmp_path / "local.safealign.safetensors", tmp_path / "r.safealign.safetensors"
+    targets = ("--targets", "q_proj,v_proj")
+    for out, inputs, options in (
+        (local, user.models.local[:4], ()),
+        (remote, ("--base", "org/base", "--aligned", "org/aligned"), RIGHT),
+    ):
+        result = safeproj("align", *inputs, *targets, "--out", out, *options, env=user.variables)
+        assert result.returncode == 0, result.stderr
+    found, expected = load_file(remote), load_file(local)
+    assert found.keys() == expected.keys()
+    assert all(tensor.equal(expected[name]) for name, tensor in found.items())
+    assert all(r.status == 206 for r in of_weights(user.hub))
+
+
 def test_always_downloads_whole_files_and_finds_them_again(user: User, expected: Any) -> None:
     assert user.modules("--download", "always") == expected
     whole = {r.file for r in of_weights(user.hub) if r.downloads}
