@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from safeproj import __version__
@@ -117,7 +118,7 @@ def run(
             "wide": wide,
             "workers": threads,
             "version": __version__,
-            "directory": os.getcwd(),
+            "directory": str(Path.cwd()),
         }
         pending = {
             remote.remote(tuple(tasks[each]), shared, **told): index

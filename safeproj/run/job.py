@@ -431,7 +431,8 @@ class Job:
                     casts[number] = self._group(groups, number, loaded)
                 except SafeprojError as error:
                     failed[number] = error
-            settle(weight for group in groups.values() for weight in group.origin.weights)
+            if self._options.cluster is None:  # whose workers fetch what they need
+                settle(weight for group in groups.values() for weight in group.origin.weights)
         scores: list[dict[str, Score]] = [{} for _ in loads]
         least: list[dict[tuple[str, str], float | None]] = [{} for _ in loads]
         wanted = [group for group in groups.values() if group.updates]

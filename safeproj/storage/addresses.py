@@ -63,6 +63,10 @@ class RemoteFolder:
     _paths: dict[str, Path] = field(default_factory=dict, repr=False)
     _places: dict[str, RangeFile] = field(default_factory=dict, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was downloaded to this machine."""
+        return {**vars(self), "_paths": {}, "_places": {}}
+
     @property
     def revision(self) -> None:
         """None: there are no commits."""

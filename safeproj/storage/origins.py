@@ -201,6 +201,13 @@ class HttpOrigin(Origin):
         self._linked: str | None = None
         self._etag: str | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock: another machine reads the same file, and no other."""
+        return {**vars(self), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     def look(self, count: int = 1) -> bytes | None:
         return self._persist(lambda: self._look(count))
 

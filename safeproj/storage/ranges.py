@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from safeproj.errors import SafeprojError
 from safeproj.storage.origins import NotHonouredError, Origin, StoppedError
@@ -126,6 +126,14 @@ class RangeFile:
         self._label, self._download = label, download
         self._looked, self._lock = False, threading.Lock()
         self._directory: Path | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is on this machine: another one fetches what it needs itself."""
+        here: dict[str, Any] = {"local": None, "pieces": [], "_lock": None, "_directory": None}
+        return {**vars(self), **here, "_looked": self._looked and not self.how.keep}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def __str__(self) -> str:
         return str(self.origin) if self.local is None else str(self.local)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from safeproj.cli.app import app
 from safeproj.engine import Buffers, Cluster, Progress, Task, cluster
 from safeproj.errors import SafeprojError
 from safeproj.records.profile import Usage
+from tests import hub_server
 from tests.forks import SECONDS
 from tests.support import assert_refused, safeproj, snapshot, started
 
@@ -122,6 +124,24 @@ def test_the_commands_say_the_same_from_any_directory(nodes: Nodes) -> None:
         here = safeproj(name, *given, cwd=EXAMPLE)
         there = safeproj(name, *given, *nodes.words, cwd=EXAMPLE)
         assert (here.returncode, here.stdout) == (there.returncode, there.stdout), there.stderr
+
+
+def test_workers_read_what_they_need_from_the_hub(nodes: Nodes, tmp_path: Path) -> None:
+    given = ["--adapter", str(EXAMPLE / "adapters" / "mixed"), "--format", "json"]
+    here = safeproj("inspect", "--base", BASE, "--aligned", ALIGNED, *given)
+    with hub_server.running() as hub:
+        for name, path in (("base", BASE), ("aligned", ALIGNED)):
+            hub.publish(f"org/{name}", Path(path))
+        there = safeproj(
+            "inspect", "--base", "org/base", "--aligned", "org/aligned", *given,
+            "--download", "never", *nodes.words,
+            env={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"},
+        )  # fmt: skip
+        assert there.returncode == 0, there.stderr
+        asked = [each for each in hub.requests if str(each.file).endswith(".safetensors")]
+    assert json.loads(there.stdout)["modules"] == json.loads(here.stdout)["modules"]
+    assert asked
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_progress_and_profile_are_those_of_all_workers(nodes: Nodes) -> None:
