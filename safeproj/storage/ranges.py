@@ -124,7 +124,7 @@ class RangeFile:
         self.local: Path | None = None
         self.pieces: list[_Piece] = []
         self._label, self._download = label, download
-        self._looked, self._lock = False, threading.Lock()
+        self._looked, self._lock = False, threading.RLock()
         self._directory: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,15 +203,15 @@ class RangeFile:
             first = self.origin.look(1 if self.how.keep else HEAD)
             if first is None:
                 raise SafeprojError(f"{self.origin}: there is no such file any more; run again")
+            if not self.origin.honours:
+                self.whole(_UNASKED)
+            elif self.how.keep and self.origin.identity is not None:
+                store = _kept()
+                self._directory = store.directory(self._label, self.origin.identity)
+                _fetcher().found(self, store.pieces(self._directory))
+            elif len(first) > 1:
+                _fetcher().given(self, memoryview(first))
             self._looked = True
-        if not self.origin.honours:
-            self.whole(_UNASKED)
-        elif self.how.keep and self.origin.identity is not None:
-            store = _kept()
-            self._directory = store.directory(self._label, self.origin.identity)
-            _fetcher().found(self, store.pieces(self._directory))
-        elif len(first) > 1:
-            _fetcher().given(self, memoryview(first))
 
     def whole(self, why: str) -> Path:
         """Return the whole file, downloaded.
@@ -465,12 +465,21 @@ def fetch(wanted: Iterable[tuple[RangeFile, int, int]]) -> None:
 
 def forget() -> None:
     """Fetch nothing more of what was said: it is not read."""
-    if _fetcher.cache_info().currsize:
+    if _made.cache_info().currsize:
         _fetcher().forget()
 
 
-@cache
+_MAKING = threading.Lock()
+
+
 def _fetcher() -> _Fetcher:
+    """Return the only one: threads that ask for it at once must not make two."""
+    with _MAKING:
+        return _made()
+
+
+@cache
+def _made() -> _Fetcher:
     return _Fetcher()
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from io import FileIO
@@ -27,6 +28,11 @@ KEPT_GB = "SAFEPROJ_KEEP_GB"
 """The variable that bounds what `--keep` keeps, in GB."""
 
 _KEPT_GB = 50.0
+
+WRITTEN = 3600.0
+"""Seconds after which a file that is not complete is one that a process left which was killed."""
+
+_NEW = ".new-"
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
@@ -130,15 +136,13 @@ class Kept:
         """
         path = directory / f"{start}-{start + len(data)}"
         try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle, name = tempfile.mkstemp(prefix=".new-", dir=directory)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                Path(name).replace(path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            for last in (False, False, False, True):
+                try:
+                    _appear(path, data)
+                    break
+                except FileNotFoundError:  # somebody has just deleted the directory
+                    if last:
+                        raise
         except OSError as error:
             raise SafeprojError(
                 f"{self.root}: what is read cannot be kept there ({error.strerror}); make room, "
@@ -162,6 +166,13 @@ class Kept:
         except OSError:
             return False
 
+    def _files(self) -> list[Path]:
+        """Return all files, as far as nobody deletes their directories meanwhile."""
+        found: list[Path] = []
+        with suppress(OSError):
+            found.extend(self.root.glob("*/*/*"))
+        return found
+
     def touch(self, path: Path) -> None:
         """Note that a piece was read."""
         with suppress(OSError):
@@ -169,11 +180,12 @@ class Kept:
 
     def trim(self) -> None:
         """Delete the pieces that were not read for the longest time, until the bound is kept."""
-        found = []
-        for path in self.root.glob("*/*/*"):
+        found, written = [], time.time() - WRITTEN
+        for path in self._files():
             with suppress(OSError):
                 stat = path.stat()
-                found.append((stat.st_mtime, stat.st_size, path))
+                if stat.st_mtime < written or not path.name.startswith(_NEW):
+                    found.append((stat.st_mtime, stat.st_size, path))
         size = sum(each[1] for each in found)
         for _, nbytes, path in sorted(found):
             if size <= self.bound:
@@ -181,6 +193,19 @@ class Kept:
             with suppress(OSError):
                 path.unlink()
                 size -= nbytes
+
+
+def _appear(path: Path, data: memoryview) -> None:
+    """Write a file that is there complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, name = tempfile.mkstemp(prefix=_NEW, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def kept() -> Kept:

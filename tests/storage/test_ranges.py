@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -46,9 +47,9 @@ def _anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Begin each test with no threads, and with small pieces."""
     monkeypatch.setattr(ranges, "PIECE", 1000)
     monkeypatch.setattr(spool, "PIECE", 1000)
-    ranges._fetcher.cache_clear()
+    ranges._made.cache_clear()
     yield
-    ranges._fetcher.cache_clear()
+    ranges._made.cache_clear()
 
 
 def opened(content: bytes, download: str = "never", name: str = "file") -> tuple[RangeFile, Bytes]:
@@ -142,9 +143,11 @@ def test_what_is_held_has_a_bound_and_is_fetched_again(monkeypatch: pytest.Monke
 def test_threads_read_together() -> None:
     file, origin = opened(CONTENT)
     found: list[bool] = []
+    begin = threading.Barrier(6)
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
+        begin.wait()
         for _ in range(50):
             start, stop = sorted(rng.sample(range(20_001), 2))
             found.append(read(file, start, stop) == CONTENT[start:stop])
@@ -209,6 +212,41 @@ def test_the_pieces_that_were_not_read_for_the_longest_time_go_first(tmp_path: P
     kept.touch(places[0])
     Kept(tmp_path, 5000).trim()
     assert [place.exists() for place in places] == [True, *[False] * 3, *[True] * 4]
+
+
+def test_many_write_while_pieces_are_deleted(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "kept", 3000)  # so that each piece is followed by a look at all
+    failed: list[Exception] = []
+
+    def work(number: int) -> None:
+        directory = kept.directory("org/model", str(number % 2))
+        try:
+            for at in range(60):
+                kept.put(directory, 1000 * (100 * number + at), memoryview(bytes(1000)))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for each in threads:
+        each.start()
+    while any(each.is_alive() for each in threads):
+        shutil.rmtree(tmp_path / "kept", ignore_errors=True)
+        time.sleep(0.2)
+    assert failed == []
+
+
+def test_what_a_killed_process_left_is_deleted_and_what_is_being_written_is_not(
+    tmp_path: Path,
+) -> None:
+    kept = Kept(tmp_path, 1)
+    directory = kept.directory("org/model", "etag")
+    kept.put(directory, 0, memoryview(b"all"))
+    old, new = directory / ".new-old", directory / ".new-new"
+    old.write_bytes(b"left")
+    new.write_bytes(b"begun")
+    os.utime(old, (0, 0))
+    kept.trim()
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_only_whole_pieces_are_found(tmp_path: Path) -> None:
