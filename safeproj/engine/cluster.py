@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ RETRIES = 8
 
 POLL = 0.2
 """Seconds between looks for an interruption."""
+
+PATIENCE = 10.0
+"""Seconds in which a cluster must answer."""
 
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """What is set where it is not: nothing is sent to Ray's makers, and no warning is printed."""
@@ -239,10 +243,11 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
     if ray.is_initialized():  # by whoever calls this from Python
         yield ray
         return
+    place = cluster.address or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
+        _reach(place)
         ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        place = cluster.address or "RAY_ADDRESS"
+    except (OSError, ValueError, RuntimeError) as error:
         raise SafeprojError(
             f"--engine ray: no cluster at {place} ({first_line(error)}); start one with "
             "`ray start --head`, and give its address as --ray-address"
@@ -251,3 +256,14 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _reach(place: str) -> None:
+    """Connect to HOST:PORT: Ray itself tries for minutes where nobody answers.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = place.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
