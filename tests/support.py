@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,36 @@ Put = Callable[[Tensor], AnyArray]
 
 both_engines = pytest.mark.parametrize("put", [from_torch, Tensor.detach], ids=["numpy", "torch"])
 """Runs a test of formulas once with each of these libraries."""
+
+
+def for_each(
+    names: str | tuple[str, ...], cases: Iterable[Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test with each of some arguments, as `parametrize` does, but as one test.
+
+    For hundreds of cases that take less than what pytest does around a test. A failure names its
+    case; fixtures are those of all cases.
+    """
+    own, cases = (names,) if isinstance(names, str) else names, list(cases)
+    assert cases
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def all_of_them(**others: Any) -> None:
+            for case in cases:
+                values = (case,) if isinstance(names, str) else case
+                try:
+                    test(**dict(zip(own, values, strict=True)), **others)
+                except (Exception, pytest.fail.Exception) as error:
+                    raise AssertionError(f"{names} = {case!r}: {error}") from error
+
+        signature = inspect.signature(test)
+        kept = [each for name, each in signature.parameters.items() if name not in own]
+        changed: Any = all_of_them
+        changed.__signature__ = signature.replace(parameters=kept)
+        return all_of_them
+
+    return decorate
 
 
 def tensor_of(array: AnyArray) -> Tensor:

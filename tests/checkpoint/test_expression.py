@@ -34,6 +34,7 @@ from safeproj.checkpoint.hashes import Digests
 from safeproj.errors import SafeprojError
 from safeproj.storage.ranges import RangeFile
 from tests.checkpoint.reading import BLOCKS, digests, hashed, random, read, save
+from tests.support import for_each
 
 SHAPES = {"a": (6, 8), "b": (6, 8), "c": (10, 8), "d": (6, 5), "t": (8, 6)}
 STACKS = {"s": (4, 6, 8), "u": (4, 6, 8), "v": (4, 10, 8), "w": (4, 6, 5), "k": (6, 3, 2, 2)}
@@ -104,7 +105,7 @@ EXPRESSIONS: dict[str, Expression] = {
 
 
 @pytest.mark.parametrize("rows", BLOCKS)
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@for_each("name", EXPRESSIONS)
 def test_rows_are_those_of_the_dense_tensors(checkpoint: Checkpoint, name: str, rows: int) -> None:
     expression = EXPRESSIONS[name]
     expected = dense(expression, TENSORS)
@@ -134,7 +135,7 @@ class Spy(Reader):
 
 
 @pytest.mark.parametrize("rows", BLOCKS)
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@for_each("name", EXPRESSIONS)
 def test_what_is_asked_for_is_what_is_read(checkpoint: Checkpoint, name: str, rows: int) -> None:
     weight = matrix(EXPRESSIONS[name], checkpoint).weight
     buffer = numpy.empty(rows * weight.row_bytes, numpy.uint8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from safeproj.extracting.leading import leading
-from tests.support import Put, both_engines, tensor_of
+from tests.support import Put, both_engines, for_each, tensor_of
 
 SHAPES = ((120, 200), (200, 120), (30, 40))
 
@@ -22,9 +22,9 @@ SPECTRA = {
 
 
 @both_engines
-@pytest.mark.parametrize("rank", [1, 6, 16])
+@for_each("rank", [1, 6, 16])
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@for_each("shape", SHAPES)
 def test_the_error_is_that_of_the_best(
     put: Put, shape: tuple[int, int], spectrum: object, rank: int
 ) -> None:

@@ -6,10 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import safeproj
 from safeproj.methods import registry
+from tests.support import for_each
 
 PACKAGE = Path(safeproj.__file__).parent
 
@@ -58,12 +57,12 @@ FILES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in EXCEPTIONS])
+@for_each("name", [name for name in FILES if name not in EXCEPTIONS])
 def test_a_file_asks_for_no_method(name: str) -> None:
     assert list(asked(PACKAGE / name)) == []
 
 
-@pytest.mark.parametrize("name", EXCEPTIONS)
+@for_each("name", EXCEPTIONS)
 def test_exceptions_are_needed(name: str) -> None:
     assert list(asked(PACKAGE / name))
 
@@ -71,7 +70,7 @@ def test_exceptions_are_needed(name: str) -> None:
 KEYS = {column.key for method in registry.METHODS for column in method.detail.columns} - {"scale"}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("report/", "run/"))])
+@for_each("name", [name for name in FILES if name.startswith(("report/", "run/"))])
 def test_a_format_loops_over_what_a_method_says(name: str) -> None:
     """And looks for nothing that only some of them say."""
     nodes = ast.walk(ast.parse((PACKAGE / name).read_text("utf-8")))

@@ -21,7 +21,15 @@ from safeproj.methods.salora.formulas import Complement, NotOrthonormalError
 from safeproj.records import scores
 from safeproj.storage import arrays
 from safeproj.storage.arrays import AnyArray
-from tests.support import Put, both_engines, hosts, oracle_C, oracle_cosine, tensor_of
+from tests.support import (
+    Put,
+    both_engines,
+    for_each,
+    hosts,
+    oracle_C,
+    oracle_cosine,
+    tensor_of,
+)
 
 COSINE = 2e-6
 """Absolute; the bound that the project sets itself."""
@@ -72,9 +80,9 @@ SHAPES = [(48, 80, 8), (80, 48, 8), (64, 64, 4), (8, 40, 8), (1, 7, 1), (7, 1, 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
-@pytest.mark.parametrize("projector", [Approx(), Exact(rank=1), Exact(rank=5)], ids=repr)
-@pytest.mark.parametrize("seed", range(3))
+@for_each(("m", "n", "r"), SHAPES)
+@for_each("projector", [Approx(), Exact(rank=1), Exact(rank=5)])
+@for_each("seed", range(3))
 @both_engines
 def test_agrees_with_the_dense_oracle(
     put: Put, m: int, n: int, r: int, dtype: torch.dtype, projector: Approx | Exact, seed: int

@@ -22,7 +22,7 @@ from safeproj.methods.salora.formulas import Complement
 from tests.conformance.oracle import save
 from tests.conftest import Trio
 from tests.methods.covariance.test_command import Place, lora, make
-from tests.support import assert_refused, safeproj, save_adapter, save_safety_module
+from tests.support import assert_refused, for_each, safeproj, save_adapter, save_safety_module
 
 STATISTICS = {"safety_data": "s.stats.safetensors", "task_data": "t.stats.safetensors"}
 GIVEN = {
@@ -87,6 +87,10 @@ def named(names: object) -> str:
     return "+".join(sorted(names)) if isinstance(names, frozenset) and names else "none"
 
 
+UNFIT = [names for names in subsets(GIVEN) if names not in {*WAYS, ALONE}]
+"""Sources that are not enough for a method, or too many."""
+
+
 def sources(names: frozenset[str]) -> dict[str, str]:
     return {name: GIVEN[name] for name in names}
 
@@ -126,9 +130,7 @@ def test_what_is_not_given_counts_for_nothing(names: frozenset[str]) -> None:
     assert method_of({**absent, **sources(names)}) == method_of(sources(names))
 
 
-@pytest.mark.parametrize(
-    "names", [each for each in subsets(GIVEN) if each not in {*WAYS, ALONE}], ids=named
-)
+@for_each("names", UNFIT)
 def test_sources_that_do_not_go_together_are_refused(names: frozenset[str]) -> None:
     assert refusal(sources(names)) == (
         "give --base and --aligned, --alignment, --safety-module, --safety-data with --aligned, or "
@@ -146,7 +148,7 @@ def test_data_needs_a_model_to_run_or_statistics_of_both(data: dict[str, str]) -
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method.name))
-@pytest.mark.parametrize("names", subsets(GIVEN), ids=named)
+@for_each("names", subsets(GIVEN))
 def test_a_method_is_made_of_its_own_sources_alone(
     method: type[Method], names: frozenset[str]
 ) -> None:
@@ -168,7 +170,7 @@ def test_a_method_is_made_of_its_own_sources_alone(
 
 
 @pytest.mark.parametrize("names", WAYS, ids=named)
-@pytest.mark.parametrize("settings", subsets(SETTINGS), ids=named)
+@for_each("settings", subsets(SETTINGS))
 def test_settings_of_another_method_are_refused(
     names: frozenset[str], settings: frozenset[str]
 ) -> None:
@@ -227,8 +229,8 @@ def test_the_text_says_whose_they_are(names: set[str], settings: dict[str, Any],
     assert refusal({**sources(frozenset(names)), **settings}) == text
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan])
-@pytest.mark.parametrize("name", ["rank", "energy", "mu", "weight"])
+@for_each("value", [0, 0.0, -1, math.nan])
+@for_each("name", ["rank", "energy", "mu", "weight"])
 @pytest.mark.parametrize("names", WAYS, ids=named)
 def test_what_is_out_of_range_is_given_all_the_same(
     names: frozenset[str], name: str, value: float
@@ -351,9 +353,7 @@ def test_a_name_must_fit_what_is_given(names: frozenset[str], name: str) -> None
     )
 
 
-@pytest.mark.parametrize(
-    "names", [each for each in subsets(GIVEN) if each not in {*WAYS, ALONE}], ids=named
-)
+@for_each("names", UNFIT)
 @pytest.mark.parametrize("name", NEEDS)
 def test_a_name_says_what_is_missing(names: frozenset[str], name: str) -> None:
     assert refusal(sources(names), name) == f"--method {name} needs {NEEDS[name]}"
@@ -539,7 +539,7 @@ FULL = {
 
 
 @pytest.mark.parametrize("method", FULL, ids=str)
-@pytest.mark.parametrize("projector", RECORDS, ids=lambda each: str(each)[:60])
+@for_each("projector", RECORDS)
 def test_a_record_of_nothing_that_there_is_is_refused(
     method: Method, projector: dict[str, Any]
 ) -> None:
