@@ -13,6 +13,9 @@ LINT := $(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/lint-imports -
 demo: $(READY)
 	$(BIN)/python -m scripts.demo
 
+# Bytecode is kept whatever the environment says: the commands that tests start do not compile again.
+test quick: export PYTHONDONTWRITEBYTECODE :=
+
 # Lint runs beside the tests, and what it says comes after them; either of them fails both.
 test: $(READY)
 	@begin=$$(date +%s); said=$$(mktemp); \
