@@ -129,7 +129,8 @@ def test_of_many_runs_to_one_place_one_writes_it(
     command = [sys.executable, "-c", WRITERS, str(place), kind, str(go), "6"]
     env = {**os.environ, **system}
     runs = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-    while len(list(place.parent.iterdir())) < 6 and runs.poll() is None:
+    end = time.monotonic() + 60
+    while len(list(place.parent.iterdir())) < 6 and runs.poll() is None and time.monotonic() < end:
         time.sleep(0.001)
     go.touch()
     codes = [int(code) for code in runs.communicate(timeout=60)[0].split()]
