@@ -8,21 +8,22 @@ run in the same way: `tests.support.python_m`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 SECONDS = 900
 """Nothing takes so long."""
@@ -36,27 +37,24 @@ _AT_IMPORT = (
 _SERVED = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS")
 """Those of them for whose values a process is kept."""
 
+_AT_ONCE = ("OMP_NUM_THREADS",)
+"""Those of these that torch reads; the others are for what is imported on top of it."""
+
 _HUB = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "HOME", "XDG_")
 """Those that torch does not read at import: what reads them is imported in the fork."""
 
-_SERVERS = 3
-"""Processes kept by one worker of the tests; each holds some 300 MB."""
-
 _SERVER = r"""
-import atexit, gc, importlib, json, os, pkgutil, resource, runpy, signal, sys, weakref
+import atexit, gc, importlib, json, os, pkgutil, resource, runpy, select, shutil, signal, socket
+import sys, weakref
 gc.disable()  # what imports leave is looked through for a second and more
 import jinja2, numpy, rich.progress, rich.table, safetensors.torch, torch
 import safeproj, typer.main, typer.rich_utils
 import filelock, fsspec, regex, sympy, tokenizers, torch._dynamo, torch.distributed.tensor, yaml
 late = ("huggingface_hub", "peft", "transformers")  # all that the above are imported for
-if sys.argv[1] == "all":
-    import peft, transformers.conversion_mapping, transformers.core_model_loading
-    import transformers.initialization, transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama
 for module in pkgutil.walk_packages(safeproj.__path__, "safeproj."):
-    if sys.argv[1] == "all" or not module.name.endswith(".callback"):
+    if not module.name.endswith(".callback"):
         importlib.import_module(module.name)
-assert sys.argv[1] == "all" or not [name for name in late if name in sys.modules]
+assert not [name for name in late if name in sys.modules]
 from safeproj.__main__ import main
 from safeproj.cli.app import app
 made = typer.main.get_command
@@ -67,69 +65,149 @@ for part in parts:  # the types of their options take longer than most commands
     for parameter in part.params:
         getattr(parameter, "get_runtime_param", bool)()
 typer.main.get_command = lambda given: command if given is app else made(given)
-weakref.finalize._registry.clear()  # or each fork takes apart at its end what imports made
-gc.freeze()
-gc.enable()
-for line in sys.stdin:
-    job = json.loads(line)
-    if "ended" in job:
-        found, status = os.waitpid(job["ended"], 0 if job["wait"] else os.WNOHANG)
-        print(json.dumps(os.waitstatus_to_exitcode(status) if found else None), flush=True)
-        continue
-    child = os.fork()
-    if not child:
-        signal.alarm(job["seconds"])
-        os.environ.clear()
-        os.environ.update(job["env"])
-        os.chdir(job["cwd"])
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(job[name], os.O_WRONLY | os.O_APPEND), number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        if job["largest_file"] is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
-        sys.argv = [job["module"], *job["arguments"]]
-        try:
-            if job["module"] == "safeproj":
-                main()
-            else:
-                runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            code = 1
-            sys.excepthook(*sys.exc_info())
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code if isinstance(code, int) else code is not None)  # nothing is torn down
-    print(child, flush=True)
+
+
+def serve(path):
+    # Whoever connects has jobs run by a fork of this process, until the tests have ended.
+    weakref.finalize._registry.clear()  # or each fork takes apart at its end what imports made
+    gc.freeze()
+    gc.enable()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}.new")
+    listener.listen()
+    os.rename(f"{path}.new", path)  # now there is one who answers
+    while lives(int(sys.argv[1])):
+        if select.select([listener], [], [], 1)[0]:
+            connection, _ = listener.accept()
+            if not os.fork():
+                listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                answer(connection.makefile("rw"))
+                os._exit(0)
+            connection.close()
+    shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+    os._exit(0)
+
+
+def lives(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def answer(stream):
+    for line in stream:
+        job = json.loads(line)
+        if "ended" in job:
+            found, status = os.waitpid(job["ended"], 0 if job["wait"] else os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if found else None), file=stream)
+        elif "variables" in job:
+            if not os.fork():
+                os.environ.update(job["variables"])
+                gc.disable()
+                import peft, transformers.conversion_mapping, transformers.core_model_loading
+                import transformers.initialization, transformers.models.auto.modeling_auto
+                import transformers.models.llama.modeling_llama
+                import safeproj.callback
+                serve(job["place"])
+        else:
+            child = os.fork()
+            if not child:
+                run(job)
+            print(child, file=stream)
+        stream.flush()
+
+
+def run(job):
+    signal.alarm(job["seconds"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    os.chdir(job["cwd"])
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if job["largest_file"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
+    sys.argv = [job["module"], *job["arguments"]]
+    try:
+        if job["module"] == "safeproj":
+            main()
+        else:
+            runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        code = 1
+        sys.excepthook(*sys.exc_info())
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else code is not None)  # nothing is torn down
+
+
+serve(sys.argv[2])
 """
 
-_servers: OrderedDict[tuple[str, tuple[tuple[str, str], ...]], subprocess.Popen[str]] = (
-    OrderedDict()
-)
+_streams: dict[tuple[tuple[str, str], ...] | None, TextIO] = {}
+_processes: list[subprocess.Popen[bytes]] = []
 
 
-def _server(which: str, own: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Return a process that was started with these variables, the least used of many ends."""
-    key = which, tuple(sorted(own.items()))
-    if key not in _servers:
-        while len(_servers) >= _SERVERS:
-            process = _servers.popitem(last=False)[1]
-            process.communicate()  # the end of its input ends it
-        _servers[key] = subprocess.Popen(
-            [sys.executable, "-c", _SERVER, which],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=tempfile.gettempdir(),
-            env={**os.environ, **own},
-        )
-    _servers.move_to_end(key)
-    return _servers[key]
+def _stream(own: Mapping[str, str] | None) -> TextIO:
+    """Return where to ask a process for forks, one for all workers of the tests.
+
+    Args:
+        own: variables beside those of the tests; None for one that has read no settings of the Hub.
+    """
+    key = None if own is None else tuple(sorted(own.items()))
+    if key not in _streams:
+        import fcntl
+
+        owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+        folder = Path(tempfile.gettempdir(), f"safeproj-forks-{owner}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        at_once = {name: (own or {})[name] for name in (own or {}) if name in _AT_ONCE}
+        first, place = (folder / _digest(each) for each in (at_once, key))
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not first.exists():
+                process = subprocess.Popen(
+                    [sys.executable, "-c", _SERVER, str(owner), str(first)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    cwd=tempfile.gettempdir(),
+                    env={**os.environ, **at_once},
+                )
+                _processes.append(process)
+                _appeared(first)
+            if key is not None and not place.exists():
+                with _connected(first) as stream:
+                    print(json.dumps({"place": str(place), "variables": own}), file=stream)
+                _appeared(place)
+        _streams[key] = _connected(first if key is None else place)
+    return _streams[key]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _appeared(path: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _connected(path: Path) -> TextIO:
+    with socket.socket(socket.AF_UNIX) as found:
+        found.connect(str(path))
+        return found.makefile("rw", encoding="utf-8")
 
 
 class Fork:
@@ -141,20 +219,17 @@ class Fork:
         returncode: the exit code, None until it is known to have ended.
     """
 
-    def __init__(self, server: subprocess.Popen[str], job: Mapping[str, Any]) -> None:
+    def __init__(self, stream: TextIO, job: Mapping[str, Any]) -> None:
         self.args: list[str] = job["arguments"]
         self.returncode: int | None = None
-        self._server = server
+        self._stream = stream
         self._texts = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
         out, err = (file.name for file in self._texts)
         self.pid: int = self._asked({**job, "out": out, "err": err})
 
     def _asked(self, job: Mapping[str, Any]) -> Any:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(job) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        print(json.dumps(job), file=self._stream, flush=True)
+        return json.loads(self._stream.readline())
 
     def _ended(self, *, wait: bool) -> int | None:
         if self.returncode is None:
@@ -213,9 +288,9 @@ def begun(
         if name.startswith(_AT_IMPORT) and os.environ.get(name) != value
     }
     if own.keys() <= set(_SERVED):
-        server = _server("all", own)
+        stream = _stream(own)
     elif all(name.startswith(_HUB) for name in own):
-        server = _server("what reads no settings of the Hub", {})
+        stream = _stream(None)
     else:
         return None
     job = {
@@ -226,7 +301,7 @@ def begun(
         "seconds": SECONDS,
         "largest_file": largest_file,
     }
-    return Fork(server, job)
+    return Fork(stream, job)
 
 
 def _run(

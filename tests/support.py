@@ -111,13 +111,31 @@ def installed(
     return _completed(started(*arguments, env=env, cwd=cwd, anew=True))
 
 
-def python_m(module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def python_m(
+    module: str, *arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a module of a directory as `python -m` does, and return what it printed."""
-    words = [str(each) for each in arguments]
-    fork = begun(words, os.environ, str(cwd), module=module)
-    return _completed(
-        fork or _opened([sys.executable, "-m", module, *words], cwd=cwd, env=os.environ)
-    )
+    return _completed(started_m(module, *arguments, cwd=cwd, env=env))
+
+
+def python_c(program: str, cwd: Path) -> str:
+    """Run a program in a directory as `python -c` does, and return what it printed.
+
+    It is put into a file there, or scripts that start processes would find no main module.
+    """
+    (cwd / "program.py").write_text(program, "utf-8")
+    done = python_m("program", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def started_m(
+    module: str, *arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None
+) -> Process:
+    """Begin to run a module of a directory as `python -m` does."""
+    words, variables = [str(each) for each in arguments], {**os.environ, **(env or {})}
+    fork = begun(words, variables, str(cwd), module=module)
+    return fork or _opened([sys.executable, "-m", module, *words], cwd=cwd, env=variables)
 
 
 Process = subprocess.Popen[str] | Fork

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 
 import safeproj
 from tests.e2e.test_readme import assert_same_but_for_rounding
-from tests.support import FACTORS
+from tests.support import FACTORS, python_c
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "python.md").read_text("utf-8")
@@ -24,11 +22,8 @@ def run_blocks(text: str, tmp_path: Path) -> int:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     blocks = re.findall(r"```python\n(.*?)```\n(?:```text\n(.*?)```\n)?", text, re.DOTALL)
     program = f"\nprint({MARK!r})\n".join(code for code, _ in blocks)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    for found, (_, shown) in zip(done.stdout.split(f"{MARK}\n"), blocks, strict=True):
+    printed = python_c(program, tmp_path)
+    for found, (_, shown) in zip(printed.split(f"{MARK}\n"), blocks, strict=True):
         lines = found.splitlines(keepends=True)
         own = [line for line in lines if not line.startswith("{'")]  # what a Trainer logs
         assert_same_but_for_rounding("".join(own), shown)

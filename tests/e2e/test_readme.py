@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from safeproj.checkpoint import pickled, quantised
 from safeproj.storage.tensorfile import DTYPES
 from scripts import demo
 from tests.conformance.architectures import ARCHITECTURES
-from tests.support import safeproj
+from tests.support import python_c, safeproj
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -94,11 +92,7 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (example,) = [block for block in blocks if "import safeproj" in block]
-    done = subprocess.run(
-        [sys.executable, "-c", example], capture_output=True, encoding="utf-8", cwd=tmp_path,
-        check=True,
-    )  # fmt: skip
-    assert done.stdout.startswith("model.layers.")
+    assert python_c(example, tmp_path).startswith("model.layers.")
 
 
 def test_every_option_of_the_contract_is_in_the_help() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from safeproj import salora
 from tests.e2e.test_readme import assert_same_but_for_rounding
-from tests.support import safeproj
+from tests.support import Process, safeproj, started_m
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "salora.md").read_text("utf-8")
@@ -28,11 +26,14 @@ BLOCKS = re.findall(r"```(console|python)\n(.*?)```", DOCUMENT, re.DOTALL)
 
 
 INTERPRETER = """
-import sys
+import sys, time
+from pathlib import Path
 state = {}
-for path in sys.stdin:
-    exec(open(path.strip(), encoding="utf-8").read(), state)
-    print("done", path.strip(), flush=True)
+for name in sys.argv[1:]:
+    while not Path(name).exists():
+        time.sleep(0.02)
+    exec(Path(name).read_text("utf-8"), state)
+    Path(name).rename(f"{name}.done")
 """
 
 
@@ -41,15 +42,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory in which all blocks were run, in order; Python in one interpreter."""
     root = tmp_path_factory.mktemp("salora")
     (root / "examples").symlink_to(ROOT / "examples")
-    interpreter = subprocess.Popen(
-        [sys.executable, "-c", INTERPRETER],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-    )
-    with interpreter:
+    names = [f"block{number}.py" for number, (kind, _) in enumerate(BLOCKS) if kind == "python"]
+    (root / "interpreter.py").write_text(INTERPRETER, "utf-8")
+    interpreter = started_m("interpreter", *names, cwd=root, env={"OMP_NUM_THREADS": "1"})
+    try:
         for number, (kind, text) in enumerate(BLOCKS):
             if kind == "python":
                 run_python(interpreter, root / f"block{number}.py", text)
@@ -59,19 +55,19 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert result.returncode == 0, (command, result.stderr)
             printed = PERCENT.sub("%", result.stdout + result.stderr)
             assert_same_but_for_rounding(printed, PERCENT.sub("%", shown))
+    finally:
+        interpreter.kill()
     return root
 
 
-def run_python(interpreter: subprocess.Popen[str], path: Path, text: str) -> None:
-    assert interpreter.stdin is not None
-    assert interpreter.stdout is not None
-    path.write_text(text, "utf-8")
-    interpreter.stdin.write(f"{path}\n")
-    interpreter.stdin.flush()
-    for line in interpreter.stdout:  # the Trainer prints too
-        if line == f"done {path}\n":
-            return
-    raise AssertionError(f"a script of the document failed: {text[:200]}")
+def run_python(interpreter: Process, path: Path, text: str) -> None:
+    written = path.with_suffix(".new")
+    written.write_text(text, "utf-8")
+    written.rename(path)
+    while not Path(f"{path}.done").exists():
+        if interpreter.poll() is not None:
+            raise AssertionError(f"{text[:200]}: {interpreter.communicate()[1]}")
+        time.sleep(0.02)
 
 
 def model() -> Any:

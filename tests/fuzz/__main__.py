@@ -13,6 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+"""Variables of every process."""
+
 
 def main() -> int:
     """Run the campaign in one process per processor and print what came of it."""
@@ -25,8 +28,12 @@ def main() -> int:
     parser.add_argument("--part", choices=("cases", "faults"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part:
-        print(json.dumps(part(given)))
+        print(json.dumps(run(given, [given.part])))
         return 0
+    if given.jobs == 1:
+        os.environ |= SETTINGS
+        given.seed *= 1000
+        return shown(run(given, ["cases", "faults"] if given.every else ["cases"]))
     share = -(-given.cases // given.jobs)
     keep = [] if given.keep is None else ["--keep", str(given.keep)]
     parts = [
@@ -37,6 +44,11 @@ def main() -> int:
     if given.every:
         found = json.loads(start("faults", "--every", str(given.every)).communicate()[0])
         total |= found | {"faults": total["faults"] + found["faults"]}
+    return shown(total)
+
+
+def shown(total: dict[str, Any]) -> int:
+    """Print what came of a campaign and return its exit code."""
     print(json.dumps(total, indent=2))
     return 1 if total["faults"] else 0
 
@@ -47,25 +59,28 @@ def start(which: str, *options: str) -> subprocess.Popen[str]:
         [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--part", which, *options],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **SETTINGS},
     )
 
 
-def part(given: argparse.Namespace) -> dict[str, Any]:
-    """Run one part of the campaign in this process."""
+def run(given: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
+    """Run parts of the campaign in this process."""
     from tests.fuzz.campaign import Campaign, Tally
     from tests.fuzz.faults import Faults, writings
 
     with tempfile.TemporaryDirectory() as place:
-        campaign = Campaign(Path(place), given.keep)
-        if given.part == "cases":
-            tally = Tally()
+        campaign, tally = Campaign(Path(place), given.keep), Tally()
+        if "cases" in parts:
             campaign.run(given.seed, range(given.cases), tally)
+        if "faults" not in parts:
             return tally.as_json()
         faults = Faults(campaign)
         for writing in writings(campaign.root):
             faults.run(writing, given.every)
-        return dataclasses.asdict(faults.found)
+        found = dataclasses.asdict(faults.found)
+        if "cases" not in parts:
+            return found
+        return tally.as_json() | found | {"faults": tally.faults + faults.found.faults}
 
 
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:

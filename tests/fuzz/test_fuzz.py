@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from tests.fuzz import mutate
+from tests.fuzz.__main__ import SETTINGS
 from tests.fuzz.campaign import Record, Tally
+from tests.support import python_m
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CASES = 500
 SEED = 5
@@ -22,13 +24,7 @@ KINDS = 25
 
 def test_no_case_of_a_slice_shows_a_fault() -> None:
     words = ["--cases", str(CASES), "--seed", str(SEED), "--jobs", "1", "--every", "4"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", *words],
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        encoding="utf-8",
-        check=False,
-    )
+    done = python_m("tests.fuzz", *words, cwd=ROOT, env=SETTINGS)
     found = json.loads(done.stdout)
     assert found["faults"] == []
     assert done.returncode == 0
