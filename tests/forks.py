@@ -74,6 +74,8 @@ def serve(path):
     gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
+    if os.path.exists(f"{path}.new"):
+        os.unlink(f"{path}.new")
     listener.bind(f"{path}.new")
     listener.listen()
     os.rename(f"{path}.new", path)  # now there is one who answers
@@ -162,7 +164,8 @@ def _stream(own: Mapping[str, str] | None) -> TextIO:
     """Return where to ask a process for forks, one for all workers of the tests.
 
     Args:
-        own: variables beside those of the tests; None for one that has read no settings of the Hub.
+        own: variables beside those of the tests; None (and not an empty mapping) for a process that
+            has read no settings of the Hub.
     """
     key = None if own is None else tuple(sorted(own.items()))
     if key not in _streams:
@@ -175,38 +178,51 @@ def _stream(own: Mapping[str, str] | None) -> TextIO:
         first, place = (folder / _digest(each) for each in (at_once, key))
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not first.exists():
-                process = subprocess.Popen(
-                    [sys.executable, "-c", _SERVER, str(owner), str(first)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    cwd=tempfile.gettempdir(),
-                    env={**os.environ, **at_once},
-                )
-                _processes.append(process)
-                _appeared(first)
-            if key is not None and not place.exists():
-                with _connected(first) as stream:
-                    print(json.dumps({"place": str(place), "variables": own}), file=stream)
-                _appeared(place)
-        _streams[key] = _connected(first if key is None else place)
+            found = _connected(first if key is None else place)
+            if found is None:
+                found = _connected(first) or _appeared(first, _process(owner, first, at_once))
+                if key is not None:
+                    with found:
+                        print(json.dumps({"place": str(place), "variables": own}), file=found)
+                    found = _appeared(place)
+        _streams[key] = found
     return _streams[key]
+
+
+def _process(owner: int, place: Path, own: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Begin a process that listens at a place until the tests, the owner, have ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVER, str(owner), str(place)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        cwd=tempfile.gettempdir(),
+        env={**os.environ, **own},
+    )
+    _processes.append(process)
+    return process
 
 
 def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _appeared(path: Path) -> None:
+def _appeared(place: Path, process: subprocess.Popen[bytes] | None = None) -> TextIO:
+    """Wait for one who answers at a place."""
     end = time.monotonic() + SECONDS
-    while not path.exists():
+    while (found := _connected(place)) is None:
+        assert process is None or process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.02)
+    return found
 
 
-def _connected(path: Path) -> TextIO:
+def _connected(place: Path) -> TextIO | None:
+    """Return a stream to one who answers at a place, None if nobody does or does any more."""
     with socket.socket(socket.AF_UNIX) as found:
-        found.connect(str(path))
+        try:
+            found.connect(str(place))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
         return found.makefile("rw", encoding="utf-8")
 
 
