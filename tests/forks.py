@@ -95,9 +95,12 @@ def serve(path):
 def lives(process):
     try:
         os.kill(process, 0)
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"  # dead, and nobody looks
     except ProcessLookupError:
         return False
-    return True
+    except FileNotFoundError:  # no Linux
+        return True
 
 
 def answer(stream):
