@@ -113,7 +113,7 @@ class Appearance:
                 self.path.mkdir()
             else:
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            self._lock = _locked(self.path)
+            self._lock = _locked(self.path, wait=True)
             if os.path.lexists(self.path):
                 return
             self._release()  # another run took it for a leftover, before it was locked
@@ -343,8 +343,14 @@ def _start(name: str) -> str:
     return f".{stem}.{sha256(node().encode()).hexdigest()[:6]}-"
 
 
-def _locked(path: Path, *, shared: bool = False) -> int | None:
-    """Return a descriptor that holds a lock on a file or directory; None if none can be had."""
+def _locked(path: Path, *, shared: bool = False, wait: bool = False) -> int | None:
+    """Return a descriptor that holds a lock on a file or directory; None if none can be had.
+
+    Args:
+        path: the file or directory.
+        shared: whether others may hold one of the same kind.
+        wait: for another run to let go of it; else there is none then.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -354,7 +360,8 @@ def _locked(path: Path, *, shared: bool = False) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(found, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(found, kind if wait else kind | fcntl.LOCK_NB)
     except OSError:  # another run has it, or the file system knows no locks
         os.close(found)
         return None
