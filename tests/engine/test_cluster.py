@@ -104,6 +104,38 @@ class Bytes:
 TASKS = [Task(f"layers.{number}", Bytes(), ()) for number in range(24)]
 
 
+def test_the_way_of_slurm_runs_on_one_node(tmp_path: Path) -> None:
+    """The first of all: Ray begins no node of its own beside those of `nodes`."""
+    script = next(iter(fenced("slurm", "bash")))
+    line = script[script.index("srun ") + len("srun ") :].replace("\\\n", " ").strip()
+    for name, value in {
+        "$head": "127.0.0.1",
+        "6379": "6391",
+        '"$SLURM_JOB_NUM_NODES"': "1",
+        '"$SLURM_CPUS_PER_TASK"': "1",
+        "/shared/base": "base",
+        "/shared/aligned": "aligned",
+        "/shared/loras/*": "adapters/mixed",
+        "/shared/patched": str(tmp_path / "out"),
+    }.items():
+        assert name in line
+        line = line.replace(name, value)
+    folder = Path(sys.executable).parent
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    done = subprocess.run(
+        shlex.split(line),
+        cwd=EXAMPLE,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    product.patch(METHOD, EXAMPLE / "adapters" / "mixed", tmp_path / "here")
+    assert same_but_names(tmp_path / "here", tmp_path / "out")
+
+
 def test_patched_adapters_are_the_same_byte_for_byte(nodes: Nodes, tmp_path: Path) -> None:
     adapters = [str(EXAMPLE / "adapters" / name) for name in ("bad", "mixed", "skill")]
     for name, options in (("here", None), ("there", nodes.options)):
@@ -251,37 +283,6 @@ def test_slices_are_of_about_as_many_bytes_and_leave_out_nothing(
     monkeypatch.setattr(cluster, "SLICE_BYTES", 100)
     assert cluster.sliced(sizes, 4) == [slice(0, 9)]
     assert cluster.sliced([], 4) == []
-
-
-def test_the_way_of_slurm_runs_on_one_node(tmp_path: Path) -> None:
-    script = next(iter(fenced("slurm", "bash")))
-    line = script[script.index("srun ") + len("srun ") :].replace("\\\n", " ").strip()
-    for name, value in {
-        "$head": "127.0.0.1",
-        "6379": "6391",
-        '"$SLURM_JOB_NUM_NODES"': "1",
-        '"$SLURM_CPUS_PER_TASK"': "1",
-        "/shared/base": "base",
-        "/shared/aligned": "aligned",
-        "/shared/loras/*": "adapters/mixed",
-        "/shared/patched": str(tmp_path / "out"),
-    }.items():
-        assert name in line
-        line = line.replace(name, value)
-    folder = Path(sys.executable).parent
-    path = os.pathsep.join([str(folder), os.environ["PATH"]])
-    done = subprocess.run(
-        shlex.split(line),
-        cwd=EXAMPLE,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    product.patch(METHOD, EXAMPLE / "adapters" / "mixed", tmp_path / "here")
-    assert same_but_names(tmp_path / "here", tmp_path / "out")
 
 
 def test_the_job_for_kubernetes_runs_a_command_that_there_is() -> None:
