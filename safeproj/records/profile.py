@@ -58,16 +58,34 @@ class Profile:
 
     phases: list[Phase] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
+    _current: str | None = field(default=None, init=False, repr=False, compare=False)
+    _since: float = field(default=0.0, init=False, repr=False, compare=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure what is done inside; a phase that comes again is added to the first."""
+        """Measure what is done inside.
+
+        A phase that comes again is added to the first. One inside another takes its time and its
+        peak from that: every moment counts once.
+        """
+        outer = self._current
+        self._turn(name)
+        try:
+            yield
+        finally:
+            self._turn(outer)
+
+    def _turn(self, name: str | None) -> None:
+        """Add what was since the last turn to the phase that it was in, and begin another one."""
+        now = time.perf_counter()
+        if self._current is not None:
+            self._add(Phase(self._current, now - self._since, _peak_bytes()))
         _forget_peak()
-        start = time.perf_counter()
-        yield
-        found = Phase(name, time.perf_counter() - start, _peak_bytes())
+        self._current, self._since = name, time.perf_counter()
+
+    def _add(self, found: Phase) -> None:
         for index, before in enumerate(self.phases):
-            if before.name == name:
+            if before.name == found.name:
                 self.phases[index] = before + found
                 return
         self.phases.append(found)
