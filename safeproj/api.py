@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from safeproj import __version__, engine
 from safeproj.adapter import Adapter, read_adapter
-from safeproj.adapter.collection import Member, all_of, collect
+from safeproj.adapter.collection import Member, collect
 from safeproj.adapter.write import (
     check_apart,
     check_inside,
@@ -221,9 +222,9 @@ def patch_many(
     Raises:
         SafeprojError: something that all of them need cannot be used.
     """
-    out, given = Path(out), all_of(adapters)
-    members = collect(given).members
-    sources = [*given, *(member.source for member in members)]
+    out, found = Path(out), collect(adapters)
+    members = found.members
+    sources = [*found.given, *(member.source for member in members)]
     check_apart(out, method.local_paths(sources))
     check_parent(out)
     refused: dict[int, SafeprojError] = {}
@@ -248,8 +249,8 @@ def patch_many(
             )
 
         done = job.many(usable, use)
-        found = [refused[n] if n in refused else next(done) for n in range(len(members))]
-    return _outcomes(members, found)
+        ended = [refused[n] if n in refused else next(done) for n in range(len(members))]
+    return _outcomes(members, ended)
 
 
 @overload
@@ -646,7 +647,7 @@ def sweep(
         judge: of the answers to harmful prompts; or what makes one, as for `evaluate`.
         options: as for `inspect`; where modules are chosen, only among those that it includes.
         model: SRC of the aligned model, which is run; the method's own if None.
-        generation: how answers are generated.
+        generation: how answers are generated; its `options` take the place of `options.chat`.
         axis: what is varied: `layers`, the number of changed modules, `threshold`, of the cosine,
             or `mu`; the method's first if None.
         points: interventions that are tried at most, from none to all.
@@ -679,7 +680,8 @@ def sweep(
             "--alignment, --safety-module or statistics; give --model"
         )
     models.require_extra()
-    options, generation = options or Options(), generation or Generation()
+    generation = generation or Generation()
+    options = dataclasses.replace(options or Options(), chat=generation.options)
     settings = Settings(points, wanted_refusal, wanted_on)
     settings.check(sets)
     folder = open_folder(source)
@@ -687,7 +689,7 @@ def sweep(
     for each in sets:
         for prompt in each.prompts:
             generator.rendered(prompt)  # what cannot be used is said before anything is read
-    with method.prepared([adapter], options, generation.options) as ready, engine.one_thread():
+    with method.prepared([adapter], options) as ready, engine.one_thread():
         tried = interventions(ready, adapter, options, axis=axis, seed=seed)
     with options.profile.phase("load model"):
         made = judge() if callable(judge) else judge
@@ -745,7 +747,7 @@ def repair(
         base: SRC of the unaligned model: lets Safe LoRA be tried.
         refusals: the share of harmful prompts that is to be refused, in (0, 1].
         skill_loss: the share of the adapter's skill that may be lost, in [0, 1].
-        generation: how answers are generated.
+        generation: how answers are generated; its `options` take the place of `options.chat`.
         plain: continue plain prompts as they are, though the model has a chat template.
         data: the directory that gets the parts of the prompts, with which the command of the record
             makes the same tensors; the name of `out` with `.data` behind it if None.
@@ -777,6 +779,8 @@ def repair(
     from safeproj.repairing.run import Given, repair
 
     models.require_extra()
+    generation = generation or Generation()
+    options = dataclasses.replace(options, chat=generation.options)
     made = Keywords() if judge is None else judge() if callable(judge) else judge
     given = Given(aligned, base, adapter, harmful, task)
     place = out.with_name(f"{out.name}.data") if data is None else Path(data)
@@ -787,7 +791,7 @@ def repair(
             place,
             goal,
             made,
-            generation or Generation(),
+            generation,
             options,
             section,
             plain=plain,
@@ -876,19 +880,13 @@ def refusals(
     from safeproj.lm.models import require_extra
 
     require_extra()
-    from safeproj.evaluation.refusals import make_refusals
+    from safeproj.evaluation.generate import Generation
+    from safeproj.evaluation.refusals import Asking
 
-    return make_refusals(
-        aligned,
-        prompts,
-        out,
-        judge,
-        generation,
-        device=device,
-        limit=limit,
-        overwrite=overwrite,
-        on_batch=on_batch,
-    )
+    asking, place = Asking(src(aligned), os.fspath(prompts), limit), Path(out)
+    asking.check_out(place, overwrite)
+    found = asking.refusals(judge, generation or Generation(), device, on_batch)
+    return asking.write(found, place, overwrite)
 
 
 @contextmanager

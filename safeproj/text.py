@@ -7,6 +7,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 MAX_MESSAGE = 2_000
 """Characters of a message: what it repeats may come from a file, and be of any length."""
@@ -55,6 +56,27 @@ def fitted(line: str, width: int) -> str:
     return textwrap.fill(
         line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+
+
+_PAGE = re.compile(r"\bdocs/[a-z-]+\.md\b")
+
+
+def located(text: str) -> str:
+    """Return a text with the places of the pages of docs/ that it names, on this machine.
+
+    They are in the package where it was installed, beside it in a clone; a name that leads there
+    from the current directory stays.
+    """
+    return _PAGE.sub(lambda found: _place(found[0]), text)
+
+
+def _place(page: str) -> str:
+    package = Path(__file__).parent
+    places = (home / page for home in (package, package.parent))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None or Path(page).absolute() == found.absolute():
+        return page
+    return str(found)
 
 
 def is_text(name: str) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -268,6 +269,18 @@ def moved(model: Any, size: float = 0.02, seed: int = 1) -> Any:
         for parameter in model.parameters():
             parameter.add_(size * torch.randn_like(parameter))
     return model
+
+
+def dated_model(path: Path, model: Path) -> Path:
+    """Copy a model, with a template that says what day it is in a word that it knows."""
+    shutil.copytree(model, path)
+    vocabulary = read_json(path / "tokenizer.json")["model"]["vocab"]
+    names = [each for each in vocabulary if each.isalpha()][20:29]
+    (path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{{ " + json.dumps(names) + "[strftime_now('%d') | int % 9] }} "
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    return path
 
 
 def save_adapter(model: Any, path: Path, seed: int = 2, **settings: Any) -> Path:

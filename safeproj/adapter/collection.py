@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from safeproj.adapter import FORMATS, stands_for_folder
@@ -47,13 +47,19 @@ class Collection:
     Attributes:
         members: in the order in which they were given; those of a directory in natural order.
         many: whether they are treated as many, even if there happens to be only one.
+        given: the SRC that named them, as they were given.
     """
 
     members: tuple[Member, ...]
     many: bool
+    given: tuple[str, ...] = field(default=(), compare=False)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the SRC that named them, so that a collection goes wherever those do."""
+        yield from self.given
 
 
-def all_of(sources: Iterable[Src]) -> list[str]:
+def _all_of(sources: Iterable[Src]) -> list[str]:
     """Return the SRC of several adapters as text.
 
     Raises:
@@ -68,7 +74,7 @@ def collect(sources: Iterable[Src], *, written: bool = True) -> Collection:
     """Return the adapters that the values of `--adapter` name, without reading any.
 
     Args:
-        sources: the values.
+        sources: the values; a collection of them is returned as it is.
         written: whether each gets a place of its name below `--out`. If not, what is named twice
             counts once, adapters of the same name are told apart by their SRC, and nothing is
             passed over: no hidden directory, no name in another case.
@@ -76,7 +82,9 @@ def collect(sources: Iterable[Src], *, written: bool = True) -> Collection:
     Raises:
         SafeprojError: a list cannot be read, names nothing, or two adapters would get one place.
     """
-    sources = all_of(sources)
+    if isinstance(sources, Collection):
+        return sources
+    sources = _all_of(sources)
     members: list[Member] = []
     many = len(sources) > 1
     for source in sources:
@@ -88,7 +96,7 @@ def collect(sources: Iterable[Src], *, written: bool = True) -> Collection:
         members = _told_apart(members)
     elif many:
         _require_apart(members)
-    return Collection(tuple(members), many)
+    return Collection(tuple(members), many, tuple(sources))
 
 
 def _told_apart(members: Sequence[Member]) -> list[Member]:

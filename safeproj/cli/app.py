@@ -115,7 +115,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 @examples(
-    "README.md, and `safeproj COMMAND --help`",
+    "`safeproj COMMAND --help`, docs/repair.md, docs/faq.md",
     "safeproj repair --aligned MODEL --adapter my-lora --harmful harmful.csv "
     "--task task.jsonl --out my-lora-safe",
     "safeproj check my-lora-safe --base BASE --aligned MODEL",

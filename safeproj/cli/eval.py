@@ -117,22 +117,20 @@ def eval_command(
     terminal.check_outputs(outputs, None, [*inputs, *files])
     generation = answering.generation
     from safeproj import api
-    from safeproj.adapter.collection import collect
     from safeproj.evaluation.tasks import Tasks, require_lm_eval
 
     if lm_eval is not None:
         require_lm_eval()
     signals.interruptible()
-    members = collect(adapters.given, written=False).members
-    terminal.check_outputs(outputs, None, [("--adapter", each.source) for each in members])
+    found = adapters.collected(outputs, written=False)
     batch_size, device = answering.batch_size, answering.device
     tasks = None
     if lm_eval is not None:
         tasks = Tasks(names_of(lm_eval), lm_eval_path, batch_size, prompting.limit, seed)
     with terminal.steps(talking.quiet, "answers") as step:
-        found = api.evaluate(
+        record = api.evaluate(
             model,
-            adapters.given,
+            found,
             sets,
             partial(judging.build, device, batch_size),
             generation,
@@ -144,4 +142,4 @@ def eval_command(
             overwrite=overwrite,
             on_batch=step,
         )
-    terminal.finish(found, reporting, talking, "")
+    terminal.finish(record, reporting, talking, "")

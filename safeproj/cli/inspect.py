@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import Without, command
 from safeproj.cli.options import (
+    Chatting,
     Choosing,
     Given,
     MeasuringTalking,
@@ -33,6 +34,7 @@ def inspect_command(
     adapters: Subjects,
     given: Annotated[Given, Without("reconstruct")],
     choosing: Choosing,
+    chatting: Chatting,
     running: Running,
     reporting: Reporting,
     talking: MeasuringTalking,
@@ -46,23 +48,21 @@ def inspect_command(
     method, aligned = adapters.method(given)
     outputs = reporting.outputs
     terminal.check_outputs(outputs, None, adapters.inputs(method, aligned))
-    selection = choosing.selection
+    selection, chat = choosing.selection, chatting.of(method)
     with running.profile.phase("import"):
         from safeproj import api
-        from safeproj.adapter.collection import collect
         from safeproj.plan.full import FullModel
 
-        options = running.options(talking, selection=selection)
+        options = running.options(talking, selection=selection, chat=chat)
     signals.interruptible()
     report: Report | Reports
-    found = collect(adapters.given)
-    terminal.check_outputs(outputs, None, [("--adapter", each.source) for each in found.members])
+    found = adapters.collected(outputs)
     with terminal.observer(talking.quiet) as observer:
         options = replace(options, observer=observer)
         if adapters.model is not None:
             report = api.inspect(method, FullModel(adapters.model, aligned), options)
         elif found.many:
-            report = api.reports(api.inspect_many(method, adapters.given, options))
+            report = api.reports(api.inspect_many(method, found, options))
         else:
             report = api.inspect(method, adapters.given[0], options)
     terminal.finish(report, reporting, talking, "", running.shown)

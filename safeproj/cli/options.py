@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -23,6 +23,7 @@ from safeproj.report.html_page import NO_PLOTLY
 from safeproj.text import shorten
 
 if TYPE_CHECKING:
+    from safeproj.adapter.collection import Collection
     from safeproj.lm.chat import ChatOptions
     from safeproj.lm.feed import Feed
     from safeproj.plan.select import Selection
@@ -106,6 +107,30 @@ class Adapters:
                 f"no {self.metavar}; expected the SRC of {several}, as it is or with --adapter"
             )
         return self.given
+
+    def collected(
+        self,
+        outputs: Iterable[tuple[str, Path | None]],
+        out: Path | None = None,
+        *,
+        written: bool = True,
+    ) -> Collection:
+        """Return all adapters that they stand for, of which no report takes the place of a file.
+
+        Args:
+            outputs: formats and the files for them.
+            out: the directory that is written.
+            written: as for `collect`.
+
+        Raises:
+            SafeprojError: a list cannot be read, or a report would replace something.
+        """
+        from safeproj.adapter.collection import collect
+
+        found = collect(self.given, written=written)
+        members = [("--adapter", each.source) for each in found.members]
+        terminal.check_outputs(outputs, out, members)
+        return found
 
     @property
     def source(self) -> str:
@@ -629,6 +654,20 @@ class Chatting:
         from safeproj.lm.chat import chat_options
 
         return chat_options(self.date, self.chat_template_arg)
+
+    def of(self, method: Method) -> ChatOptions:
+        """Return the same for a method.
+
+        Raises:
+            SafeprojError: they are given, and no model is run for it.
+        """
+        if (self.date is not None or self.chat_template_arg) and not method.runs_model:
+            option = "--chat-template-arg" if self.date is None else "--date"
+            raise SafeprojError(
+                f"{option} is of chats in data that a model is run on, and {method.words.name} "
+                "runs none here; leave it out"
+            )
+        return self.options
 
 
 Targets = Annotated[

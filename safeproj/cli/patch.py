@@ -11,7 +11,15 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
-from safeproj.cli.options import Choosing, Given, Reporting, Running, Subjects, WritingTalking
+from safeproj.cli.options import (
+    Chatting,
+    Choosing,
+    Given,
+    Reporting,
+    Running,
+    Subjects,
+    WritingTalking,
+)
 from safeproj.cli.usage import OUTPUT, examples
 from safeproj.errors import SafeprojError
 
@@ -116,6 +124,7 @@ def patch_command(
     given: Given,
     choosing: Choosing,
     writing: Writing,
+    chatting: Chatting,
     running: Running,
     reporting: Reporting,
     talking: WritingTalking,
@@ -130,20 +139,22 @@ def patch_command(
     method, aligned = adapters.method(given)
     outputs, out = reporting.outputs, writing.out
     terminal.check_outputs(outputs, out, adapters.inputs(method, aligned))
-    selection = choosing.selection
+    selection, chat = choosing.selection, chatting.of(method)
     with running.profile.phase("import"):
         from safeproj import api
-        from safeproj.adapter.collection import collect
         from safeproj.cli.patched import Ending
         from safeproj.plan.full import FullModel
 
         options = running.options(
-            talking, selection=selection, dtype=writing.dtype.value, portable=writing.portable
+            talking,
+            selection=selection,
+            dtype=writing.dtype.value,
+            portable=writing.portable,
+            chat=chat,
         )
     signals.interruptible()
     report: Report | Reports
-    found = collect(adapters.given)
-    terminal.check_outputs(outputs, out, [("--adapter", each.source) for each in found.members])
+    found = adapters.collected(outputs, out)
     how = {
         "overwrite": writing.overwrite,
         "dry_run": writing.dry_run,
@@ -158,7 +169,7 @@ def patch_command(
             own = {"restore_others": writing.restore_others, "resume": writing.resume}
             report = api.patch(method, full, out, options, **how, **own)
         elif found.many:
-            report = api.reports(api.patch_many(method, adapters.given, out, options, **how))
+            report = api.reports(api.patch_many(method, found, out, options, **how))
         else:
             report = api.patch(method, adapters.given[0], out, options, **how)
     end = Ending(method, adapters.given, out, report, writing.dry_run)

@@ -15,6 +15,7 @@ from safeproj.errors import SafeprojError
 from safeproj.gate.policy import ALLOWANCES, ALLOWED
 from safeproj.records.rules import RULES, Rule
 from safeproj.report import WIDTH
+from safeproj.text import located
 
 
 @examples("docs/gate.md", "safeproj rule", "safeproj rule SP001")
@@ -53,7 +54,7 @@ def explained(rule: Rule) -> str:
         paragraphs.append(f"`--ignore {rule.id}` leaves it out.")
     width = min(shutil.get_terminal_size().columns, WIDTH)
     return "\n\n".join(
-        textwrap.fill(each, width, break_long_words=False, break_on_hyphens=False)
+        textwrap.fill(located(each), width, break_long_words=False, break_on_hyphens=False)
         for each in paragraphs
     )
 

@@ -16,7 +16,7 @@ import typer
 from safeproj.cli import signals
 from safeproj.errors import SafeprojError, explained
 from safeproj.records.rules import UNUSABLE
-from safeproj.text import cut, first_line, fitted, printable
+from safeproj.text import cut, first_line, fitted, located, printable
 
 if TYPE_CHECKING:
     from safeproj.cli.options import Color, GateReporting, PlainReporting, Reporting, Talking
@@ -39,7 +39,7 @@ def say(text: str, kind: str = "") -> None:
     if sys.stderr is None:
         return
     head = f"safeproj: {kind}: " if kind else ""
-    line = cut(printable(head + text))
+    line = cut(printable(head + located(text)))
     if sys.stderr.isatty():
         line = fitted(line, shutil.get_terminal_size().columns)
     if kind and is_colored(sys.stderr):

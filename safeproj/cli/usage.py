@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import typer.core
 
-from safeproj.text import cut
+from safeproj.text import cut, located
 
 INPUTS, METHOD, SELECTION, GOAL = "Inputs", "Method", "Selection", "Goal"
 ANSWERS, JUDGE, POLICY = "Answers", "Judge", "Policy"
@@ -152,8 +152,7 @@ class _Usage:
         formatter.write("\nExamples:\n")
         for line in lines:
             formatter.write(_command(line, formatter.width))
-        more = textwrap.wrap(f"More: {page}", formatter.width, break_on_hyphens=False)
-        formatter.write("\n" + "\n".join(more) + "\n")
+        formatter.write("\n" + _filled(f"More: {page}", formatter.width) + "\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse what is given; what cannot be used is said in words of this command."""
@@ -305,5 +304,6 @@ def _filled(text: str, width: int, indent: str = "") -> str:
 
 
 def _lines(text: str, width: int) -> Iterator[str]:
-    """Yield a paragraph in lines that break between words only."""
+    """Yield a paragraph, with the places of pages, in lines that break between words only."""
+    text = located(text)
     yield from textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False)

@@ -17,7 +17,7 @@ from safeproj.lm import models
 from safeproj.lm.data import sample_of
 from safeproj.storage.publish import refused_in_one_line
 from safeproj.storage.rows import Row, read_rows
-from safeproj.storage.source import Src, StrPath, open_folder, src
+from safeproj.storage.source import open_folder
 from safeproj.storage.wholefile import write_file
 
 FEW = 20
@@ -94,52 +94,82 @@ def refusals(
     return Refusals(kept, dropped, tuple(warnings))
 
 
-def make_refusals(
-    aligned: Src,
-    prompts: StrPath,
-    out: StrPath,
-    judge: Judge | Callable[[], Judge] | None = None,
-    generation: Generation | None = None,
-    *,
-    device: str = "auto",
-    limit: int | None = None,
-    overwrite: bool = False,
-    on_batch: OnBatch | None = None,
-) -> Refusals:
-    """Write the refusals of a model; see `safeproj.api.refusals`."""
-    aligned, prompts, out = src(aligned), os.fspath(prompts), Path(out)
-    inputs = [("--aligned", aligned), ("--prompts", prompts)]
-    check_out(out, overwrite, inputs)
-    if limit is not None and limit < 1:
-        raise SafeprojError(f"--limit must be 1 or more, found {limit}")
-    rows = read_rows(prompts, "--prompts", responses=False).rows[:limit]
-    generation = generation or Generation()
-    folder = open_folder(aligned)
-    tokenizer = models.load_tokenizer(folder)
-    generator = replace(generation, chat=has_template(tokenizer)).generator(tokenizer)
-    for row in rows:
-        generator.rendered(row.prompt)  # what cannot be used is said before anything is run
-    made = judge() if callable(judge) else judge or Keywords()
-    model = models.load_model(folder, device, generation.dtype)
-    found = refusals(model, generator, made, rows, on_batch)
-    if not found.rows:
-        raise SafeprojError(
-            f"--prompts {prompts}: the model refused none of {found.asked} prompts "
-            f"({found.describe()}), and nothing was written; expected an aligned model, or a "
-            "judge that knows how it refuses: see --phrase"
-        )
-    for row in found.rows:
-        sample_of(row, tokenizer, generator.options)  # what is written can be read as data
-    if len(found.rows) < FEW:
+@dataclass(frozen=True)
+class Asking:
+    """Who is asked what.
+
+    Attributes:
+        aligned: SRC of the model.
+        prompts: file with harmful prompts.
+        limit: only so many, the first.
+
+    Raises:
+        SafeprojError: the limit is none.
+    """
+
+    aligned: str
+    prompts: str
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise SafeprojError(f"--limit must be 1 or more, found {self.limit}")
+
+    def refusals(
+        self,
+        judge: Judge | Callable[[], Judge] | None,
+        generation: Generation,
+        device: str,
+        on_batch: OnBatch | None,
+    ) -> Refusals:
+        """Let the model answer, and keep what it refuses: at least one.
+
+        Raises:
+            SafeprojError: an input cannot be used, or no answer is a refusal.
+        """
+        rows = read_rows(self.prompts, "--prompts", responses=False).rows[: self.limit]
+        folder = open_folder(self.aligned)
+        tokenizer = models.load_tokenizer(folder)
+        generator = replace(generation, chat=has_template(tokenizer)).generator(tokenizer)
+        for row in rows:
+            generator.rendered(row.prompt)  # what cannot be used is said before anything is run
+        made = judge() if callable(judge) else judge or Keywords()
+        model = models.load_model(folder, device, generation.dtype)
+        found = refusals(model, generator, made, rows, on_batch)
+        if not found.rows:
+            raise SafeprojError(
+                f"--prompts {self.prompts}: the model refused none of {found.asked} prompts "
+                f"({found.describe()}), and nothing was written; expected an aligned model, or a "
+                "judge that knows how it refuses: see --phrase"
+            )
+        for row in found.rows:
+            sample_of(row, tokenizer, generator.options)  # what is written can be read as data
+        return found
+
+    def check_out(self, out: Path, overwrite: bool) -> None:
+        """Refuse a place that cannot be written, before the model is loaded.
+
+        Raises:
+            SafeprojError: it is one.
+        """
+        check_out(out, overwrite, [("--aligned", self.aligned), ("--prompts", self.prompts)])
+
+    def write(self, found: Refusals, out: Path, overwrite: bool) -> Refusals:
+        """Write refusals as JSON lines, and return them with what the user should know.
+
+        Raises:
+            SafeprojError: they cannot be written.
+        """
+        look = (lambda: self.check_out(out, True)) if overwrite else None
+        with refused_in_one_line(out):
+            write_file(out.resolve(), b"".join(row.line() for row in found.rows), look)
+        if len(found.rows) >= FEW:
+            return found
         few = (
             f"{out}: {len(found.rows)} refusals are few, expected {FEW} or more; give more prompts "
             "(docs/data.md has what was measured)"
         )
-        found = replace(found, warnings=(*found.warnings, few))
-    look = (lambda: check_out(out, True, inputs)) if overwrite else None
-    with refused_in_one_line(out):
-        write_file(out.resolve(), b"".join(row.line() for row in found.rows), look)
-    return found
+        return replace(found, warnings=(*found.warnings, few))
 
 
 def check_out(out: Path, overwrite: bool, inputs: Sequence[tuple[str, str]]) -> None:

@@ -280,11 +280,11 @@ def _require_outside(path: Path, checked: Iterable[Src]) -> None:
 
 def _all_sources(checked: Iterable[Src]) -> Iterator[str]:
     """Yield directories that are checked, and every adapter in them or in lists."""
-    from safeproj.adapter.collection import all_of, collect
+    from safeproj.adapter.collection import collect
 
-    given = all_of(checked)
-    yield from (source for source in given if Path(source).expanduser().is_dir())
-    yield from (member.source for member in collect(given, written=False).members)
+    found = collect(checked, written=False)
+    yield from (source for source in found.given if Path(source).expanduser().is_dir())
+    yield from (member.source for member in found.members)
 
 
 def _directories(source: str) -> Iterator[Path]:
@@ -547,7 +547,7 @@ def write_template(path: Path) -> None:
 
 TEMPLATE = """\
 # What `safeproj check` lets pass. Every field is shown with its default; each is an option too.
-# docs/gate.md explains the findings by their ids.
+# `safeproj rule ID` explains a finding, such as SP001.
 
 # A module whose update has this cosine or less with its projection counts against the adapter,
 # unless it was projected (SP001).

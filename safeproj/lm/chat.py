@@ -60,6 +60,14 @@ class ChatOptions:
                     "variable of it, such as enable_thinking or reasoning_effort"
                 )
 
+    def words(self) -> Iterator[str]:
+        """Yield the options of a command that say so; of `chat_options` the inverse."""
+        if self.date is not None:
+            yield from ("--date", self.date.isoformat())
+        for name, value in self.arguments.items():
+            is_text = isinstance(value, str) and _value(value) == value
+            yield from ("--chat-template-arg", f"{name}={value if is_text else json.dumps(value)}")
+
     def to_dict(self) -> dict[str, Any]:
         """Return what a record says."""
         return {"date": self.day.isoformat(), "chat_template_args": dict(self.arguments)}

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from safeproj.adapter import Adapter
     from safeproj.checkpoint.hashes import Hash
     from safeproj.engine import Buffers, Task
-    from safeproj.lm.chat import ChatOptions
     from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
     from safeproj.methods.whole import WholeKernel
@@ -223,11 +222,13 @@ class Method(ABC):
             SafeprojError: it cannot be used, or is still to be prepared.
         """
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether a model has to be run on data for it."""
+        return False
+
     def prepared(
-        self,
-        adapters: Sequence[str | Adapter],
-        options: Options,
-        chat: ChatOptions | None = None,
+        self, adapters: Sequence[str | Adapter], options: Options
     ) -> AbstractContextManager[Method]:
         """Yield what can be opened; what was made for it is gone afterwards.
 
@@ -235,12 +236,11 @@ class Method(ABC):
             adapters: of each the SRC, where it is not read yet; one that cannot be read is left to
                 those who use it.
             options: how.
-            chat: how chats in data are put.
 
         Raises:
             SafeprojError: it cannot be made.
         """
-        del adapters, options, chat
+        del adapters, options
         return nullcontext(self)
 
     @abstractmethod

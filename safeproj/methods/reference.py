@@ -15,7 +15,7 @@ from safeproj.plan.select import Selection
 from safeproj.storage.arrays import Array
 
 if TYPE_CHECKING:
-    from safeproj.lm.layers import OnBatch
+    from safeproj.run.options import Options
 
 
 class Reference(Protocol):
@@ -58,16 +58,13 @@ class Reference(Protocol):
     def runs_adapter(self) -> bool:
         """Whether the model has to be run with an adapter, so that `prepare` is called for it."""
 
-    def prepare(
-        self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
-    ) -> Mapping[str, Array]:
+    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> Mapping[str, Array]:
         """Return what has to be made of an adapter by running the model: module to `A'` (r, n).
 
         Args:
             adapter: as it was matched.
             plan: its updates.
-            device: where the model runs.
-            on_batch: told about the progress.
+            options: where the model runs, how chats are put to it, and who is told.
 
         Raises:
             SafeprojError: the adapter or the model cannot be used.
@@ -110,8 +107,6 @@ class Plain:
         del adapter, item
         return None
 
-    def prepare(
-        self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
-    ) -> Mapping[str, Array]:
-        del adapter, plan, device, on_batch
+    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> Mapping[str, Array]:
+        del adapter, plan, options
         return {}

@@ -398,14 +398,8 @@ class Job:
         if not self.reference.runs_adapter:
             return self.matched(adapter)
         loaded = self.runnable(adapter)
-        observer = self._observer
         with self._profile.phase("reconstruct"):
-            made = self.reference.prepare(
-                loaded.adapter,
-                loaded.plan,
-                self._options.device,
-                None if observer is None else observer.ran,
-            )
+            made = self.reference.prepare(loaded.adapter, loaded.plan, self._options)
         return dataclasses.replace(loaded, replacements=made)
 
     def _without_unheld(self, plan: Plan) -> Plan:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from safeproj.engine import Cluster, Progress, resolve_devices
 from safeproj.errors import SafeprojError
+from safeproj.lm.chat import ChatOptions
 from safeproj.names import parse_rules
 from safeproj.plan.select import Selection
 from safeproj.records.profile import Profile
@@ -46,6 +47,7 @@ class Options:
         download: whether remote weights are downloaded as whole files: `always`, `never`, or
             `auto`: where half of a file is needed, or it is small. Else ranges of it are read.
         keep: keep what is read in ranges for later runs.
+        chat: how chats in data are put to a model that is run on it.
         observer: told about the progress.
         profile: filled in with where the time went.
 
@@ -62,6 +64,7 @@ class Options:
     portable: bool = False
     download: Download = "auto"
     keep: bool = False
+    chat: ChatOptions = field(default_factory=ChatOptions)
     observer: Observer | None = field(default=None, compare=False, repr=False)
     profile: Profile = field(default_factory=Profile, compare=False, repr=False)
 

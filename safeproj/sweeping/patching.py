@@ -29,7 +29,7 @@ def given_as(method: Method) -> Iterator[str]:
 
 
 def chosen_as(options: Options) -> Iterator[str]:
-    """Yield those that say which modules are considered, and the maps."""
+    """Yield those that say which modules are considered, the maps, and how chats are put."""
     selection = options.selection
     for flag, values in (
         ("--include", selection.include),
@@ -38,3 +38,4 @@ def chosen_as(options: Options) -> Iterator[str]:
     ):
         for value in values:
             yield from (flag, value)
+    yield from options.chat.words()

@@ -121,6 +121,15 @@ def test_help_ends_with_examples_that_can_be_parsed_and_pages_that_there_are(
     assert [each for each in pages if not (ROOT / each).is_file()] == []
 
 
+def test_pages_are_named_by_where_they_are_wherever_the_help_is_asked_for(tmp_path: Path) -> None:
+    """Here beside the package; where it was installed they lie in it."""
+    for words, count in ((["repair"], 2), (["stats"], 2), (["salora", "init"], 2), ([], 2)):
+        done = safeproj(*words, "--help", cwd=tmp_path)
+        pages = re.findall(r"\S+\.md\b", done.stdout)
+        assert len(pages) == count
+        assert all(Path(each).is_absolute() and Path(each).is_file() for each in pages)
+
+
 def test_a_command_that_takes_one_adapter_shows_one_place() -> None:
     assert text_of(("verify",)).startswith("Usage: safeproj verify [OPTIONS] [PATCHED]\n")
     assert text_of(("check",)).startswith("Usage: safeproj check [OPTIONS] [ADAPTER]...\n")

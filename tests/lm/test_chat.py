@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
@@ -25,7 +24,7 @@ from safeproj.storage.rows import Message
 from safeproj.storage.source import open_folder
 from tests.evaluate.support import TINY, tokenizer, write_lines
 from tests.report.test_schemas import validator
-from tests.support import MANIFEST, assert_refused, read_json, safeproj
+from tests.support import FACTORS, MANIFEST, assert_refused, dated_model, read_json, safeproj
 
 BODY = "{{ m['role'] }} {{ m['content'] }} "
 TEXT = "{% for m in messages %}" + BODY + "{% endfor %}"
@@ -256,15 +255,7 @@ def test_what_is_no_date_is_refused(text: str) -> None:
 @pytest.fixture(scope="module")
 def dated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a template that says what day it is in a word of its own."""
-    path = tmp_path_factory.mktemp("dated") / "model"
-    shutil.copytree(TINY / "aligned", path)
-    vocabulary = read_json(path / "tokenizer.json")["model"]["vocab"]
-    names = [each for each in vocabulary if each.isalpha()][20:29]
-    (path / "chat_template.jinja").write_text(
-        "{{ bos_token }}{{ " + json.dumps(names) + "[strftime_now('%d') | int % 9] }} "
-        "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    )
-    return path
+    return dated_model(tmp_path_factory.mktemp("dated") / "model", TINY / "aligned")
 
 
 def test_answers_do_not_depend_on_the_day_and_those_of_two_days_are_not_mixed(
@@ -329,6 +320,44 @@ def test_statistics_say_what_day_it_was_and_so_does_what_is_made_with_them(
         safeproj("stats", "--aligned", dated, "--data", data, "--out", stats, "--date", "now"),
         "--date 'now'", "YYYY-MM-DD",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [(), ("--reconstruct",)])
+def test_a_correction_is_of_the_day_that_is_given(
+    dated: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    chat = [USER, {"role": "assistant", "content": "sorry i will not"}]
+    data = write_lines(tmp_path / "safety.jsonl", [{"messages": chat}])
+    given = (
+        "--aligned", dated, "--safety-data", data, "--task-data", data,
+        "--adapter", TINY / "adapters" / "bad", "--include", "layers.1", *more,
+    )  # fmt: skip
+    written = {}
+    for name, options in {
+        "default": (), "same": ("--date", "2024-07-26"), "other": ("--date", "2024-07-27"),
+    }.items():  # fmt: skip
+        done = safeproj("patch", *given, *options, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        written[name] = (tmp_path / name / FACTORS).read_bytes()
+    assert written["default"] == written["same"] != written["other"]
+    found = read_json(tmp_path / "other" / MANIFEST)["inputs"]["safety_data"]
+    assert found["date"] == "2024-07-27"
+
+
+def test_a_day_is_refused_where_no_model_is_run() -> None:
+    given = ("--aligned", TINY / "aligned", "--base", TINY / "base")
+    for options in (("--date", "2024-07-26"), ("--chat-template-arg", "a=1")):
+        done = safeproj("inspect", *given, "--adapter", TINY / "adapters" / "bad", *options)
+        assert_refused(done, options[0], "Safe LoRA runs none here; leave it out")
+
+
+def test_options_that_say_how_chats_are_put_are_read_as_they_were_written() -> None:
+    arguments = {"a": True, "b": "true", "c": "low", "d": 3, "e": "3", "f": [1, "x"], "g": None}
+    options = ChatOptions(date(2025, 1, 2), arguments)
+    words = list(options.words())
+    assert words[:2] == ["--date", "2025-01-02"]
+    assert chat_options(words[1], words[3::2]) == options
+    assert list(ChatOptions().words()) == []
 
 
 def test_nothing_is_recorded_of_a_day_that_no_template_prints(tmp_path: Path) -> None:

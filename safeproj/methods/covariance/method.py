@@ -24,7 +24,6 @@ from safeproj.storage.source import Src, StrPath
 
 if TYPE_CHECKING:
     from safeproj.adapter import Adapter
-    from safeproj.lm.chat import ChatOptions
     from safeproj.lm.feed import Feed
     from safeproj.lm.layers import OnBatch
     from safeproj.methods.covariance.formulas import Correction, Reconstruction
@@ -171,7 +170,6 @@ class Covariance(Method):
 
     @property
     def runs_model(self) -> bool:
-        """Whether the aligned model has to be run for it."""
         if self.statistics is not None:
             return False
         return not all(
@@ -184,14 +182,11 @@ class Covariance(Method):
         return statistics_of(self, maps)
 
     def prepared(
-        self,
-        adapters: Sequence[str | Adapter],
-        options: Options,
-        chat: ChatOptions | None = None,
+        self, adapters: Sequence[str | Adapter], options: Options
     ) -> AbstractContextManager[Covariance]:
         from safeproj.methods.covariance.prepare import prepared
 
-        return prepared(self, adapters, options, chat)
+        return prepared(self, adapters, options)
 
     @classmethod
     def unrepeatable(cls, projector: Mapping[str, Any]) -> str | None:

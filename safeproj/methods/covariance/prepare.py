@@ -13,7 +13,6 @@ from safeproj.adapter import Adapter, read_adapter
 from safeproj.adapter.record import WeightNames
 from safeproj.engine import resolve_device
 from safeproj.errors import SafeprojError
-from safeproj.lm.chat import ChatOptions
 from safeproj.lm.data import BATCH_SIZE, RANDOM, Data, random_data, read_data
 from safeproj.lm.layers import OnBatch
 from safeproj.methods.covariance.file import Statistics, open_statistics
@@ -29,10 +28,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def prepared(
-    method: Covariance,
-    adapters: Sequence[str | Adapter],
-    options: Options,
-    chat: ChatOptions | None = None,
+    method: Covariance, adapters: Sequence[str | Adapter], options: Options
 ) -> Iterator[Covariance]:
     """Yield the method with statistics, in a temporary directory if the model has to be run.
 
@@ -42,7 +38,6 @@ def prepared(
     Raises:
         SafeprojError: the data, or the model, cannot be used.
     """
-    on_batch = None if options.observer is None else options.observer.ran
     if method.reconstruct:
         require_data(method, adapters, options)
     if not method.runs_model:
@@ -50,7 +45,7 @@ def prepared(
         return
     with tempfile.TemporaryDirectory(prefix="safeproj-") as directory:
         with options.profile.phase("statistics"):
-            made = _made(method, adapters, options.device, on_batch, Path(directory), chat)
+            made = _made(method, adapters, options, Path(directory))
         yield replace(method, statistics=made)
 
 
@@ -62,9 +57,7 @@ class Rebuilding(Statistics):
 
     runs_adapter = True
 
-    def prepare(
-        self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
-    ) -> dict[str, Array]:
+    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> dict[str, Array]:
         from safeproj.lm import models
         from safeproj.lm.adapters import Host, require_peft
         from safeproj.methods.covariance.reconstruct import batch_size, reconstructed
@@ -76,16 +69,21 @@ class Rebuilding(Statistics):
         require_peft(adapter.folder)
         folder = open_folder(method.sources["aligned"])
         tokenizer = models.load_tokenizer(folder)
-        data = [read_data(str(source), tokenizer, option=name) for name, source in _data(method)]
+        data = [
+            read_data(str(source), tokenizer, option=name, chat=options.chat)
+            for name, source in _data(method)
+        ]
         safety, benign = (each.batches(batch_size(len(each.samples))) for each in data)
-        is_mps = resolve_device(device).name == "mps"  # which has no float64
+        is_mps = resolve_device(options.device).name == "mps"  # which has no float64
         host = method.host
         if host is None or (is_mps and isinstance(host, Host)):
-            host = Host(folder, "cpu" if is_mps else device)
+            host = Host(folder, "cpu" if is_mps else options.device)
         modules = [item.module.name for item in plan.modules]
         with host.adapted(adapter) as (load, moved):
             names = {moved.get(name, name): name for name in modules}
-            found = reconstructed(load(), list(names), safety, benign, formulas, on_batch)
+            found = reconstructed(
+                load(), list(names), safety, benign, formulas, _told(options)
+            )
         return {names[place]: from_torch(factor) for place, factor in found.items()}
 
 
@@ -142,13 +140,12 @@ def statistics_of(method: Covariance, maps: Sequence[str]) -> Statistics:
     return open_statistics(given["safety_data"], given["task_data"], maps, given.get("aligned"))
 
 
+def _told(options: Options) -> OnBatch | None:
+    return None if options.observer is None else options.observer.ran
+
+
 def _made(
-    method: Covariance,
-    adapters: Sequence[str | Adapter],
-    device: str,
-    on_batch: OnBatch | None,
-    directory: Path,
-    chat: ChatOptions | None,
+    method: Covariance, adapters: Sequence[str | Adapter], options: Options, directory: Path
 ) -> tuple[Path, Path]:
     """Make the statistics that are missing, and return where both are."""
     from safeproj.lm import models
@@ -165,10 +162,10 @@ def _made(
         if source is None:
             data[role] = random_data(tokenizer)
         elif not source.endswith(STATISTICS):
-            data[role] = read_data(source, tokenizer, option=f"--{role}-data", chat=chat)
+            data[role] = read_data(source, tokenizer, option=f"--{role}-data", chat=options.chat)
     read = [_adapter(source) for source in adapters]
     places = {role: Path(str(source)) for role, source in given.items()}
-    host = method.host or Host(folder, device)
+    host = method.host or Host(folder, options.device)
     with models.quietly(), host.plain() as model:
         adapted = [each for each in read if each is not None]
         targets = _targets(model, adapted) if adapters else [ALL_LINEAR]
@@ -180,7 +177,7 @@ def _made(
                 places[role],
                 targets,
                 models.recorded_inputs(folder, each),
-                on_batch=on_batch,
+                on_batch=_told(options),
             )
     return places["safety"], places["task"]
 

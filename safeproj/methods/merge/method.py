@@ -26,7 +26,6 @@ from safeproj.storage.source import Src
 
 if TYPE_CHECKING:
     from safeproj.adapter import Adapter
-    from safeproj.lm.chat import ChatOptions
     from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
     from safeproj.plan.select import Selection
@@ -192,7 +191,7 @@ class Merge(Method):
         return open_both(self.sources["safe_adapter"], self.deciding, self.formula, maps)
 
     def prepared(
-        self, adapters: Sequence[str | Adapter], options: Options, chat: ChatOptions | None = None
+        self, adapters: Sequence[str | Adapter], options: Options
     ) -> AbstractContextManager[Merge]:
         formula = self.formula
         if options.portable and (formula.form == EXACT or formula.rank is not None):
@@ -200,7 +199,7 @@ class Merge(Method):
                 "--portable needs one rank for all modules, and merging changes that of those that "
                 f"are merged; give --merge-form {LOW_RANK} without --merge-rank, which keeps it"
             )
-        del adapters, chat
+        del adapters
         return nullcontext(self)
 
     def recorded(self, source: str, projector: Mapping[str, Any]) -> Merge:
