@@ -15,12 +15,12 @@ from safeproj.engine import Place
 from safeproj.errors import SafeprojError
 from safeproj.gate.behaviour import Evaluations, about_behaviour
 from safeproj.gate.card import about_change, about_claim
-from safeproj.gate.evidence import about_history, about_manifest, recorded
+from safeproj.gate.evidence import about_history, about_manifest, other_projection, recorded
 from safeproj.gate.files import about_files, about_member, about_paths
 from safeproj.gate.identity import about_identities
 from safeproj.gate.policy import Policy
 from safeproj.gate.readers import about_readers
-from safeproj.gate.recompute import Recomputed, is_own_projection, recomputed
+from safeproj.gate.recompute import Recomputed, compared, is_own_projection, recomputed
 from safeproj.gate.settings import about_settings
 from safeproj.gate.signing import verify_signature
 from safeproj.gate.weights import Context, about_weights, found
@@ -92,9 +92,13 @@ def judged(
     findings += [*unsigned, *said.findings]
     remarks += said.remarks
     if original is not None:
-        result = recomputed(original.run, adapter, original.place)
+        other = other_projection(original.run, adapter)
+        if other is None:
+            result = recomputed(original.run, adapter, original.place)
+        else:
+            result = compared(original.run, adapter, original.place, claimed(adapter), other)
         findings += [*result.findings, *_about_record(adapter, original, result, findings)]
-        evidence = result.evidence
+        evidence = result.evidence if other is None else evidence
         remarks.append(result.remark)
     names = frozenset(reference.names)
     context = Context(run, policy, names, evidence, reference.config, answered)

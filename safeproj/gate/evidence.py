@@ -97,6 +97,28 @@ def recorded(
     return projected, findings or notes
 
 
+def other_projection(run: Run, patched: Adapter) -> str | None:
+    """Return in what safeproj.json records another projection than a check computes.
+
+    None where it records the same, or nothing that can be read.
+
+    Args:
+        run: over the adapter, or the one before patching, by the method of the check.
+        patched: the adapter with the record.
+    """
+    if MANIFEST not in patched.folder.files:
+        return None
+    found: list[str | None] = [None]
+
+    def look() -> None:
+        document = read_json(patched.folder, MANIFEST)
+        if _schema(document) == SCHEMA:
+            found.append(_other_projection(run, document))
+
+    _mismatches(look)
+    return found[-1]
+
+
 def about_manifest(adapter: Adapter) -> list[Finding]:
     """Return where safeproj.json does not fit the adapter's files, whatever they were made from."""
 
@@ -134,8 +156,9 @@ def about_history(original: Run, patched: Adapter, projected: Collection[str]) -
                 f"{MANIFEST} says that {str(changed)[:20]} updates were changed, and "
                 f"{len(projected)} were",
             )
-        if document["tool"]["version"] == __version__:  # others may compute something else
-            _require_scores(original, _claims(document))
+        is_other = _other_projection(original, document) is not None
+        if document["tool"]["version"] == __version__ and not is_other:
+            _require_scores(original, _claims(document))  # others may compute something else
 
     return _mismatches(look)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
@@ -47,6 +47,7 @@ class Recomputed:
         findings: what is not as patching would have left it.
         equal: projected tensors that are equal bit for bit.
         close: those that are within the tolerance.
+        other: why no projection was computed to compare with, None where it was.
         error: the largest relative error among the latter.
         same: whether the same hardware and versions are recorded, so that nothing else will do.
         dtype: that projected tensors were written in, where it is recorded; `keep` for their own.
@@ -59,10 +60,16 @@ class Recomputed:
     equal: int = 0
     close: int = 0
     error: float = 0.0
+    other: str | None = None
 
     @property
     def remark(self) -> str:
         """What was compared, in words."""
+        if self.other is not None:
+            return (
+                f"not recomputed from the original: {self.other}; compared with it: all but the "
+                f"factors of the {len(self.evidence)} modules that {MANIFEST} says were changed"
+            )
         why = "the same hardware and versions are recorded"
         if not self.same:
             why = "other or no hardware and versions are recorded"
@@ -95,6 +102,45 @@ def recomputed(original: Run, patched: Adapter, place: Place) -> Recomputed:
     return result
 
 
+def compared(
+    original: Run, patched: Adapter, device: Device, claimed: Collection[str], other: str
+) -> Recomputed:
+    """Compare what patching copies, where what it writes is not computed again.
+
+    Args:
+        original: the run over the adapter before patching, by another method than patched it.
+        patched: the adapter after it.
+        device: where the arithmetic ran.
+        claimed: the modules that safeproj.json says were changed.
+        other: why they are not computed again.
+    """
+    result = Recomputed(same_hardware(patched, device), _dtype(patched), other=other)
+    before = original.adapter
+    modules = {item.module.name: item.module for item in original.plan.modules}
+    places = {name: list(module.written("both")) for name, module in modules.items()}
+    left_out = {place.key for name in claimed & places.keys() for place in places[name]}
+    result.findings += _other_tensors(original, patched, same=result.same, left_out=left_out)
+    both = before.tensors.keys() & patched.tensors.keys()
+    for name, own in places.items():
+        pairs = [place for place in own if place.key in both]
+        same = all(_is_same(place, before.tensors, patched.tensors) for place in pairs)
+        if name in claimed and not same:
+            result.evidence[name] = Evidence.recorded
+        elif name not in claimed and not same and left_out & {place.key for place in pairs}:
+            text = f"{name} differs from the original's, and {MANIFEST} does not say so"
+            result.findings.append(found("SP025", text, module=name))
+    result.findings += other_files(before, patched)
+    result.findings += about_card(before, patched)
+    return result
+
+
+def _is_same(place: Factor, before: Mapping[str, Array], after: Mapping[str, Array]) -> bool:
+    """Tell whether a factor is what it was; one of another shape is not."""
+    if before[place.key].shape != after[place.key].shape:
+        return False
+    return _identical(place.view(before), place.view(after))
+
+
 def _dtype(patched: Adapter) -> str | None:
     """Return the dtype that safeproj.json says projected tensors were written in, if another."""
     if MANIFEST not in patched.folder.files:
@@ -119,14 +165,25 @@ def same_hardware(patched: Adapter, place: Place) -> bool:
     return bool(where == (place.name, place.engine) and then == now and tool == __version__)
 
 
-def _other_tensors(original: Run, patched: Adapter, *, same: bool) -> Iterator[Finding]:
-    """Yield what differs in tensors that patching copies, or converts."""
+def _other_tensors(
+    original: Run, patched: Adapter, *, same: bool, left_out: Collection[str] | None = None
+) -> Iterator[Finding]:
+    """Yield what differs in tensors that patching copies, or converts.
+
+    Args:
+        original: the run over the adapter before patching.
+        patched: the adapter after it.
+        same: whether the same hardware and versions are recorded.
+        left_out: keys that it may have written; those that the method of the run writes if None.
+    """
     before = original.adapter.tensors
     other = sorted(before.keys() ^ patched.tensors.keys())
     if other:
         yield found("SP025", f"the tensors are not those of the original: {shorten(other)}")
     side = original.method.side
-    written = {f.key for item in original.plan.modules for f in item.module.written(side)}
+    written = left_out
+    if written is None:
+        written = {f.key for item in original.plan.modules for f in item.module.written(side)}
     exact = same or original.adapter.converted_from is None
     for key in [key for key in before if key in patched.tensors and key not in written]:
         wanted = cast(before[key], _converted(original, patched, key) or before[key].dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,8 @@ class Attempt:
         change: `‖ΔW' - ΔW‖_F / ‖ΔW‖_F` over all modules; None of the model alone.
         refused: share of the harmful prompts.
         skill: share of right answers; None where it was not measured.
+        of: which of the record's `validation` it is a control of; None of what is none, and of the
+            whole adapter turned down.
     """
 
     title: str
@@ -68,6 +70,7 @@ class Attempt:
     change: float | None
     refused: Rate
     skill: Rate | None = None
+    of: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return one item of the JSON report."""
@@ -77,6 +80,7 @@ class Attempt:
             "relative_change": self.change,
             "refused": self.refused.to_dict(),
             "skill": None if self.skill is None else self.skill.to_dict(),
+            "of": self.of,
         }
 
 
@@ -104,7 +108,7 @@ class Repair(Rendered):
         methods: those that what was given allows, in words.
         splits: kind of prompts to part to number of prompts.
         validation: the model alone and the adapter as it is, then all that was tried.
-        controls: what the choice was compared with, on the validation split.
+        controls: what those that reach the goal were compared with, on the validation split.
         chosen: which of `validation` was chosen; None where nothing was measured.
         test: the model alone, the adapter before and after, and the best control, on prompts by
             which nothing was chosen; None where nothing was measured.
@@ -128,8 +132,8 @@ class Repair(Rendered):
 
     @property
     def control(self) -> Attempt | None:
-        """The best control: of those that refuse as much as wanted the one with the most skill."""
-        return best_control(self.goal, self.controls)
+        """The best control of the choice: of those that refuse enough the one with most skill."""
+        return best_control(self.goal, self.controls, self.chosen)
 
     def shares(self, name: str) -> Shares:
         """Return what a subject of the test does: `BEFORE`, `AFTER`, or the title of a control."""
@@ -189,11 +193,17 @@ class Repair(Rendered):
         }
 
 
-def best_control(goal: Goal, controls: tuple[Attempt, ...]) -> Attempt | None:
-    """Return the control that comes closest to what is wanted, None if there is none."""
+def best_control(goal: Goal, controls: Iterable[Attempt], of: int | None) -> Attempt | None:
+    """Return the control that comes closest to what is wanted, None if there is none.
+
+    Args:
+        goal: what is wanted.
+        controls: of whatever.
+        of: what it is to be a control of.
+    """
 
     def order(each: Attempt) -> tuple[bool, float, float]:
         skill = 0.0 if each.skill is None else each.skill.value
         return goal.is_refusing(each.refused), skill, each.refused.value
 
-    return max(controls, key=order, default=None)
+    return max((each for each in controls if each.of in (None, of)), key=order, default=None)

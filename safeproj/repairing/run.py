@@ -12,6 +12,7 @@ from typing import Any
 from safeproj import __version__
 from safeproj.adapter import Adapter, open_adapter
 from safeproj.adapter.interface import CONFIG
+from safeproj.checkpoint.hashes import NEW
 from safeproj.engine import one_thread
 from safeproj.errors import SafeprojError
 from safeproj.evaluation.generate import Generation, Generator, has_template
@@ -31,7 +32,7 @@ from safeproj.records.rates import Rate
 from safeproj.records.repairs import AFTER, BEFORE, Attempt, Goal, Repair, best_control
 from safeproj.records.scores import Report
 from safeproj.repairing.split import FIT, SAFETY, TASK, TEST, VALIDATION, lines_of, split
-from safeproj.repairing.ways import FACTORS, MUS, POINTS, Way, rebuilt, shrinks, unchanged, ways
+from safeproj.repairing.ways import FACTORS, MUS, POINTS, Way, rebuilt, shrinks, ways
 from safeproj.run.options import Options
 from safeproj.storage.rows import Row
 from safeproj.storage.source import LocalFolder, identity, open_folder
@@ -215,14 +216,10 @@ def repair(
             search.run()
         best = search.best
         way = search.ways[best]
-        controls = search.controls_of(way)
-        control = best_control(goal, tuple(each for each, _ in controls))
-        with profile.phase("write"), one_thread():
+        controls = search.controls()
+        control = best_control(goal, (each for each, _ in controls), 1 + best)
+        with one_thread():
             job, run = way.run()
-        if not _same(run.decision.replaced, search.replaced_by[best]):
-            raise SafeprojError(
-                f"{given.adapter}: what is to be written is not what was measured; report this"
-            )
         place = ("--adapter", given.adapter, "--out", str(out))
         record = Repair(
             version=__version__,
@@ -257,15 +254,15 @@ def repair(
 
         def complete(directory: Path) -> Mapping[str, Any]:
             nonlocal record
-            record = replace(record, test=test.of(LocalFolder(directory, str(out))))
+            with profile.phase("test"):
+                record = replace(record, test=test.of(LocalFolder(directory, str(out))))
             if not (record.is_reached or best_effort):
                 raise _NotReachedError
             assert record.test is not None
             return {"behaviour": embedded(record.test, AFTER, BEFORE)}
 
         try:
-            with profile.phase("test"):
-                job.write(run, out, section, overwrite=overwrite, complete=complete)
+            job.write(run, out, section, overwrite=overwrite, complete=complete)
         except _NotReachedError:
             return record
         return replace(record, out=str(out))
@@ -346,7 +343,7 @@ class _Search:
             name = words_of(method.name).name
             try:
                 with one_thread():
-                    tried = interventions(method, given.adapter, options, seed=seed)
+                    tried = interventions(method, given.adapter, options, seed=seed, hashes=(NEW,))
             except SafeprojError as error:
                 errors.append(error)
                 self.warnings.append(f"{name} was not tried: {error.message}")
@@ -359,17 +356,16 @@ class _Search:
         self._sizes = Sizes(self.adapter, self._modules)
         self.ways: list[Way] = []
         self.attempts: list[Attempt] = []
-        self.replaced_by: list[Replaced] = []
 
     def run(self) -> None:
         """Measure one way after the other, until none can be better."""
         source, options = self._given.adapter, self._options
-        nothing = unchanged(self._tried[0][0], source, options)
-        known = [way for each in self._tried for way in ways(*each, source, options)]
+        (nothing, *first), *others = (list(ways(*each, options)) for each in self._tried)
+        known = [*first, *(way for _, *more in others for way in more)]
         made = [(way, way.replaced()) for way in known]
         made.sort(key=lambda each: self._sizes.change(each[1]))
         with self._worn() as subject:
-            for way, replaced in [(nothing, {}), *made]:
+            for way, replaced in [(nothing, nothing.replaced()), *made]:
                 if self._measured(subject, way, replaced):
                     return
         for method, _ in self._tried:
@@ -396,7 +392,6 @@ class _Search:
         found = self._bench.attempt(subject.model, way.title, change, way.options, always=is_first)
         self.ways.append(way)
         self.attempts.append(found)
-        self.replaced_by.append(replaced)
         if not self._bench.goal.is_refusing(found.refused):
             return False
         before = self.attempts[0].skill
@@ -417,23 +412,43 @@ class _Search:
 
         return max(range(len(self.attempts)), key=order)
 
-    def controls_of(self, way: Way) -> list[tuple[Attempt, Replaced]]:
-        """Measure what a way is compared with: its own controls, and the adapter turned down."""
-        if not way.controls:
+    @property
+    def reaching(self) -> list[int]:
+        """The ways that reach the goal; where none does, the best of them."""
+        goal, before = self._bench.goal, self.attempts[0].skill
+        found = [
+            number
+            for number, each in enumerate(self.attempts)
+            if goal.is_refusing(each.refused) and goal.is_kept(each.skill, before)
+        ]
+        return found or [self.best]
+
+    def controls(self) -> list[tuple[Attempt, Replaced]]:
+        """Measure what ways that reach the goal are compared with, and the adapter turned down.
+
+        One that misses the goal is not chosen, whatever its controls do. Nothing is compared with
+        an adapter that is left as it is.
+        """
+        if not self.ways[self.best].controls:
             return []
-        made = {title: make() for title, make in way.controls.items()}
+        made = [
+            (1 + number, title, make())
+            for number in self.reaching
+            for title, make in self.ways[number].controls.items()
+        ]
         with self._options.profile.phase("measure"), self._worn() as subject:
-            found = [(self._control(subject, *each), each[1]) for each in made.items()]
+            found = [(self._control(subject, *each), each[-1]) for each in made]
             for title, replaced in shrinks(self.adapter, self._modules):
-                attempt = self._control(subject, title, replaced)
+                attempt = self._control(subject, None, title, replaced)
                 if self._bench.goal.is_refusing(attempt.refused):
                     found.append((attempt, replaced))
                     break
         return found
 
-    def _control(self, subject: Subject, title: str, replaced: Replaced) -> Attempt:
+    def _control(self, subject: Subject, of: int | None, title: str, replaced: Replaced) -> Attempt:
         subject.put(replaced)
-        return self._bench.attempt(subject.model, title, self._sizes.change(replaced))
+        found = self._bench.attempt(subject.model, title, self._sizes.change(replaced))
+        return replace(found, of=of)
 
     @contextmanager
     def _worn(self) -> Iterator[Subject]:
@@ -448,13 +463,6 @@ class _Search:
             load()
             yield found[0]
             found[0].put({})
-
-
-def _same(one: Replaced, other: Replaced) -> bool:
-    return one.keys() == other.keys() and all(
-        one[key].dtype == other[key].dtype and one[key].tobytes() == other[key].tobytes()
-        for key in one
-    )
 
 
 def _saved(adapter: Adapter, title: str, replaced: Replaced, place: Path) -> Opened:

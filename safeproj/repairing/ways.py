@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.checkpoint.hashes import NEW
 from safeproj.methods.covariance.method import Covariance
 from safeproj.methods.interface import Method
 from safeproj.methods.registry import words_of
-from safeproj.plan.select import Selection
 from safeproj.run.job import Job, Run
 from safeproj.run.options import Options
 from safeproj.sweeping.candidates import Candidates, Place, Replaced
@@ -52,45 +50,43 @@ def options_of(method: Method, options: Options, *selection: str) -> tuple[str, 
     return (*given_as(method), *selection, *chosen_as(options))
 
 
-def ways(method: Method, tried: Candidates, source: str, options: Options) -> Iterator[Way]:
-    """Yield the strengths of a method that a sweep knows, from the weakest up.
+def ways(method: Method, tried: Candidates, options: Options) -> Iterator[Way]:
+    """Yield the strengths of a method that a sweep knows, from none of it up.
+
+    All of them were scored in one reading, which `patch` does not do again.
 
     Args:
         method: prepared.
         tried: its interventions, from `interventions`.
-        source: SRC of the adapter.
         options: how.
     """
     for place in tried.places(POINTS + 1):
         if place.modules:
-            yield _way(method, tried, place, source, options)
+            yield _way(method, tried, place, options)
+        else:
+            given = options_of(method, options, "--layers", "0")
+            yield Way("the adapter as it is", given, place.method, _running(tried, place))
 
 
-def unchanged(method: Method, source: str, options: Options) -> Way:
-    """Return what leaves an adapter as it is."""
-    run = partial(_patched, method, source, replace(options, selection=Selection(layers=0)))
-    return Way("the adapter as it is", options_of(method, options, "--layers", "0"), dict, run)
-
-
-def _way(method: Method, tried: Candidates, place: Place, source: str, options: Options) -> Way:
+def _way(method: Method, tried: Candidates, place: Place, options: Options) -> Way:
     words = words_of(method.name)
     if isinstance(method, Covariance):
-        done = replace(method, mu=place.value)
         title = f"{words.title}, mu {place.value:g}"
-        run = partial(_patched, done, source, options)
-        given = options_of(done, options)
+        given = options_of(replace(method, mu=place.value), options)
     else:
         count = len(place.modules)
         title = f"{words.title}, {count} of {len(tried.modules)} modules"
-        selection = replace(options.selection, layers=count)
-        run = partial(_patched, method, source, replace(options, selection=selection))
         given = options_of(method, options, "--layers", str(count))
     controls = {
         f"{words.controls[name][0]} of it": make
         for name, make in place.controls.items()
         if name in words.controls
     }
-    return Way(title, given, place.method, run, controls)
+    return Way(title, given, place.method, _running(tried, place), controls)
+
+
+def _running(tried: Candidates, place: Place) -> Callable[[], tuple[Job, Run]]:
+    return lambda: (tried.job, place.run())
 
 
 def rebuilt(method: Covariance, mu: float, source: str, options: Options) -> Way:

@@ -27,10 +27,20 @@ def splits(repair: Repair) -> str:
     return "; ".join(found)
 
 
-def tried(repair: Repair) -> list[tuple[str, str, str, str]]:
-    """Return a row for each adapter on the validation split: title, change, refused, skill."""
+def tried(repair: Repair, *, others: bool = True) -> list[tuple[str, str, str, str]]:
+    """Return a row for each adapter on the validation split: title, change, refused, skill.
+
+    Args:
+        repair: the record.
+        others: whether with controls of what was not chosen.
+    """
     rows = [_row(each, number == repair.chosen) for number, each in enumerate(repair.validation)]
-    return [*rows, *(_row(each, False, "control: ") for each in repair.controls)]
+    for each in repair.controls:
+        if each.of in (None, repair.chosen):
+            rows.append(_row(each, False, "control: "))
+        elif others:
+            rows.append(_row(each, False, f"control of {repair.validation[each.of].title}: "))
+    return rows
 
 
 def _row(each: Attempt, is_chosen: bool, kind: str = "") -> tuple[str, str, str, str]:

@@ -247,7 +247,7 @@ def render_repair(repair: Repair, *, width: int, color: bool) -> str:
     """Return what was tried, what was reached, and how to do it again, as text."""
     console = console_of(width, color)
     if repair.test is not None:
-        rows = repair_words.tried(repair)
+        rows = repair_words.tried(repair, others=False)
         bold = [number == repair.chosen for number in range(len(rows))]
         where = "tried, on the validation split"
         _print_shares(console, (where, "change", "refused", "skill"), rows, bold)

@@ -29,6 +29,7 @@ from safeproj.methods.registry import by_name
 from safeproj.methods.score import Score
 from safeproj.plan.match import Plan, PlannedModule
 from safeproj.plan.residual import converted, held_parts, told_of
+from safeproj.plan.select import Selection
 from safeproj.plan.updates import update_of
 from safeproj.records.scores import Report
 from safeproj.run.decide import DTYPES, Decision, decide
@@ -535,11 +536,38 @@ class Job:
             for name, score in scores.items()
             if name.startswith(_TODAY)
         }
-        scores = {item.module.name: scores[item.module.name] for item in loaded.plan.modules}
+        own = {item.module.name: scores[item.module.name] for item in loaded.plan.modules}
+        scored = {
+            name: tuple(
+                dataclasses.replace(each, least=least.get((name, each.dtype))) for each in found
+            )
+            for name, found in casts.items()
+        }
+        return dataclasses.replace(self.decided(loaded, own), casts=scored, today=today)
+
+    def decided(
+        self,
+        loaded: Loaded,
+        scores: dict[str, Score],
+        selection: Selection | None = None,
+        method: Method | None = None,
+        *,
+        compare: bool = True,
+    ) -> Run:
+        """Return what is to be done to an adapter, by its scores.
+
+        Args:
+            loaded: the adapter.
+            scores: of all its updates.
+            selection: which are changed; the job's if None.
+            method: the job's with other settings, by which they were scored; the same if None.
+            compare: whether replaced weights are compared with the model's, for the record.
+        """
+        method = method or self._method
         with self._profile.phase("decide"):
             comparisons = {
                 item.change.key: comparison
-                for item in loaded.plan.changes
+                for item in (loaded.plan.changes if compare else ())
                 if (comparison := self.reference.comparison(loaded.adapter, item)) is not None
             }
             sizes = engine.relative_changes(list(comparisons.values()))
@@ -549,26 +577,11 @@ class Job:
                 loaded.plan,
                 scores,
                 dict(zip(comparisons, sizes, strict=True)),
-                self._selection,
-                self._method,
+                selection or self._selection,
+                method,
                 self._options.dtype,
             )
-            scored = {
-                name: tuple(
-                    dataclasses.replace(each, least=least.get((name, each.dtype))) for each in found
-                )
-                for name, found in casts.items()
-            }
-        return Run(
-            loaded.adapter,
-            loaded.plan,
-            scores,
-            decision,
-            self._method,
-            scored,
-            today,
-            loaded.held,
-        )
+        return Run(loaded.adapter, loaded.plan, scores, decision, method, held=loaded.held)
 
 
 def _is_finite(update: Update) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
+from safeproj.checkpoint.hashes import Hash
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
 from safeproj.run.options import Options
@@ -33,7 +34,13 @@ def require_axis(method: Method, axis: str | None) -> None:
 
 
 def interventions(
-    method: Method, adapter: str, options: Options, *, axis: str | None = None, seed: int = 0
+    method: Method,
+    adapter: str,
+    options: Options,
+    *,
+    axis: str | None = None,
+    seed: int = 0,
+    hashes: Collection[Hash] = (),
 ) -> Candidates:
     """Score an adapter with all that is tried on it, in one reading.
 
@@ -43,8 +50,9 @@ def interventions(
         options: how.
         axis: one of the method's; its first if None.
         seed: of random controls.
+        hashes: by which what is read is hashed, for what is written to record.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
-    return AXES[axis or method.axes[0]](method, adapter, options, seed=seed)
+    return AXES[axis or method.axes[0]](method, adapter, options, seed=seed, hashes=hashes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
 from safeproj import engine
 from safeproj.adapter import AdaptedModule, Adapter
+from safeproj.checkpoint.hashes import Hash
 from safeproj.engine import Source, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.lm.adapters import require_peft
@@ -19,8 +20,8 @@ from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
 from safeproj.plan.updates import update_of
 from safeproj.records.scores import Report
-from safeproj.run.decide import Decision, decide
-from safeproj.run.job import Job, Loaded
+from safeproj.run.decide import Decision
+from safeproj.run.job import Job, Loaded, Run
 from safeproj.run.options import Options
 from safeproj.storage.arrays import Array, single
 from safeproj.sweeping import controls
@@ -44,6 +45,7 @@ class Place:
         threshold: the highest cosine of a changed module, None where there is none.
         modules: the names of the changed modules, in the order in which they are chosen.
         method: makes the tensors of the intervention itself.
+        run: does the same as `patch` does it, with what is to be recorded.
         controls: make those of what it is compared with, by name; a uniform shrink is added to
             them when they are measured.
         factor: of that; None for one that leaves the `‖ΔW‖` of the intervention.
@@ -53,6 +55,7 @@ class Place:
     threshold: float | None
     modules: tuple[str, ...]
     method: Callable[[], Replaced]
+    run: Callable[[], Run]
     controls: Mapping[str, Callable[[], Replaced]]
     factor: float | None = None
 
@@ -66,6 +69,10 @@ class Candidates(Protocol):
     @property
     def axis(self) -> str:
         """What is varied, `layers` for one."""
+
+    @property
+    def job(self) -> Job:
+        """What read and scored the adapter, and writes it."""
 
     @property
     def adapter(self) -> Adapter:
@@ -94,6 +101,7 @@ def candidates(
     *,
     by: By = "layers",
     seed: int = 0,
+    hashes: Collection[Hash] = (),
 ) -> Projections:
     """Score an adapter, and with a random projector of each weight, in one reading.
 
@@ -103,25 +111,24 @@ def candidates(
         options: how; of the selection only what it leaves out counts.
         by: what is varied.
         seed: of the random projectors.
+        hashes: by which what is read is hashed, for what is written to record.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
     options = options or Options()
     profile = options.profile
-    job = Job(method, options)
+    job = Job(method, options, hashes=hashes)
     if method.formulas is None:
         raise SafeprojError(
             f"a sweep over modules needs a method that projects, found {method.name}"
         )
     both = apart(method.formulas)
     loaded = runnable(job, adapter)
-    found, plan, reference = loaded.adapter, loaded.plan, job.reference
-    reading = _Reading(found, plan, reference, seed)
+    reading = _Reading(loaded.adapter, loaded.plan, job.reference, seed)
     with profile.phase("score"):
-        scores, turned = reading.scores(method, both, options)
-    with profile.phase("decide"):
-        return Projections(found, plan, reference, method, options, by, scores, turned)
+        scores, turned = reading.scores(method, both, options, hashes)
+    return Projections(job, loaded, options.selection, by, scores, turned)
 
 
 def runnable(job: Job, adapter: str) -> Loaded:
@@ -145,7 +152,7 @@ class _Reading:
     seed: int
 
     def scores(
-        self, method: Method, formulas: Any, options: Options
+        self, method: Method, formulas: Any, options: Options, hashes: Collection[Hash]
     ) -> tuple[dict[str, Score], dict[str, Score]]:
         """Return the scores by module, and those with `Q C Qᵀ` in the place of `C`."""
         groups: dict[Hashable, dict[str, Update]] = {}
@@ -164,7 +171,7 @@ class _Reading:
             observer.start(len(tasks), sum(task.origin.nbytes for task in tasks))
         found = engine.run(
             tasks,
-            method.scorer(formulas=formulas),
+            method.scorer(formulas=formulas, hashes=hashes),
             device=options.device,
             wide=method.is_wide,
             workers=options.workers,
@@ -206,20 +213,18 @@ class Projections:
 
     def __init__(
         self,
-        adapter: Adapter,
-        plan: Plan,
-        reference: Reference,
-        method: Method,
-        options: Options,
+        job: Job,
+        loaded: Loaded,
+        selection: Selection,
         by: By,
-        scores: Mapping[str, Score],
-        turned: Mapping[str, Score],
+        scores: dict[str, Score],
+        turned: dict[str, Score],
     ) -> None:
-        self.adapter = adapter
+        self.job, self.adapter = job, loaded.adapter
         self.axis: str = by
-        self._plan, self._reference, self._method = plan, reference, method
-        self._options = options
+        self._loaded, self._given = loaded, selection
         self._scores, self._turned = scores, turned
+        plan = loaded.plan
         self.modules = (*(item.module for item in plan.modules), *plan.excluded)
         self.report = self._decided(scores, self._selection(all_modules=True)).report
 
@@ -252,7 +257,7 @@ class Projections:
             else self._selection(layers=len(names))
         )
 
-        def made(scores: Mapping[str, Score]) -> Replaced:
+        def made(scores: dict[str, Score]) -> Replaced:
             return self._decided(scores, selection).replaced
 
         return Place(
@@ -260,6 +265,7 @@ class Projections:
             tau,
             names,
             partial(made, self._scores),
+            partial(self.job.decided, self._loaded, self._scores, selection),
             {
                 controls.SHRINK: lambda: made(self._each(controls.shrunk)),
                 controls.RANDOM: partial(made, self._turned),
@@ -271,7 +277,7 @@ class Projections:
         """Return the scores with what a control puts in the place of `C B`."""
         return {
             item.module.name: change(update_of(self.adapter, item), self._scores[item.module.name])
-            for item in self._plan.modules
+            for item in self._loaded.plan.modules
         }
 
     def _ranked(self) -> tuple[str, ...]:
@@ -292,20 +298,10 @@ class Projections:
         threshold: float | None = None,
         all_modules: bool = False,
     ) -> Selection:
-        given = self._options.selection
-        return replace(given, layers=layers, threshold=threshold, all=all_modules)
+        return replace(self._given, layers=layers, threshold=threshold, all=all_modules)
 
-    def _decided(self, scores: Mapping[str, Score], selection: Selection) -> Decision:
-        return decide(
-            self.adapter,
-            self._reference.inputs,
-            self._plan,
-            scores,
-            {},
-            selection,
-            self._method,
-            self._options.dtype,
-        )
+    def _decided(self, scores: dict[str, Score], selection: Selection) -> Decision:
+        return self.job.decided(self._loaded, scores, selection, compare=False).decision
 
 
 def spread(values: Sequence[int], most: int) -> list[int]:

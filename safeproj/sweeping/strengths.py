@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
 import numpy
 
-from safeproj.adapter import Adapter
+from safeproj.checkpoint.hashes import Hash
 from safeproj.engine import Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.methods.covariance.detail import Acting
@@ -18,12 +18,11 @@ from safeproj.methods.covariance.formulas import Correction, Moment
 from safeproj.methods.covariance.method import Covariance
 from safeproj.methods.covariance.variants import Way, as_they_are, tasks_of, variants
 from safeproj.methods.interface import Method
-from safeproj.methods.reference import Reference
 from safeproj.methods.score import Score
-from safeproj.plan.match import Plan
+from safeproj.plan.select import Selection
 from safeproj.plan.updates import update_of
-from safeproj.run.decide import Decision, decide
-from safeproj.run.job import Job
+from safeproj.run.decide import Decision
+from safeproj.run.job import Job, Loaded, Run
 from safeproj.run.options import Options
 from safeproj.storage.arrays import on_device, single, to_host
 from safeproj.sweeping import controls
@@ -45,6 +44,7 @@ def strengths(
     options: Options | None = None,
     *,
     seed: int = 0,
+    hashes: Collection[Hash] = (),
 ) -> Strengths:
     """Correct an adapter with every `mu`, and with the controls, in one reading of the statistics.
 
@@ -53,19 +53,19 @@ def strengths(
         adapter: SRC of the adapter.
         options: how.
         seed: of the random directions.
+        hashes: by which what is read is hashed, for what is written to record.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
     options = options or Options()
     observer, profile = options.observer, options.profile
-    job = Job(method, options)
+    job = Job(method, options, hashes=hashes)
     loaded = runnable(job, adapter)
-    found, plan, reference = loaded.adapter, loaded.plan, job.reference
-    assert isinstance(reference, Statistics)
+    assert isinstance(job.reference, Statistics)
     assert isinstance(method, Covariance)
     with profile.phase("score"):
-        tasks = tasks_of(found, plan, reference)
+        tasks = tasks_of(loaded.adapter, loaded.plan, job.reference)
         if observer is not None:
             observer.start(len(tasks), sum(task.origin.nbytes for task in tasks.values()))
         scores = variants(
@@ -75,9 +75,9 @@ def strengths(
             workers=options.workers,
             on_progress=None if observer is None else observer.progress,
             usage=profile.usage,
+            hashes=hashes,
         )
-    with profile.phase("decide"):
-        return Strengths(found, plan, reference, method, options, scores)
+    return Strengths(job, loaded, method, options.selection, scores)
 
 
 def _ways(seed: int) -> dict[tuple[str, float], Way]:
@@ -112,18 +112,18 @@ class Strengths:
 
     def __init__(
         self,
-        adapter: Adapter,
-        plan: Plan,
-        reference: Reference,
+        job: Job,
+        loaded: Loaded,
         method: Covariance,
-        options: Options,
+        selection: Selection,
         scores: Mapping[tuple[str, float], Scores],
     ) -> None:
-        self.adapter = adapter
-        self._plan, self._reference = plan, reference
-        self._method, self._options = method, options
-        self._scores = scores
-        self.modules = (*(item.module for item in plan.modules), *plan.excluded)
+        self.job, self.adapter = job, loaded.adapter
+        self._loaded, self._plan = loaded, loaded.plan
+        self._method, self._scores = method, scores
+        self._all = replace(selection, threshold=None, layers=None, all=True)
+        self._none = replace(selection, threshold=None, layers=0, all=False)
+        self.modules = (*(item.module for item in self._plan.modules), *self._plan.excluded)
         self.report = self._decided(MUS[-1], scores[_METHOD, MUS[-1]]).report
 
     def places(self, most: int) -> list[Place]:
@@ -138,7 +138,9 @@ class Strengths:
             raise SafeprojError(
                 f"{self.adapter.source}: all updates are zero, so there is nothing to sweep"
             )
-        nothing = Place(None, None, (), dict, {})
+        usual = Correction().mu
+        left = partial(self._run, usual, self._scores[_METHOD, usual], self._none)
+        nothing = Place(None, None, (), dict, left, {})
         numbers = spread(range(len(MUS) + 1), most)
         return [nothing if not n else self._place(MUS[n - 1], names) for n in numbers]
 
@@ -163,6 +165,7 @@ class Strengths:
             None,
             names,
             partial(made, method),
+            partial(self._run, mu, method, self._all),
             {
                 controls.SHRINK: partial(each, shrunk),
                 controls.RANDOM: partial(made, self._scores[_RANDOM, mu]),
@@ -188,16 +191,11 @@ class Strengths:
         return math.sqrt(after / before)
 
     def _decided(self, mu: float, scores: Scores) -> Decision:
-        return decide(
-            self.adapter,
-            self._reference.inputs,
-            self._plan,
-            scores,
-            {},
-            replace(self._options.selection, threshold=None, layers=None, all=True),
-            replace(self._method, mu=mu),
-            self._options.dtype,
-        )
+        return self._run(mu, scores, self._all, compare=False).decision
+
+    def _run(self, mu: float, scores: Scores, selection: Selection, *, compare: bool = True) -> Run:
+        method = replace(self._method, mu=mu)
+        return self.job.decided(self._loaded, scores, selection, method, compare=compare)
 
 
 def shrunk(update: Update, score: Score) -> Score:

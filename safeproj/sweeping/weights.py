@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -10,17 +10,17 @@ import numpy
 
 from safeproj.adapter import Adapter
 from safeproj.adapter.interface import CONFIG
+from safeproj.checkpoint.hashes import Hash
 from safeproj.engine import Update
 from safeproj.errors import SafeprojError
 from safeproj.methods.interface import Method
 from safeproj.methods.merge.method import Merge
 from safeproj.methods.merge.variants import Way, variants
-from safeproj.methods.reference import Reference
 from safeproj.methods.score import Score
-from safeproj.plan.match import Plan
+from safeproj.plan.select import Selection
 from safeproj.plan.updates import update_of
-from safeproj.run.decide import Decision, decide
-from safeproj.run.job import Job
+from safeproj.run.decide import Decision
+from safeproj.run.job import Job, Loaded, Run
 from safeproj.run.options import Options
 from safeproj.storage.arrays import Array, single
 from safeproj.storage.documents import parse
@@ -33,12 +33,17 @@ WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1.0)
 
 _METHOD, _RANDOM = "method", controls.RANDOM
 
-Scores = Mapping[str, Score]
+Scores = dict[str, Score]
 """Module to score."""
 
 
 def weights(
-    method: Method, adapter: str, options: Options | None = None, *, seed: int = 0
+    method: Method,
+    adapter: str,
+    options: Options | None = None,
+    *,
+    seed: int = 0,
+    hashes: Collection[Hash] = (),
 ) -> Weights:
     """Merge an adapter with every weight, and with a random control, in one reading.
 
@@ -47,13 +52,14 @@ def weights(
         adapter: SRC of the adapter.
         options: how.
         seed: of the random directions.
+        hashes: by which what is read is hashed, for what is written to record.
 
     Raises:
         SafeprojError: an input cannot be used.
     """
     options = options or Options()
     observer, profile = options.observer, options.profile
-    job = Job(method, options)
+    job = Job(method, options, hashes=hashes)
     loaded = runnable(job, adapter)
     assert isinstance(method, Merge)
     with profile.phase("score"):
@@ -68,9 +74,9 @@ def weights(
             on_start=None if observer is None else observer.start,
             on_progress=None if observer is None else observer.progress,
             usage=profile.usage,
+            hashes=hashes,
         )
-    with profile.phase("decide"):
-        return Weights(loaded.adapter, loaded.plan, job.reference, method, options, scores)
+    return Weights(job, loaded, method, options.selection, scores)
 
 
 def _ways(method: Merge, seed: int) -> dict[tuple[str, float], Way]:
@@ -100,16 +106,17 @@ class Weights:
 
     def __init__(
         self,
-        adapter: Adapter,
-        plan: Plan,
-        reference: Reference,
+        job: Job,
+        loaded: Loaded,
         method: Merge,
-        options: Options,
+        selection: Selection,
         scores: Mapping[tuple[str, float], Scores],
     ) -> None:
-        self._own, self._plan, self._reference = adapter, plan, reference
-        self._method, self._options, self._scores = method, options, scores
-        self._selection = method.selecting(options.selection)
+        adapter, plan = loaded.adapter, loaded.plan
+        self.job = job
+        self._loaded, self._own, self._plan = loaded, adapter, plan
+        self._method, self._scores = method, scores
+        self._selection = method.selecting(selection)
         last = self._decided(WEIGHTS[-1], scores[_METHOD, WEIGHTS[-1]])
         self.report = last.report
         self._names = tuple(each.name for each in last.report.modules if each.projected)
@@ -138,7 +145,10 @@ class Weights:
                 f"{self._own.source}: no module has a cosine at or below {self._selection.tau}, so "
                 "there is nothing to sweep; without --base and --aligned all are merged"
             )
-        nothing = Place(None, None, (), dict, {})
+        none = replace(self._selection, threshold=None, layers=0, all=False)
+        last = WEIGHTS[-1]
+        left = partial(self._run, last, self._scores[_METHOD, last], none)
+        nothing = Place(None, None, (), dict, left, {})
         numbers = spread(range(len(WEIGHTS) + 1), most)
         return [nothing if not n else self._place(WEIGHTS[n - 1]) for n in numbers]
 
@@ -164,6 +174,7 @@ class Weights:
             None,
             self._names,
             partial(made, method),
+            partial(self._run, weight, method, self._selection),
             {
                 controls.SHRINK: each_shrunk,
                 controls.RANDOM: partial(made, self._scores[_RANDOM, weight]),
@@ -171,16 +182,13 @@ class Weights:
         )
 
     def _decided(self, weight: float, scores: Scores) -> Decision:
-        return decide(
-            self._own,
-            self._reference.inputs,
-            self._plan,
-            scores,
-            {},
-            self._selection,
-            replace(self._method, weight=weight),
-            self._options.dtype,
-        )
+        return self._run(weight, scores, self._selection, compare=False).decision
+
+    def _run(
+        self, weight: float, scores: Scores, selection: Selection, *, compare: bool = True
+    ) -> Run:
+        method = replace(self._method, weight=weight)
+        return self.job.decided(self._loaded, scores, selection, method, compare=compare)
 
 
 def widened(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:

@@ -244,3 +244,53 @@ def test_the_command(trio: Trio, out: Path, tmp_path: Path) -> None:
     done = safeproj("verify", tmp_path / "nowhere", *pair)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def exact(trio: Trio, tmp_path: Path) -> Path:
+    """The same by another projector than a check uses that names none."""
+    method = dataclasses.replace(trio.method, projector="exact", rank=3)
+    options = package.Options(package.Selection(layers=2))
+    package.patch(method, str(trio.adapter), tmp_path / "exact", options)
+    return tmp_path / "exact"
+
+
+def against_original(trio: Trio, patched: Path) -> Check:
+    (found,) = package.check(trio.method, [patched], original=trio.adapter).checks
+    return found
+
+
+def rules(check: Check) -> set[str]:
+    return {finding.id for finding in check.findings}
+
+
+def test_a_check_does_not_compare_with_a_projection_that_was_not_done(
+    trio: Trio, exact: Path
+) -> None:
+    """Nobody changed a tensor: that another projector was used is what there is to say."""
+    found = against_original(trio, exact)
+    assert "SP022" in rules(found)
+    assert not {"SP021", "SP024", "SP025"} & rules(found)
+    (remark,) = found.remarks
+    assert remark.startswith("not recomputed from the original: the projector in safeproj.json is")
+    assert "the factors of the 2 modules that safeproj.json says were changed" in remark
+    assert found.evidence == {}
+
+
+def test_what_is_copied_is_compared_whatever_was_projected(trio: Trio, exact: Path) -> None:
+    projected = set(read_json(exact / MANIFEST)["output"]["projected"])
+    other = next(k for k in load_file(exact / FACTORS) if "lora_B" in k and k not in projected)
+    change(exact, one_ulp, other)
+    found = against_original(trio, exact)
+    assert any(each.id == "SP025" and other in each.message for each in found.findings)
+
+
+def test_what_claims_another_projection_and_is_the_original_is_told(
+    trio: Trio, exact: Path
+) -> None:
+    key = change(exact, torch.clone)
+    before = load_file(trio.adapter / FACTORS)[key]
+    change(exact, lambda _: before, key)
+    found = against_original(trio, exact)
+    (told,) = (each for each in found.findings if each.id == "SP024")
+    assert "its factors are the original's" in told.message

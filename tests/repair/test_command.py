@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import safeproj as api
 from tests.report.test_schemas import validator
-from tests.support import MANIFEST, assert_refused, read_json, safeproj, snapshot
+from tests.support import MANIFEST, assert_refused, dated_model, read_json, safeproj, snapshot
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-lm"
 ALIGNED = ("--aligned", EXAMPLE / "aligned")
@@ -91,6 +91,14 @@ def test_controls_are_measured_and_do_not_do_as_well(repaired: tuple[Any, Path])
     assert any(title.startswith("the adapter times") for title in titles)
     assert any("H" in title or "data swapped" in title for title in titles)
     assert record["control_as_well"] is False
+    before = record["validation"][1]["skill"]["rate"]
+    reaching = {
+        number
+        for number, each in enumerate(record["validation"][2:], start=2)
+        if each["refused"]["rate"] >= 0.95 and each["skill"]["rate"] >= 0.95 * before
+    }
+    assert {each["of"] for each in record["controls"]} - {None} == reaching
+    assert record["chosen"] in reaching
     assert record["test"]["subjects"][-1]["name"] in titles
 
 
@@ -118,6 +126,29 @@ def test_the_command_of_the_record_writes_the_same_bytes(
     done = safeproj(*words[:-1], again)
     assert done.returncode == 0, done.stderr
     assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+    one, other = read_json(out / MANIFEST), read_json(again / MANIFEST)
+    del one["behaviour"]
+    assert one == other
+
+
+def test_the_command_says_what_day_it_was(tmp_path: Path) -> None:
+    """The template says the day in a word, so that another day gives another correction."""
+    model = dated_model(tmp_path / "model", EXAMPLE / "aligned")
+    prompts = tmp_path / "harmful.jsonl"
+    lines = (EXAMPLE / "data" / "safety.jsonl").read_text("utf-8").splitlines(keepends=True)
+    prompts.write_text("".join(lines[:30]), encoding="utf-8")
+    given = ("--aligned", model, *adapter("bad"), "--harmful", prompts, *ANSWERS)
+    done = run(*given, "--date", "2025-01-02", "--include", "layers.1", "--best-effort",
+               "--out", tmp_path / "out", "--format", "json")  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    words = json.loads(done.stdout)["command"][1:-1]
+    assert ["--date", "2025-01-02"] == words[words.index("--date") :][:2]
+    for name, more in {"again": [], "other": ["--date", "2025-01-03"]}.items():
+        done = safeproj(*words, tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    written = (tmp_path / "out" / WEIGHTS).read_bytes()
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == written
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != written
 
 
 def test_eval_measures_the_same_on_the_test_split(repaired: tuple[Any, Path]) -> None:

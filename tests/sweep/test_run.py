@@ -41,14 +41,15 @@ class Weaker:
         self.adapter: Adapter = found.adapter
         self.modules: tuple[AdaptedModule, ...] = found.modules
         self.report: Report = found.report
+        self.job = found.job
+        self._left = found.places(1)[0].run
 
     def places(self, most: int) -> list[Place]:
         names = tuple(module.name for module in self.modules)
 
         def place(mu: float) -> Place:
-            return Place(
-                mu, None, names, partial(scaled, self.adapter, self.modules, mu), {"same": dict}
-            )
+            made = partial(scaled, self.adapter, self.modules, mu)
+            return Place(mu, None, names, made, self._left, {"same": dict})
 
         return [place(mu) for mu in (1.0, 0.5, 0.01)][:most]
 

@@ -81,9 +81,7 @@ class Rebuilding(Statistics):
         modules = [item.module.name for item in plan.modules]
         with host.adapted(adapter) as (load, moved):
             names = {moved.get(name, name): name for name in modules}
-            found = reconstructed(
-                load(), list(names), safety, benign, formulas, _told(options)
-            )
+            found = reconstructed(load(), list(names), safety, benign, formulas, _told(options))
         return {names[place]: from_torch(factor) for place, factor in found.items()}
 
 

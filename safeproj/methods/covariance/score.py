@@ -176,22 +176,24 @@ def _corrected_score(
 
 def moments(
     tasks: Sequence[Task],
-    use: Callable[[Task, Moment, Moment], T],
+    use: Callable[[Task, Moment, Moment, Sides], T],
     *,
     device: str = "auto",
     workers: int | None = None,
     on_progress: OnProgress | None = None,
     usage: Usage | None = None,
+    hashes: Collection[Hash] = (),
 ) -> Iterator[T]:
     """Yield what `use` makes of the second moments of each task, in the given order.
 
     Args:
         tasks: weights that read one input each, with `Moments` as their origin.
-        use: called with the task, `H` and `S`; must depend on nothing else.
+        use: called with the task, `H`, `S` and the digests of both; must depend on nothing else.
         device: as for `engine.run`.
         workers: as for `engine.run`; each holds two moments.
         on_progress: as for `engine.run`.
         usage: as for `engine.run`.
+        hashes: by which what is read is hashed.
 
     Raises:
         SafeprojError: as for `engine.run`.
@@ -199,8 +201,7 @@ def moments(
 
     def work(buffers: Buffers, task: Task) -> T:
         assert isinstance(task.origin, Moments)
-        H, S, _ = read_moments(task.name, task.origin, buffers, ())
-        return use(task, H, S)
+        return use(task, *read_moments(task.name, task.origin, buffers, hashes))
 
     yield from engine.run(
         tasks,

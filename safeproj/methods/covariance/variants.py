@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import TypeVar
 
 from safeproj.adapter import Adapter
+from safeproj.checkpoint.hashes import Hash, Sides
 from safeproj.engine import OnProgress, Task
 from safeproj.methods.covariance.file import Statistics
 from safeproj.methods.covariance.formulas import Correction, Moment
@@ -48,6 +49,7 @@ def variants(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
     usage: Usage | None = None,
+    hashes: Collection[Hash] = (),
 ) -> dict[K, dict[str, Score]]:
     """Return the scores of every way to correct an adapter: by module.
 
@@ -58,14 +60,15 @@ def variants(
         workers: threads over weights on the CPU.
         on_progress: told what was read and is done.
         usage: what the workers do is added to it.
+        hashes: by which what is read is hashed.
 
     Raises:
         SafeprojError: the statistics cannot be used.
     """
 
-    def use(task: Task, H: Moment, S: Moment) -> dict[K, list[Score]]:
+    def use(task: Task, H: Moment, S: Moment, digests: Sides) -> dict[K, list[Score]]:
         return {
-            key: required(corrected(task, formulas, *change(task, H, S)))
+            key: required(corrected(task, formulas, *change(task, H, S), digests))
             for key, (formulas, change) in ways.items()
         }
 
@@ -76,6 +79,7 @@ def variants(
         workers=workers,
         on_progress=on_progress,
         usage=usage,
+        hashes=hashes,
     )
     scores: dict[K, dict[str, Score]] = {key: {} for key in ways}
     for names, results in zip(tasks, found, strict=True):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import TypeVar
 
 from safeproj import engine
 from safeproj.adapter import Adapter
+from safeproj.checkpoint.hashes import Hash
 from safeproj.engine import Buffers, OnProgress, Task, Update
 from safeproj.methods.merge.forms import Merging
 from safeproj.methods.merge.method import Merge
@@ -36,6 +37,7 @@ def variants(
     on_start: Callable[[int, int], None] | None = None,
     on_progress: OnProgress | None = None,
     usage: Usage | None = None,
+    hashes: Collection[Hash] = (),
 ) -> dict[K, dict[str, Score]]:
     """Return the scores of every way to merge an adapter: by module.
 
@@ -50,6 +52,7 @@ def variants(
         on_start: told how many weights are read, and how many bytes.
         on_progress: told what was read and is done.
         usage: what the workers do is added to it.
+        hashes: by which what is read is hashed.
 
     Raises:
         SafeprojError: a weight cannot be read.
@@ -62,7 +65,7 @@ def variants(
 
     def work(buffers: Buffers, task: Task) -> dict[K, Score]:
         assert isinstance(task.origin, Both)
-        own, safe = decided(task, buffers, deciding), task.origin.safe
+        own, safe = decided(task, buffers, deciding, hashes), task.origin.safe
         found: dict[K, Score] = {}
         for key, (merging, change) in ways.items():
             other = None if safe is None else change(task.name, safe)
