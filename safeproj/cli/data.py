@@ -12,8 +12,8 @@ from safeproj.cli import signals, terminal
 from safeproj.cli.app import SETTINGS
 from safeproj.cli.bundles import Without, command
 from safeproj.cli.eval_options import Answering, Judging
-from safeproj.cli.options import Aligned, Overwrite, Talking
-from safeproj.cli.usage import INPUTS, OUTPUT, Command, Group, examples
+from safeproj.cli.options import Aligned, Overwrite, Talking, out_option
+from safeproj.cli.usage import INPUTS, Command, Group, examples
 
 app = typer.Typer(add_completion=False, cls=Group, **SETTINGS)
 
@@ -45,15 +45,7 @@ def refusals_command(
             rich_help_panel=INPUTS,
         ),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="The file, such as safety.jsonl.",
-            rich_help_panel=OUTPUT,
-        ),
-    ],
+    out: Annotated[Path, out_option("The file, such as safety.jsonl.", "FILE")],
     limit: Annotated[
         int | None,
         typer.Option(

@@ -606,6 +606,16 @@ class GateTalking(Talking):
     ] = False
 
 
+def out_option(text: str, metavar: str = "DIR") -> Any:
+    """Return `--out` of a command that writes one thing: what it is."""
+    return typer.Option("--out", metavar=metavar, help=text, rich_help_panel=OUTPUT)
+
+
+def seed_option(text: str) -> Any:
+    """Return `--seed`: what it is the seed of."""
+    return typer.Option("--seed", metavar="N", help=text, rich_help_panel=RUNNING)
+
+
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace what an earlier run wrote.", rich_help_panel=OUTPUT),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -20,8 +20,100 @@ from safeproj.cli.options import (
     Reporting,
     Running,
     WritingTalking,
+    out_option,
+    seed_option,
 )
-from safeproj.cli.usage import ANSWERS, GOAL, INPUTS, OUTPUT, RUNNING, examples
+from safeproj.cli.usage import ANSWERS, GOAL, INPUTS, OUTPUT, examples
+
+if TYPE_CHECKING:
+    from safeproj.evaluation.sets import PromptSet
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is to be refused, and what is to be kept."""
+
+    group: ClassVar[str] = INPUTS
+
+    harmful: Annotated[
+        str | None,
+        typer.Option(
+            "--harmful",
+            metavar="[NAME=]FILE",
+            help="Prompts that are to be refused; about 100.",
+        ),
+    ] = None
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="[NAME=]FILE",
+            help="Prompts of the adapter's skill with the right responses; about 100.",
+        ),
+    ] = None
+
+    def sets(self) -> dict[str, PromptSet]:
+        """Return the prompts by their options.
+
+        Raises:
+            SafeprojError: a file cannot be used.
+        """
+        given = (("--harmful", self.harmful, "harmful"), ("--task", self.task, "skill"))
+        if not any(file for _, file, _ in given):
+            return {}
+        from safeproj.evaluation.sets import read_prompts
+
+        return {option: read_prompts(file, kind, option) for option, file, kind in given if file}
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What is to be reached."""
+
+    group: ClassVar[str] = GOAL
+
+    refusals: Annotated[
+        float,
+        typer.Option(
+            "--refusals",
+            metavar="SHARE",
+            help="Share of the harmful prompts that is to be refused, 0 < SHARE <= 1.",
+        ),
+    ] = 0.95
+    skill_loss: Annotated[
+        float,
+        typer.Option(
+            "--skill-loss",
+            metavar="SHARE",
+            help="Share of the adapter's skill that may be lost, 0 <= SHARE <= 1.",
+        ),
+    ] = 0.05
+    best_effort: Annotated[
+        bool,
+        typer.Option(
+            "--best-effort",
+            help="Write what comes closest if the goal is not reached; the exit code is still 1.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where it goes."""
+
+    group: ClassVar[str] = OUTPUT
+
+    out: Annotated[Path, out_option("Directory of the repaired adapter.")]
+    data_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-out",
+            metavar="DIR",
+            help="Directory of the parts of the prompts: to correct with, to choose on, to report "
+            "on.  [default: DIR of --out with .data behind it]",
+        ),
+    ] = None
+    overwrite: Overwrite = False
 
 
 @examples(
@@ -35,15 +127,6 @@ from safeproj.cli.usage import ANSWERS, GOAL, INPUTS, OUTPUT, RUNNING, examples
 def repair_command(
     aligned: Aligned,
     adapters: OneAdapter,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="Directory of the repaired adapter.",
-            rich_help_panel=OUTPUT,
-        ),
-    ],
     base: Annotated[
         str | None,
         typer.Option(
@@ -53,50 +136,6 @@ def repair_command(
             rich_help_panel=INPUTS,
         ),
     ] = None,
-    harmful: Annotated[
-        str | None,
-        typer.Option(
-            "--harmful",
-            metavar="[NAME=]FILE",
-            help="Prompts that are to be refused; about 100.",
-            rich_help_panel=INPUTS,
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task",
-            metavar="[NAME=]FILE",
-            help="Prompts of the adapter's skill with the right responses; about 100.",
-            rich_help_panel=INPUTS,
-        ),
-    ] = None,
-    refusals: Annotated[
-        float,
-        typer.Option(
-            "--refusals",
-            metavar="SHARE",
-            help="Share of the harmful prompts that is to be refused, 0 < SHARE <= 1.",
-            rich_help_panel=GOAL,
-        ),
-    ] = 0.95,
-    skill_loss: Annotated[
-        float,
-        typer.Option(
-            "--skill-loss",
-            metavar="SHARE",
-            help="Share of the adapter's skill that may be lost, 0 <= SHARE <= 1.",
-            rich_help_panel=GOAL,
-        ),
-    ] = 0.05,
-    best_effort: Annotated[
-        bool,
-        typer.Option(
-            "--best-effort",
-            help="Write what comes closest if the goal is not reached; the exit code is still 1.",
-            rich_help_panel=GOAL,
-        ),
-    ] = False,
     plain: Annotated[
         bool,
         typer.Option(
@@ -105,27 +144,11 @@ def repair_command(
             rich_help_panel=ANSWERS,
         ),
     ] = False,
-    data_out: Annotated[
-        Path | None,
-        typer.Option(
-            "--data-out",
-            metavar="DIR",
-            help="Directory of the parts of the prompts: to correct with, to choose on, to report "
-            "on.  [default: DIR of --out with .data behind it]",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            metavar="N",
-            help="Of the parts, and of random controls.",
-            rich_help_panel=RUNNING,
-        ),
-    ] = 0,
-    overwrite: Overwrite = False,
+    seed: Annotated[int, seed_option("Of the parts, and of random controls.")] = 0,
     *,
+    data: Data,
+    aims: Aims,
+    writing: Writing,
     choosing: Annotated[Choosing, Without("threshold", "layers", "all_modules")],
     judging: Judging,
     answering: Annotated[Answering, Without("device", "dtype", "chat")],
@@ -140,7 +163,7 @@ def repair_command(
     second, beside controls; and what it does is reported on the third. Exit code 1, and nothing
     written, if the goal is not reached. Without prompts Safe LoRA is done, and nothing is measured.
     """
-    outputs, adapter = reporting.outputs, adapters.source
+    outputs, out, adapter = reporting.outputs, writing.out, adapters.source
     read = [("--aligned", aligned), ("--adapter", adapter), ("--base", base)]
     terminal.check_outputs(outputs, out, read)
     with running.profile.phase("import"):
@@ -148,14 +171,8 @@ def repair_command(
 
         options = running.options(talking, selection=choosing.selection)
     signals.interruptible()
-    sets, generation = {}, None
-    if harmful is not None or task is not None:
-        from safeproj.evaluation.sets import read_prompts
-
-        if harmful is not None:
-            sets["--harmful"] = read_prompts(harmful, "harmful", "--harmful")
-        if task is not None:
-            sets["--task"] = read_prompts(task, "skill", "--task")
+    sets, generation = data.sets(), None
+    if sets:
         files = [(option, each.source) for option, each in sets.items()]
         terminal.check_outputs(outputs, None, files)
         generation = answering.generation
@@ -169,15 +186,13 @@ def repair_command(
             partial(judging.build, running.device, answering.batch_size),
             replace(options, observer=observer),
             base=base,
-            refusals=refusals,
-            skill_loss=skill_loss,
             generation=generation,
             plain=plain,
-            data=data_out,
+            data=writing.data_out,
             seed=seed,
-            best_effort=best_effort,
-            overwrite=overwrite,
+            overwrite=writing.overwrite,
             on_step=step,
+            **vars(aims),
         )
     result = "nothing written" if record.out is None else f"wrote {record.out}"
     terminal.finish(record, reporting, talking, result, running.shown)

@@ -19,9 +19,10 @@ from safeproj.cli.options import (
     Reading,
     Talking,
     Targets,
+    out_option,
     require_positive,
 )
-from safeproj.cli.usage import INPUTS, METHOD, OUTPUT, Command, Group, examples
+from safeproj.cli.usage import INPUTS, METHOD, Command, Group, examples
 
 app = typer.Typer(add_completion=False, cls=Group, **SETTINGS)
 
@@ -73,15 +74,7 @@ class Starting(Reading):
 def module_command(
     aligned: Aligned,
     data: Data,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="The file, such as model.safety.safetensors.",
-            rich_help_panel=OUTPUT,
-        ),
-    ],
+    out: Annotated[Path, out_option("The file, such as model.safety.safetensors.", "FILE")],
     rank: Annotated[
         int,
         typer.Option(
@@ -120,15 +113,7 @@ def init_command(
     aligned: Aligned,
     module: Module,
     data: Data,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="Directory of the adapter to train from.",
-            rich_help_panel=OUTPUT,
-        ),
-    ],
+    out: Annotated[Path, out_option("Directory of the adapter to train from.")],
     rank: Annotated[
         int,
         typer.Option("--rank", metavar="R", help="Rank of the adapter.", rich_help_panel=METHOD),
@@ -208,15 +193,7 @@ class Trained(OneAdapter):
 def fold_command(
     adapters: Trained,
     module: Module,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="Directory of the adapter to serve.",
-            rich_help_panel=OUTPUT,
-        ),
-    ],
+    out: Annotated[Path, out_option("Directory of the adapter to serve.")],
     init: Annotated[
         Path | None,
         typer.Option(

@@ -10,8 +10,8 @@ import typer
 
 from safeproj.cli import signals, terminal
 from safeproj.cli.bundles import command
-from safeproj.cli.options import DATA, Aligned, Overwrite, Reading, Talking
-from safeproj.cli.usage import INPUTS, OUTPUT, SELECTION, examples
+from safeproj.cli.options import DATA, Aligned, Overwrite, Reading, Talking, out_option
+from safeproj.cli.usage import INPUTS, SELECTION, examples
 from safeproj.errors import SafeprojError
 
 
@@ -31,15 +31,7 @@ class Positions(str, Enum):
 @command
 def stats_command(
     aligned: Aligned,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="The file, such as safety.stats.safetensors.",
-            rich_help_panel=OUTPUT,
-        ),
-    ],
+    out: Annotated[Path, out_option("The file, such as safety.stats.safetensors.", "FILE")],
     data: Annotated[Path | None, DATA] = None,
     random_tokens: Annotated[
         int | None,

@@ -19,8 +19,9 @@ from safeproj.cli.options import (
     OneAdapter,
     Reporting,
     Running,
+    seed_option,
 )
-from safeproj.cli.usage import GOAL, INPUTS, METHOD, RUNNING, examples
+from safeproj.cli.usage import GOAL, INPUTS, METHOD, examples
 
 
 class Axis(str, Enum):
@@ -85,12 +86,7 @@ def sweep_command(
             rich_help_panel=GOAL,
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed", metavar="N", help="Seed of the random projectors.", rich_help_panel=RUNNING
-        ),
-    ] = 0,
+    seed: Annotated[int, seed_option("Seed of the random projectors.")] = 0,
     *,
     given: Annotated[Given, Without("mu", "reconstruct", "weight")],
     choosing: Annotated[Choosing, Without("threshold", "layers", "all_modules")],
