@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
+from tests import hub_uploads
+
 Content = bytes | mmap
 """A file."""
 
@@ -124,6 +126,7 @@ class Hub:
         signature: that of the addresses of the storage host which are valid.
         delay: seconds before an answer begins.
         rate: bytes per second of all bodies together, None for no bound.
+        uploads: what was written to it.
         hint: the `X-HF-Warning` header of answers to requests without a token.
         trouble: `stall` to answer nothing at all, `unavailable` to answer 503 to everything.
     """
@@ -137,6 +140,7 @@ class Hub:
         self.hint: str | None = None
         self.trouble: Literal["stall", "unavailable"] | None = None
         self.closing = threading.Event()
+        self.uploads = hub_uploads.Uploads()
         self._repositories: dict[str, Repository] = {}
         self._tokens: dict[str, frozenset[str]] = {}
         self._lock, self._sent_until = threading.Lock(), 0.0
@@ -333,6 +337,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._respond()
+
+    def do_POST(self) -> None:
+        self._upload()
+
+    def do_PUT(self) -> None:
+        self._upload()
+
+    def _upload(self) -> None:
+        """Answer what is written; `tests.hub_uploads` says what."""
+        body = self._body()
+        self._request = {"repo": None, "revision": None, "file": None}
+        status, found = hub_uploads.answer(self.server.hub, self.path, body, self._token)
+        headers = {"Content-Type": "application/json"}
+        if "error" in found:
+            headers["X-Error-Message"] = found["error"]
+        self._send(status, json.dumps(found).encode(), headers)
+
+    def _body(self) -> bytes:
+        """Return the body of a request, which may come in chunks."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _respond(self) -> None:
         hub, path = self.server.hub, urlsplit(self.path).path

@@ -30,4 +30,4 @@ def new(adapter: Adapter) -> bytes:
     named = isinstance(base_model, str) and base_model.isprintable() and base_model
     if named and not Path(named).is_absolute():
         lines.append("base_model: '" + named.replace("'", "''") + "'")
-    return "\n".join(["---", *lines, "---", ""] if lines else []).encode()
+    return "\n".join(["---", *lines, "tags:", "- safeproj", "---", ""]).encode()

@@ -20,6 +20,7 @@ from safeproj.cli.options import (
     Subjects,
     WritingTalking,
 )
+from safeproj.cli.publishing import Publishing
 from safeproj.cli.usage import OUTPUT, examples
 from safeproj.errors import SafeprojError
 
@@ -124,6 +125,7 @@ def patch_command(
     given: Given,
     choosing: Choosing,
     writing: Writing,
+    publishing: Publishing,
     chatting: Chatting,
     running: Running,
     reporting: Reporting,
@@ -155,6 +157,7 @@ def patch_command(
     signals.interruptible()
     report: Report | Reports
     found = adapters.collected(outputs, out)
+    publishing.begin(talking, many=found.many, dry_run=writing.dry_run)
     how = {
         "overwrite": writing.overwrite,
         "dry_run": writing.dry_run,
@@ -182,3 +185,5 @@ def patch_command(
         ending=(end.left, end.next),
         errors=end.unchanged if writing.fail_if_unchanged else (),
     )
+    written = out if adapters.model is None else FullModel(str(out), aligned)
+    publishing.publish(method, written, options, talking)

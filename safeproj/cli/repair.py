@@ -23,6 +23,7 @@ from safeproj.cli.options import (
     out_option,
     seed_option,
 )
+from safeproj.cli.publishing import Publishing
 from safeproj.cli.usage import ANSWERS, GOAL, INPUTS, OUTPUT, examples
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def repair_command(
     data: Data,
     aims: Aims,
     writing: Writing,
+    publishing: Publishing,
     choosing: Annotated[Choosing, Without("threshold", "layers", "all_modules")],
     judging: Judging,
     answering: Annotated[Answering, Without("device", "dtype", "chat")],
@@ -170,6 +172,7 @@ def repair_command(
         from safeproj import api
 
         options = running.options(talking, selection=choosing.selection)
+    publishing.begin(talking)
     signals.interruptible()
     sets, generation = data.sets(), None
     if sets:
@@ -196,3 +199,14 @@ def repair_command(
         )
     result = "nothing written" if record.out is None else f"wrote {record.out}"
     terminal.finish(record, reporting, talking, result, running.shown)
+    if record.out is not None and publishing.push_to_hub is not None:
+        from safeproj import Covariance, Method, SafeLora
+
+        parts = writing.data_out or out.with_name(f"{out.name}.data")
+        safety, kept = parts / "safety.jsonl", parts / "task.jsonl"
+        method: Method
+        if base is None:
+            method = Covariance(aligned, safety, kept if data.task is not None else None)
+        else:
+            method = SafeLora(base, aligned)
+        publishing.publish(method, out, options, talking)

@@ -285,6 +285,13 @@ def _send_summary(record: Record, verbose: bool) -> None:
             file.write(summary(record, left, verbose=verbose))
 
 
+def quiet_hub(quiet: int) -> None:
+    """Set what the Hub's client says, before it is imported: that is only if it is needed."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its hints would come between our lines
+    if quiet or not _is_terminal():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
 @contextmanager
 def observer(quiet: int, interval: float | None = None) -> Iterator[Observer | None]:
     """Show how far a run is on stderr: a progress bar on a terminal, else lines now and then.
@@ -295,10 +302,7 @@ def observer(quiet: int, interval: float | None = None) -> Iterator[Observer | N
     """
     from safeproj.cli.progress import Lines, Run
 
-    # Settings of the Hub client, which is imported only if an input is on the Hub.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its hints would come between our lines
-    if quiet or not _is_terminal():
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    quiet_hub(quiet)
     if quiet:
         yield None
     elif not _is_terminal():

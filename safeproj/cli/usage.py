@@ -14,9 +14,11 @@ from safeproj.text import cut, located
 
 INPUTS, METHOD, SELECTION, GOAL = "Inputs", "Method", "Selection", "Goal"
 ANSWERS, JUDGE, POLICY = "Answers", "Judge", "Policy"
-OUTPUT, RUNNING, MESSAGES, OPTIONS = "Output", "Running", "Messages", "Options"
+OUTPUT, PUBLISHING = "Output", "Publishing"
+RUNNING, MESSAGES, OPTIONS = "Running", "Messages", "Options"
 GROUPS = (
-    INPUTS, METHOD, SELECTION, GOAL, ANSWERS, JUDGE, POLICY, OUTPUT, RUNNING, MESSAGES, OPTIONS,
+    INPUTS, METHOD, SELECTION, GOAL, ANSWERS, JUDGE, POLICY, OUTPUT, PUBLISHING, RUNNING, MESSAGES,
+    OPTIONS,
 )  # fmt: skip
 """What options are grouped by in the help, in this order."""
 
@@ -80,6 +82,8 @@ SYNONYMS = (
     ("--ignore", "--disable --extend-ignore --ignore-rule"),
     ("--public-key", "--key --pubkey"),
     ("--private-key", "--key"),
+    ("--push-to-hub", "--hub --hub-model-id --publish --upload --repo-id"),
+    ("--create-pr", "--pr --pull-request"),
     ("--quiet", "--silent --no-progress -s"),
     ("--verbose", "--debug --traceback --all-findings"),
     ("--color", "--colour"),

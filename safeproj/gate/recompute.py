@@ -103,7 +103,7 @@ def recomputed(original: Run, patched: Adapter, place: Place) -> Recomputed:
 
 
 def compared(
-    original: Run, patched: Adapter, device: Device, claimed: Collection[str], other: str
+    original: Run, patched: Adapter, place: Place, claimed: Collection[str], other: str
 ) -> Recomputed:
     """Compare what patching copies, where what it writes is not computed again.
 
@@ -114,7 +114,7 @@ def compared(
         claimed: the modules that safeproj.json says were changed.
         other: why they are not computed again.
     """
-    result = Recomputed(same_hardware(patched, device), _dtype(patched), other=other)
+    result = Recomputed(same_hardware(patched, place), _dtype(patched), other=other)
     before = original.adapter
     modules = {item.module.name: item.module for item in original.plan.modules}
     places = {name: list(module.written("both")) for name, module in modules.items()}

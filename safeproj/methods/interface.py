@@ -227,6 +227,11 @@ class Method(ABC):
         """Whether a model has to be run on data for it."""
         return False
 
+    @property
+    def checking(self: Self) -> Self:
+        """What a gate scores by that looks at what it wrote."""
+        return self
+
     def prepared(
         self, adapters: Sequence[str | Adapter], options: Options
     ) -> AbstractContextManager[Method]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safeproj.methods.registry import words_of
-from safeproj.records.scores import Report
+from safeproj.records.scores import ModuleReport, Report
 from safeproj.report.markdown import code, describe, escaped, measured, span
 
 
@@ -29,10 +29,25 @@ def section(report: Report) -> str:
         *measured(report),
         "- every module, its score and the digests of the inputs: `safeproj.json`",
         "",
+        *_kinds(report),
+        "",
         "Projection is no proof of safety: evaluate the patched "
         f"{'model' if report.is_model else 'adapter'} before you publish it.",
     ]
     return "\n".join([*lines, *(f"\n> Warning: {escaped(warning)}" for warning in report.warnings)])
+
+
+def _kinds(report: Report) -> Iterator[str]:
+    """Yield a table of what was changed, by the kinds of layers."""
+    kinds: dict[str, list[ModuleReport]] = {}
+    for module in report.modules:
+        kinds.setdefault(module.kind, []).append(module)
+    yield "| layers | changed | cosine before |"
+    yield "|---|---:|---|"
+    for kind, modules in kinds.items():
+        changed = sum(module.projected for module in modules)
+        cosines = [module.cosine for module in modules if module.cosine is not None]
+        yield f"| {code(kind)} | {changed} of {len(modules)} | {span(cosines)} |"
 
 
 def _done(report: Report) -> str:

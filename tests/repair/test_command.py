@@ -143,7 +143,7 @@ def test_the_command_says_what_day_it_was(tmp_path: Path) -> None:
                "--out", tmp_path / "out", "--format", "json")  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
     words = json.loads(done.stdout)["command"][1:-1]
-    assert ["--date", "2025-01-02"] == words[words.index("--date") :][:2]
+    assert words[words.index("--date") :][:2] == ["--date", "2025-01-02"]
     for name, more in {"again": [], "other": ["--date", "2025-01-03"]}.items():
         done = safeproj(*words, tmp_path / name, *more)
         assert done.returncode == 0, done.stderr

@@ -55,7 +55,9 @@ def test_nothing_is_read_again_for_what_patch_would_write(name: str, data: Path)
             layers = "--layers" in way.options
             selection = Selection(layers=int(way.options[-1])) if layers else Selection()
             mu = None if layers else float(way.options[way.options.index("--mu") + 1])
-            same = ready if mu is None else replace(ready, mu=mu)
+            same: Method = ready
+            if isinstance(ready, Covariance) and mu is not None:
+                same = replace(ready, mu=mu)
             job, run = made[way.title]
             assert patched(same, selection) == {
                 "manifest": job.manifest(run, run.report), "tensors": bits(run.decision.replaced),

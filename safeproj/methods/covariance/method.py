@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -175,6 +176,10 @@ class Covariance(Method):
         return not all(
             self.sources.get(data, "").endswith(STATISTICS) for data in ("safety_data", "task_data")
         )
+
+    @property
+    def checking(self) -> Covariance:
+        return dataclasses.replace(self, reconstruct=False)
 
     def open(self, maps: Sequence[str] = ()) -> Reference:
         from safeproj.methods.covariance.prepare import statistics_of
