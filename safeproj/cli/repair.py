@@ -25,6 +25,8 @@ from safeproj.cli.options import (
 )
 from safeproj.cli.publishing import Publishing
 from safeproj.cli.usage import ANSWERS, GOAL, INPUTS, OUTPUT, examples
+from safeproj.methods.interface import having_value
+from safeproj.methods.registry import method_of
 
 if TYPE_CHECKING:
     from safeproj.evaluation.sets import PromptSet
@@ -59,12 +61,15 @@ class Data:
         Raises:
             SafeprojError: a file cannot be used.
         """
-        given = (("--harmful", self.harmful, "harmful"), ("--task", self.task, "skill"))
-        if not any(file for _, file, _ in given):
-            return {}
-        from safeproj.evaluation.sets import read_prompts
+        found: dict[str, PromptSet] = {}
+        if self.harmful is not None or self.task is not None:
+            from safeproj.evaluation.sets import read_prompts
 
-        return {option: read_prompts(file, kind, option) for option, file, kind in given if file}
+            if self.harmful is not None:
+                found["--harmful"] = read_prompts(self.harmful, "harmful", "--harmful")
+            if self.task is not None:
+                found["--task"] = read_prompts(self.task, "skill", "--task")
+        return found
 
 
 @dataclass(frozen=True)
@@ -200,13 +205,11 @@ def repair_command(
     result = "nothing written" if record.out is None else f"wrote {record.out}"
     terminal.finish(record, reporting, talking, result, running.shown)
     if record.out is not None and publishing.push_to_hub is not None:
-        from safeproj import Covariance, Method, SafeLora
+        from safeproj.repairing.split import SAFETY, TASK
 
         parts = writing.data_out or out.with_name(f"{out.name}.data")
-        safety, kept = parts / "safety.jsonl", parts / "task.jsonl"
-        method: Method
-        if base is None:
-            method = Covariance(aligned, safety, kept if data.task is not None else None)
-        else:
-            method = SafeLora(base, aligned)
-        publishing.publish(method, out, options, talking)
+        given = {"aligned": aligned, "base": base}
+        if base is None:  # then the prompts are what a gate can score by
+            given["safety_data"] = str(parts / SAFETY)
+            given["task_data"] = None if data.task is None else str(parts / TASK)
+        publishing.publish(method_of(having_value(given)), out, options, talking)

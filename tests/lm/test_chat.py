@@ -328,14 +328,15 @@ def test_a_correction_is_of_the_day_that_is_given(
 ) -> None:
     chat = [USER, {"role": "assistant", "content": "sorry i will not"}]
     data = write_lines(tmp_path / "safety.jsonl", [{"messages": chat}])
-    given = (
+    given: tuple[str | Path, ...] = (
         "--aligned", dated, "--safety-data", data, "--task-data", data,
         "--adapter", TINY / "adapters" / "bad", "--include", "layers.1", *more,
     )  # fmt: skip
     written = {}
-    for name, options in {
+    days: dict[str, tuple[str, ...]] = {
         "default": (), "same": ("--date", "2024-07-26"), "other": ("--date", "2024-07-27"),
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, options in days.items():
         done = safeproj("patch", *given, *options, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
         written[name] = (tmp_path / name / FACTORS).read_bytes()
