@@ -347,7 +347,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _upload(self) -> None:
         """Answer what is written; `tests.hub_uploads` says what."""
         body = self._body()
-        self._request = {"repo": None, "revision": None, "file": None}
+        self._request: dict[str, str | None] = dict.fromkeys(("repo", "revision", "file"))
         status, found = hub_uploads.answer(self.server.hub, self.path, body, self._token)
         headers = {"Content-Type": "application/json"}
         if "error" in found:

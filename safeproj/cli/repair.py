@@ -25,7 +25,6 @@ from safeproj.cli.options import (
 )
 from safeproj.cli.publishing import Publishing
 from safeproj.cli.usage import ANSWERS, GOAL, INPUTS, OUTPUT, examples
-from safeproj.methods.interface import having_value
 from safeproj.methods.registry import method_of
 
 if TYPE_CHECKING:
@@ -212,4 +211,4 @@ def repair_command(
         if base is None:  # then the prompts are what a gate can score by
             given["safety_data"] = str(parts / SAFETY)
             given["task_data"] = None if data.task is None else str(parts / TASK)
-        publishing.publish(method_of(having_value(given)), out, options, talking)
+        publishing.publish(method_of(given), out, options, talking)

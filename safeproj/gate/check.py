@@ -24,8 +24,9 @@ from safeproj.gate.recompute import Recomputed, compared, is_own_projection, rec
 from safeproj.gate.settings import about_settings
 from safeproj.gate.signing import verify_signature
 from safeproj.gate.weights import Context, about_weights, found
-from safeproj.methods.interface import Method
+from safeproj.methods.interface import Method, not_repeated
 from safeproj.methods.reference import Reference
+from safeproj.methods.registry import by_name
 from safeproj.records.checks import Check, Evidence, Finding
 from safeproj.records.groups import worst_first
 from safeproj.records.rules import Level
@@ -127,12 +128,22 @@ def recorded_method(patched: Adapter, method: M) -> M:
     """Return the method with the settings of safeproj.json, where it leaves all of them open.
 
     Raises:
-        SafeprojError: the record names none that there are.
+        SafeprojError: the record names none that there are, or another method's.
     """
     if method.settings or MANIFEST not in patched.folder.files:
         return method
-    found = read_json(patched.folder, MANIFEST).get("projector")
-    return method.recorded(patched.source, found if isinstance(found, dict) else {})
+    document = read_json(patched.folder, MANIFEST)
+    found = document.get("projector")
+    projector = found if isinstance(found, dict) else {}
+    made_by = by_name().get(str(document.get("method")))
+    if made_by is not None and made_by.name != method.name:
+        why = made_by.unrepeatable(projector)
+        raise SafeprojError(
+            f"{patched.source}: {MANIFEST} says that it was patched by {made_by.words.name}, and "
+            f"{method.words.name} was given; "
+            + (f"give {made_by.needs}" if why is None else not_repeated(why))
+        )
+    return method.recorded(patched.source, projector)
 
 
 def recorded_form(source: str) -> dict[str, Any]:

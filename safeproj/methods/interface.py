@@ -298,6 +298,11 @@ def unrecorded(source: str) -> SafeprojError:
     )
 
 
+def not_repeated(why: str) -> str:
+    """Return what can be done about an adapter that is not made again to compare, and why."""
+    return f"{why}, which is not done again to compare; give --public-key to verify a signature"
+
+
 def require_rank(rank: int | None) -> None:
     """Refuse a rank that is none.
 

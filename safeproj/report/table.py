@@ -258,9 +258,10 @@ def render_repair(repair: Repair, *, width: int, color: bool) -> str:
             f"{repair.goal.label}\n{repair_words.splits(repair)}"
         )
         console.print(Text(legend, style="dim"))
-    for sentence in repair_words.conclusion(repair):
-        console.print(Text(printable(sentence)), soft_wrap=True)
-    console.print(Text(printable(f"$ {repair_words.command(repair)}")), soft_wrap=True)
+    said, again = repair_words.conclusion(repair), f"$ {repair_words.command(repair)}"
+    # Where nothing was measured, that is what is to be read last.
+    for line in [*said, again] if repair.test is not None else [again, *said]:
+        console.print(Text(printable(line)), soft_wrap=True)
     return text_of(console)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 from huggingface_hub import metadata_load
 
+import safeproj as package
 from tests import hub_server
 from tests.conftest import Trio
 from tests.hub_server import Hub
-from tests.support import assert_refused, read_json, safeproj
+from tests.support import CONFIG, assert_refused, change_json, read_json, safeproj
 
 REPO, TOKEN = "org/safe", "hf_secret"
 LAX, STRICT = "max-below = 100\n", "threshold = 1.0\nmax-below = 0\n"
@@ -37,8 +39,10 @@ class User:
         self, *options: str | Path, token: str | None = TOKEN, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         known = {} if token is None else {"HF_TOKEN": token}
+        chosen = () if "--layers" in options else ("--all",)
         return safeproj(
-            "patch", *self.trio.arguments, "--out", self.out, "--push-to-hub", REPO, *options,
+            "patch", *self.trio.arguments, "--out", self.out, "--push-to-hub", REPO, *chosen,
+            *options,
             cwd=self.home,
             env={
                 "HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home / "hf"),
@@ -86,16 +90,23 @@ def test_what_was_written_is_published_with_its_card(user: User) -> None:
     assert user.published() == user.files()
     assert user.hub._repositories[REPO].private
     assert done.stderr.splitlines()[-1].startswith(f"published {user.hub.url}/{REPO}/")
-    card = metadata_load(user.out / "README.md")
-    assert card is not None
-    assert "base_model" in card
-    assert "tags" in card
+    assert "warning: README.md names no base_model" in done.stderr  # which PEFT left empty
     text = (user.out / "README.md").read_text("utf-8")
     assert "| layers | changed | cosine before |" in text
     assert "| `q_proj` |" in text
     sent = [each for each in user.hub.requests if each.path.startswith("/upload/")]
     assert sent
     assert all(each.token is None for each in sent)  # signed URLs get no token
+
+
+def test_a_new_card_names_the_base_model_and_has_a_tag(trio: Trio, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(trio.adapter, tmp_path / "adapter"))
+    (adapter / "README.md").unlink()
+    change_json(adapter / CONFIG, base_model_name_or_path="org/aligned")
+    options = package.Options(package.Selection(all=True))
+    package.patch(trio.method, adapter, tmp_path / "out", options)
+    card = metadata_load(tmp_path / "out" / "README.md")
+    assert card == {"library_name": "peft", "base_model": "org/aligned", "tags": ["safeproj"]}
 
 
 def test_a_branch_is_made_and_what_was_there_before_is_named(user: User) -> None:

@@ -294,3 +294,15 @@ def test_what_claims_another_projection_and_is_the_original_is_told(
     found = against_original(trio, exact)
     (told,) = (each for each in found.findings if each.id == "SP024")
     assert "its factors are the original's" in told.message
+
+
+def test_what_another_method_did_is_not_called_no_projector(trio: Trio, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    package.patch(trio.method, trio.adapter, out, package.Options(package.Selection(all=True)))
+    change_json(out / MANIFEST, method="covariance", projector={"kind": "covariance", "mu": 1.0})
+    with pytest.raises(package.SafeprojError, match=r"patched by the covariance.*give safety_data"):
+        package.verify(out, trio.adapter, trio.method)
+    rebuilt = {"kind": "reconstruction", "mu": 1.0}
+    change_json(out / MANIFEST, projector=rebuilt)
+    with pytest.raises(package.SafeprojError, match=r"layer by layer .* is not done again"):
+        package.verify(out, trio.adapter, trio.method)

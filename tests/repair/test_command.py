@@ -220,7 +220,9 @@ def test_without_prompts_it_is_safe_lora_and_says_what_is_missing(tmp_path: Path
     given = (*BASE, *ALIGNED, *adapter("bad"), "--exclude", r"layers\.3")
     done = run(*given, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "Behaviour was not measured: give --harmful FILE" in " ".join(done.stdout.split())
+    assert done.stdout.splitlines()[-1].startswith(
+        "Behaviour was not measured: give --harmful FILE"
+    )
     command = next(line for line in done.stdout.splitlines() if line.startswith("$ "))
     *words, place = shlex.split(command)[2:]
     assert place == str(out)

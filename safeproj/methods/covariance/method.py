@@ -16,6 +16,7 @@ from safeproj.methods.detail import Detail
 from safeproj.methods.interface import (
     Method,
     is_number,
+    not_repeated,
     option,
     source,
     unrecorded,
@@ -205,10 +206,7 @@ class Covariance(Method):
         found = dict(projector)
         kind, mu = found.pop("kind", None), found.pop("mu", None)
         if (why := self.unrepeatable(projector)) is not None:
-            raise SafeprojError(
-                f"{source}: {why}, which is not done again to compare; give --public-key to "
-                "verify a signature instead"
-            )
+            raise SafeprojError(f"{source}: {not_repeated(why)}")
         if found or kind != "covariance" or mu is None or not is_number(mu):
             raise unrecorded(source)
         return self.with_recorded(source, mu=mu)
