@@ -30,8 +30,10 @@ PAIR = ("--base", BASE, "--aligned", ALIGNED)
 OF_THE_COMMAND = {
     *("--format", "--output", "--quiet", "--verbose", "--color", "--method", "--judge", "--forbid"),
     *("--private-key", "--password-env", "--module", "--alpha", "--task-rank", "--skill"),
+    *("--push-to-hub", "--private", "--revision", "--create-pr"),
 }
-"""Options that no function has an argument for: `skill` is a kind of prompts."""
+"""Options that no function has an argument for: `skill` is a kind of prompts, and from Python the
+Hub's own client publishes what was written."""
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,11 @@ def test_the_command_says_what_day_it_was(tmp_path: Path) -> None:
     lines = (EXAMPLE / "data" / "safety.jsonl").read_text("utf-8").splitlines(keepends=True)
     prompts.write_text("".join(lines[:30]), encoding="utf-8")
     given = ("--aligned", model, *adapter("bad"), "--harmful", prompts, *ANSWERS)
-    done = run(*given, "--date", "2025-01-02", "--include", "layers.1", "--best-effort",
-               "--out", tmp_path / "out", "--format", "json")  # fmt: skip
+    done = run(*given, "--date", "2025-01-02", "--best-effort", "--out", tmp_path / "out",
+               "--format", "json")  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
     words = json.loads(done.stdout)["command"][1:-1]
+    assert "--mu" in words, words
     assert words[words.index("--date") :][:2] == ["--date", "2025-01-02"]
     for name, more in {"again": [], "other": ["--date", "2025-01-03"]}.items():
         done = safeproj(*words, tmp_path / name, *more)
