@@ -9,6 +9,7 @@ from typing import Any
 
 from safeproj import __version__
 from safeproj.errors import SafeprojError
+from safeproj.storage.source import HubPlace, hub_place
 from safeproj.text import command_line, first_line, printable, shorten
 
 _KEPT = {".gitattributes"}
@@ -54,15 +55,11 @@ class Target:
                 asked.
         """
         from huggingface_hub import constants, get_token
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
 
-        try:
-            validate_repo_id(self.repo)
-        except HFValidationError:
+        if hub_place(self.repo) != HubPlace(self.repo, "", None):
             raise SafeprojError(
                 f"--push-to-hub {printable(self.repo)}: no name of a repository; expected org/name"
-            ) from None
+            )
         if constants.HF_HUB_OFFLINE:
             raise SafeprojError(
                 f"--push-to-hub {self.repo}: HF_HUB_OFFLINE is set; unset it to publish"
@@ -135,7 +132,8 @@ def _about(others: list[str], repo: str) -> Iterator[str]:
 def _about_card(card: Path) -> Iterator[str]:
     from huggingface_hub import metadata_load
 
-    if not (metadata_load(card) if card.is_file() else None or {}).get("base_model"):
+    found = metadata_load(card) if card.is_file() else None
+    if not (found or {}).get("base_model"):
         yield (
             f"{_CARD} names no base_model, so that the Hub does not show what it belongs to; add "
             "it to the card"
