@@ -140,7 +140,8 @@ def test_what_does_not_pass_stays_here(user: User, given: bool) -> None:
     policy = user.policy(STRICT)
     if not given:
         policy = policy.rename(user.home / "safeproj.toml")
-    done = user.patch("--layers", "1", *(["--policy", policy] if given else []))
+    options: tuple[str | Path, ...] = ("--policy", policy) if given else ()
+    done = user.patch("--layers", "1", *options)
     assert done.returncode == 1
     assert "SP001" in done.stderr
     assert (
