@@ -110,7 +110,7 @@ def compared(
     Args:
         original: the run over the adapter before patching, by another method than patched it.
         patched: the adapter after it.
-        device: where the arithmetic ran.
+        place: where the arithmetic ran.
         claimed: the modules that safeproj.json says were changed.
         other: why they are not computed again.
     """
