@@ -2,6 +2,7 @@
 
     python -m bench.full                # three small models, under a minute
     python -m bench.full --size 1.1b    # 9 GB in a temporary directory, some ten minutes
+    python -m bench.full --size 7b-layer --alone    # the largest weights: 2 GB
 
 Both ways run in a process of their own on the same three bfloat16 checkpoints (Llama-shaped) and
 project every linear layer by Safe LoRA. The dense way is that of research code: it loads all three
@@ -192,6 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", choices=[*SIZES], default="small")
     parser.add_argument("--root", type=Path)
+    parser.add_argument("--alone", action="store_true", help="without the dense way and the floors")
     parser.add_argument("--child", choices=[*WAYS], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -201,6 +203,11 @@ def main() -> int:
         return 0
     root = arguments.root or Path(tempfile.gettempdir()) / f"safeproj-bench-full-{arguments.size}"
     make_triple(root, size)
+    if arguments.alone:
+        with tempfile.TemporaryDirectory(dir=root) as place:
+            ours = measured("safeproj", arguments, root, Path(place) / "safeproj")
+        print(f"{size.label}: {ours['seconds']:.1f} s, {ours['megabytes']:.0f} MB above start")
+        return 0
     with tempfile.TemporaryDirectory(dir=root) as place:
         outs = [Path(place) / way for way in WAYS]
         found = {w: measured(w, arguments, root, out) for w, out in zip(WAYS, outs, strict=True)}

@@ -41,6 +41,7 @@ from safeproj.methods.covariance.method import Covariance as Covariance
 from safeproj.methods.interface import Method as Method
 from safeproj.methods.merge.method import Merge as Merge
 from safeproj.methods.recorded import Made as Made
+from safeproj.methods.safe_delta.method import SafeDelta as SafeDelta
 from safeproj.methods.safe_lora.make import Form as Form
 from safeproj.methods.safe_lora.method import SafeLora as SafeLora
 from safeproj.methods.salora.method import Salora as Salora

@@ -161,7 +161,7 @@ class Checked(Subjects):
 def check_command(
     adapters: Checked,
     *,
-    given: Annotated[Given, Without("method", "reconstruct")],
+    given: Annotated[Given, Without("reconstruct")],
     original: Annotated[
         str | None,
         typer.Option(
@@ -218,9 +218,9 @@ def check_command(
     sources = {name: value for name, value in given.values.items() if name not in SETTINGS}
     settings = {name: value for name, value in given.values.items() if name in SETTINGS}
     if adapters.model is None:
-        method, aligned = method_of(sources), None
+        method, aligned = method_of(sources, given.name), None
     else:
-        method, aligned = method_beside(sources)
+        method, aligned = method_beside(sources, given.name)
     outputs = reporting.outputs
     files = [("--evaluation", str(each)) for each in evaluation or ()]
     terminal.check_outputs(outputs, None, [*adapters.inputs(method, aligned), *files])

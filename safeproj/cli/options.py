@@ -218,7 +218,7 @@ class Given:
     """
 
     def __init__(self, method: Enum | None = None, **values: Any) -> None:
-        self._name = None if method is None else str(method.value)
+        self.name = None if method is None else str(method.value)
         self.values = {
             name: value.value if isinstance(value, Enum) else value
             for name, value in having_value(values).items()
@@ -247,7 +247,7 @@ class Given:
         Raises:
             SafeprojError: what is given does not go together.
         """
-        return registry.method_of(self.values, self._name)
+        return registry.method_of(self.values, self.name)
 
     @property
     def beside(self) -> tuple[Method, str | None]:
@@ -256,7 +256,7 @@ class Given:
         Raises:
             SafeprojError: what is given does not go together.
         """
-        return registry.method_beside(self.values, self._name)
+        return registry.method_beside(self.values, self.name)
 
 
 def _annotated(name: str, option: Option, method: type[Method]) -> Any:

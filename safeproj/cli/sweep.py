@@ -88,7 +88,9 @@ def sweep_command(
     ] = None,
     seed: Annotated[int, seed_option("Seed of the random projectors.")] = 0,
     *,
-    given: Annotated[Given, Without("mu", "reconstruct", "weight")],
+    given: Annotated[
+        Given, Without("mu", "reconstruct", "weight", "safe_model", "strength", "delta_rank")
+    ],
     choosing: Annotated[Choosing, Without("threshold", "layers", "all_modules")],
     prompting: Prompting,
     judging: Judging,

@@ -53,7 +53,7 @@ def verify_command(
         ),
     ] = None,
     *,
-    given: Annotated[Given, Without("method", "reconstruct")],
+    given: Annotated[Given, Without("reconstruct")],
     running: Running,
     reporting: GateReporting,
     talking: GateTalking,

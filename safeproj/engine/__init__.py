@@ -11,7 +11,7 @@ from safeproj.engine.changes import relative_changes
 from safeproj.engine.cluster import Cluster
 from safeproj.engine.device import Device, Place, one_thread, place, resolve_device, resolve_devices
 from safeproj.engine.run import run
-from safeproj.engine.task import Comparison, Progress, Source, Task, Update
+from safeproj.engine.task import Comparison, Progress, Replacement, Source, Task, Update
 
 __all__ = [
     "Buffers",
@@ -22,6 +22,7 @@ __all__ = [
     "OnProgress",
     "Place",
     "Progress",
+    "Replacement",
     "Source",
     "Task",
     "Update",

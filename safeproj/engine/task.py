@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy
@@ -26,6 +27,21 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """What takes the place of an update's factors, where it was made by running the model.
+
+    Attributes:
+        A: `A'` (r', n), as it is stored.
+        B: `B'` (m, r'); None where it stays.
+        told: what else was found out, by name.
+    """
+
+    A: Array
+    B: Array | None = None
+    told: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Update:
     """One low-rank update of a weight.
 
@@ -34,7 +50,7 @@ class Update:
         B: (m, r).
         bias: the bias of `lora_B` (m, 1), if there is one.
         gain: AdaLoRA's singular values (r, 1), by which the rows of `A` are multiplied.
-        replacement: `A'` (r, n), where it was made by running the model.
+        replacement: what takes the place of its factors, where that was made beforehand.
         scaling: `s`, by which loaders multiply `B A`, where the method needs it.
     """
 
@@ -42,7 +58,7 @@ class Update:
     B: Array
     bias: Array | None = None
     gain: Array | None = None
-    replacement: Array | None = None
+    replacement: Replacement | None = None
     scaling: float | None = None
 
     @property

@@ -25,8 +25,8 @@ from safeproj.checkpoint.hashes import Sides
 from safeproj.engine import one_thread, resolve_device
 from safeproj.errors import SafeprojError
 from safeproj.extracting.difference import relative_size
-from safeproj.extracting.leading import Leading, leading
 from safeproj.methods.interface import local_path
+from safeproj.methods.leading import Leading, leading
 from safeproj.methods.safe_lora.pair import Pair
 from safeproj.methods.safe_lora.score import differences
 from safeproj.methods.safe_lora.targets import Target, find_targets

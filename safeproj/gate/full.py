@@ -29,6 +29,7 @@ from safeproj.gate.identity import about_identities
 from safeproj.gate.policy import Policy
 from safeproj.gate.recompute import FLOAT32, other_files, same_hardware
 from safeproj.gate.weights import Context, about_scores, found
+from safeproj.methods.differences import Rows
 from safeproj.methods.interface import Method
 from safeproj.methods.whole import BLOCK
 from safeproj.plan.full import FullModel, Tuned, open_tuned
@@ -36,7 +37,7 @@ from safeproj.plan.match import Plan
 from safeproj.plan.select import Selection
 from safeproj.records.checks import Check, Evidence, Finding
 from safeproj.run.decide import Decision
-from safeproj.run.full import Compared, FullJob, FullRun, Rows, digests_of, subject_of
+from safeproj.run.full import Compared, FullJob, FullRun, digests_of, subject_of
 from safeproj.run.job import Run
 from safeproj.run.options import Options
 from safeproj.storage.arrays import cast

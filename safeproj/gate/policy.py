@@ -197,7 +197,7 @@ class Policy:
             own["projector"] = self.projector
         # Rank and energy belong to the projector.
         before = given.sources if {"projector", "rank", "energy"} & own.keys() else given.given
-        return method_of({**before, **own})
+        return method_of({**before, **own}, given.name, is_whole=True)
 
     def threshold_of(self, module: str) -> float:
         """Return the threshold of a module."""

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,64 @@ def attach(model: Any, adapter: Folder) -> Any:
             f"({shorten(strange)}); expected an adapter of this model"
         )
     return found.eval()
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """A LoRA layer of PEFT.
+
+    Attributes:
+        name: its path.
+        base: the linear layer that it is on.
+        A: `A` (r, n), the parameter itself.
+        B: `B` (m, r), likewise.
+        scaling: `s`.
+    """
+
+    name: str
+    base: Any
+    A: Any
+    B: Any
+    scaling: float
+
+    @property
+    def scaled_B(self) -> Any:
+        """`s B` (m, r), float64."""
+        return self.B.detach().double() * self.scaling
+
+
+def lora_layer(model: Any, name: str, option: str) -> LoraLayer:
+    """Return a layer of a `PeftModel`, which must be plain LoRA on a linear layer.
+
+    Args:
+        model: the model.
+        name: path of the layer in the model without PEFT.
+        option: what takes nothing else, for messages.
+
+    Raises:
+        SafeprojError: it is another one, or has no weight in memory.
+    """
+    from torch import nn
+
+    from safeproj.lm.layers import is_linear, plain_weight
+
+    layer = model.get_base_model().get_submodule(name)
+    adapter = model.active_adapter
+    base = getattr(layer, "base_layer", None)
+    A = getattr(layer, "lora_A", {})
+    dora = getattr(layer, "use_dora", {}).get(adapter)
+    plain = adapter in A and isinstance(A[adapter], nn.Linear) and not dora
+    if not isinstance(base, nn.Module) or not is_linear(base) or not plain:
+        raise SafeprojError(
+            f"{name}: {option} takes plain LoRA on linear layers; leave it out with --exclude"
+        )
+    if plain_weight(base) is None:
+        raise SafeprojError(
+            f"{name}: its weight is stored as codes; {option} needs the checkpoint before "
+            "quantisation"
+        )
+    B = layer.lora_B[adapter].weight
+    return LoraLayer(name, base, A[adapter].weight, B, layer.scaling[adapter])
 
 
 def moves(model: Any, adapter: Folder) -> dict[str, str]:

@@ -295,6 +295,12 @@ def _called(name: str) -> str:
     return f"adapter {name!r} in memory"
 
 
+def code_of(tensor: Tensor) -> str:
+    """Return the safetensors name of a tensor's dtype, that of torch where it has none."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return _CODES.get(dtype, dtype)
+
+
 def _absent(tensor: Any) -> str | None:
     """Return why the numbers of a tensor cannot be read or written here, None where they can."""
     if type(tensor) not in (Tensor, nn.Parameter):
@@ -362,20 +368,19 @@ class _LiveCheckpoint:
 
     def describe(self, name: str) -> TensorInfo:
         tensor = self.tensors[name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return TensorInfo(_CODES.get(dtype, dtype), tuple(tensor.shape))
+        return TensorInfo(code_of(tensor), tuple(tensor.shape))
 
-    def weight(self, name: str, columns: int | None = None) -> _LiveWeight:
+    def weight(self, name: str, columns: int | None = None) -> LiveWeight:
         tensor = self.tensors[name]
         absent = _absent(tensor)
         if absent is not None:
             raise SafeprojError(f"{self.source}: {name} is {absent}; give --aligned")
         matrix = tensor.detach().reshape(as_matrix(tuple(tensor.shape), columns))
-        return _LiveWeight(name, self.source, self.describe(name).dtype, matrix)
+        return LiveWeight(name, self.source, self.describe(name).dtype, matrix)
 
 
 @dataclass(frozen=True)
-class _LiveWeight:
+class LiveWeight:
     """A weight in memory, seen as a matrix."""
 
     label: str

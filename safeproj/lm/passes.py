@@ -2,20 +2,163 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
 from threading import Thread, current_thread
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
-from safeproj.lm.data import Batch
-from safeproj.lm.layers import rows_at
+from safeproj.lm.data import BATCH_SIZE, Batch
+from safeproj.lm.layers import (
+    MEMORY,
+    OnBatch,
+    in_features,
+    rows_at,
+    running,
+    sharing_inputs,
+)
 
 Run = Callable[[Batch], None]
 """What runs the model over a batch."""
+
+WAITING = 3
+"""What a pass that waits holds, in copies of its widest input: that, the residual, queries, …"""
+
+THREADS = 2048
+"""Bound on the threads that passes wait in, together with those that torch starts for each."""
+
+MOST_BATCHES = 24
+"""Of one of the data, so that their passes can wait in as many threads."""
+
+
+def batch_size(rows: int) -> int:
+    """Return how many samples of a data set run at a time."""
+    return max(BATCH_SIZE, -(-rows // MOST_BATCHES))
+
+
+class Walk:
+    """Passes that go from input to input of a model, as far as memory lets them wait there.
+
+    What cannot wait runs up to every input anew.
+
+    Args:
+        begin: begins a pass.
+        groups: the layers in groups that read one input, in the order in which they run.
+        room: how many passes may wait.
+        on_batch: told how often one has come to an input.
+
+    Attributes:
+        groups: the same.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[Batch], Pass],
+        groups: Sequence[Sequence[str]],
+        room: int,
+        on_batch: OnBatch | None,
+    ) -> None:
+        self.groups = groups
+        self._begin, self._room, self._on_batch = begin, room, on_batch
+        self._batches = self._done = 0
+
+    def line(self, batches: Sequence[Batch]) -> Line:
+        """Return passes over one data, in one state of the model."""
+        self._batches += len(batches)
+        return Line(self, batches)
+
+    def waiting(self, batch: Batch) -> Pass | None:
+        """Begin a pass that may wait, None where there is no room for one more."""
+        if self._room <= 0:
+            return None
+        self._room -= 1
+        return self._begin(batch)
+
+    def passing(self, batch: Batch) -> Pass:
+        """Begin one that is to end at the first input."""
+        return self._begin(batch)
+
+    def tell(self) -> None:
+        """Say that a pass has come to an input."""
+        self._done += 1
+        if self._on_batch is not None:
+            self._on_batch(self._done, len(self.groups) * self._batches)
+
+
+class Line:
+    """The passes over one data in one state of the model, which go on from input to input.
+
+    Whoever looks at an input has given the model that state before.
+
+    Args:
+        walk: with others.
+        batches: the data.
+    """
+
+    def __init__(self, walk: Walk, batches: Sequence[Batch]) -> None:
+        self._walk, self._batches = walk, batches
+        self._waiting: dict[int, Pass] = {}
+
+    def at(self, name: str) -> list[Tensor]:
+        """Return what a layer reads, batch by batch, on the CPU."""
+        return [found.cpu() for found in self.each(name)]
+
+    def each(self, name: str) -> Iterator[Tensor]:
+        """Yield what a layer reads, batch by batch."""
+        for number, batch in enumerate(self._batches):
+            if number not in self._waiting and (begun := self._walk.waiting(batch)) is not None:
+                self._waiting[number] = begun
+            own = self._waiting.get(number) or self._walk.passing(batch)
+            yield own.until(name)
+            if number not in self._waiting:
+                own.end()
+            self._walk.tell()
+
+
+@contextmanager
+def walking(
+    model: Any,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    on_batch: OnBatch | None = None,
+    memory: int = MEMORY,
+) -> Iterator[Walk]:
+    """Yield what takes passes from input to input of some layers.
+
+    Args:
+        model: a transformers model.
+        layers: name to layer.
+        batches: all that is run; the first shows which layers read one input.
+        on_batch: told about the progress.
+        memory: bound in bytes on what waits so that it need not be computed again.
+
+    Raises:
+        SafeprojError: a layer does not run once in a forward pass.
+    """
+    with running(model, layers) as run:
+        groups = sharing_inputs(layers, run, batches[0])
+        first = {group[0]: layers[group[0]] for group in groups}
+        waiting = max(_waiting(layer, batches) for layer in first.values())
+        with stopping(run, first) as begin:
+            yield Walk(begin, groups, _room(model, memory // waiting), on_batch)
+
+
+def _waiting(layer: nn.Module, batches: Sequence[Batch]) -> int:
+    """Return the bytes that a pass over the largest batch holds where it waits."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    row = in_features(layer) * weight.element_size()
+    return WAITING * row * max(batch["attention_mask"].numel() for batch in batches)
+
+
+def _room(model: Any, room: int) -> int:
+    """Return how many passes may wait, of which memory has room for so many."""
+    threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+    return min(room, THREADS // threads)
 
 
 class Pass(Thread):

@@ -6,12 +6,22 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from safeproj.checkpoint import Weight
+import numpy
+
+from safeproj.checkpoint import Reader, Weight, settle
 from safeproj.checkpoint.expression import Matrix
 from safeproj.checkpoint.hashes import NONE, Hash, Sides
 from safeproj.engine import Buffers, row_width, rows_per_block
 from safeproj.engine.device import Staging
-from safeproj.storage.arrays import AnyArray, namespace, sum_of_squares
+from safeproj.storage.arrays import (
+    FLOAT32,
+    AnyArray,
+    Array,
+    cast,
+    namespace,
+    promoted,
+    sum_of_squares,
+)
 
 CPU_HOLD = 64 << 20
 """Largest float32 `V`, in bytes, that a CPU worker keeps for its second pass. A larger one is read
@@ -177,3 +187,40 @@ class DifferenceBlocks:
     def _advance(self, rows: int, weight: Weight) -> None:
         if not self._seen:
             self._buffers.advance(self._name, rows * weight.row_bytes)
+
+
+class Rows:
+    """The rows (m, n) of a weight that a change is added to, in float32 or wider.
+
+    Args:
+        found: the weight.
+    """
+
+    def __init__(self, found: Matrix) -> None:
+        self._weight, self._turned = found.weight, found.transposed
+        settle([self._weight])
+        self._reader = Reader()
+        self._whole: Array | None = None
+
+    def __call__(self, rows: range) -> Array:
+        """Return some of them."""
+        if not self._turned:
+            return self._stored(rows)
+        if self._whole is None:
+            self._whole = self._stored(range(self._weight.shape[0])).T
+        return self._whole[rows.start : rows.stop]
+
+    @property
+    def height(self) -> int:
+        """How many there are."""
+        return self._weight.shape[1 if self._turned else 0]
+
+    def close(self) -> None:
+        """Close its file."""
+        self._reader.close()
+
+    def _stored(self, rows: range) -> Array:
+        self._reader.start()
+        buffer = numpy.empty(len(rows) * row_width(self._weight), numpy.uint8)
+        found = self._weight.read_rows(self._reader, rows.start, rows.stop, buffer)
+        return cast(found, promoted(found.dtype, FLOAT32))

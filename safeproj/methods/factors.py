@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -155,6 +156,19 @@ def norm(A: Array, B: Array) -> float:
     except CancellationError as error:
         return error.bound
     return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
+
+
+def cosine(own: Sequence[Array], other: Sequence[Array]) -> float:
+    """Return `⟨B A, B' A'⟩ / (‖B A‖ ‖B' A'‖)`, 0 where one of them is zero.
+
+    Args:
+        own: `A` (r, n) and `B` (m, r), in whose product no terms cancel.
+        other: `A'` (r', n) and `B'` (m, r'), likewise.
+    """
+    (A, B), (A_other, B_other) = (tuple(map(double, each)) for each in (own, other))
+    inner = float(((B.T @ B_other) * (A @ A_other.T)).sum())
+    size = norm(A, B) * norm(A_other, B_other)
+    return min(max(inner / size, -1.0), 1.0) if size else 0.0
 
 
 def is_zero(A: Array, B: Array) -> bool:

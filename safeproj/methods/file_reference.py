@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, KeysView, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from safeproj.adapter import Adapter
 from safeproj.checkpoint.expression import key_of, stored_names
 from safeproj.checkpoint.hashes import Digests, merged
+from safeproj.engine import Source
 from safeproj.errors import SafeprojError
 from safeproj.methods.recorded import RecordedFile
 from safeproj.methods.reference import Plain
@@ -22,7 +24,7 @@ W = TypeVar("W")
 
 
 @dataclass(frozen=True)
-class FileReference(Plain, Generic[W]):
+class FileReference(Plain, ABC, Generic[W]):
     """A file that stands for a model: no checkpoint is read with it.
 
     Attributes:
@@ -30,6 +32,8 @@ class FileReference(Plain, Generic[W]):
     """
 
     file: RecordedFile[W]
+
+    is_file = True
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -45,6 +49,21 @@ class FileReference(Plain, Generic[W]):
 
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         return plan(adapter, self.file.running, self.file.running, selection)
+
+    def unheld(self, item: PlannedModule) -> str | None:
+        try:
+            self.origin(item)
+        except SafeprojError:
+            return f"weight that {self.file.source} does not hold"
+        return None
+
+    @abstractmethod
+    def origin(self, item: PlannedModule) -> Source:
+        """Return what is read for an update.
+
+        Raises:
+            SafeprojError: the file does not hold it.
+        """
 
     def group(self, item: PlannedModule) -> Hashable:
         return item.aligned, item.base

@@ -88,6 +88,8 @@ class Method(ABC):
             `MODEL` stands for the model.
         is_idempotent: whether doing it again to what it made changes nothing.
         in_memory: further sets of SRC fields, where the aligned model is in memory.
+        whole_ways: further sets of SRC fields, for full fine-tunes; they may be another method's
+            for adapters, and then this one has to be named.
         host: the aligned model, if it is in memory: `lm.adapters.Host`, or `lm.live.Live` where it
             has adapters on it.
 
@@ -109,6 +111,7 @@ class Method(ABC):
     unswept: ClassVar[tuple[str, tuple[str, ...]] | None] = None
     is_idempotent: ClassVar[bool] = False
     in_memory: ClassVar[tuple[frozenset[str], ...]] = ()
+    whole_ways: ClassVar[tuple[frozenset[str], ...]] = ()
 
     host: Any = dataclasses.field(default=None, repr=False, compare=False, kw_only=True)
 
@@ -116,7 +119,7 @@ class Method(ABC):
         for name, option in self.options().items():
             if option.is_source and (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, src(given))  # paths are text from here on
-        if frozenset(self.sources) not in (*self.ways, *self.in_memory):
+        if frozenset(self.sources) not in (*self.ways, *self.in_memory, *self.whole_ways):
             raise self.lacking()
 
     def lacking(self) -> SafeprojError:

@@ -6,13 +6,13 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safeproj.adapter import Adapter
-from safeproj.engine import Comparison, Source
+from safeproj.engine import Comparison, Replacement, Source
 from safeproj.errors import SafeprojError
 from safeproj.methods.score import Score
 from safeproj.names import Names
+from safeproj.plan.full import PlannedWeight, Tuned
 from safeproj.plan.match import Plan, PlannedChange, PlannedModule
 from safeproj.plan.select import Selection
-from safeproj.storage.arrays import Array
 
 if TYPE_CHECKING:
     from safeproj.run.options import Options
@@ -58,8 +58,8 @@ class Reference(Protocol):
     def runs_adapter(self) -> bool:
         """Whether the model has to be run with an adapter, so that `prepare` is called for it."""
 
-    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> Mapping[str, Array]:
-        """Return what has to be made of an adapter by running the model: module to `A'` (r, n).
+    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> Mapping[str, Replacement]:
+        """Return what has to be made of an adapter by running the model, by module.
 
         Args:
             adapter: as it was matched.
@@ -68,6 +68,35 @@ class Reference(Protocol):
 
         Raises:
             SafeprojError: the adapter or the model cannot be used.
+        """
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file stands for the models, which may lack weights of them."""
+
+    def unheld(self, item: PlannedModule) -> str | None:
+        """Return why nothing is known of a weight of a full fine-tune, None where it is."""
+
+    def rewritten(
+        self,
+        tuned: Tuned,
+        weights: Sequence[PlannedWeight],
+        device: str,
+        on_batch: OnBatch | None,
+    ) -> Mapping[str, Source]:
+        """Return what has to be made of a full fine-tune by running it.
+
+        Args:
+            tuned: the fine-tune.
+            weights: those that are to be changed.
+            device: where the model runs.
+            on_batch: told about the progress.
+
+        Returns:
+            Module to what is read in the place of `origin`; empty where nothing has to be made.
+
+        Raises:
+            SafeprojError: the fine-tune cannot be run.
         """
 
     def group(self, item: PlannedModule) -> Hashable:
@@ -90,6 +119,7 @@ class Plain:
     """What most have in common: no weights at hand, and nothing made by running a model."""
 
     runs_adapter = False
+    is_file = False
 
     @property
     def sides(self) -> tuple[Names, Names]:
@@ -107,6 +137,20 @@ class Plain:
         del adapter, item
         return None
 
-    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> Mapping[str, Array]:
+    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> Mapping[str, Replacement]:
         del adapter, plan, options
+        return {}
+
+    def unheld(self, item: PlannedModule) -> str | None:
+        del item
+        return None
+
+    def rewritten(
+        self,
+        tuned: Tuned,
+        weights: Sequence[PlannedWeight],
+        device: str,
+        on_batch: OnBatch | None,
+    ) -> Mapping[str, Source]:
+        del tuned, weights, device, on_batch
         return {}

@@ -10,11 +10,12 @@ from safeproj.methods.covariance.method import Covariance
 from safeproj.methods.detail import Detail
 from safeproj.methods.interface import Method, Option, having_value
 from safeproj.methods.merge.method import Merge
+from safeproj.methods.safe_delta.method import SafeDelta
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.salora.method import Salora
 from safeproj.methods.words import Words
 
-METHODS: tuple[type[Method], ...] = (SafeLora, Salora, Covariance, Merge)
+METHODS: tuple[type[Method], ...] = (SafeLora, Salora, Covariance, Merge, SafeDelta)
 """One line for each."""
 
 
@@ -61,12 +62,15 @@ def inputs_of(given: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(known[name][0].flag, given[name]) for name in given if known[name][0].is_source]
 
 
-def method_of(given: Mapping[str, Any], name: str | None = None) -> Method:
+def method_of(
+    given: Mapping[str, Any], name: str | None = None, *, is_whole: bool = False
+) -> Method:
     """Return the method that is meant by what is given.
 
     Args:
         given: field to value, None or False where it is not given.
         name: which method it must be; None is any.
+        is_whole: whether it is for a full fine-tune.
 
     Raises:
         SafeprojError: what is given does not go together, or is another method's.
@@ -74,11 +78,17 @@ def method_of(given: Mapping[str, Any], name: str | None = None) -> Method:
     known = options()
     values = having_value(given)
     sources = frozenset(name for name in values if known[name][0].is_source)
-    chosen = next((method for method in METHODS if sources in method.ways), None)
+    meant = METHODS if name is None else (by_name()[name], *METHODS)
+    chosen = next((method for method in meant if sources in _ways(method, is_whole)), None)
     if name is not None and (chosen is None or chosen.name != name):
         wanted = by_name()[name]
         found = "" if chosen is None else f"; what is given is for {chosen.name}"
         raise SafeprojError(f"--method {name} needs {wanted.needs}{found}")
+    if chosen is None and not is_whole:
+        for method in METHODS:
+            if sources in method.whole_ways:
+                flags = " and ".join(known[each][0].flag for each in sorted(sources))
+                raise SafeprojError(f"{flags} goes with a full fine-tune; give --model")
     if chosen is None:
         *ways, last = (way for method in METHODS for way in method.give)
         raise SafeprojError(f"give {', '.join(ways)}, or {last}")
@@ -103,9 +113,13 @@ def method_beside(given: Mapping[str, Any], name: str | None = None) -> tuple[Me
     known, values = options(), having_value(given)
     sources = frozenset(each for each in values if known[each][0].is_source)
     aligned = values.get("aligned")
-    if not any(sources in method.ways for method in METHODS):
+    if not any(sources in _ways(method, True) for method in METHODS):
         values.pop("aligned", None)
-    return method_of(values, name), aligned
+    return method_of(values, name, is_whole=True), aligned
+
+
+def _ways(method: type[Method], is_whole: bool) -> tuple[frozenset[str], ...]:
+    return (*method.ways, *method.whole_ways) if is_whole else method.ways
 
 
 def _another(

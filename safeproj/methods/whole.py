@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from safeproj.checkpoint.hashes import NONE, Digests, Hash, Sides
@@ -77,10 +78,12 @@ class Remade(ABC):
 
     Attributes:
         digests: of what was read for it, after the first pass.
+        others: of what else was read, likewise.
         is_blank: whether there is nothing to compare the change with, likewise.
     """
 
     digests: Sides = NONE
+    others: Digests = MappingProxyType({})
     is_blank: bool = False
 
     @abstractmethod
@@ -105,6 +108,37 @@ class Remade(ABC):
         return None
 
 
+class Beside(Remade):
+    """What is made of a change and of another difference of the same shape, entry by entry.
+
+    Args:
+        name: of the module.
+        other: the other difference.
+        buffers: of the thread.
+        hashes: by which what is read for it is hashed.
+        D: the change.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        other: Difference,
+        buffers: Buffers,
+        hashes: Collection[Hash],
+        D: DifferenceBlocks,
+    ) -> None:
+        self._D = D
+        self._other = DifferenceBlocks(name, other, buffers, hashes, rows=D.rows)
+
+    @abstractmethod
+    def after(self, before: AnyArray, other: AnyArray) -> AnyArray:
+        """Return what takes the place of some rows of the change."""
+
+    def rows(self) -> Iterator[Part]:
+        for (rows, before), other in zip(with_rows(self._D), self._other, strict=True):
+            yield Part(rows, before, self.after(before, other))
+
+
 Remake = Callable[[DifferenceBlocks], Remade]
 """What a method makes of changes of weights that are computed in one reading."""
 
@@ -122,6 +156,7 @@ class WholeScore(Score):
         size: `‖ΔW‖_F`.
         tuned: digests of what was read of the fine-tuned weight.
         before: those of the aligned weight that it was compared with.
+        others: those of what else was read.
     """
 
     empty: ClassVar[str] = "equal to the aligned model's; kept"
@@ -131,6 +166,7 @@ class WholeScore(Score):
     size: float = 0.0
     tuned: Digests = field(default_factory=dict)
     before: Digests = field(default_factory=dict)
+    others: Digests = field(default_factory=dict)
 
     @property
     def is_blank(self) -> bool:
@@ -186,17 +222,24 @@ def scored(
     )
 
 
+def summed(made: Remade) -> Sums:
+    """Return what a change and what takes its place have to say together, from all rows."""
+    before = after = both = 0.0
+    for part in made.rows():
+        before += float(sum_of_squares(part.before))
+        after += float(sum_of_squares(part.after))
+        both += float(inner(part.before, part.after))
+    return Sums(before, after, both)
+
+
 def _score(
     task: WholeTask, buffers: Buffers, change: Difference, D: DifferenceBlocks, made: Remade
 ) -> WholeScore:
-    before = after = both = 0.0
     try:
-        for part in made.rows():
-            before += float(sum_of_squares(part.before))
-            after += float(sum_of_squares(part.after))
-            both += float(inner(part.before, part.after))
+        sums = summed(made)
     except FloatingPointError as error:
         raise SafeprojError(diagnosis(task.name, task.origin, buffers)) from error
+    before, after = sums.before, sums.after
     if not math.isfinite(before):
         raise SafeprojError(diagnosis(task.name, change, buffers))
     if not math.isfinite(after):
@@ -204,7 +247,6 @@ def _score(
             f"{task.name}: what takes the place of the change has a value that is not finite, "
             "though its weights are: they are too large for float32"
         )
-    sums = Sums(before, after, both)
     cosine = None if made.is_blank else made.cosine(sums)
     return WholeScore(
         None,
@@ -218,6 +260,7 @@ def _score(
         size=math.sqrt(before),
         tuned=D.digests[0],
         before=D.digests[1],
+        others=made.others,
     )
 
 

@@ -17,6 +17,7 @@ class Words:
         controls: what a sweep measures beside it: what each is called at the head of a column, and
             what it is.
         changed: what became of a module that was changed.
+        otherwise: the same as `done` where other inputs were given.
         again: what doing it to an adapter that was patched before means.
     """
 
@@ -26,6 +27,13 @@ class Words:
     controls: Mapping[str, tuple[str, str]]
     changed: str = "projected"
     again: str = "projecting again shrinks its updates further, since C is applied twice"
+
+    otherwise: tuple[str, ...] = ()
+
+    @property
+    def all_done(self) -> tuple[str, ...]:
+        """What was done, for whatever inputs were given."""
+        return (self.done, *self.otherwise)
 
     @property
     def title(self) -> str:

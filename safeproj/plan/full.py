@@ -35,7 +35,8 @@ from safeproj.storage.source import Folder, Src, src
 from safeproj.storage.tensorfile import DTYPES
 from safeproj.text import natural_order, shorten
 
-Holds = Callable[[PlannedModule], bool]
+Unheld = Callable[[PlannedModule], str | None]
+"""Tells why nothing is known of a weight, None where it is."""
 
 KINDS = ("linear", "conv1d", "conv", "experts")
 """Kinds of layers whose weights are matrices that map inputs to outputs."""
@@ -153,7 +154,9 @@ def plan_full(
     tuned: Tuned,
     sides: tuple[Names, Names],
     selection: Selection,
-    holds: Holds | None = None,
+    unheld: Unheld,
+    *,
+    by_file: bool = False,
 ) -> FullPlan:
     """Return the plan for a full fine-tune.
 
@@ -161,12 +164,13 @@ def plan_full(
         tuned: the fine-tune, and the model that it was made from.
         sides: the weights that a method measures against, as references have them.
         selection: which weights are considered.
-        holds: tells whether a file that takes their place holds a weight; None where none does.
+        unheld: tells of which of them a method knows nothing.
+        by_file: whether a file takes their place, which may lack some.
 
     Raises:
         SafeprojError: it is no fine-tune of that model, or nothing is left to score.
     """
-    found = _Finding(tuned, sides, holds)
+    found = _Finding(tuned, sides, unheld, by_file=by_file)
     units = list(found.units())
     weights = tuple(each for each in units if selection.considers(each.name))
     excluded = tuple(each.item.module for each in units if not selection.considers(each.name))
@@ -183,9 +187,11 @@ def plan_full(
 class _Finding:
     """Finds the weights of a fine-tune that a method may change, and all others."""
 
-    def __init__(self, tuned: Tuned, sides: tuple[Names, Names], holds: Holds | None) -> None:
-        self._tuned, self._sides, self._is_file = tuned, sides, holds is not None
-        self._holds = holds or (lambda _: True)
+    def __init__(
+        self, tuned: Tuned, sides: tuple[Names, Names], unheld: Unheld, *, by_file: bool
+    ) -> None:
+        self._tuned, self._sides, self._is_file = tuned, sides, by_file
+        self._unheld = unheld
         self._kinds: dict[str, str] = {}
         self._seen: set[object] = set()
 
@@ -254,25 +260,21 @@ class _Finding:
         first = self._found(self._sides[0], parameter)
         second = self._found(self._sides[1], parameter, is_base=True)
         if first is None or second is None:
-            self._saw(whole, self._unheld)
+            self._saw(whole, f"weight that {self._sides[0].checkpoint.source} does not hold")
             return
         for side, each in zip(self._sides, (first, second), strict=True):
             self._require_shape(parameter, shape, _shape(each, side), side)
         is_stack = layout.kind == "experts" and len(shape) == 3
         for expert in range(shape[0]) if is_stack else [None]:
             own, known, one, other = (
-                _as_matrix(each, layout, expert) for each in (whole, before, first, second)
+                as_matrix(each, layout, expert) for each in (whole, before, first, second)
             )
             m, n = _shape(own, tuned)
             item = PlannedModule(_module(parameter, layout, expert, m, n), one, other)
-            if not self._holds(item):
-                self._saw(whole, self._unheld)
+            if (why := self._unheld(item)) is not None:
+                self._saw(whole, why)
                 return
             yield PlannedWeight(item, own, known)
-
-    @property
-    def _unheld(self) -> str:
-        return f"weight that {self._sides[0].checkpoint.source} does not hold"
 
     def _saw(self, whole: Expression, kind: str | None) -> bool:
         """Note of what kind the tensors of a weight are; tell whether none was seen before."""
@@ -351,7 +353,8 @@ def _shape(expression: Expression, names: Names) -> tuple[int, ...]:
     return dtype_and_shape(expression, names.checkpoint)[1]
 
 
-def _as_matrix(whole: Expression, layout: Layout, expert: int | None) -> Expression:
+def as_matrix(whole: Expression, layout: Layout, expert: int | None) -> Expression:
+    """Return a weight that maps inputs to outputs as (m, n), or of one expert of a stack."""
     if layout.kind == "conv":
         return Flat(whole)
     return oriented(whole, expert, not layout.out_first)

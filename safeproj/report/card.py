@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from safeproj.methods.registry import words_of
@@ -52,12 +53,21 @@ def _kinds(report: Report) -> Iterator[str]:
 
 def _done(report: Report) -> str:
     """Return what was done, in one sentence."""
-    done = words_of(report.method).done
-    named = {role: identity for role, identity in report.inputs.items() if f"{{{role}}}" in done}
-    names = {role: _published_name(identity) for role, identity in named.items()}
+    names = {role: _published_name(identity) for role, identity in report.inputs.items()}
+    known = {"changed", "all", *names}
+    done = next(text for text in words_of(report.method).all_done if fields_of(text) <= known)
     if report.is_model:
         done = done.replace("adapted modules", "weights")
     return done.format(changed=report.projected, all=len(report.modules), **names)
+
+
+def fields_of(text: str) -> set[str]:
+    """Return what is put into a text.
+
+    >>> sorted(fields_of("{changed} of {all} modules"))
+    ['all', 'changed']
+    """
+    return {name for _, name, _, _ in Formatter().parse(text) if name}
 
 
 def _published_name(identity: Mapping[str, Any]) -> str:

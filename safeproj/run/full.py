@@ -30,11 +30,10 @@ from safeproj.checkpoint.hashes import NEW, Digests, Hash, merged, record, tenso
 from safeproj.checkpoint.interface import STORED_DTYPES, stored_dtype
 from safeproj.checkpoint.places import places
 from safeproj.checkpoint.rewrite import Rewriting
-from safeproj.engine import Buffers, Comparison, row_width
+from safeproj.engine import Buffers, Comparison, Source, row_width
 from safeproj.engine.local import MAX_WORKERS
 from safeproj.errors import SafeprojError
-from safeproj.methods.differences import Difference
-from safeproj.methods.file_reference import FileReference
+from safeproj.methods.differences import Difference, Rows
 from safeproj.methods.interface import Method
 from safeproj.methods.reference import Reference
 from safeproj.methods.whole import (
@@ -55,17 +54,15 @@ from safeproj.plan.full import (
     open_tuned,
     plan_full,
 )
-from safeproj.plan.match import PlannedChange, PlannedModule
+from safeproj.plan.match import PlannedChange
 from safeproj.records.scores import Report, Unprojected
 from safeproj.run.decide import LOST_IN_ROUNDING, module_reports, warnings_of
 from safeproj.run.job import notes_of
 from safeproj.run.options import Options
 from safeproj.storage.arrays import (
-    FLOAT32,
     Array,
     DType,
     cast,
-    promoted,
     single,
     sum_of_squares,
     to_host,
@@ -138,9 +135,8 @@ class FullJob:
             raise SafeprojError(
                 "--engine ray is for adapters: a full model is read and written on one machine"
             )
-        self._selection = self._options.selection
-        if method.selects_all:
-            self._selection = self._selection.or_all()
+        self._selection = method.selecting(self._options.selection)
+        self._made: Mapping[str, Source] = {}
 
     @cached_property
     def reference(self) -> Reference:
@@ -176,6 +172,8 @@ class FullJob:
         profile = self._options.profile
         with profile.phase("match"):
             plan = self._plan()
+        with profile.phase("run the model"):
+            self._prepare(plan)
         with profile.phase("score"):
             scores = self._scores(plan)
         with profile.phase("decide"):
@@ -265,17 +263,23 @@ class FullJob:
 
     def _plan(self) -> FullPlan:
         reference = self.reference
-        holds: Callable[[PlannedModule], bool] | None = None
-        if isinstance(reference, FileReference):
+        return plan_full(
+            self.tuned,
+            reference.sides,
+            self._selection,
+            reference.unheld,
+            by_file=reference.is_file,
+        )
 
-            def holds(item: PlannedModule) -> bool:
-                try:
-                    reference.origin(item)
-                except SafeprojError:
-                    return False
-                return True
-
-        return plan_full(self.tuned, reference.sides, self._selection, holds)
+    def _prepare(self, plan: FullPlan) -> None:
+        """Let the fine-tune be run, where the method needs that."""
+        observer = self._options.observer
+        self._made = self.reference.rewritten(
+            self.tuned,
+            plan.weights,
+            self._options.device,
+            None if observer is None else observer.ran,
+        )
 
     def _tasks(self, weights: Iterable[PlannedWeight]) -> dict[WholeTask, list[str]]:
         """Return what is computed in one reading, each with the names of its modules."""
@@ -285,7 +289,7 @@ class FullJob:
         return {
             WholeTask(
                 found[0].name,
-                self.reference.origin(found[0].item),
+                self._made.get(found[0].name) or self.reference.origin(found[0].item),
                 (),
                 tuple(self._change(each) for each in found),
             ): [each.name for each in found]
@@ -353,7 +357,7 @@ class FullJob:
         Raises:
             SafeprojError: a weight is another one.
         """
-        if not isinstance(self.reference, FileReference):
+        if not self.reference.is_file:
             return
         recorded = tensors_of(self.reference.digests(scores).get("aligned", {}))
         own = merged(score.before for score in scores.values())
@@ -362,7 +366,8 @@ class FullJob:
                 if digests.get(label, digest) != digest:
                     raise SafeprojError(
                         f"{self.tuned.aligned.checkpoint.source}: {label} is another one than "
-                        f"{self.reference.file.source} was made of; give the model that it is of"
+                        f"{self.reference.sides[0].checkpoint.source} was made of; give the model "
+                        "that it is of"
                     )
 
     def _decided(
@@ -478,6 +483,7 @@ class FullJob:
             SafeprojError: a weight cannot be read.
         """
         plan = self._plan()
+        self._prepare(plan)
         weights = {each.name: each for each in plan.weights}
         tasks = self._tasks(plan.weights)
 
@@ -656,43 +662,6 @@ def _compare(change: Difference, made: Remade, other: Matrix, name: str) -> Comp
         math.sqrt(before),
         made.detail(Sums(before, after, 0.0)).length,  # it takes no product of both
     )
-
-
-class Rows:
-    """The rows (m, n) of a weight that a change is added to, in float32 or wider.
-
-    Args:
-        found: the weight.
-    """
-
-    def __init__(self, found: Matrix) -> None:
-        self._weight, self._turned = found.weight, found.transposed
-        settle([self._weight])
-        self._reader = Reader()
-        self._whole: Array | None = None
-
-    def __call__(self, rows: range) -> Array:
-        """Return some of them."""
-        if not self._turned:
-            return self._stored(rows)
-        if self._whole is None:
-            self._whole = self._stored(range(self._weight.shape[0])).T
-        return self._whole[rows.start : rows.stop]
-
-    @property
-    def height(self) -> int:
-        """How many there are."""
-        return self._weight.shape[1 if self._turned else 0]
-
-    def close(self) -> None:
-        """Close its file."""
-        self._reader.close()
-
-    def _stored(self, rows: range) -> Array:
-        self._reader.start()
-        buffer = numpy.empty(len(rows) * row_width(self._weight), numpy.uint8)
-        found = self._weight.read_rows(self._reader, rows.start, rows.stop, buffer)
-        return cast(found, promoted(found.dtype, FLOAT32))
 
 
 class _Files(Format):

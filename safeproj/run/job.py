@@ -20,7 +20,7 @@ from safeproj.adapter.weightfiles import NAMED
 from safeproj.adapter.write import Complete, adapters_below, unpatched_beside, write_adapter
 from safeproj.checkpoint import settle
 from safeproj.checkpoint.hashes import Hash
-from safeproj.engine import Source, Task, Update
+from safeproj.engine import Replacement, Source, Task, Update
 from safeproj.errors import SafeprojError, explained
 from safeproj.methods import factors
 from safeproj.methods.interface import Method
@@ -35,7 +35,7 @@ from safeproj.records.scores import Report
 from safeproj.run.decide import DTYPES, Decision, decide
 from safeproj.run.manifest import manifest, wanted_hashes
 from safeproj.run.options import Options
-from safeproj.storage.arrays import Array, double, is_finite, quiet
+from safeproj.storage.arrays import double, is_finite, quiet
 from safeproj.storage.ranges import fetching_by
 from safeproj.storage.source import Folder, LocalFolder, read_json
 from safeproj.text import shorten
@@ -65,14 +65,14 @@ class Loaded:
         plan: its updates, with their weights.
         today: those that today's PEFT reads otherwise than the one that wrote them, as that does.
         held: what tells that its updates are a part of the weights, if they seem to be.
-        replacements: module to its `A'` (r, n), where that was made by running the model.
+        replacements: module to what takes its place, where that was made by running the model.
     """
 
     adapter: Adapter
     plan: Plan
     today: tuple[PlannedModule, ...] = ()
     held: str | None = None
-    replacements: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    replacements: Mapping[str, Replacement] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -55,4 +55,9 @@ def interventions(
     Raises:
         SafeprojError: an input cannot be used.
     """
+    if not method.axes:
+        raise SafeprojError(
+            f"no sweep tries {method.words.name}; patch with several strengths, and compare them "
+            "with `safeproj eval`"
+        )
     return AXES[axis or method.axes[0]](method, adapter, options, seed=seed, hashes=hashes)

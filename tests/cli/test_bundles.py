@@ -289,9 +289,15 @@ def flags_of(name: str) -> list[str]:
     [
         ("patch", set()),
         ("inspect", {"--reconstruct"}),
-        ("check", {"--method", "--reconstruct"}),
-        ("verify", {"--method", "--reconstruct"}),
-        ("sweep", {"--mu", "--reconstruct", "--weight"}),
+        ("check", {"--reconstruct"}),
+        ("verify", {"--reconstruct"}),
+        (
+            "sweep",
+            {
+                *("--mu", "--reconstruct", "--weight"),
+                *("--safe-model", "--strength", "--delta-rank"),
+            },
+        ),
     ],
 )
 def test_commands_take_every_option_of_the_methods_but_these(name: str, missing: set[str]) -> None:

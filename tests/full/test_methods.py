@@ -20,6 +20,7 @@ from safeproj import (
     Covariance,
     Form,
     FullModel,
+    Merge,
     Method,
     Options,
     SafeLora,
@@ -114,6 +115,7 @@ def check(
     remade: Callable[[str, Tensor], Tensor],
     selection: Selection | None = None,
     cosine: float = COSINE,
+    scored: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Any:
     """Patch, and check every cosine and every weight that transformers loads; return the record.
 
@@ -124,6 +126,7 @@ def check(
         remade: makes `ΔW'` of a layer's name and `ΔW`, in float64.
         selection: of modules.
         cosine: how far cosines may be off.
+        scored: makes what cosines are of, where that is another one.
     """
     report = patch(method, models.subject, out, Options(selection=selection or Selection()))
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
@@ -138,7 +141,8 @@ def check(
             assert not module.projected
             continue
         new = remade(module.name, delta)
-        expected = float((delta * new).sum() / (delta.norm() * new.norm()))
+        other = new if scored is None else scored(module.name, delta)
+        expected = float((delta * other).sum() / (delta.norm() * other.norm()))
         assert module.cosine == pytest.approx(expected, abs=cosine)
         assert module.scale == pytest.approx(float(new.norm() / delta.norm()), rel=1e-4)
         if not module.projected:
@@ -308,6 +312,79 @@ def save_statistics(model: Any, path: Path, seed: int, positions: int) -> Path:
     document = recorded_document(KIND, options, inputs, config, parameters, weights, by_torch=True)
     write_recorded(path, KIND, arrays_of(tensors).items(), lambda: document)
     return path
+
+
+def safe_lora(models: Models, name: str, delta: Tensor) -> Tensor:
+    """Return what Safe LoRA makes of a change, by whose cosine weights are chosen."""
+    base, aligned, _ = models.matrices(name)
+    return oracle_C(aligned, base) @ delta
+
+
+@pytest.mark.parametrize("gamma", [0.5, 3.0])
+def test_the_safety_vector(models: Models, tmp_path: Path, gamma: float) -> None:
+    def remade(name: str, delta: Tensor) -> Tensor:
+        base, aligned, _ = models.matrices(name)
+        return delta + gamma * (aligned - base)
+
+    method = Merge(models.root / "base", models.root / "aligned", weight=gamma)
+    report = check(
+        models, method, tmp_path / "out", remade, scored=lambda *of: safe_lora(models, *of)
+    )
+    assert report.selection["mode"] == "all"
+    assert report.projector == {
+        "kind": "merge", "form": "safety-vector", "weight": gamma, "chosen_by": "approx"
+    }  # fmt: skip
+    assert {module.name for module in report.modules} == set(models.layers)
+    found = [m for m in report.modules if m.cosine is not None]
+    for module in found:
+        base, aligned, tuned = models.matrices(module.name)
+        change = gamma * float((aligned - base).norm() / (tuned - aligned).norm())
+        assert module.detail["merge_change"] == pytest.approx(change, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def safe(models: Models) -> dict[str, Tensor]:
+    """Another fine-tune of the aligned model, beside the others."""
+    aligned = AutoModelForCausalLM.from_pretrained(models.root / "aligned", dtype="auto")
+    dtype = next(aligned.parameters()).dtype
+    found = moved(aligned.float(), 0.01, seed=11).to(dtype)
+    found.save_pretrained(models.root / "safe")
+    return {name: each.detach().clone() for name, each in found.state_dict().items()}
+
+
+@pytest.mark.parametrize("deciding", ["pair", "file", "nothing"])
+def test_another_fine_tune(
+    models: Models, safe: dict[str, Tensor], tmp_path: Path, deciding: str
+) -> None:
+    def remade(name: str, delta: Tensor) -> Tensor:
+        _, aligned, _ = models.matrices(name)
+        other = safe[f"{name}.weight"].double()
+        turned = isinstance(models.model.get_submodule(name), Conv1D)
+        return 0.7 * delta + 0.3 * ((other.T if turned else other) - aligned)
+
+    given: dict[str, Any] = {"safe_model": models.root / "safe", "weight": 0.3}
+    selection = Selection(layers=6)
+    if deciding == "pair":
+        given |= {"base": models.root / "base", "aligned": models.root / "aligned"}
+    elif deciding == "file":
+        file = tmp_path / "model.safealign.safetensors"
+        align(models.root / "base", models.root / "aligned", file, Form(exact=True))
+        given |= {"alignment": file}
+    else:
+        selection = Selection()
+    scored = None if deciding == "nothing" else lambda *of: safe_lora(models, *of)
+    report = check(models, Merge(**given), tmp_path / "out", remade, selection, scored=scored)
+    document = read_json(tmp_path / "out" / "safeproj.json")
+    assert document["inputs"]["safe_model"]["source"] == str(models.root / "safe")
+    read = document["inputs"]["safe_model"]["blake3"]["tensors"]
+    names = {f"{m.name}.weight" for m in report.modules if m.cosine is not None}
+    assert {name.rpartition(".")[2] for name in read} == {"weight"}
+    assert len(read) >= len(names)
+    scores = [m.cosine for m in report.modules if m.projected]
+    others = [m.cosine for m in report.modules if not m.projected and m.cosine is not None]
+    if deciding != "nothing":
+        assert len(scores) == 6
+        assert max(scores) <= min(others)
 
 
 def test_inspect_scores_as_patch_does(models: Models, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.support import for_each
 
 PACKAGE = Path(safeproj.__file__).parent
 
-FOLDERS = ("safe_lora", "salora", "covariance", "merge")
+FOLDERS = ("safe_lora", "salora", "covariance", "merge", "safe_delta")
 
 NAMES = {*registry.by_name(), *(method.__name__ for method in registry.METHODS)}
 NAMES |= {"Approx", "Exact", "Complement", "Correction", "Reconstruction"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from safeproj import Covariance, Merge, Policy, SafeLora, Salora, inspect
+from safeproj import Covariance, Merge, Policy, SafeDelta, SafeLora, Salora, inspect
 from safeproj.cli.options import Given
 from safeproj.errors import SafeprojError
 from safeproj.methods import registry
@@ -32,6 +32,7 @@ GIVEN = {
     "safety_module": "org/module",
     **STATISTICS,
     "safe_adapter": "org/safe",
+    "safe_model": "org/safe-model",
 }
 """Every source that a method can have."""
 
@@ -60,6 +61,8 @@ SETTINGS: dict[str, Any] = {
     "weight": 0.5,
     "merge_form": "low-rank",
     "merge_rank": 4,
+    "strength": 0.5,
+    "delta_rank": 6,
 }
 """Every setting that a method can have."""
 
@@ -68,6 +71,7 @@ OWN: dict[type[Method], set[str]] = {
     Salora: {"rank"},
     Covariance: {"mu", "reconstruct"},
     Merge: {"projector", "rank", "energy", "weight", "merge_form", "merge_rank"},
+    SafeDelta: {"strength", "delta_rank"},
 }
 
 NEEDS = {
@@ -75,6 +79,7 @@ NEEDS = {
     "salora": "--safety-module",
     "covariance": "--safety-data, and --aligned unless it and --task-data are statistics",
     "merge": "--safe-adapter, and --base and --aligned or --alignment to choose by",
+    "safe-delta": "--aligned and --safety-data",
 }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import Adapter, read_adapter
 from safeproj.adapter.record import WeightNames
-from safeproj.engine import resolve_device
+from safeproj.engine import Replacement, resolve_device
 from safeproj.errors import SafeprojError
 from safeproj.lm.data import BATCH_SIZE, RANDOM, Data, random_data, read_data
 from safeproj.lm.layers import OnBatch
@@ -19,7 +19,7 @@ from safeproj.methods.covariance.file import Statistics, open_statistics
 from safeproj.methods.covariance.formulas import Reconstruction
 from safeproj.methods.covariance.method import STATISTICS, Covariance
 from safeproj.plan.match import Plan
-from safeproj.storage.arrays import Array, from_torch
+from safeproj.storage.arrays import from_torch
 from safeproj.storage.source import open_folder
 
 if TYPE_CHECKING:
@@ -57,10 +57,13 @@ class Rebuilding(Statistics):
 
     runs_adapter = True
 
-    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> dict[str, Array]:
+    def prepare(
+        self, adapter: Adapter, plan: Plan, options: Options
+    ) -> dict[str, Replacement]:
         from safeproj.lm import models
         from safeproj.lm.adapters import Host, require_peft
-        from safeproj.methods.covariance.reconstruct import batch_size, reconstructed
+        from safeproj.lm.passes import batch_size
+        from safeproj.methods.covariance.reconstruct import reconstructed
 
         method = self.method
         assert method is not None
@@ -82,7 +85,7 @@ class Rebuilding(Statistics):
         with host.adapted(adapter) as (load, moved):
             names = {moved.get(name, name): name for name in modules}
             found = reconstructed(load(), list(names), safety, benign, formulas, _told(options))
-        return {names[place]: from_torch(factor) for place, factor in found.items()}
+        return {names[place]: Replacement(from_torch(A)) for place, A in found.items()}
 
 
 def _data(method: Covariance) -> tuple[tuple[str, str | None], tuple[str, str | None]]:

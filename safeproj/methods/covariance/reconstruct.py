@@ -10,40 +10,28 @@ what cannot wait runs up to every layer anew. No gradient is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safeproj.errors import SafeprojError
-from safeproj.lm.data import BATCH_SIZE, Batch
+from safeproj.lm.adapters import LoraLayer, lora_layer
+from safeproj.lm.data import Batch
 from safeproj.lm.layers import (
     MEMORY,
     OnBatch,
     add_squares,
-    in_features,
-    is_linear,
     mirrored,
     plain_weight,
-    running,
-    sharing_inputs,
 )
-from safeproj.lm.passes import Pass, stopping
+from safeproj.lm.passes import walking
 from safeproj.methods.covariance.formulas import RIDGE, Reconstruction
 
 Factors = dict[str, Tensor]
 """Path of a layer to its `A` (r, n)."""
-
-WAITING = 3
-"""What a pass that waits holds, in copies of its widest input: that, the residual, queries, …"""
-
-THREADS = 2048
-"""Bound on the threads that passes wait in, together with those that torch starts for each."""
-
-MOST_BATCHES = 24
-"""Of one of the data, so that their passes can wait in as many threads."""
 
 
 def reconstructed(
@@ -70,132 +58,38 @@ def reconstructed(
         SafeprojError: a layer is no plain LoRA on a linear layer, has no weight in memory, or does
             not run once for each position.
     """
-    adapted = {name: _adapted(model, name) for name in names}
+    adapted = {name: lora_layer(model, name, "--reconstruct") for name in names}
     current = {name: each.A.detach().clone() for name, each in adapted.items()}
     trained = dict(current)
     layers = {name: each.base for name, each in adapted.items()}
     try:
-        with running(model, layers) as run:
-            groups = sharing_inputs(layers, run, safety[0])
-            waiting = max(_waiting(layers[group[0]], [*safety, *benign]) for group in groups)
-            with stopping(run, {group[0]: layers[group[0]] for group in groups}) as begin:
-                runs = _Runs(begin, _room(model, memory // waiting), len(groups), on_batch)
-                aligned, before = (_Line(runs, data) for data in (safety, benign))
-                now, now_benign = (_Line(runs, data) for data in (safety, benign))
-                for group in groups:
-                    with model.disable_adapter():
-                        wanted = aligned.at(group[0])
-                    _put(adapted, trained)
-                    wanted_benign = before.at(group[0])
-                    _put(adapted, current)
-                    benign_goals = {name: _goal(adapted[name], trained[name]) for name in group}
-                    safety_goals = {name: each.unadapted for name, each in benign_goals.items()}
-                    solved = _solved(
-                        benign_goals,
-                        _equations(wanted, now.each(group[0]), safety_goals),
-                        _equations(wanted_benign, now_benign.each(group[0]), benign_goals),
-                        projector.mu,
-                    )
-                    for name, A in solved.items():
-                        if not bool(A.isfinite().all()):
-                            raise SafeprojError(
-                                f"{name}: the corrected factor has a value that is not finite"
-                            )
-                        if bool(adapted[name].B.any()):
-                            current[name] = A.to(trained[name].dtype)
+        with walking(model, layers, [*safety, *benign], on_batch, memory) as walk:
+            aligned, before = (walk.line(data) for data in (safety, benign))
+            now, now_benign = (walk.line(data) for data in (safety, benign))
+            for group in walk.groups:
+                with model.disable_adapter():
+                    wanted = aligned.at(group[0])
+                _put(adapted, trained)
+                wanted_benign = before.at(group[0])
+                _put(adapted, current)
+                benign_goals = {name: _goal(adapted[name], trained[name]) for name in group}
+                safety_goals = {name: each.unadapted for name, each in benign_goals.items()}
+                solved = _solved(
+                    benign_goals,
+                    _equations(wanted, now.each(group[0]), safety_goals),
+                    _equations(wanted_benign, now_benign.each(group[0]), benign_goals),
+                    projector.mu,
+                )
+                for name, A in solved.items():
+                    if not bool(A.isfinite().all()):
+                        raise SafeprojError(
+                            f"{name}: the corrected factor has a value that is not finite"
+                        )
+                    if bool(adapted[name].scaled_B.any()):
+                        current[name] = A.to(trained[name].dtype)
     finally:
         _put(adapted, trained)
     return {name: factor.float().cpu() for name, factor in current.items()}
-
-
-def batch_size(rows: int) -> int:
-    """Return how many samples of a data set run at a time."""
-    return max(BATCH_SIZE, -(-rows // MOST_BATCHES))
-
-
-def _waiting(layer: nn.Module, batches: Sequence[Batch]) -> int:
-    """Return the bytes that a pass over the largest batch holds where it waits."""
-    weight = plain_weight(layer)
-    assert weight is not None
-    row = in_features(layer) * weight.element_size()
-    return WAITING * row * max(batch["attention_mask"].numel() for batch in batches)
-
-
-def _room(model: Any, room: int) -> int:
-    """Return how many passes may wait, of which memory has room for so many."""
-    threads = torch.get_num_threads() if model.device.type == "cpu" else 1
-    return min(room, THREADS // threads)
-
-
-@dataclass
-class _Runs:
-    """The passes over both data in both states.
-
-    Attributes:
-        begin: begins a pass.
-        room: how many more may wait.
-        inputs: how many inputs there are to be looked at.
-        on_batch: told about the progress.
-        batches: how many there are in all.
-        done: how often one has come to an input.
-    """
-
-    begin: Callable[[Batch], Pass]
-    room: int
-    inputs: int
-    on_batch: OnBatch | None
-    batches: int = 0
-    done: int = 0
-
-    def tell(self) -> None:
-        self.done += 1
-        if self.on_batch is not None:
-            self.on_batch(self.done, self.inputs * self.batches)
-
-
-class _Line:
-    """The passes over one data in one state, which go on from input to input.
-
-    Whoever looks at an input has given the model that state before.
-    """
-
-    def __init__(self, runs: _Runs, batches: Sequence[Batch]) -> None:
-        self._runs, self._batches = runs, batches
-        self._waiting: dict[int, Pass] = {}
-        runs.batches += len(batches)
-
-    def at(self, name: str) -> list[Tensor]:
-        """Return what a layer reads, batch by batch, on the CPU."""
-        return [found.cpu() for found in self.each(name)]
-
-    def each(self, name: str) -> Iterator[Tensor]:
-        """Yield what a layer reads, batch by batch."""
-        for number, batch in enumerate(self._batches):
-            if number not in self._waiting and self._runs.room > 0:
-                self._runs.room -= 1
-                self._waiting[number] = self._runs.begin(batch)
-            own = self._waiting.get(number) or self._runs.begin(batch)
-            yield own.until(name)
-            if number not in self._waiting:
-                own.end()
-            self._runs.tell()
-
-
-@dataclass(frozen=True)
-class _Adapted:
-    """A LoRA layer of PEFT.
-
-    Attributes:
-        name: its path.
-        base: the linear layer that it is on.
-        A: `A` (r, n), the parameter itself.
-        B: `s B` (m, r), float64.
-    """
-
-    name: str
-    base: nn.Module
-    A: Tensor
-    B: Tensor
 
 
 @dataclass(frozen=True)
@@ -247,40 +141,19 @@ def _equations(
     return mirrored(own).div_(count), {name: each.div_(count) for name, each in found.items()}
 
 
-def _adapted(model: Any, name: str) -> _Adapted:
-    """Return a layer of a model, which must be plain LoRA on a linear layer."""
-    layer = model.get_base_model().get_submodule(name)
-    adapter = model.active_adapter
-    base = getattr(layer, "base_layer", None)
-    A = getattr(layer, "lora_A", {})
-    dora = getattr(layer, "use_dora", {}).get(adapter)
-    plain = adapter in A and isinstance(A[adapter], nn.Linear) and not dora
-    if not isinstance(base, nn.Module) or not is_linear(base) or not plain:
-        raise SafeprojError(
-            f"{name}: --reconstruct takes plain LoRA on linear layers; leave it out with --exclude"
-        )
-    if plain_weight(base) is None:
-        raise SafeprojError(
-            f"{name}: its weight is stored as codes; --reconstruct needs the checkpoint before "
-            "quantisation"
-        )
-    B = layer.lora_B[adapter].weight.detach().double() * layer.scaling[adapter]
-    return _Adapted(name, base, A[adapter].weight, B)
-
-
-def _put(adapted: Mapping[str, _Adapted], factors: Mapping[str, Tensor]) -> None:
+def _put(adapted: Mapping[str, LoraLayer], factors: Mapping[str, Tensor]) -> None:
     """Give the model other factors of some layers."""
     with torch.no_grad():
         for name, factor in factors.items():
             adapted[name].A.copy_(factor)
 
 
-def _goal(layer: _Adapted, A: Tensor) -> _Goal:
+def _goal(layer: LoraLayer, A: Tensor) -> _Goal:
     """Return that of a layer with its trained `A`: what it does on the benign data."""
     weight = plain_weight(layer.base)
     assert weight is not None
-    inverse = torch.linalg.pinv(layer.B)
-    return _Goal(inverse @ weight.double(), inverse @ layer.B @ A.double())
+    inverse = torch.linalg.pinv(layer.scaled_B)
+    return _Goal(inverse @ weight.double(), inverse @ layer.scaled_B @ A.double())
 
 
 def _solved(

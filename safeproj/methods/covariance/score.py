@@ -76,7 +76,7 @@ def corrected(
     cores = [core_of(task.name, update, "input") for update in task.updates]
     pairs = list(zip(task.updates, cores, strict=True))
     if isinstance(formulas, Reconstruction):
-        made = [_input(known, update.replacement) for update, known in pairs]
+        made = [_input(known, _replaced(update)) for update, known in pairs]
         return tuple(
             _corrected_score(task.name, update, known, own, (H, S), digests)
             for (update, known), own in zip(pairs, made, strict=True)
@@ -103,9 +103,13 @@ def singular(task: Task, error: SingularError) -> SafeprojError:
     )
 
 
-def _input(known: Core | SafeprojError | None, stored: Array | None) -> Array:
+def _replaced(update: Update) -> Array:
+    assert update.replacement is not None
+    return update.replacement.A
+
+
+def _input(known: Core | SafeprojError | None, stored: Array) -> Array:
     """Return a factor (r, n) as it is stored, or what stands for it, in float32."""
-    assert stored is not None
     return single(known.coordinates(stored.T).T if isinstance(known, Core) else stored)
 
 

@@ -19,7 +19,8 @@ class Mixed(Detail):
     Attributes:
         deciding: what Safe LoRA says of it, by whose cosine it is chosen.
         form: how it is written.
-        rank: r' of what is written; None where the update is zero, or was not merged.
+        rank: r' of what is written; None of an update that is zero, was not merged, or
+            is of a full fine-tune.
         change: `‖ΔW' - ΔW‖_F / ‖ΔW‖_F`.
         error: `‖ΔW' - M‖_F / ‖M‖_F`, with `M` what the formula says.
     """
@@ -49,12 +50,10 @@ class Mixed(Detail):
 
     def to_dict(self) -> dict[str, Any]:
         found = self.deciding.to_dict()
+        if self.change is not None:
+            found |= {"merge_change": self.change, "merge_error": self.error}
         if self.rank is not None:
-            found |= {
-                "written_rank": self.rank,
-                "merge_change": self.change,
-                "merge_error": self.error,
-            }
+            found["written_rank"] = self.rank
         return found
 
     @classmethod

@@ -9,14 +9,17 @@ FORMS = (EXACT, LOW_RANK, FACTOR_WISE)
 """How the merged update is written: as it is, as its best approximation of a rank, or as the
 factors merged one by one, which is another update."""
 
+VECTOR = "safety-vector"
+"""To a whole change a multiple of what alignment moved the weight by is added."""
+
 
 @dataclass(frozen=True)
 class Merging:
     """How two updates are merged.
 
     Attributes:
-        weight: `λ`, that of the safe one.
-        form: one of `FORMS`.
+        weight: `λ`, that of the safe one; or `γ`, that of the safety vector.
+        form: one of `FORMS`, or `VECTOR`.
         rank: of the best approximation; that of the update if None.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from safeproj.methods.interface import (
     unrecorded,
 )
 from safeproj.methods.merge.detail import Mixed
-from safeproj.methods.merge.forms import EXACT, FORMS, LOW_RANK, Merging
+from safeproj.methods.merge.forms import EXACT, FORMS, LOW_RANK, VECTOR, Merging
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.words import Words
 from safeproj.storage.source import Src
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from safeproj.adapter import Adapter
     from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
+    from safeproj.methods.whole import WholeKernel
     from safeproj.plan.select import Selection
     from safeproj.run.options import Options
 
@@ -52,6 +54,12 @@ WORDS = Words(
             "merged with the safe updates turned at random: the same size and spectrum",
         ),
     },
+    otherwise=(
+        "merged the changes of {changed} of {all} weights with those of the safe model "
+        "{safe_model} (SafeMERGE, arXiv 2503.17239)",
+        "added to {changed} of {all} weights a multiple of the difference of {aligned} and {base}, "
+        "the safety vector (RESTA, arXiv 2402.11746)",
+    ),
     changed="merged",
     again="merging again moves its updates further towards the safe adapter",
 )
@@ -62,11 +70,15 @@ WORDS = Words(
 class Merge(Method):
     """SafeMERGE: updates that Safe LoRA would project are merged with those of a safe adapter.
 
-    Djuhera et al., arXiv 2503.17239. The modules are chosen by Safe LoRA's cosine; without models
-    to compute it from, all are merged, and the cosine is that of `ΔW` and `ΔW'`.
+    Djuhera et al., arXiv 2503.17239. Of full fine-tunes the whole changes, or the safety vector is
+    added to them (RESTA, arXiv 2402.11746). The modules are chosen by Safe LoRA's cosine; without
+    models to compute it from, all are merged, and the cosine is that of `ΔW` and `ΔW'`.
 
     Attributes:
         safe_adapter: SRC of the safe adapter.
+        safe_model: SRC of a full fine-tune in its place, to be merged into another one; without
+            either `weight` times the difference of `aligned` and `base` is added to a full
+            fine-tune (RESTA).
         base: SRC of the unaligned checkpoint, for the cosine.
         aligned: SRC of the aligned checkpoint.
         alignment: SRC of an alignment file, in place of both.
@@ -93,6 +105,12 @@ class Merge(Method):
     mark: ClassVar[str] = "--safe-adapter"
     side: ClassVar[Literal["output", "input", "both"]] = "both"
     axes: ClassVar[tuple[str, ...]] = ("weight",)
+    whole_ways: ClassVar[tuple[frozenset[str], ...]] = (
+        frozenset({"base", "aligned"}),
+        frozenset({"base", "aligned", "safe_model"}),
+        frozenset({"alignment", "safe_model"}),
+        frozenset({"safe_model"}),
+    )
 
     base: Src | None = source("--base")
     aligned: Src | None = source("--aligned")
@@ -102,12 +120,18 @@ class Merge(Method):
         "Adapter of the same model that was trained to be safe: merges its updates into those that "
         "Safe LoRA would project; without --base and --aligned, or --alignment, into all.",
     )
+    safe_model: Src | None = source(
+        "--safe-model",
+        "The same for a full fine-tune (--model): another full fine-tune of the aligned model, "
+        "that was trained to be safe.",
+    )
     projector: str | None = option("--projector")
     rank: int | None = option("--rank", metavar="K")
     energy: float | None = option("--energy", metavar="E")
     weight: float | None = option(
         "--weight",
-        "Weight L of the safe adapter in (1-L) dW + L dW_safe, 0 < L <= 1.  [default: 0.2]",
+        "Weight L of the safe adapter or model in (1-L) dW + L dW_safe, 0 < L <= 1; or of the "
+        "safety vector in dW + L V (--method merge --model).  [default: 0.2; for V none]",
         "L",
     )
     merge_form: str | None = option(
@@ -123,8 +147,17 @@ class Merge(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weight is not None and not 0.0 < self.weight <= 1.0:
+        if self.weight is not None and self.adds_vector:
+            if not 0.0 < self.weight <= sys.float_info.max:
+                raise SafeprojError(
+                    f"--weight must be a number of more than 0, found {self.weight}"
+                )
+        elif self.weight is not None and not 0.0 < self.weight <= 1.0:
             raise SafeprojError(f"--weight must lie in (0, 1], found {self.weight}")
+        if self.safe_adapter is None and (self.merge_form, self.merge_rank) != (None, None):
+            raise SafeprojError(
+                "--merge-form and --merge-rank are for adapters; leave them out with --model"
+            )
         if self.merge_form not in (None, *FORMS):
             *others, last = FORMS
             raise SafeprojError(
@@ -143,16 +176,32 @@ class Merge(Method):
             )
 
     @property
+    def adds_vector(self) -> bool:
+        """Whether nothing is merged, but the safety vector added (RESTA)."""
+        return self.safe_adapter is None and self.safe_model is None
+
+    @property
     def deciding(self) -> SafeLora | None:
         """Safe LoRA, by whose cosine modules are chosen; None without models."""
-        if self.sources.keys() == {"safe_adapter"}:
+        if self.sources.keys() <= {"safe_adapter", "safe_model"}:
             return None
         known = SafeLora.options()
         return SafeLora(**{name: value for name, value in self.given.items() if name in known})
 
     @property
     def formula(self) -> Merging:
-        """How two updates are merged."""
+        """How two updates are merged.
+
+        Raises:
+            SafeprojError: it is not said how much of the safety vector is added.
+        """
+        if self.adds_vector:
+            if self.weight is None:
+                raise SafeprojError(
+                    "--weight is missing: how much of aligned - base is added to the weights, "
+                    "such as 0.5"
+                )
+            return Merging(self.weight, VECTOR)
         form = self.merge_form or (EXACT if self.merge_rank is None else LOW_RANK)
         return Merging(WEIGHT if self.weight is None else self.weight, form, self.merge_rank)
 
@@ -161,12 +210,14 @@ class Merge(Method):
         return self.deciding is not None and self.deciding.is_wide
 
     def selecting(self, selection: Selection) -> Selection:
+        if self.adds_vector:
+            return selection.or_all()
         if self.deciding is not None:
             return selection
         if selection.threshold is not None or selection.layers is not None:
             raise SafeprojError(
                 "modules are chosen by Safe LoRA's cosine, and there is nothing to compute it "
-                "from; give --base and --aligned, or --alignment, beside --safe-adapter"
+                f"from; give --base and --aligned, or --alignment, beside {self._safe}"
             )
         return selection.or_all()
 
@@ -174,6 +225,20 @@ class Merge(Method):
         from safeproj.methods.merge.score import score
 
         return partial(score, deciding=self.deciding, merging=self.formula)
+
+    @property
+    def _safe(self) -> str:
+        return "--safe-model" if self.safe_adapter is None else "--safe-adapter"
+
+    def whole(self) -> WholeKernel:
+        from safeproj.methods.merge.whole import remake
+
+        if self.safe_adapter is not None:
+            raise SafeprojError(
+                "--safe-adapter is merged into adapters; with --model give --safe-model, or "
+                "--base, --aligned and --weight to add the safety vector"
+            )
+        return partial(remake, method=self)
 
     def describe(self, scores: Iterable[Score]) -> dict[str, Any]:
         formula = self.formula
@@ -186,6 +251,10 @@ class Merge(Method):
         return found
 
     def open(self, maps: Sequence[str] = ()) -> Reference:
+        if self.safe_adapter is None:
+            from safeproj.methods.merge.models import Models
+
+            return Models(self.deciding, self.sources.get("safe_model"), maps)
         from safeproj.methods.merge.reference import open_both
 
         return open_both(self.sources["safe_adapter"], self.deciding, self.formula, maps)
@@ -193,7 +262,7 @@ class Merge(Method):
     def prepared(
         self, adapters: Sequence[str | Adapter], options: Options
     ) -> AbstractContextManager[Merge]:
-        formula = self.formula
+        formula = self.formula  # what is missing is said before anything is read
         if options.portable and (formula.form == EXACT or formula.rank is not None):
             raise SafeprojError(
                 "--portable needs one rank for all modules, and merging changes that of those that "
@@ -209,9 +278,11 @@ class Merge(Method):
         if self.deciding is not None:
             chosen_by = {"kind": found.pop("chosen_by", None), **found}
             settings, found = self.deciding.recorded(source, chosen_by).settings, {}
-        is_known = kind == "merge" and form in FORMS and weight is not None and is_number(weight)
+        forms = FORMS if self.safe_adapter else (VECTOR if self.adds_vector else EXACT,)
+        is_known = kind == "merge" and form in forms and weight is not None and is_number(weight)
         if found or not is_known or not is_count(rank):
             raise unrecorded(source)
-        return self.with_recorded(
-            source, weight=weight, merge_form=form, merge_rank=rank, **settings
-        )
+        how = {"merge_form": form, "merge_rank": rank} if self.safe_adapter else {}
+        if rank is not None and not how:
+            raise unrecorded(source)
+        return self.with_recorded(source, weight=weight, **how, **settings)

@@ -93,7 +93,7 @@ class NoModel(Plain):
 
 
 @dataclass(frozen=True)
-class SafeAdapter:
+class SafeAdapter(Plain):
     """The safe adapter, beside the models whose weights both adapters change.
 
     Attributes:
@@ -107,8 +107,6 @@ class SafeAdapter:
     adapter: Adapter
     merging: Merging
     with_models: bool
-
-    runs_adapter = False
 
     @property
     def names(self) -> Collection[str]:

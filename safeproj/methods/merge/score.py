@@ -12,10 +12,10 @@ from safeproj.checkpoint.hashes import Hash
 from safeproj.engine import Buffers, Task, Update
 from safeproj.errors import SafeprojError
 from safeproj.methods.detail import Detail
-from safeproj.methods.factors import CancellationError, norm, settled
+from safeproj.methods.factors import CancellationError, cosine, norm, settled
 from safeproj.methods.merge.detail import Mixed
 from safeproj.methods.merge.forms import Merging
-from safeproj.methods.merge.formulas import Factors, Merged, merged
+from safeproj.methods.merge.formulas import Factors, merged
 from safeproj.methods.merge.sources import Both
 from safeproj.methods.safe_lora.method import SafeLora
 from safeproj.methods.score import Score
@@ -123,7 +123,7 @@ def _merged(
         factor=factor,
         other=replaced,
         settled=None,
-        cosine=_cosine(own, found, size) if is_alone else score.cosine,
+        cosine=cosine(own, (found.A, found.B)) if is_alone else score.cosine,
         scale=norm(found.A, found.B) / size,
         bias=_bias(update, other, merging.weight, ratio),
         detail=replace(detail, rank=len(replaced), change=change / size, error=found.error),
@@ -138,13 +138,6 @@ def _factors(update: Update) -> Factors:
     """
     A, B = settled(update.A, update.B)
     return A, B
-
-
-def _cosine(own: Factors, found: Merged, size: float) -> float:
-    """Return `⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖)`."""
-    inner = float(((own[1].T @ found.B) * (own[0] @ found.A.T)).sum())
-    length = norm(found.A, found.B)
-    return min(max(inner / (size * length), -1.0), 1.0) if length else 0.0
 
 
 def _bias(update: Update, other: Update | None, weight: float, ratio: float) -> Any:

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from safeproj.extracting.leading import leading
+from safeproj.methods.leading import leading
 from tests.support import Put, both_engines, for_each, tensor_of
 
 SHAPES = ((120, 200), (200, 120), (30, 40))

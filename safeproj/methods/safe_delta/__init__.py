@@ -1,0 +1,1 @@
+"""Safe Delta: the entries of a change that cost least safety, and compensation for them."""
