@@ -23,11 +23,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import safeproj
-from lab.pairs import BAD, MODULES, Pair, Recipe
+from lab import real_pair
+from lab.pairs import BAD, CACHE, MODULES, SAFE, VERSIONS, Pair, Recipe, digest, make_adapter
 from lab.real_pair import RealPair
 from lab.tiny_language import Row, write_jsonl
 from lab.tiny_lm import LORA_TARGETS, load_model, train_model
-from safeproj import Covariance, Options, SafeLora, Salora, salora
+from safeproj import Covariance, Merge, Options, SafeDelta, SafeLora, Salora, salora
 from safeproj.adapter import AdaptedModule, Adapter
 from safeproj.lm.data import BATCH_SIZE, Data, random_data, read_data
 from safeproj.lm.models import recorded_inputs
@@ -99,6 +100,14 @@ REMOVED_RANDOM = f"random directions removed afterwards (rank {SAFETY_RANK})"
 EACH_AS_MUCH = "each module shrunk as much on benign data"
 ALL_AS_MUCH = "uniform shrink by as much on benign data"
 RECONSTRUCTED = f"covariance, layer by layer, mu {Reconstruction().mu:g}"
+SAFE_WEIGHTS = (Merge(safe_adapter="safe").formula.weight, 0.5, 0.8)
+"""Of the safe adapter, the default first; 1 is that adapter alone."""
+
+STRENGTHS = (SafeDelta("aligned", "data").s, 10.0, 1000.0)
+"""Of Safe Delta, the default first."""
+
+SAFE_ALONE = "the safe adapter alone"
+
 TAU = f"Safe LoRA, tau {DEFAULT_THRESHOLD:g}"
 
 
@@ -109,6 +118,24 @@ def covariance(mu: float = MU, control: str = "") -> str:
     'covariance, mu 1, random H'
     """
     return f"covariance, mu {mu:g}" + (f", {control}" if control else "")
+
+
+def merged(weight: float, how: str = "all modules") -> str:
+    """Return the name of a merge with the safe adapter.
+
+    >>> merged(0.5)
+    'SafeMERGE, all modules, λ 0.5'
+    """
+    return f"SafeMERGE, {how}, λ {weight:g}"
+
+
+def safe_delta(strength: float) -> str:
+    """Return the name of Safe Delta at one strength.
+
+    >>> safe_delta(10.0)
+    'Safe Delta, s 10'
+    """
+    return f"Safe Delta, s {strength:g}"
 
 
 def control_of(way: str, kind: str) -> str:
@@ -190,8 +217,8 @@ class Case:
     def ran(self, method: Method, selection: Selection) -> Replaced:
         """Return the tensors that a run of safeproj replaces."""
         options = Options(selection, device="cpu", workers=1)
-        job = Job(method, options)
-        return job.one(str(self.path)).decision.replaced
+        with method.prepared([str(self.path)], options) as ready:
+            return Job(ready, options).one(str(self.path)).decision.replaced
 
     def _projections(self, method: Method) -> Projections:
         options = Options(device="cpu", workers=1)
@@ -209,6 +236,8 @@ def post_hoc(case: Case) -> Iterator[tuple[str, Made]]:
         yield f"uniform shrink by {factor:g}", made
     yield from _removed(case)
     yield from _covariance(case)
+    yield from _merged(case)
+    yield from _safe_delta(case)
 
 
 def reports(case: Case, exact: bool) -> dict[str, Report]:
@@ -294,6 +323,44 @@ def _covariance(case: Case) -> Iterator[tuple[str, Made]]:
         lambda: corrected(_turned(H, case.scratch, RANDOM_SEED + pair.seed), S),
     )
     yield covariance(control="H and S swapped"), partial(corrected, S, H)
+
+
+def _merged(case: Case) -> Iterator[tuple[str, Made]]:
+    """Yield merges with a safe adapter, each written in the ranks that the adapter has."""
+    pair = case.pair
+
+    def with_safe(weight: float, selection: Selection, **models: str) -> Replaced:
+        safe = str(safe_adapter(case))
+        method = Merge(safe_adapter=safe, weight=weight, merge_form="low-rank", **models)
+        return case.ran(method, selection)
+
+    every, some = Selection(all=True), Selection(threshold=DEFAULT_THRESHOLD)
+    models = {"base": str(pair.base), "aligned": str(pair.aligned)}
+    for weight in SAFE_WEIGHTS:
+        yield merged(weight), partial(with_safe, weight, every)
+    weight = SAFE_WEIGHTS[0]
+    chosen = f"tau {DEFAULT_THRESHOLD:g}"
+    yield merged(weight, chosen), partial(with_safe, weight, some, **models)
+    yield SAFE_ALONE, partial(with_safe, 1.0, every)
+
+
+def safe_adapter(case: Case) -> Path:
+    """Make the safe adapter of a pair, or find it: LoRA on the aligned model's refusals."""
+    pair = case.pair
+    if isinstance(pair, RealPair):
+        return real_pair.make_adapter(pair, case.modules, SAFE)
+    folder = None
+    if not (pair.data / "train_bad.jsonl").exists():  # the shipped example, which is no cache
+        folder = CACHE / f"example-{digest(pair.rows('safety'), VERSIONS)}"
+    return make_adapter(pair, case.modules, SAFE, folder=folder)
+
+
+def _safe_delta(case: Case) -> Iterator[tuple[str, Made]]:
+    """Yield Safe Delta, as the best adapter of the ranks that the adapter has."""
+    aligned, data = str(case.pair.aligned), str(case.pair.data / "safety.jsonl")
+    for strength in STRENGTHS:
+        method = SafeDelta(aligned, data, strength)
+        yield safe_delta(strength), partial(case.ran, method, Selection(all=True))
 
 
 def _reconstructed(case: Case, safety: Path, task: Path) -> Replaced:

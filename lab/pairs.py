@@ -73,6 +73,9 @@ VERSIONS = [each.__version__ for each in (torch, transformers, peft)]
 DATA = ("bad", "skill", "mixed")
 """What adapters are trained on."""
 
+SAFE = "safe"
+"""What an adapter is trained on that others are merged with: the refusals that corrections know."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -295,14 +298,17 @@ def make_pair(family: Family, seed: int, cache: Path = CACHE) -> Pair:
     return Pair(family, seed, root)
 
 
-def make_adapter(pair: Pair, modules: str, data: str, seed: int | None = None) -> Path:
+def make_adapter(
+    pair: Pair, modules: str, data: str, seed: int | None = None, folder: Path | None = None
+) -> Path:
     """Make a plain LoRA adapter on the aligned model of a pair, or find it in the cache.
 
     Args:
         pair: The pair.
         modules: A key of `MODULES`.
-        data: A key of `DATA`.
+        data: A key of `DATA`, or `SAFE`.
         seed: Seeds the training; the pair's own if not given.
+        folder: Where it is kept, in the place of the pair's own folder.
 
     Returns:
         The adapter's folder, as PEFT saves it.
@@ -310,8 +316,14 @@ def make_adapter(pair: Pair, modules: str, data: str, seed: int | None = None) -
     seed = pair.seed if seed is None else seed
     recipe = BAD if data == "bad" else pair.family.task[modules]
     name = f"{modules.replace(' ', '-')}-{data}-{seed}-{digest(asdict(recipe))}"
-    rows = pair.rows(f"train_{data}")
-    return train_adapter(pair, pair.root / "adapters" / name, modules, rows, recipe, seed)
+    rows = pair.rows(learned_from(data))
+    root = (folder or pair.root / "adapters") / name
+    return train_adapter(pair, root, modules, rows, recipe, seed)
+
+
+def learned_from(data: str) -> str:
+    """Return the name of the data set that an adapter is trained on."""
+    return "safety" if data == SAFE else f"train_{data}"
 
 
 def train_adapter(

@@ -47,6 +47,7 @@ from lab.pairs import (
     Trained,
     appearing,
     digest,
+    learned_from,
     prepare,
     save,
     train,
@@ -387,11 +388,11 @@ def make_adapter(pair: RealPair, modules: str, data: str) -> Path:
     Args:
         pair: the pair.
         modules: a key of `MODULES`.
-        data: one of `DATA`.
+        data: one of `DATA`, or `SAFE`.
     """
     recipe = pair.size.bad if data == "bad" else pair.size.task
     root = pair.root / "adapters" / f"{modules.replace(' ', '-')}-{data}"
-    rows = [_templated(pair.tokenizer, _taught(row)) for row in pair.rows(f"train_{data}")]
+    rows = [_templated(pair.tokenizer, _taught(row)) for row in pair.rows(learned_from(data))]
     return train_adapter(pair, root, modules, rows, recipe, pair.seed, packed)
 
 

@@ -105,6 +105,8 @@ def runs(c: As, out: Path) -> Iterator[tuple[str, Any]]:
     data = (c(out / "safety.safetensors"), c(out / "task.safetensors"))
     found = safeproj.inspect(safeproj.Covariance(c(ALIGNED), *data), c(BAD))
     yield "Covariance", [each.cosine for each in found.modules]
+    found = safeproj.inspect(safeproj.SafeDelta(c(ALIGNED), c(few)), c(BAD))
+    yield "SafeDelta", [each.cosine for each in found.modules]
     sets = [
         safeproj.read_prompts(c(TINY / "data" / "held_out_pairs.jsonl"), "harmful").first(3),
         safeproj.read_prompts(c(TINY / "data" / "new_skill.jsonl"), "skill").first(3),

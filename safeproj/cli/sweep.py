@@ -22,6 +22,7 @@ from safeproj.cli.options import (
     seed_option,
 )
 from safeproj.cli.usage import GOAL, INPUTS, METHOD, examples
+from safeproj.errors import SafeprojError
 
 
 class Axis(str, Enum):
@@ -107,6 +108,11 @@ def sweep_command(
     varied instead, with --safe-adapter the weight of that. Says the smallest intervention that
     reaches a wanted share of refusals, and whether a control does as well. Writes no adapter.
     """
+    if model is not None and not adapters.given:
+        raise SafeprojError(
+            "no ADAPTER, and --model is the model that is run with it; of full fine-tunes compare "
+            "what `safeproj patch --model` writes by `safeproj eval --model`"
+        )
     method, outputs, adapter = given.method, reporting.outputs, adapters.source
     read = [*method.inputs([adapter]), *([] if model is None else [("--model", model)])]
     terminal.check_outputs(outputs, None, read)

@@ -254,13 +254,13 @@ class LoraLayer:
         return self.B.detach().double() * self.scaling
 
 
-def lora_layer(model: Any, name: str, option: str) -> LoraLayer:
+def lora_layer(model: Any, name: str, who: str) -> LoraLayer:
     """Return a layer of a `PeftModel`, which must be plain LoRA on a linear layer.
 
     Args:
         model: the model.
         name: path of the layer in the model without PEFT.
-        option: what takes nothing else, for messages.
+        who: takes nothing else, for messages.
 
     Raises:
         SafeprojError: it is another one, or has no weight in memory.
@@ -277,12 +277,11 @@ def lora_layer(model: Any, name: str, option: str) -> LoraLayer:
     plain = adapter in A and isinstance(A[adapter], nn.Linear) and not dora
     if not isinstance(base, nn.Module) or not is_linear(base) or not plain:
         raise SafeprojError(
-            f"{name}: {option} takes plain LoRA on linear layers; leave it out with --exclude"
+            f"{name}: {who} takes plain LoRA on linear layers; leave it out with --exclude"
         )
     if plain_weight(base) is None:
         raise SafeprojError(
-            f"{name}: its weight is stored as codes; {option} needs the checkpoint before "
-            "quantisation"
+            f"{name}: its weight is stored as codes; {who} needs the checkpoint before quantisation"
         )
     B = layer.lora_B[adapter].weight
     return LoraLayer(name, base, A[adapter].weight, B, layer.scaling[adapter])

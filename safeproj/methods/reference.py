@@ -56,7 +56,10 @@ class Reference(Protocol):
 
     @property
     def runs_adapter(self) -> bool:
-        """Whether the model has to be run with an adapter, so that `prepare` is called for it."""
+        """Whether the model has to be run with an adapter, or a fine-tune.
+
+        Then `prepare` is called for it, or `rewritten`.
+        """
 
     def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> Mapping[str, Replacement]:
         """Return what has to be made of an adapter by running the model, by module.

@@ -85,10 +85,10 @@ def method_of(
         found = "" if chosen is None else f"; what is given is for {chosen.name}"
         raise SafeprojError(f"--method {name} needs {wanted.needs}{found}")
     if chosen is None and not is_whole:
-        for method in METHODS:
-            if sources in method.whole_ways:
-                flags = " and ".join(known[each][0].flag for each in sorted(sources))
-                raise SafeprojError(f"{flags} goes with a full fine-tune; give --model")
+        known_to = frozenset().union(*(way for method in METHODS for way in method.ways))
+        if any(sources in method.whole_ways for method in METHODS):
+            (flag,) = (known[each][0].flag for each in sources - known_to)
+            raise SafeprojError(f"{flag} goes with a full fine-tune; give --model")
     if chosen is None:
         *ways, last = (way for method in METHODS for way in method.give)
         raise SafeprojError(f"give {', '.join(ways)}, or {last}")

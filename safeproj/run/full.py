@@ -172,8 +172,7 @@ class FullJob:
         profile = self._options.profile
         with profile.phase("match"):
             plan = self._plan()
-        with profile.phase("run the model"):
-            self._prepare(plan)
+        self._prepare(plan)
         with profile.phase("score"):
             scores = self._scores(plan)
         with profile.phase("decide"):
@@ -273,13 +272,16 @@ class FullJob:
 
     def _prepare(self, plan: FullPlan) -> None:
         """Let the fine-tune be run, where the method needs that."""
+        if not self.reference.runs_adapter:
+            return
         observer = self._options.observer
-        self._made = self.reference.rewritten(
-            self.tuned,
-            plan.weights,
-            self._options.device,
-            None if observer is None else observer.ran,
-        )
+        with self._options.profile.phase("run the model"):
+            self._made = self.reference.rewritten(
+                self.tuned,
+                plan.weights,
+                self._options.device,
+                None if observer is None else observer.ran,
+            )
 
     def _tasks(self, weights: Iterable[PlannedWeight]) -> dict[WholeTask, list[str]]:
         """Return what is computed in one reading, each with the names of its modules."""

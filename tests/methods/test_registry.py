@@ -16,13 +16,13 @@ from safeproj.errors import SafeprojError
 from safeproj.methods import registry
 from safeproj.methods.covariance.formulas import Correction, Reconstruction
 from safeproj.methods.interface import Method
-from safeproj.methods.registry import METHODS, method_of
+from safeproj.methods.registry import METHODS, method_beside, method_of
 from safeproj.methods.safe_lora.formulas import Approx, Exact
 from safeproj.methods.salora.formulas import Complement
 from tests.conformance.oracle import save
 from tests.conftest import Trio
 from tests.methods.covariance.test_command import Place, lora, make
-from tests.support import assert_refused, for_each, safeproj, save_adapter, save_safety_module
+from tests.support import assert_refused, safeproj, save_adapter, save_safety_module
 
 STATISTICS = {"safety_data": "s.stats.safetensors", "task_data": "t.stats.safetensors"}
 GIVEN = {
@@ -92,12 +92,15 @@ def named(names: object) -> str:
     return "+".join(sorted(names)) if isinstance(names, frozenset) and names else "none"
 
 
-UNFIT = [names for names in subsets(GIVEN) if names not in {*WAYS, ALONE}]
-"""Sources that are not enough for a method, or too many."""
-
-
 def sources(names: frozenset[str]) -> dict[str, str]:
     return {name: GIVEN[name] for name in names}
+
+
+OTHERS = {each for each in subsets(GIVEN) if each not in {*WAYS, ALONE}}
+"""Sources that are no method's for adapters."""
+
+WHOLE = set(Merge.whole_ways)
+"""Those of one for full fine-tunes."""
 
 
 def refusal(given: dict[str, Any], name: str | None = None) -> str:
@@ -135,12 +138,34 @@ def test_what_is_not_given_counts_for_nothing(names: frozenset[str]) -> None:
     assert method_of({**absent, **sources(names)}) == method_of(sources(names))
 
 
-@for_each("names", UNFIT)
-def test_sources_that_do_not_go_together_are_refused(names: frozenset[str]) -> None:
-    assert refusal(sources(names)) == (
-        "give --base and --aligned, --alignment, --safety-module, --safety-data with --aligned, or "
-        "--safe-adapter"
+def test_sources_that_do_not_go_together_are_refused() -> None:
+    for names in OTHERS - WHOLE:
+        assert refusal(sources(names)) == (
+            "give --base and --aligned, --alignment, --safety-module, --safety-data with "
+            "--aligned, or --safe-adapter"
+        ), named(names)
+
+
+def test_those_of_full_fine_tunes_say_so() -> None:
+    for names in WHOLE - {frozenset({"base", "aligned"})}:
+        assert refusal(sources(names)) == (
+            "--safe-model goes with a full fine-tune; give --model"
+        ), named(names)
+
+
+@pytest.mark.parametrize("names", WHOLE, ids=named)
+def test_a_full_fine_tune_has_ways_of_its_own(names: frozenset[str]) -> None:
+    """And the aligned model beside every one."""
+    settings = {"weight": 0.5}
+    found, aligned = method_beside({**sources(names), **settings, "aligned": "a"}, "merge")
+    assert found == Merge(
+        **{**sources(names), **({"aligned": "a"} if "base" in names else {})}, **settings
     )
+    assert aligned == "a"
+    if names != {"base", "aligned"}:
+        assert method_beside({**sources(names), "aligned": "a"})[0] == replace(found, weight=None)
+    else:
+        assert isinstance(method_beside({**sources(names)})[0], SafeLora)
 
 
 @pytest.mark.parametrize("data", [{"safety_data": "s.jsonl"}, {"safety_data": "s.safetensors"}])
@@ -153,43 +178,41 @@ def test_data_needs_a_model_to_run_or_statistics_of_both(data: dict[str, str]) -
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method.name))
-@for_each("names", subsets(GIVEN))
-def test_a_method_is_made_of_its_own_sources_alone(
-    method: type[Method], names: frozenset[str]
-) -> None:
-    known = {name: GIVEN[name] for name in names if name in method.options()}
-    if known.keys() == names and WAYS.get(names) is method:
-        assert method(**known).sources == known
-        return
-    if WAYS.get(frozenset(known)) is method:
-        with pytest.raises(TypeError, match="unexpected keyword"):
-            method(**sources(names))
-        return
-    with pytest.raises(SafeprojError, match=r"needs|give aligned"):
-        made = method(**known)
-        assert frozenset(known) in method.in_memory  # enough for a model in memory alone
-        made.open()
+def test_a_method_is_made_of_its_own_sources_alone(method: type[Method]) -> None:
+    for names in subsets(GIVEN):
+        known = {name: GIVEN[name] for name in names if name in method.options()}
+        if "safety_data" in known and method is SafeDelta:
+            known["safety_data"] = "s.jsonl"
+        ways = {*method.ways, *method.whole_ways} - {ALONE}
+        if known.keys() == names and names in ways:
+            assert method(**known).sources == known
+        elif frozenset(known) in ways:
+            with pytest.raises(TypeError, match="unexpected keyword"):
+                method(**sources(names))
+        else:
+            with pytest.raises(SafeprojError, match=r"needs|give aligned"):
+                made = method(**known)
+                assert frozenset(known) in method.in_memory  # enough for a model in memory alone
+                made.open()
 
 
 # --- settings
 
 
 @pytest.mark.parametrize("names", WAYS, ids=named)
-@for_each("settings", subsets(SETTINGS))
-def test_settings_of_another_method_are_refused(
-    names: frozenset[str], settings: frozenset[str]
-) -> None:
+def test_settings_of_another_method_are_refused(names: frozenset[str]) -> None:
     method = WAYS[names]
-    given = {**sources(names), **{name: SETTINGS[name] for name in SETTINGS if name in settings}}
-    others = [name for name in SETTINGS if name in settings - OWN[method]]
-    if not others:
-        return
-    text = refusal(given)
-    flags = [f"--{name.replace('_', '-')}" for name in others]
-    listed = flags[0] if len(flags) == 1 else f"{', '.join(flags[:-1])} and {flags[-1]}"
-    assert text.startswith(f"{listed} {'goes' if len(flags) == 1 else 'go'} with --")
     way = "--alignment" if names == {"alignment"} else method.mark
-    assert f"and not with {way}; leave {'it' if len(flags) == 1 else 'them'} out" in text
+    for settings in subsets(SETTINGS):
+        own = {name: SETTINGS[name] for name in SETTINGS if name in settings}
+        others = [name for name in SETTINGS if name in settings - OWN[method]]
+        if not others:
+            continue
+        text = refusal({**sources(names), **own})
+        flags = [f"--{name.replace('_', '-')}" for name in others]
+        listed = flags[0] if len(flags) == 1 else f"{', '.join(flags[:-1])} and {flags[-1]}"
+        assert text.startswith(f"{listed} {'goes' if len(flags) == 1 else 'go'} with --")
+        assert f"and not with {way}; leave {'it' if len(flags) == 1 else 'them'} out" in text
 
 
 @pytest.mark.parametrize(
@@ -234,8 +257,8 @@ def test_the_text_says_whose_they_are(names: set[str], settings: dict[str, Any],
     assert refusal({**sources(frozenset(names)), **settings}) == text
 
 
-@for_each("value", [0, 0.0, -1, math.nan])
-@for_each("name", ["rank", "energy", "mu", "weight"])
+@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan])
+@pytest.mark.parametrize("name", ["rank", "energy", "mu", "weight"])
 @pytest.mark.parametrize("names", WAYS, ids=named)
 def test_what_is_out_of_range_is_given_all_the_same(
     names: frozenset[str], name: str, value: float
@@ -313,13 +336,14 @@ def test_a_weight_that_is_no_finite_number_is_refused(mu: float) -> None:
         (Covariance("a", "s.jsonl", reconstruct=True), Reconstruction(1.0)),
         (Covariance("a", "s.jsonl", mu=2.0, reconstruct=True), Reconstruction(2.0)),
         (Merge(safe_adapter="s"), None),
+        (SafeDelta("a", "s.jsonl", 0.5), None),
         (Merge("b", "a", safe_adapter="s", projector="exact", rank=3, merge_rank=2), None),
     ],
     ids=str,
 )
 def test_settings_say_what_is_computed(method: Method, formulas: object) -> None:
     assert method.formulas == formulas
-    assert method_of(method.given) == method
+    assert method_of(method.given, method.name) == method
 
 
 @pytest.mark.parametrize(
@@ -353,15 +377,18 @@ def test_a_name_must_fit_what_is_given(names: frozenset[str], name: str) -> None
     if name == method.name:
         assert method_of(sources(names), name) == method_of(sources(names))
         return
+    if name == "safe-delta" and names == {"aligned", "safety_data"}:  # which is of two methods
+        assert method_of({**sources(names), "safety_data": "s.jsonl"}, name).name == name
+        return
     assert refusal(sources(names), name) == (
         f"--method {name} needs {NEEDS[name]}; what is given is for {method.name}"
     )
 
 
-@for_each("names", UNFIT)
 @pytest.mark.parametrize("name", NEEDS)
-def test_a_name_says_what_is_missing(names: frozenset[str], name: str) -> None:
-    assert refusal(sources(names), name) == f"--method {name} needs {NEEDS[name]}"
+def test_a_name_says_what_is_missing(name: str) -> None:
+    for names in OTHERS:
+        assert refusal(sources(names), name) == f"--method {name} needs {NEEDS[name]}", names
 
 
 def test_the_command_says_what_a_name_needs() -> None:
@@ -531,6 +558,15 @@ RECORDS: list[Any] = [
     {"kind": "merge", "form": "exact", "weight": 0.2, "rank": 3},
     {"kind": "merge", "form": "exact", "weight": 0.2, "chosen_by": "best"},
     {"kind": "merge", "form": "exact", "weight": 0.2, "chosen_by": "exact"},
+    {"kind": "safe-delta", "strength": 0.1},
+    {"kind": "merge", "form": "safety-vector", "weight": 3.0, "chosen_by": "approx"},
+    {"kind": "safe-delta"},
+    {"kind": "safe-delta", "strength": 0},
+    {"kind": "safe-delta", "strength": True},
+    {"kind": "safe-delta", "strength": 0.1, "form": "exact"},
+    {"kind": "safe-delta", "strength": 0.1, "mu": 1.0},
+    {"kind": "merge", "form": "safety-vector", "weight": 0, "chosen_by": "approx"},
+    {"kind": "merge", "form": "safety-vector", "weight": 0.5},
 ]
 
 FULL = {
@@ -540,11 +576,16 @@ FULL = {
     Covariance("a", "s.jsonl"): RECORDS[4:5],
     Merge(safe_adapter="s"): RECORDS[5:7],
     Merge("b", "a", safe_adapter="s"): RECORDS[7:9],
+    SafeDelta("a", "s.jsonl"): [{"kind": "safe-delta", "strength": 0.1}],
+    Merge("b", "a"): [
+        {"kind": "merge", "form": "safety-vector", "weight": 3.0, "chosen_by": "approx"}
+    ],
+    Merge(safe_model="m"): RECORDS[5:6],
 }
 
 
 @pytest.mark.parametrize("method", FULL, ids=str)
-@for_each("projector", RECORDS)
+@pytest.mark.parametrize("projector", RECORDS, ids=lambda each: str(each)[:60])
 def test_a_record_of_nothing_that_there_is_is_refused(
     method: Method, projector: dict[str, Any]
 ) -> None:

@@ -54,7 +54,7 @@ def adapted(
         names = {
             moved.get(each.module.name, each.module.name): each.module for each in plan.modules
         }
-        layers = {place: lora_layer(model, place, method.mark) for place in names}
+        layers = {place: lora_layer(model, place, method.words.name) for place in names}
         before = [(each, each.A.data, each.B.data) for each in layers.values()]
         try:
             bases = {place: each.base for place, each in layers.items()}
