@@ -239,11 +239,11 @@ def test_what_an_adapter_does_not_hold_is_told(llama: Case, tmp_path: Path) -> N
 def test_an_adapter_is_left_to_a_gate_that_does_not_run_it(llama: Case, tmp_path: Path) -> None:
     adapter, out = save(llama.model, lora(), tmp_path / "adapter"), tmp_path / "out"
     result = safeproj("check", *llama.method, adapter)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "Safe Delta runs the model with the adapter, which a gate does not" in result.stdout
     patch(llama, "--adapter", adapter, "--out", out)
     refused = safeproj("verify", *llama.method, out, "--original", adapter)
-    assert_refused(refused, "made by running the model with the adapter (Safe Delta)")
+    assert_refused(refused, "Safe Delta runs the model with the adapter, which a gate does not")
 
 
 @pytest.mark.parametrize(
