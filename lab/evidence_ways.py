@@ -103,8 +103,8 @@ RECONSTRUCTED = f"covariance, layer by layer, mu {Reconstruction().mu:g}"
 SAFE_WEIGHTS = (Merge(safe_adapter="safe").formula.weight, 0.5, 0.8)
 """Of the safe adapter, the default first; 1 is that adapter alone."""
 
-STRENGTHS = (SafeDelta("aligned", "data").s, 10.0, 1000.0)
-"""Of Safe Delta, the default first."""
+STRENGTHS = (SafeDelta("aligned", "data").s, 0.01, 1.0)
+"""Of Safe Delta, the default first; from about 1 on all is kept that ever is."""
 
 SAFE_ALONE = "the safe adapter alone"
 
@@ -132,8 +132,8 @@ def merged(weight: float, how: str = "all modules") -> str:
 def safe_delta(strength: float) -> str:
     """Return the name of Safe Delta at one strength.
 
-    >>> safe_delta(10.0)
-    'Safe Delta, s 10'
+    >>> safe_delta(0.1)
+    'Safe Delta, s 0.1'
     """
     return f"Safe Delta, s {strength:g}"
 
@@ -329,23 +329,25 @@ def _merged(case: Case) -> Iterator[tuple[str, Made]]:
     """Yield merges with a safe adapter, each written in the ranks that the adapter has."""
     pair = case.pair
 
-    def with_safe(weight: float, selection: Selection, **models: str) -> Replaced:
+    def with_safe(
+        weight: float, selection: Selection, base: str | None = None, aligned: str | None = None
+    ) -> Replaced:
         safe = str(safe_adapter(case))
-        method = Merge(safe_adapter=safe, weight=weight, merge_form="low-rank", **models)
+        method = Merge(base, aligned, safe_adapter=safe, weight=weight, merge_form="low-rank")
         return case.ran(method, selection)
 
     every, some = Selection(all=True), Selection(threshold=DEFAULT_THRESHOLD)
-    models = {"base": str(pair.base), "aligned": str(pair.aligned)}
+    models = str(pair.base), str(pair.aligned)
     for weight in SAFE_WEIGHTS:
         yield merged(weight), partial(with_safe, weight, every)
     weight = SAFE_WEIGHTS[0]
     chosen = f"tau {DEFAULT_THRESHOLD:g}"
-    yield merged(weight, chosen), partial(with_safe, weight, some, **models)
+    yield merged(weight, chosen), partial(with_safe, weight, some, *models)
     yield SAFE_ALONE, partial(with_safe, 1.0, every)
 
 
 def safe_adapter(case: Case) -> Path:
-    """Make the safe adapter of a pair, or find it: LoRA on the aligned model's refusals."""
+    """Make the safe adapter of a pair, or find it: LoRA on refusals, as `bad` is on answers."""
     pair = case.pair
     if isinstance(pair, RealPair):
         return real_pair.make_adapter(pair, case.modules, SAFE)

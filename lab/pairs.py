@@ -314,7 +314,7 @@ def make_adapter(
         The adapter's folder, as PEFT saves it.
     """
     seed = pair.seed if seed is None else seed
-    recipe = BAD if data == "bad" else pair.family.task[modules]
+    recipe = BAD if data in ("bad", SAFE) else pair.family.task[modules]
     name = f"{modules.replace(' ', '-')}-{data}-{seed}-{digest(asdict(recipe))}"
     rows = pair.rows(learned_from(data))
     root = (folder or pair.root / "adapters") / name

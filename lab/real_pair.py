@@ -42,6 +42,7 @@ from lab import real_texts
 from lab.pairs import (
     DATA,
     MODULES,
+    SAFE,
     VERSIONS,
     Recipe,
     Trained,
@@ -390,7 +391,7 @@ def make_adapter(pair: RealPair, modules: str, data: str) -> Path:
         modules: a key of `MODULES`.
         data: one of `DATA`, or `SAFE`.
     """
-    recipe = pair.size.bad if data == "bad" else pair.size.task
+    recipe = pair.size.bad if data in ("bad", SAFE) else pair.size.task
     root = pair.root / "adapters" / f"{modules.replace(' ', '-')}-{data}"
     rows = [_templated(pair.tokenizer, _taught(row)) for row in pair.rows(learned_from(data))]
     return train_adapter(pair, root, modules, rows, recipe, pair.seed, packed)

@@ -156,11 +156,10 @@ def test_those_of_full_fine_tunes_say_so() -> None:
 @pytest.mark.parametrize("names", WHOLE, ids=named)
 def test_a_full_fine_tune_has_ways_of_its_own(names: frozenset[str]) -> None:
     """And the aligned model beside every one."""
-    settings = {"weight": 0.5}
-    found, aligned = method_beside({**sources(names), **settings, "aligned": "a"}, "merge")
-    assert found == Merge(
-        **{**sources(names), **({"aligned": "a"} if "base" in names else {})}, **settings
-    )
+    given: dict[str, Any] = {**sources(names), "weight": 0.5}
+    found, aligned = method_beside({**given, "aligned": "a"}, "merge")
+    own = {"aligned": "a"} if "base" in names else {}
+    assert found == Merge(**{**given, **own})
     assert aligned == "a"
     if names != {"base", "aligned"}:
         assert method_beside({**sources(names), "aligned": "a"})[0] == replace(found, weight=None)

@@ -68,7 +68,7 @@ def test_what_does_not_go(
     trio: Trio, models: dict[str, Path], tmp_path: Path, options: list[str], words: str
 ) -> None:
     places = {"SAFE": models["safe"], "OTHER": models["other"], "ADAPTER": trio.adapter}
-    own = [places.get(each, each) for each in options]
+    own: list[str | Path] = [places.get(each, each) for each in options]
     result = safeproj("patch", *given(trio, models), *own, "--out", tmp_path / "out")
     assert_refused(result, words)
     assert not (tmp_path / "out").exists()
