@@ -236,3 +236,8 @@ def test_the_help_needs_no_torch() -> None:
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_model_is_what_is_run_and_no_full_fine_tune() -> None:
+    result = safeproj("sweep", "--model", "my-finetune", "--base", "b", "--aligned", "a")
+    assert_refused(result, "no ADAPTER, and --model is the model that is run with it; of full")
