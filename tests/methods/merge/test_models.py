@@ -77,6 +77,6 @@ def test_what_does_not_go(
 def test_a_safe_model_is_not_merged_into_an_adapter(
     trio: Trio, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    own = ["--safe-model", models["safe"], "--adapter", trio.adapter]
+    own: list[str | Path] = ["--safe-model", models["safe"], "--adapter", trio.adapter]
     result = safeproj("patch", *own, "--out", tmp_path / "out")
     assert_refused(result, "--safe-model goes with a full fine-tune; give --model")
