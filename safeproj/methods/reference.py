@@ -84,16 +84,14 @@ class Reference(Protocol):
         self,
         tuned: Tuned,
         weights: Sequence[PlannedWeight],
-        device: str,
-        on_batch: OnBatch | None,
+        options: Options,
     ) -> Mapping[str, Source]:
         """Return what has to be made of a full fine-tune by running it.
 
         Args:
             tuned: the fine-tune.
             weights: those that are to be changed.
-            device: where the model runs.
-            on_batch: told about the progress.
+            options: how the model is run.
 
         Returns:
             Module to what is read in the place of `origin`; empty where nothing has to be made.
@@ -152,8 +150,7 @@ class Plain:
         self,
         tuned: Tuned,
         weights: Sequence[PlannedWeight],
-        device: str,
-        on_batch: OnBatch | None,
+        options: Options,
     ) -> Mapping[str, Source]:
-        del tuned, weights, device, on_batch
+        del tuned, weights, options
         return {}

@@ -24,7 +24,7 @@ from safeproj import __version__, engine
 from safeproj.adapter.interface import MANIFEST, Format
 from safeproj.adapter.record import AdaptedModule, Adapter
 from safeproj.adapter.write import copied_beside, write_directory
-from safeproj.checkpoint import Checkpoint, Reader, open_checkpoint, settle
+from safeproj.checkpoint import Checkpoint, Reader, open_checkpoint
 from safeproj.checkpoint.expression import Matrix, Stored, matrix, stored_names
 from safeproj.checkpoint.hashes import NEW, Digests, Hash, merged, record, tensors_of
 from safeproj.checkpoint.interface import STORED_DTYPES, stored_dtype
@@ -274,14 +274,8 @@ class FullJob:
         """Let the fine-tune be run, where the method needs that."""
         if not self.reference.runs_adapter:
             return
-        observer = self._options.observer
         with self._options.profile.phase("run the model"):
-            self._made = self.reference.rewritten(
-                self.tuned,
-                plan.weights,
-                self._options.device,
-                None if observer is None else observer.ran,
-            )
+            self._made = self.reference.rewritten(self.tuned, plan.weights, self._options)
 
     def _tasks(self, weights: Iterable[PlannedWeight]) -> dict[WholeTask, list[str]]:
         """Return what is computed in one reading, each with the names of its modules."""

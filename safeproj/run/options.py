@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from safeproj.engine import Cluster, Progress, resolve_devices
 from safeproj.errors import SafeprojError
@@ -13,6 +13,9 @@ from safeproj.plan.select import Selection
 from safeproj.records.profile import Profile
 from safeproj.run.decide import DTYPES
 from safeproj.storage.ranges import DOWNLOADS, Download, Fetching
+
+if TYPE_CHECKING:
+    from safeproj.lm.layers import OnBatch
 
 
 class Observer(Protocol):
@@ -77,6 +80,11 @@ class Options:
             raise SafeprojError(f"--download {self.download}: expected {', '.join(DOWNLOADS)}")
         parse_rules(self.maps)
         resolve_devices(self.device)
+
+    @property
+    def on_batch(self) -> OnBatch | None:
+        """Who is told how many batches of data were run."""
+        return None if self.observer is None else self.observer.ran
 
     @property
     def fetching(self) -> Fetching:

@@ -65,9 +65,8 @@ class User:
 
     def published(self, revision: str = "main") -> dict[str, bytes]:
         repository = self.hub._repositories[REPO]
-        found = dict(repository.commits[repository.refs[revision]])
-        found.pop(".gitattributes", None)
-        return found
+        found = repository.commits[repository.refs[revision]]
+        return {name: bytes(file[:]) for name, file in found.items() if name != ".gitattributes"}
 
 
 @pytest.fixture(autouse=True)

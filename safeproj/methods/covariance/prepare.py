@@ -14,7 +14,6 @@ from safeproj.adapter.record import WeightNames
 from safeproj.engine import Replacement, resolve_device
 from safeproj.errors import SafeprojError
 from safeproj.lm.data import BATCH_SIZE, RANDOM, Data, random_data, read_data
-from safeproj.lm.layers import OnBatch
 from safeproj.methods.covariance.file import Statistics, open_statistics
 from safeproj.methods.covariance.formulas import Reconstruction
 from safeproj.methods.covariance.method import STATISTICS, Covariance
@@ -57,9 +56,7 @@ class Rebuilding(Statistics):
 
     runs_adapter = True
 
-    def prepare(
-        self, adapter: Adapter, plan: Plan, options: Options
-    ) -> dict[str, Replacement]:
+    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> dict[str, Replacement]:
         from safeproj.lm import models
         from safeproj.lm.adapters import Host, require_peft
         from safeproj.lm.passes import batch_size
@@ -84,7 +81,7 @@ class Rebuilding(Statistics):
         modules = [item.module.name for item in plan.modules]
         with host.adapted(adapter) as (load, moved):
             names = {moved.get(name, name): name for name in modules}
-            found = reconstructed(load(), list(names), safety, benign, formulas, _told(options))
+            found = reconstructed(load(), list(names), safety, benign, formulas, options.on_batch)
         return {names[place]: Replacement(from_torch(A)) for place, A in found.items()}
 
 
@@ -141,10 +138,6 @@ def statistics_of(method: Covariance, maps: Sequence[str]) -> Statistics:
     return open_statistics(given["safety_data"], given["task_data"], maps, given.get("aligned"))
 
 
-def _told(options: Options) -> OnBatch | None:
-    return None if options.observer is None else options.observer.ran
-
-
 def _made(
     method: Covariance, adapters: Sequence[str | Adapter], options: Options, directory: Path
 ) -> tuple[Path, Path]:
@@ -178,7 +171,7 @@ def _made(
                 places[role],
                 targets,
                 models.recorded_inputs(folder, each),
-                on_batch=_told(options),
+                on_batch=options.on_batch,
             )
     return places["safety"], places["task"]
 

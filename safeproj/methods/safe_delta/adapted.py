@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from safeproj.engine import Replacement
 from safeproj.errors import SafeprojError
 from safeproj.lm import models
 from safeproj.lm.adapters import Host, LoraLayer, lora_layer, require_peft
-from safeproj.lm.layers import OnBatch, plain_weight
+from safeproj.lm.layers import plain_weight
 from safeproj.lm.passes import walking
 from safeproj.methods.leading import leading
 from safeproj.methods.safe_delta.formulas import corrected
@@ -23,9 +23,12 @@ from safeproj.plan.match import Plan
 from safeproj.storage.arrays import from_torch, single, to_torch
 from safeproj.storage.source import open_folder
 
+if TYPE_CHECKING:
+    from safeproj.run.options import Options
+
 
 def adapted(
-    method: SafeDelta, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
+    method: SafeDelta, adapter: Adapter, plan: Plan, options: Options
 ) -> dict[str, Replacement]:
     """Return what takes the place of each update, by module.
 
@@ -36,17 +39,16 @@ def adapted(
         method: what is done.
         adapter: as it was matched.
         plan: its updates.
-        device: where the model runs.
-        on_batch: told about the progress.
+        options: how the model is run.
 
     Raises:
         SafeprojError: the model cannot be run, or an update not be corrected.
     """
     require_peft(adapter.folder)
-    batches = safety_batches(method)
-    where = wide_device(device)
+    batches = safety_batches(method, options.chat)
+    where = wide_device(options.device)
     host = method.host
-    if host is None or (where != device and isinstance(host, Host)):
+    if host is None or (where != options.device and isinstance(host, Host)):
         host = Host(open_folder(method.sources["aligned"]), where)
     found: dict[str, Replacement] = {}
     with host.adapted(adapter) as (load, moved):
@@ -58,7 +60,7 @@ def adapted(
         before = [(each, each.A.data, each.B.data) for each in layers.values()]
         try:
             bases = {place: each.base for place, each in layers.items()}
-            with models.quietly(), walking(model, bases, batches, on_batch) as walk:
+            with models.quietly(), walking(model, bases, batches, options.on_batch) as walk:
                 line = walk.line(batches)
                 for group in walk.groups:
                     R = root_of(line, group[0])

@@ -9,6 +9,7 @@ from torch import Tensor
 from safeproj.engine import resolve_device
 from safeproj.errors import SafeprojError
 from safeproj.lm import models
+from safeproj.lm.chat import ChatOptions
 from safeproj.lm.data import Batch, read_data
 from safeproj.lm.layers import add_squares, mirrored
 from safeproj.lm.passes import Line, batch_size
@@ -17,7 +18,7 @@ from safeproj.methods.safe_delta.method import SafeDelta
 from safeproj.storage.source import open_folder
 
 
-def safety_batches(method: SafeDelta) -> Sequence[Batch]:
+def safety_batches(method: SafeDelta, chat: ChatOptions) -> Sequence[Batch]:
     """Return the safety data, as the aligned model's tokenizer reads it.
 
     Raises:
@@ -25,7 +26,8 @@ def safety_batches(method: SafeDelta) -> Sequence[Batch]:
     """
     models.require_extra()
     tokenizer = models.load_tokenizer(open_folder(method.sources["aligned"]))
-    data = read_data(method.sources["safety_data"], tokenizer, option="--safety-data")
+    source = method.sources["safety_data"]
+    data = read_data(source, tokenizer, option="--safety-data", chat=chat)
     return data.batches(batch_size(len(data.samples)))
 
 

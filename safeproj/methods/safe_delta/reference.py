@@ -22,8 +22,8 @@ from safeproj.storage.rows import read_rows
 from safeproj.storage.source import identity, open_folder
 
 if TYPE_CHECKING:
-    from safeproj.lm.layers import OnBatch
     from safeproj.methods.safe_delta.method import SafeDelta
+    from safeproj.run.options import Options
 
 
 class Running(Plain):
@@ -72,9 +72,7 @@ class Running(Plain):
     def plan(self, adapter: Adapter, selection: Selection) -> Plan:
         return plan(adapter, self._aligned, self._aligned, selection)
 
-    def prepare(
-        self, adapter: Adapter, plan: Plan, device: str, on_batch: OnBatch | None
-    ) -> Mapping[str, Replacement]:
+    def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> Mapping[str, Replacement]:
         if not self._method.is_ready:
             raise SafeprojError(
                 "Safe Delta runs the model with the adapter, which a gate does not; check with "
@@ -83,7 +81,7 @@ class Running(Plain):
         from safeproj.methods.safe_delta.adapted import adapted
 
         self._has_run_adapters = True
-        return adapted(self._method, adapter, plan, device, on_batch)
+        return adapted(self._method, adapter, plan, options)
 
     @cached_property
     def _layers(self) -> set[str]:
@@ -99,15 +97,11 @@ class Running(Plain):
         return None if item.module.name in self._layers else "weight of no linear layer that is run"
 
     def rewritten(
-        self,
-        tuned: Tuned,
-        weights: Sequence[PlannedWeight],
-        device: str,
-        on_batch: OnBatch | None,
+        self, tuned: Tuned, weights: Sequence[PlannedWeight], options: Options
     ) -> Mapping[str, Source]:
         from safeproj.methods.safe_delta.tuned import rewritten
 
-        return rewritten(self._method, tuned, weights, device, on_batch)
+        return rewritten(self._method, tuned, weights, options)
 
     def group(self, item: PlannedModule) -> Hashable:
         return item.module.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from safeproj.checkpoint.expression import Matrix, matrix, stored_names
 from safeproj.checkpoint.interface import stored_dtype
 from safeproj.errors import SafeprojError
 from safeproj.lm import models
-from safeproj.lm.layers import OnBatch, plain_weight
+from safeproj.lm.layers import plain_weight
 from safeproj.lm.live import LiveWeight, code_of
 from safeproj.lm.passes import walking
 from safeproj.methods.differences import Rows
@@ -22,13 +23,15 @@ from safeproj.methods.safe_delta.sources import Delta
 from safeproj.plan.full import PlannedWeight, Tuned
 from safeproj.storage.arrays import Array, cast, from_torch, single, to_torch
 
+if TYPE_CHECKING:
+    from safeproj.run.options import Options
+
 
 def rewritten(
     method: SafeDelta,
     tuned: Tuned,
     weights: Sequence[PlannedWeight],
-    device: str,
-    on_batch: OnBatch | None,
+    options: Options,
 ) -> dict[str, Delta]:
     """Return what takes the place of each change, by module.
 
@@ -40,18 +43,17 @@ def rewritten(
         method: what is done.
         tuned: the fine-tune.
         weights: those that are corrected.
-        device: where the model runs.
-        on_batch: told about the progress.
+        options: how the model is run.
 
     Raises:
         SafeprojError: the model cannot be run, or a weight not be corrected.
     """
-    batches = safety_batches(method)
-    model = models.load_model(tuned.folder, wide_device(device))
+    batches = safety_batches(method, options.chat)
+    model = models.load_model(tuned.folder, wide_device(options.device))
     planned = {each.name: each for each in weights}
     layers = {name: _layer(model, name) for name in planned}
     found: dict[str, Delta] = {}
-    with models.quietly(), walking(model, layers, batches, on_batch) as walk:
+    with models.quietly(), walking(model, layers, batches, options.on_batch) as walk:
         line = walk.line(batches)
         for group in walk.groups:
             R = root_of(line, group[0])
