@@ -153,7 +153,7 @@ def test_those_of_full_fine_tunes_say_so() -> None:
         ), named(names)
 
 
-@pytest.mark.parametrize("names", WHOLE, ids=named)
+@pytest.mark.parametrize("names", Merge.whole_ways, ids=named)
 def test_a_full_fine_tune_has_ways_of_its_own(names: frozenset[str]) -> None:
     """And the aligned model beside every one."""
     given: dict[str, Any] = {**sources(names), "weight": 0.5}
