@@ -2,13 +2,19 @@
 
     python -m bench.costs
 
-Prints Markdown tables for models of 7B, 70B and 405B. Bytes, multiplications and memory follow from
-shapes; the seconds are computed from rates that are stated in the output, not measured.
+Prints Markdown tables for models of 7B to 671B. Bytes, multiplications and memory follow from
+shapes; the seconds are computed from rates that are stated in the output, not measured. Those of a
+cluster come from a simulation of how slices of the weights go to workers, which `bench.scale` holds
+against what it measures.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from safeproj.engine import cluster
 
 RANK = 16
 BLOCK = 1 << 20  # bytes of one weight that a worker reads at a time
@@ -24,6 +30,7 @@ class Model:
     hidden: int
     kv: int
     intermediate: int
+    size: int = 2  # bytes of a stored number
 
     def weights(self, kinds: str) -> list[tuple[int, int]]:
         """Return (m, n) of every weight of one layer that an adapter on `kinds` needs."""
@@ -37,11 +44,83 @@ class Model:
         return self.layers * sum(m * n for m, n in self.weights(kinds))
 
 
+@dataclass(frozen=True)
+class Mixture(Model):
+    """The same of DeepSeek V3: latent attention, and experts in all layers but the first few."""
+
+    experts: int = 257
+    dense: int = 3
+
+    def weights(self, kinds: str) -> list[tuple[int, int]]:
+        """Return the same; of `attention`, and of a layer with experts for `all linear`."""
+        h, i = self.hidden, self.intermediate
+        attention = [(1536, h), (24576, 1536), (576, h), (32768, 512), (h, 16384)]
+        if kinds != "all linear":
+            return attention
+        return attention + self.experts * [(i, h), (i, h), (h, i)]
+
+
 MODELS = (
     Model("7B (Llama 2)", 32, 4096, 4096, 11008),
     Model("70B (Llama 3)", 80, 8192, 1024, 28672),
     Model("405B (Llama 3.1)", 126, 16384, 1024, 53248),
 )
+
+
+MIXTURE = Mixture("671B (DeepSeek V3, FP8)", 61, 7168, 0, 2048, size=1)
+
+PER_SLICE = 0.03
+"""Seconds of a worker for the way of a slice to it and back; measured by `bench.scale`."""
+
+REACHED = 5.0
+"""Seconds until a cluster is reached and its workers have imported what they need; likewise."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes that read from one storage, each with workers on its cores.
+
+    Attributes:
+        count: of the nodes.
+        workers: of each.
+        read: bytes per second that a node reads.
+        storage: bytes per second that the storage gives to all of them.
+    """
+
+    count: int
+    workers: int = 16
+    read: float = 3e9
+    storage: float = 100e9
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second of one worker while all read."""
+        return min(self.read, self.storage / self.count) / self.workers
+
+
+def simulated(sizes: Sequence[int], seconds: Sequence[float], workers: int) -> float:
+    """Return the seconds in which workers do weights, in slices as the engine makes them.
+
+    Args:
+        sizes: bytes of the weights.
+        seconds: that a worker takes for each.
+        workers: how many there are; each takes the next slice once it is free.
+    """
+    free = [0.0] * workers
+    for part in cluster.sliced(sizes, cluster.SLICES * workers):
+        heapq.heappush(free, heapq.heappop(free) + PER_SLICE + sum(seconds[part]))
+    return max(free)
+
+
+def on_nodes(nodes: Nodes, model: Model, kinds: str, columns: int) -> float:
+    """Return the simulated seconds of one pass over a model."""
+    shapes = model.weights(kinds) * model.layers
+    sizes = [2 * model.size * m * n for m, n in shapes]
+    seconds = [
+        max(size / nodes.rate, m * n / 2.5e9 + 4 * m * n * columns / 70e9)
+        for size, (m, n) in zip(sizes, shapes, strict=True)
+    ]
+    return REACHED + simulated(sizes, seconds, nodes.count * nodes.workers)
 
 
 @dataclass(frozen=True)
@@ -115,6 +194,26 @@ def main() -> None:
         for machine in MACHINES:
             cells = (f"{seconds(machine, model, 'all linear', columns):.0f}" for model in MODELS)
             print(f"| {machine.name} | {' | '.join(cells)} |")
+
+    print_nodes()
+
+
+def print_nodes() -> None:
+    """Print the tables of clusters."""
+    counts = (1, 4, 16, 64)
+    rate = "16 workers and 3 GB/s for each node, 100 GB/s for all of them"
+    print(f"\nSeconds on a cluster (simulated: {rate}):\n")
+    print(f"| model | adapter | {' | '.join(f'{n} nodes' for n in counts)} |")
+    print(f"|---|---|{'---:|' * len(counts)}")
+    jobs = [(model, "all linear") for model in MODELS[1:]]
+    for model, kinds in [*jobs, (MIXTURE, "attention"), (MIXTURE, "all linear")]:
+        cells = (f"{on_nodes(Nodes(n), model, kinds, RANK):.0f}" for n in counts)
+        print(f"| {model.name} | {kinds} | {' | '.join(cells)} |")
+    model = MODELS[0]
+    print("\nHours for 10,000 adapters of rank 16 on 50 models of 7B, q+v (simulated):\n")
+    print(f"| {' | '.join(f'{n} nodes' for n in counts)} |\n|{'---:|' * len(counts)}")
+    each = (50 * on_nodes(Nodes(n), model, "q+v", 200 * RANK) / 3600 for n in counts)
+    print(f"| {' | '.join(f'{hours:.2f}' for hours in each)} |")
 
 
 if __name__ == "__main__":

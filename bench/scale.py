@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy
 
+from bench.costs import simulated
 from safeproj import engine
 from safeproj.engine import Buffers, Cluster, Task
 from safeproj.storage.arrays import Array
@@ -86,9 +87,9 @@ def main() -> None:
         tasks = [Task(f"{n}", Part(path, n * SIZE, SIZE), ()) for n in range(given.weights)]
         total = given.weights * SIZE / 1e9
         print(f"{total:.2f} GB in {given.weights} weights, {RATE / 1e6:.0f} MB/s for each worker\n")
-        print("| workers | seconds | ideal | efficiency | to reach the cluster |")
-        print("|---|---:|---:|---:|---:|")
-        print(f"| local engine | {seconds(tasks, None):.1f} | {total * 1e9 / RATE:.1f} | | |")
+        print("| workers | seconds | ideal | simulated | efficiency | to reach the cluster |")
+        print("|---|---:|---:|---:|---:|---:|")
+        print(f"| local engine | {seconds(tasks, None):.1f} | {total * 1e9 / RATE:.1f} | | | |")
         nodes = Nodes()
         alone, begun = 0.0, 0
         for count in given.workers:
@@ -103,11 +104,10 @@ def main() -> None:
             ray.shutdown()
             alone = alone or took * count
             ideal = total * 1e9 / RATE / count
-            share = alone / count / took
-            print(
-                f"| {count} | {took:.1f} | {ideal:.1f} | {share:.2f} | {reached:.1f} s |",
-                flush=True,
-            )
+            told = simulated([SIZE] * len(tasks), [SIZE / RATE] * len(tasks), count)
+            cells = [f"{each:.1f}" for each in (took, ideal, told)]
+            cells += [f"{alone / count / took:.2f}", f"{reached:.1f} s"]
+            print(f"| {count} | {' | '.join(cells)} |", flush=True)
         nodes.shutdown()  # type: ignore[no-untyped-call]
 
 
