@@ -22,6 +22,7 @@ LONGEST = (
     "tests/e2e/test_readme.py::test_the_demonstration",
     "tests/e2e/test_readme.py::test_commands_print_what_the_pages_show[docs/covariance.md]",
     "tests/fuzz/",
+    "tests/engine/test_cluster.py",
     "tests/examples/test_salora_training.py",
     "tests/repair/test_command.py",
     "tests/e2e/test_python_docs.py",

@@ -209,7 +209,7 @@ def _got(ray: Any, reference: Any) -> _Slice[Any]:
     try:
         found: _Slice[Any] = ray.get(reference)
     except ray.exceptions.RayError as error:
-        raise SafeprojError(f"--engine ray: a slice was lost ({first_line(error)})") from error
+        raise SafeprojError(f"a slice was lost on the Ray cluster ({first_line(error)})") from error
     if found.error is None:
         return found
     told = explained(found.error)
@@ -235,7 +235,7 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         SafeprojError: it is not installed, or finds no cluster there.
     """
     if find_spec("ray") is None:
-        raise SafeprojError(f"--engine ray: ray is not installed; {install('ray')}")
+        raise SafeprojError(f"Ray is not installed; {install('ray')}")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -249,7 +249,7 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise SafeprojError(
-            f"--engine ray: no cluster at {place} ({first_line(error)}); start one with "
+            f"no Ray cluster at {place} ({first_line(error)}); start one with "
             "`ray start --head`, and give its address as --ray-address"
         ) from error
     try:

@@ -133,7 +133,7 @@ class FullJob:
             )
         if self._options.cluster is not None:
             raise SafeprojError(
-                "--engine ray is for adapters: a full model is read and written on one machine"
+                "a Ray cluster is for adapters: a full model is read and written on one machine"
             )
         self._selection = method.selecting(self._options.selection)
         self._made: Mapping[str, Source] = {}

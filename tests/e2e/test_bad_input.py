@@ -825,7 +825,7 @@ REFUSED_OPTIONS: dict[str, tuple[str, ...]] = {
     "--exclude [": ("--exclude '['", "not a regular expression"),
     "--include experts": ("--include", "none of the 4 adapted modules", MODULE),
     "--exclude .": ("--exclude", "none of the 4 adapted modules", MODULE),
-    "--device foo": ("--device foo", "expected auto, cpu, cuda, cuda:N, mps or torch"),
+    "--device foo": ("--device foo", "expected auto, cpu, cuda, cuda:N, cuda:all, mps or torch"),
     "--workers 0": ("--workers", "1 or more", "0"),
     "--output missing/report.txt": ("--output missing/report.txt", "existing directory"),
     "--output out": ("--output out", "--out"),

@@ -241,7 +241,7 @@ def test_what_a_live_run_writes_is_no_leftover(tmp_path: Path) -> None:
 def test_a_signal_as_the_hidden_name_appears_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: bool
 ) -> None:
-    def interrupted(path: Path) -> None:
+    def interrupted(path: Path, **_: Any) -> None:
         assert [path] == list(tmp_path.iterdir())  # it is made, and nobody knows it yet
         signal.raise_signal(signal.SIGINT)
 

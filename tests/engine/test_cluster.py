@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from typer.main import get_command
 
 import safeproj as product
@@ -70,7 +71,15 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let no other worker of the tests have nodes of Ray meanwhile: it begins some once only."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def nodes(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    del alone
     from ray.cluster_utils import Cluster as Made
 
     here = Path.cwd()
@@ -104,6 +113,7 @@ class Bytes:
 TASKS = [Task(f"layers.{number}", Bytes(), ()) for number in range(24)]
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_way_of_slurm_runs_on_one_node(tmp_path: Path) -> None:
     """The first of all: Ray begins no node of its own beside those of `nodes`."""
     script = next(iter(fenced("slurm", "bash")))
@@ -263,7 +273,7 @@ def test_another_version_on_a_worker_is_refused() -> None:
 def test_a_cluster_that_is_not_there_ends_in_one_line() -> None:
     words = ["inspect", "--base", "base", "--aligned", "aligned", "adapters/mixed"]
     done = safeproj(*words, "--engine", "ray", "--ray-address", "127.0.0.1:9", cwd=EXAMPLE)
-    assert_refused(done, "--engine ray: no cluster at 127.0.0.1:9", "ray start --head")
+    assert_refused(done, "no Ray cluster at 127.0.0.1:9", "ray start --head")
     done = safeproj(*words, "--ray-address", "127.0.0.1:9", cwd=EXAMPLE)
     assert_refused(done, "--ray-address is for --engine ray")
 
@@ -271,7 +281,7 @@ def test_a_cluster_that_is_not_there_ends_in_one_line() -> None:
 def test_full_models_stay_on_one_machine(tmp_path: Path) -> None:
     words = ["patch", "--model", "aligned", "--base", "base", "--aligned", "aligned"]
     done = safeproj(*words, "--out", tmp_path / "out", "--engine", "ray", cwd=EXAMPLE)
-    assert_refused(done, "--engine ray is for adapters")
+    assert_refused(done, "a Ray cluster is for adapters")
 
 
 def test_slices_are_of_about_as_many_bytes_and_leave_out_nothing(
