@@ -107,6 +107,8 @@ KINDS = {
     "random projectors": r".*: random projector.*",
     "directions removed afterwards": r"safety module removed.*",
     "SaLoRA in training": r"SaLoRA, .*module",
+    "merged with a safe adapter": r"SafeMERGE, .*",
+    "Safe Delta": r"Safe Delta, .*",
     "covariance-weighted": r"covariance, (layer by layer, )?mu [^,]*",
 }
 """Rows that the summary takes the best setting of, by regular expression."""
