@@ -133,7 +133,7 @@ class RangeFile:
         return {**vars(self), **here, "_looked": self._looked and not self.how.keep}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+        vars(self).update(state, _lock=threading.RLock())
 
     def __str__(self) -> str:
         return str(self.origin) if self.local is None else str(self.local)

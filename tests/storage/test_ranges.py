@@ -174,6 +174,28 @@ def test_who_waits_can_be_told_to_stop() -> None:
     assert read(file, 0, 10) == CONTENT[:10]
 
 
+def test_a_worker_on_another_machine_downloads_what_is_sent_whole_alone(tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(5_000)
+    origin = Bytes(content)
+    origin.honours = False
+    place = tmp_path / "whole"
+
+    def download() -> Path:
+        origin.download(place)
+        return place
+
+    there = RangeFile.__new__(RangeFile)
+    there.__setstate__(
+        RangeFile(origin, "file", download, Fetching("auto", keep=True)).__getstate__()
+    )
+    waiting = threading.Thread(target=fetch, args=([(there, 0, 100)],), daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert there.local == place
+    assert place.read_bytes() == content
+
+
 def test_nothing_is_read_beyond_the_end() -> None:
     file, _ = opened(CONTENT)
     with pytest.raises(SafeprojError, match="20000 bytes"):
