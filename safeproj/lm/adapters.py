@@ -16,7 +16,7 @@ from safeproj.adapter.digests import WEIGHTS, run_digests
 from safeproj.adapter.interface import CONFIG
 from safeproj.adapter.peft_config import ON_SAVING, PREFIX, drawn_anew
 from safeproj.errors import SafeprojError
-from safeproj.lm.models import load_model, quietly, skeleton
+from safeproj.lm.models import load_model, quietly, skeleton, wide_device
 from safeproj.lm.places import (
     layer_of,
     relocated,
@@ -252,6 +252,20 @@ class LoraLayer:
     def scaled_B(self) -> Any:
         """`s B` (m, r), float64."""
         return self.B.detach().double() * self.scaling
+
+
+def wide_host(host: Any, folder: Folder, device: str) -> Any:
+    """Return what adapters are put on whose layers' inputs are summed up in float64.
+
+    Args:
+        host: what a method was given, if it was given one.
+        folder: of the model's SRC, which is loaded otherwise.
+        device: of `--device`.
+    """
+    where = wide_device(device)
+    if host is None or (where != device and isinstance(host, Host)):
+        return Host(folder, where)
+    return host
 
 
 def lora_layer(model: Any, name: str, who: str) -> LoraLayer:

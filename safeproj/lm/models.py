@@ -70,6 +70,11 @@ def torch_device(device: str) -> Any:
     return torch.device(found.name if found.engine == "torch" else "cpu")
 
 
+def wide_device(device: str) -> str:
+    """Return where a model runs of whose inputs sums in float64 are taken, which MPS has not."""
+    return "cpu" if resolve_device(device).name == "mps" else device
+
+
 def load_model(folder: Folder, device: str = "auto", dtype: str = "auto") -> Any:
     """Return the model in a folder, without an adapter that lies beside its weights.
 

@@ -306,6 +306,29 @@ def not_repeated(why: str) -> str:
     return f"{why}, which is not done again to compare; give --public-key to verify a signature"
 
 
+def require_all_as_they_are(options: Options, who: str) -> None:
+    """Refuse what does not go with running an adapter, where each module makes up for others.
+
+    Args:
+        options: how a run is done.
+        who: does so, for messages.
+
+    Raises:
+        SafeprojError: there is something.
+    """
+    if options.portable:
+        raise SafeprojError(
+            f"--portable does not go with {who}, which runs the adapter as it is; make it portable "
+            "before"
+        )
+    selection = options.selection
+    if selection.threshold is not None or selection.layers is not None:
+        raise SafeprojError(
+            f"--threshold and --layers do not go with {who}, where each module makes up for "
+            "others; leave them out, or choose modules with --include and --exclude"
+        )
+
+
 def require_rank(rank: int | None) -> None:
     """Refuse a rank that is none.
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from safeproj.adapter import Adapter, read_adapter
 from safeproj.adapter.record import WeightNames
-from safeproj.engine import Replacement, resolve_device
+from safeproj.engine import Replacement
 from safeproj.errors import SafeprojError
 from safeproj.lm.data import BATCH_SIZE, RANDOM, Data, random_data, read_data
 from safeproj.methods.covariance.file import Statistics, open_statistics
 from safeproj.methods.covariance.formulas import Reconstruction
 from safeproj.methods.covariance.method import STATISTICS, Covariance
+from safeproj.methods.interface import require_all_as_they_are
 from safeproj.plan.match import Plan
 from safeproj.storage.arrays import from_torch
 from safeproj.storage.source import open_folder
@@ -58,7 +59,7 @@ class Rebuilding(Statistics):
 
     def prepare(self, adapter: Adapter, plan: Plan, options: Options) -> dict[str, Replacement]:
         from safeproj.lm import models
-        from safeproj.lm.adapters import Host, require_peft
+        from safeproj.lm.adapters import require_peft, wide_host
         from safeproj.lm.passes import batch_size
         from safeproj.methods.covariance.reconstruct import reconstructed
 
@@ -74,10 +75,7 @@ class Rebuilding(Statistics):
             for name, source in _data(method)
         ]
         safety, benign = (each.batches(batch_size(len(each.samples))) for each in data)
-        is_mps = resolve_device(options.device).name == "mps"  # which has no float64
-        host = method.host
-        if host is None or (is_mps and isinstance(host, Host)):
-            host = Host(folder, "cpu" if is_mps else options.device)
+        host = wide_host(method.host, folder, options.device)
         modules = [item.module.name for item in plan.modules]
         with host.adapted(adapter) as (load, moved):
             names = {moved.get(name, name): name for name in modules}
@@ -97,17 +95,7 @@ def require_data(method: Covariance, adapters: Sequence[str | Adapter], options:
         SafeprojError: there is no data to run the model with the adapter on, more than one adapter,
             or a selection by scores.
     """
-    if options.portable:
-        raise SafeprojError(
-            "--portable does not go with --reconstruct, which runs the adapter as it is; make it "
-            "portable before"
-        )
-    selection = options.selection
-    if selection.threshold is not None or selection.layers is not None:
-        raise SafeprojError(
-            "--threshold and --layers do not go with --reconstruct, where each module makes up for "
-            "others; leave them out, or choose modules with --include and --exclude"
-        )
+    require_all_as_they_are(options, "--reconstruct")
     if len(adapters) != 1:
         raise SafeprojError("--reconstruct goes with one adapter; patch them one by one")
     for option, source in _data(method):

@@ -12,12 +12,12 @@ from safeproj.adapter.low_rank import padded
 from safeproj.engine import Replacement
 from safeproj.errors import SafeprojError
 from safeproj.lm import models
-from safeproj.lm.adapters import Host, LoraLayer, lora_layer, require_peft
+from safeproj.lm.adapters import LoraLayer, lora_layer, require_peft, wide_host
 from safeproj.lm.layers import plain_weight
 from safeproj.lm.passes import walking
 from safeproj.methods.leading import leading
 from safeproj.methods.safe_delta.formulas import corrected
-from safeproj.methods.safe_delta.inputs import root_of, safety_batches, wide_device
+from safeproj.methods.safe_delta.inputs import root_of, safety_batches
 from safeproj.methods.safe_delta.method import SafeDelta
 from safeproj.plan.match import Plan
 from safeproj.storage.arrays import from_torch, single, to_torch
@@ -46,10 +46,7 @@ def adapted(
     """
     require_peft(adapter.folder)
     batches = safety_batches(method, options.chat)
-    where = wide_device(options.device)
-    host = method.host
-    if host is None or (where != options.device and isinstance(host, Host)):
-        host = Host(open_folder(method.sources["aligned"]), where)
+    host = wide_host(method.host, open_folder(method.sources["aligned"]), options.device)
     found: dict[str, Replacement] = {}
     with host.adapted(adapter) as (load, moved):
         model = load()

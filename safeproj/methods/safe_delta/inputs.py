@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from safeproj.engine import resolve_device
 from safeproj.errors import SafeprojError
 from safeproj.lm import models
 from safeproj.lm.chat import ChatOptions
@@ -29,11 +28,6 @@ def safety_batches(method: SafeDelta, chat: ChatOptions) -> Sequence[Batch]:
     source = method.sources["safety_data"]
     data = read_data(source, tokenizer, option="--safety-data", chat=chat)
     return data.batches(batch_size(len(data.samples)))
-
-
-def wide_device(device: str) -> str:
-    """Return where a model runs of whose inputs sums in float64 are taken, which MPS has not."""
-    return "cpu" if resolve_device(device).name == "mps" else device
 
 
 def root_of(line: Line, name: str) -> Tensor:

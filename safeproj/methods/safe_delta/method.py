@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safeproj.errors import SafeprojError
 from safeproj.methods.detail import Detail
-from safeproj.methods.interface import Method, is_number, option, source, unrecorded
+from safeproj.methods.interface import (
+    Method,
+    is_number,
+    not_repeated,
+    option,
+    require_all_as_they_are,
+    source,
+    unrecorded,
+)
 from safeproj.methods.safe_delta.detail import Kept
 from safeproj.methods.words import Words
 from safeproj.storage.source import Src
 
 if TYPE_CHECKING:
     from safeproj.adapter import Adapter
-    from safeproj.lm.chat import ChatOptions
     from safeproj.methods.reference import Reference
     from safeproj.methods.score import Score
     from safeproj.methods.whole import WholeKernel
@@ -134,20 +141,10 @@ class SafeDelta(Method):
         return Running(self, maps)
 
     def prepared(
-        self, adapters: Sequence[str | Adapter], options: Options, chat: ChatOptions | None = None
+        self, adapters: Sequence[str | Adapter], options: Options
     ) -> AbstractContextManager[SafeDelta]:
-        del adapters, chat
-        if options.portable:
-            raise SafeprojError(
-                "--portable does not go with Safe Delta, which runs the adapter as it is; make it "
-                "portable before"
-            )
-        selection = options.selection
-        if selection.threshold is not None or selection.layers is not None:
-            raise SafeprojError(
-                "--threshold and --layers do not go with Safe Delta, where each module makes up "
-                "for others; leave them out, or choose modules with --include and --exclude"
-            )
+        del adapters
+        require_all_as_they_are(options, self.words.name)
         return nullcontext(dataclasses.replace(self, is_ready=True))
 
     @classmethod
@@ -159,10 +156,7 @@ class SafeDelta(Method):
     def recorded(self, source: str, projector: Mapping[str, Any]) -> SafeDelta:
         found = dict(projector)
         if (why := self.unrepeatable(projector)) is not None:
-            raise SafeprojError(
-                f"{source}: {why}, which is not done again to compare; give --public-key to "
-                "verify a signature instead"
-            )
+            raise SafeprojError(f"{source}: {not_repeated(why)}")
         kind, strength = found.pop("kind", None), found.pop("strength", None)
         if found or kind != KIND or strength is None or not is_number(strength):
             raise unrecorded(source)

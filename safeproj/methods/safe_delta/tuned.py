@@ -17,7 +17,7 @@ from safeproj.lm.live import LiveWeight, code_of
 from safeproj.lm.passes import walking
 from safeproj.methods.differences import Rows
 from safeproj.methods.safe_delta.formulas import corrected
-from safeproj.methods.safe_delta.inputs import root_of, safety_batches, wide_device
+from safeproj.methods.safe_delta.inputs import root_of, safety_batches
 from safeproj.methods.safe_delta.method import SafeDelta
 from safeproj.methods.safe_delta.sources import Delta
 from safeproj.plan.full import PlannedWeight, Tuned
@@ -49,7 +49,7 @@ def rewritten(
         SafeprojError: the model cannot be run, or a weight not be corrected.
     """
     batches = safety_batches(method, options.chat)
-    model = models.load_model(tuned.folder, wide_device(options.device))
+    model = models.load_model(tuned.folder, models.wide_device(options.device))
     planned = {each.name: each for each in weights}
     layers = {name: _layer(model, name) for name in planned}
     found: dict[str, Delta] = {}
