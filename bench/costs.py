@@ -46,10 +46,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Mixture(Model):
-    """The same of DeepSeek V3: latent attention, and experts in all layers but the first few."""
+    """The same of DeepSeek V3: latent attention, and experts, as if all layers had them."""
 
     experts: int = 257
-    dense: int = 3
 
     def weights(self, kinds: str) -> list[tuple[int, int]]:
         """Return the same; of `attention`, and of a layer with experts for `all linear`."""
