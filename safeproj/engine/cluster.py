@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -129,16 +130,16 @@ def run(
             for index, each in enumerate(slices)
         }
         done: dict[int, _Slice[T]] = {}
-        turn = 0
+        turn, begin = 0, time.perf_counter()
         try:
             while turn < len(slices):
                 for reference in ray.wait([*pending], timeout=POLL)[0]:
                     index = pending.pop(reference)
                     done[index] = found = _got(ray, reference)
-                    for task in tasks[slices[index]] if on_progress is not None else ():
-                        assert on_progress is not None
-                        on_progress(Progress(task.name, task.origin.nbytes))
-                        on_progress(Progress(task.name, finished=True))
+                    if on_progress is not None:
+                        for task in tasks[slices[index]]:
+                            on_progress(Progress(task.name, task.origin.nbytes))
+                            on_progress(Progress(task.name, finished=True))
                     _add(usage, found.usage)
                 while turn in done:
                     yield from done.pop(turn).results
@@ -148,6 +149,7 @@ def run(
                 ray.cancel(reference)
         if usage is not None:
             usage.workers = max(usage.workers, min(slots, len(slices)) * threads)
+            usage.wall_seconds += time.perf_counter() - begin
 
 
 def sliced(sizes: Sequence[int], most: int) -> list[slice]:
@@ -220,7 +222,6 @@ def _got(ray: Any, reference: Any) -> _Slice[Any]:
 
 def _add(total: Usage | None, more: Usage) -> None:
     if total is not None:
-        total.wall_seconds = max(total.wall_seconds, more.wall_seconds)
         total.busy_seconds += more.busy_seconds
         total.read_seconds += more.read_seconds
         total.hash_seconds += more.hash_seconds

@@ -208,6 +208,7 @@ def test_progress_and_profile_are_those_of_all_workers(nodes: Nodes) -> None:
     assert sum(event.nbytes for event in events) == sum(task.origin.nbytes for task in TASKS)
     assert usage.workers == NODES
     assert usage.busy_seconds >= 0.02 * len(TASKS)
+    assert usage.wall_seconds * usage.workers >= usage.busy_seconds
 
 
 def test_a_lost_node_changes_nothing(nodes: Nodes, tmp_path: Path) -> None:
